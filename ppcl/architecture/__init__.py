@@ -1,0 +1,18 @@
+"""The architecture layer: one record a family, and the stock forward taken apart at its block lists."""
+
+from ppcl.architecture import flux, qwen_image, sd3  # noqa: F401  (importing registers the records)
+from ppcl.architecture.forward import PassThrough, embed, head, run_blocks, swap, swapped
+from ppcl.architecture.record import Architecture, Streams, architecture_of, supported
+
+__all__ = [
+    "Architecture",
+    "PassThrough",
+    "Streams",
+    "architecture_of",
+    "embed",
+    "head",
+    "run_blocks",
+    "supported",
+    "swap",
+    "swapped",
+]

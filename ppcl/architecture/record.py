@@ -1,0 +1,107 @@
+"""What ppcl knows of an architecture: one short declarative record, and nothing else anywhere.
+
+A record names the block lists in the order the stock forward runs them, which argument and which return value of a
+block is which stream, and which arguments of the transformer belong to the prompt, the latents and the timestep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ppcl.errors import UserError
+
+
+class Streams(NamedTuple):
+    """The pair of streams between two blocks: image `(B, S, d)` and text `(B, T, d)`, or None where a model drops it."""
+
+    img: torch.Tensor
+    txt: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one family of MMDiTs is laid out.
+
+    `block_lists`: attributes of the transformer that hold its blocks, in running order; an interval never crosses from
+    one list to the next, since their blocks differ in kind. `returns`: the streams a block gives back, in order.
+    `prompt_arguments`, `shared_arguments`: arguments of the transformer's forward that depend on the prompt, or on
+    nothing but the size of the picture. `timestep_scale`: what the forward calls the timestep of pure noise.
+    `ffn`: by block list, the names of the image and the text FFN inside a block, None where there is none.
+    """
+
+    name: str
+    transformer: str
+    pipelines: tuple[str, ...]
+    block_lists: tuple[str, ...]
+    ffn: dict[str, tuple[str | None, str | None]]
+    prompt_arguments: tuple[str, ...]
+    shared_arguments: tuple[str, ...]
+    timestep_scale: float
+    text_mask: str | None = None
+    img: str = "hidden_states"
+    txt: str = "encoder_hidden_states"
+    latents: str = "hidden_states"
+    timestep: str = "timestep"
+    returns: tuple[str, str] = ("txt", "img")
+    packed_latents: bool = True
+
+    def lists(self, transformer: nn.Module) -> list[nn.ModuleList]:
+        return [getattr(transformer, name) for name in self.block_lists]
+
+    def blocks(self, transformer: nn.Module) -> list[nn.Module]:
+        """All blocks in running order; their positions are the block numbers used everywhere, from 0."""
+        return [block for blocks in self.lists(transformer) for block in blocks]
+
+    def spans(self, transformer: nn.Module) -> list[range]:
+        """The block numbers of each block list, in order: `[range(0, 19), range(19, 57)]` for FLUX.1."""
+        spans, first = [], 0
+        for blocks in self.lists(transformer):
+            spans.append(range(first, first + len(blocks)))
+            first += len(blocks)
+        return spans
+
+    def entry(self, transformer: nn.Module, block: int) -> tuple[nn.ModuleList, int]:
+        """The list that holds a block, and the block's index in it."""
+        for blocks, span in zip(self.lists(transformer), self.spans(transformer), strict=True):
+            if block in span:
+                return blocks, block - span.start
+        count = self.spans(transformer)[-1].stop
+        raise UserError(f"block {block} does not exist: this {self.name} has blocks 0 to {count - 1}")
+
+    def split(self, arguments: dict[str, Any]) -> tuple[Streams, dict[str, Any]]:
+        """A block's arguments as (streams, context)."""
+        context = {k: v for k, v in arguments.items() if k not in (self.img, self.txt)}
+        return Streams(arguments[self.img], arguments[self.txt]), context
+
+    def join(self, streams: Streams, context: dict[str, Any]) -> dict[str, Any]:
+        return {self.img: streams.img, self.txt: streams.txt, **context}
+
+    def from_returned(self, returned: tuple) -> Streams:
+        return Streams(**dict(zip(self.returns, returned, strict=True)))
+
+    def to_returned(self, streams: Streams) -> tuple:
+        return tuple(getattr(streams, name) for name in self.returns)
+
+
+_RECORDS: dict[str, Architecture] = {}
+
+
+def register(record: Architecture) -> Architecture:
+    _RECORDS[record.transformer] = record
+    return record
+
+
+def supported() -> list[str]:
+    return sorted(_RECORDS)
+
+
+def architecture_of(transformer: nn.Module | str) -> Architecture:
+    """The record of a transformer, or of a transformer's class name. Raises `UserError` where there is none."""
+    name = transformer if isinstance(transformer, str) else type(transformer).__name__
+    if name not in _RECORDS:
+        raise UserError(f"the transformer {name} is not supported; supported are {', '.join(supported())}")
+    return _RECORDS[name]

@@ -1,0 +1,225 @@
+"""The configuration of a compression job: every key, its default and what it means, here and nowhere else.
+
+`ppcl config` prints this file's defaults with their descriptions as YAML. Unknown keys and values out of range are
+errors that name the key, the value seen and what would be right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ppcl.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Sampling(Section):
+    """How the pipeline is called, for calibration and for evaluation."""
+
+    steps: int = Field(20, ge=1, le=1000, description="denoising steps of a trajectory")
+    height: int = Field(1024, ge=8, description="height of the pictures, pixels")
+    width: int = Field(1024, ge=8, description="width of the pictures, pixels")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further arguments of the pipeline's call, such as true_cfg_scale, negative_prompt, guidance_scale",
+    )
+
+
+class Calibration(Section):
+    """The samples everything is fitted and measured on: latents, timestep and prompt embedding."""
+
+    source: Literal["trajectories", "images"] = Field(
+        "trajectories",
+        description="trajectories: states on the teacher's own sampling trajectories (prompts only); images: noised VAE "
+        "latents of the pictures named in image_column",
+    )
+    prompt_column: str = Field("prompt", description="column of the prompts in .jsonl, .csv and .parquet files")
+    image_column: str = Field("image", description="column of the pictures' paths, relative to the prompt file")
+    limit: int | None = Field(None, ge=1, description="use only the first so many prompts")
+    states_per_prompt: int = Field(4, ge=1, description="timesteps kept of each prompt's trajectory, or noised of each picture")
+    held_out: float = Field(0.125, gt=0, lt=1, description="share of the prompts kept for CKA and velocity errors, never fitted on")
+    batch_size: int = Field(16, ge=1, description="prompts a batch")
+    workers: int = Field(1, ge=1, description="actors that encode prompts and run the teacher")
+
+
+class Probes(Section):
+    """Linear probes, one residual affine map a block and stream (Eq. 1, 2)."""
+
+    ridge: float = Field(1e-6, ge=0, description="ridge, as a share of the mean diagonal of the scaled Gram matrix")
+    batch_size: int = Field(32, ge=1, description="samples a forward")
+    tokens_per_sample: int = Field(
+        64, ge=1, description="tokens of each stream kept of a sample for CKA; the fit takes them all"
+    )
+    workers: int = Field(1, ge=1, description="Ray Train workers; each fits its own blocks")
+
+
+class Detection(Section):
+    """Contiguous redundant intervals (Eq. 3 to 5, Algorithm 1)."""
+
+    method: Literal["first_difference"] = Field("first_difference", description="Algorithm 1 of the paper, exactly")
+    stream: Literal["img", "txt", "mean"] = Field("mean", description="the stream whose CKA is read, or the mean of both")
+    standardize: bool = Field(False, description="z-score every channel before CKA, which undoes shared outlier channels")
+
+
+class Distillation(Section):
+    """Depth distillation, non-sequential and segment-parallel (Eq. 6)."""
+
+    steps: int = Field(6000, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="samples a step, over all data-parallel replicas")
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak rate, cosine schedule to zero")
+    warmup: int = Field(100, ge=0, description="steps of linear warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas (the paper's)")
+    weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay (the paper's)")
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm, of each student alone")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average of the students; 0 turns it off")
+    loss: Literal["normalized", "relative"] = Field(
+        "normalized", description="normalized: Eq. 6; relative: squared error over the target's variance, keeps magnitude"
+    )
+    start: Literal["affine", "first", "middle"] = Field(
+        "affine",
+        description="a student's start: block u followed by the closed-form affine map; block u (the paper); the middle "
+        "block (the reference)",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
+    pipeline: int = Field(1, ge=1, description="pp: ranks that share the teacher's blocks, each with its own segment")
+    replicas: int = Field(1, ge=1, description="dp: data-parallel replicas of that pipeline")
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+
+
+class Variants(Section):
+    """The named variants of the result."""
+
+    budgets: list[float] = Field([0.9, 0.8, 0.7], description="shares of the transformer's parameters, one variant each")
+    custom: dict[str, list[tuple[int, int]]] = Field(
+        default_factory=dict, description="name: list of intervals [u, v] that are on, blocks from 0, inclusive"
+    )
+
+    @model_validator(mode="after")
+    def _shares(self) -> Variants:
+        for budget in self.budgets:
+            if not 0 < budget < 1:
+                raise ValueError(f"budgets: {budget} is no share of the parameters; give numbers between 0 and 1")
+        return self
+
+
+class Evaluation(Section):
+    """What is measured of every variant."""
+
+    prompts: Path | None = Field(None, description="prompts of the test pictures; default: those of calibration, held out")
+    limit: int | None = Field(64, ge=1, description="use only the first so many of them")
+    batch_size: int = Field(16, ge=1, description="pictures at once")
+    world: Literal["shapes"] | None = Field(
+        None, description="the checker that scores pictures by category; shapes: the demo teacher's world"
+    )
+    confidence: float = Field(0.95, gt=0, lt=1, description="level of the bootstrap confidence intervals")
+    workers: int = Field(1, ge=1, description="actors that make pictures")
+
+
+class Config(Section):
+    """A compression job."""
+
+    teacher: Path = Field(..., description="folder of a diffusers pipeline")
+    prompts: Path = Field(..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet")
+    output: Path = Field(Path("runs/ppcl"), description="folder of the result")
+    seed: int = Field(0, ge=0, description="seed of everything that is drawn at random")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    sampling: Sampling = Sampling()
+    calibration: Calibration = Calibration()
+    probes: Probes = Probes()
+    detection: Detection = Detection()
+    distillation: Distillation = Distillation()
+    variants: Variants = Variants()
+    evaluation: Evaluation = Evaluation()
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None, output: str | Path | None = None) -> Config:
+    """Read a YAML file; `overrides` are `key.sub=value` with YAML values. Relative paths are relative to the file.
+
+    Raises `UserError` that names the key, the value seen and what would be right.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"the configuration {path} does not exist; `ppcl config` prints one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the configuration {path} cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"the configuration {path} is not a mapping of keys to values; `ppcl config` prints one")
+    _resolve_paths(values, path.absolute().parent)
+    for override in overrides or []:
+        _override(values, override)
+    if output is not None:
+        values["output"] = str(output)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_sentence(error)}") from None
+
+
+def _resolve_paths(values: dict[str, Any], base: Path) -> None:
+    """The file's own relative paths are relative to the file; `output` is relative to where the command runs."""
+    for section, key in ((values, "teacher"), (values, "prompts"), (values.get("evaluation"), "prompts")):
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = str(base / section[key])
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override!r} is not of the form key=value, such as distillation.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: the value is not valid YAML") from None
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override!r}: {section} is a value, not a section")
+    values[last] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first of pydantic's complaints as one sentence."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in first["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {key}; known here: {', '.join(section.model_fields)}{more}"
+    if first["type"] == "missing":
+        return f"the key {key} is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key} is {first['input']!r}: {message[0].lower() + message[1:]}{more}"
+
+
+def commented_defaults() -> str:
+    """The full default configuration as YAML, every key described."""
+    lines = [f"# {Config.__doc__}"]
+    for name, field in Config.model_fields.items():
+        if isinstance(field.default, Section):
+            lines += ["", f"# {field.default.__doc__.strip()}", f"{name}:"]
+            for key, sub in type(field.default).model_fields.items():
+                lines += _described(key, sub.get_default(call_default_factory=True), sub.description, indent="  ")
+        else:
+            lines += _described(name, None if field.is_required() else field.default, field.description, indent="")
+            if field.is_required():
+                lines[-1] = f"{name}: # required"
+    return "\n".join(lines) + "\n"
+
+
+def _described(key: str, value: Any, description: str | None, indent: str) -> list[str]:
+    value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+    return [f"{indent}# {description}", f"{indent}{key}: {text}"]
