@@ -81,7 +81,7 @@ class Teacher:
 
         pipeline_class = getattr(diffusers, self.pipeline_class)
         pipeline = pipeline_class.from_pretrained(
-            self.folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            self.folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
@@ -92,7 +92,7 @@ class Teacher:
 
         pipeline_class = getattr(diffusers, self.pipeline_class)
         pipeline = pipeline_class.from_pretrained(
-            self.folder, transformer=None, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            self.folder, transformer=None, dtype=dtype, use_safetensors=True, local_files_only=True
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
