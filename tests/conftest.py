@@ -1,0 +1,39 @@
+"""Fixtures shared by all tests: one Ray for the whole session, one tiny teacher."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Read when Ray is imported, and inherited by its workers, which import this repository from wherever they run.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+}
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A local Ray with 4 logical CPUs, which may be more than the machine has."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 1024**2, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory) -> Path:
+    """A stock QwenImagePipeline folder with random weights; its pictures are 32 × 32."""
+    from tests import tiny
+
+    return tiny.qwen_pipeline(tmp_path_factory.mktemp("teacher") / "pipeline")
