@@ -133,11 +133,12 @@ def train(options: argparse.Namespace) -> tuple[QwenImagePipeline, list[dict]]:
             for k, p in parameters.items():
                 p.copy_(state[f"model.{k}"])
                 ema[k].copy_(state[f"ema.{k}"])
-                optimizer.state[p] = {
-                    "step": torch.tensor(float(first)),
-                    "exp_avg": state[f"m.{k}"],
-                    "exp_avg_sq": state[f"v.{k}"],
-                }
+                if f"m.{k}" in state:
+                    optimizer.state[p] = {
+                        "step": torch.tensor(float(first)),
+                        "exp_avg": state[f"m.{k}"],
+                        "exp_avg_sq": state[f"v.{k}"],
+                    }
         print(f"continuing from step {first}", flush=True)
 
     forward = torch.compile(model) if options.compile else model
@@ -181,8 +182,10 @@ def train(options: argparse.Namespace) -> tuple[QwenImagePipeline, list[dict]]:
             print(f"step {step}/{options.steps} loss {running:.4f} {pace:.2f} s/step, {left:.0f} min left", flush=True)
         if (step + 1) % options.checkpoint_every == 0 or step == options.steps - 1:
             tensors = {f"ema.{k}": v for k, v in ema.items()} | {f"model.{k}": p.data for k, p in parameters.items()}
-            tensors |= {f"m.{k}": optimizer.state[p]["exp_avg"] for k, p in parameters.items()}
-            tensors |= {f"v.{k}": optimizer.state[p]["exp_avg_sq"] for k, p in parameters.items()}
+            # The last block's text outputs reach no loss: they have no gradient and no moments.
+            moved = {k: optimizer.state[p] for k, p in parameters.items() if optimizer.state[p]}
+            tensors |= {f"m.{k}": state["exp_avg"] for k, state in moved.items()}
+            tensors |= {f"v.{k}": state["exp_avg_sq"] for k, state in moved.items()}
             _save(work, step + 1, tensors, curve)
     with torch.no_grad():
         for k, p in parameters.items():

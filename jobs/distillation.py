@@ -1,0 +1,81 @@
+"""Depth distillation on Ray Train: a `(dp, pp)` mesh of ranks, each with its own segment and students."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.ranks import Report, check_resources, run_ranks
+from ppcl.config import Config
+from ppcl.plan import Interval
+from ppcl.teacher import Teacher
+
+
+def _rank(arguments: dict[str, Any], report: Report) -> None:
+    from ppcl.calibration.store import CalibrationSet
+    from ppcl.distillation.mesh import Mesh
+    from ppcl.distillation.run import distil
+
+    config = Config.model_validate(arguments["config"])
+    settings = config.distillation
+    distil(
+        teacher=Teacher(arguments["teacher"]),
+        samples=CalibrationSet(Path(arguments["calibration"])),
+        intervals=[Interval(*pair) for pair in arguments["intervals"]],
+        settings=settings,
+        mesh=Mesh.join(settings.pipeline, settings.replicas),
+        folder=Path(arguments["folder"]),
+        checkpoints=Path(arguments["checkpoints"]),
+        seed=config.seed,
+        device=arguments["device"],
+        report=report,
+    )
+
+
+def distil_students(
+    config: Config,
+    teacher: Teacher,
+    calibration: Path,
+    intervals: Sequence[Interval],
+    folder: Path,
+    device: str,
+    key: str,
+    progress: Callable[[int, int, dict[str, float]], None],
+) -> dict[str, Any]:
+    """Train a student for every interval into `folder`; gives what the manifest tells of the stage.
+
+    Checkpoints lie under `folder/checkpoints/<key>` until all students are written.
+    """
+    settings = config.distillation
+    workers = settings.pipeline * settings.replicas
+    check_resources(workers, device, "distillation.pipeline × distillation.replicas")
+    checkpoints = folder / "checkpoints" / key
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    if intervals:
+        arguments = {
+            "config": config.model_dump(mode="json"),
+            "teacher": str(teacher.folder),
+            "calibration": str(calibration),
+            "intervals": [list(i) for i in intervals],
+            "folder": str(folder),
+            "checkpoints": str(checkpoints),
+            "device": device,
+        }
+        run_ranks("distillation", _rank, arguments, workers, device, folder / "checkpoints" / "ray", progress)
+    curves = {i.name: json.loads((folder / f"{i.name}.json").read_text()) for i in intervals}
+    training = {
+        "steps": settings.steps,
+        "batch_size": settings.batch_size,
+        "start": settings.start,
+        "loss": settings.loss,
+        "intervals": curves,
+    }
+    (folder / "training.json").write_text(json.dumps(training))
+    for interval in intervals:
+        (folder / f"{interval.name}.json").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    skipped = sum(c["skipped_steps"] for c in curves.values())
+    return {"students": len(curves), "skipped_steps": skipped}

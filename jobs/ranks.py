@@ -1,0 +1,131 @@
+"""Run one function on every rank of a Ray Train worker group, with progress and errors that reach the user.
+
+Progress and refusals travel through one small actor: `ray.train.report` is a barrier over all ranks and would make the
+pipeline wait for its slowest rank at every step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ppcl.errors import UserError
+
+# A rank that waits longer than this for its neighbour is taken for dead, seconds.
+_COLLECTIVE_TIMEOUT = 120
+_UPDATE_EVERY = 1.0
+
+Report = Callable[[int, int, dict[str, float]], None]
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where ranks leave their progress and, if they refuse their input, why."""
+
+    def __init__(self) -> None:
+        self.done, self.total, self.values, self.refusal = 0, 0, {}, None
+
+    def update(self, done: int, total: int, values: dict[str, float]) -> None:
+        self.done, self.total = max(done, self.done), total
+        self.values.update(values)
+
+    def refuse(self, sentence: str) -> None:
+        self.refusal = self.refusal or sentence
+
+    def read(self) -> tuple[int, int, dict[str, float], str | None]:
+        return self.done, self.total, dict(self.values), self.refusal
+
+
+def check_resources(workers: int, device: str, key: str) -> None:
+    """Refuse at once what the cluster can never run. Raises `UserError` with what it has."""
+    resources = ray.cluster_resources()
+    kind = "GPU" if device == "cuda" else "CPU"
+    have = int(resources.get(kind, 0))
+    # Ray Data and the progress actors need a CPU beside the workers, or both would wait for each other.
+    usable = have if kind == "GPU" else have - 1
+    if workers > usable:
+        raise UserError(
+            f"{key} asks for {workers} workers, but the cluster has {have} {kind}s, of which {max(usable, 0)} can be used by "
+            f"workers; ask for fewer or add nodes"
+        )
+
+
+def run_ranks(
+    name: str,
+    function: Callable[[dict[str, Any], Report], None],
+    arguments: dict[str, Any],
+    workers: int,
+    device: str,
+    scratch: Path,
+    progress: Callable[[int, int, dict[str, float]], None],
+) -> None:
+    """`function(arguments, report)` on every rank of a torch process group; returns when all have finished.
+
+    `scratch`: a folder all nodes share, for Ray Train's own records; removed at the end. Raises `UserError` with the
+    sentence of a rank's `UserError`; anything else a rank raises comes through as Ray Train tells it.
+    """
+    board = _Board.remote()
+
+    def loop(config: dict[str, Any]) -> None:
+        import torch
+        from ray.train import get_context
+
+        context = get_context()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        last = 0.0
+
+        def report(done: int, total: int, values: dict[str, float]) -> None:
+            nonlocal last
+            if time.monotonic() - last > _UPDATE_EVERY or done == total:
+                last = time.monotonic()
+                board.update.remote(done, total, values)
+
+        try:
+            function(config, report)
+        except UserError as error:
+            ray.get(board.refuse.remote(str(error)))
+            raise
+
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=arguments,
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"GPU" if device == "cuda" else "CPU": 1}
+        ),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT
+        ),
+        run_config=RunConfig(name=name, storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
+    )
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            done, total, values, _ = ray.get(board.read.remote())
+            if total:
+                progress(done, total, values)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        trainer.fit()
+    except Exception as error:
+        refusal = ray.get(board.read.remote())[3]
+        if refusal:
+            raise UserError(refusal) from error
+        raise
+    finally:
+        stop.set()
+        watcher.join(timeout=5)
+        shutil.rmtree(scratch, ignore_errors=True)
+    done, total, values, _ = ray.get(board.read.remote())
+    progress(done, total, values)

@@ -1,0 +1,58 @@
+"""The `(dp, pp)` mesh of ranks, `pp` innermost, so that pipeline neighbours are neighbouring ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Mesh:
+    """One rank's place. Without a process group it is the whole mesh, `dp = pp = 1`."""
+
+    pp: int = 1
+    dp: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @classmethod
+    def join(cls, pp: int, dp: int) -> Mesh:
+        """Take this process's place in a mesh over the default process group; collective."""
+        if pp * dp == 1:
+            return cls()
+        mesh = cls(pp, dp, dist.get_rank())
+        if dp > 1:
+            # Every rank takes part in making every group, in the same order.
+            for stage in range(pp):
+                group = dist.new_group([replica * pp + stage for replica in range(dp)])
+                if stage == mesh.stage:
+                    mesh.group = group
+        return mesh
+
+    @property
+    def stage(self) -> int:
+        return self.rank % self.pp
+
+    @property
+    def replica(self) -> int:
+        return self.rank // self.pp
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the replicas of this stage, in place."""
+        if self.dp > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of this stage's replicas, in the order of the replicas."""
+        if self.dp == 1:
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.dp)]
+        dist.all_gather(gathered, tensor.contiguous(), group=self.group)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.pp * self.dp > 1:
+            dist.barrier()

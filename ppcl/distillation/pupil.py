@@ -1,0 +1,130 @@
+"""A student in training: its optimizer, its average, its curve, and its checkpoint, keyed by the interval alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ppcl.architecture import Streams
+from ppcl.config import Distillation
+from ppcl.distillation.loss import LOSSES
+from ppcl.distillation.mesh import Mesh
+from ppcl.students import Student
+
+
+def learning_rate(step: int, settings: Distillation) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Pupil:
+    """Trains one student on the teacher's own streams. No gradient and no error comes from any other student."""
+
+    def __init__(self, student: Student, settings: Distillation, mesh: Mesh):
+        self.student = student.float().requires_grad_(True).train()
+        self.settings, self.mesh = settings, mesh
+        self.parameters = dict(self.student.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+        self.average = {k: p.detach().clone() for k, p in self.parameters.items()} if settings.ema else {}
+        self.step = 0
+        self.skipped = 0
+        self.curve: list[dict[str, float]] = []
+
+    def learn(
+        self, source: Streams, target: Streams, context: dict, mask: torch.Tensor | None, bfloat16: bool
+    ) -> dict[str, float]:
+        """One optimizer step on `(X_{u-1}, X_v)` (Eq. 6); gives the loss, whole and by stream.
+
+        A step whose gradient is not finite is left out and counted: one bad batch must not end a student.
+        """
+        loss_of = LOSSES[self.settings.loss]
+        with torch.autocast(source.img.device.type, torch.bfloat16, enabled=bfloat16):
+            made = self.student.streams(source, context)
+        sums, divisors = {}, {}
+        for name in Streams._fields:
+            if getattr(target, name) is not None:
+                token_mask = mask if name == "txt" else None
+                sums[name], divisors[name] = loss_of(getattr(made, name), getattr(target, name), token_mask)
+        total = self.mesh.add_up(torch.tensor(list(divisors.values()), dtype=torch.float64))
+        loss = sum(s / n for s, n in zip(sums.values(), total.tolist(), strict=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._reduce_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip)
+        if torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.settings)
+            self.optimizer.step()
+            if self.average:
+                weight = 1 - min(self.settings.ema, (self.step + 1) / (self.step + 10))
+                torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], weight)
+        else:
+            self.skipped += 1
+        self.step += 1
+        parts = torch.stack([s.detach().double().cpu() for s in sums.values()]) / total
+        parts = self.mesh.add_up(parts).tolist()
+        return {"loss": sum(parts)} | dict(zip(sums, parts))
+
+    def _reduce_gradients(self) -> None:
+        if self.mesh.dp == 1:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        # One message a student instead of one a parameter.
+        flat = self.mesh.add_up(torch.cat([g.reshape(-1) for g in gradients]))
+        for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            g.copy_(part.view_as(g))
+
+    def trained(self) -> Student:
+        """The student to keep: the average where one is kept."""
+        if self.average:
+            with torch.no_grad():
+                for k, p in self.parameters.items():
+                    p.copy_(self.average[k])
+        return self.student
+
+    def save(self, path: Path) -> None:
+        """Everything needed to go on, in one file that appears whole or not at all."""
+        tensors = {f"student.{k}": p.detach() for k, p in self.parameters.items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for k, p in self.parameters.items():
+            state = self.optimizer.state.get(p)
+            if state:
+                tensors |= {f"exp_avg.{k}": state["exp_avg"], f"exp_avg_sq.{k}": state["exp_avg_sq"]}
+        words = {"step": str(self.step), "skipped": str(self.skipped), "curve": json.dumps(self.curve)}
+        words["updates"] = str(self.step - self.skipped)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, words)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            words = file.metadata()
+            self.step, self.skipped = int(words["step"]), int(words["skipped"])
+            self.curve = json.loads(words["curve"])
+            with torch.no_grad():
+                for k, p in self.parameters.items():
+                    p.copy_(file.get_tensor(f"student.{k}"))
+                    if self.average:
+                        self.average[k].copy_(file.get_tensor(f"average.{k}"))
+                    if f"exp_avg.{k}" in file.keys():
+                        self.optimizer.state[p] = {
+                            "step": torch.tensor(float(words["updates"])),
+                            "exp_avg": file.get_tensor(f"exp_avg.{k}").to(p.device),
+                            "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{k}").to(p.device),
+                        }
