@@ -115,11 +115,15 @@ class Artifacts:
         manifest["stages"][stage] = {"key": key, "files": files, "seconds": round(seconds, 3), "info": info or {}}
         write_atomically(self.path(MANIFEST), json.dumps(manifest, indent=1))
 
+    def forget_entry(self, stage: str) -> None:
+        """Drop a stage's entry, and keep its files."""
+        manifest = self.manifest()
+        if manifest["stages"].pop(stage, None):
+            write_atomically(self.path(MANIFEST), json.dumps(manifest, indent=1))
+
     def forget(self, stage: str) -> None:
         """Drop a stage's entry, then its files."""
-        manifest = self.manifest()
-        manifest["stages"].pop(stage, None)
-        write_atomically(self.path(MANIFEST), json.dumps(manifest, indent=1))
+        self.forget_entry(stage)
         shutil.rmtree(self.path(stage), ignore_errors=True)
 
     def state(self, stage: str, key: str, tell: Callable[[str], None]) -> bool:

@@ -22,6 +22,7 @@ from ppcl.architecture import Architecture, Streams, embed, run_blocks
 from ppcl.config import Distillation
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import Pupil
+from ppcl.distillation.start import fit_affine_starts
 from ppcl.plan import Interval
 from ppcl.segments import Chain, segments
 from ppcl.students import Student, affine_map, save_student
@@ -30,6 +31,8 @@ from ppcl.teacher import Teacher
 # What training a student costs beside a teacher block's forward: its own forward and a backward of twice that.
 STUDENT_COST = 3.0
 _CURVE_POINTS = 200
+# Of the closed-form start: enough to be solvable, too little to be felt.
+_RIDGE = 1e-6
 
 
 class Samples(Protocol):
@@ -137,7 +140,7 @@ def distil(
     students = {i: new_student(segment, i, settings.start) for i in segment.intervals}
     if settings.start == "affine" and not all(found.values()):
         fresh = [s for i, s in students.items() if not found[i]]
-        fit_affine_starts(segment, fresh, samples, ids, settings, mesh, chain)
+        fit_affine_starts(segment, fresh, samples, ids, settings.batch_size, _RIDGE, mesh, chain)
     pupils = {i: Pupil(s, settings, mesh) for i, s in students.items()}
     for interval, pupil in pupils.items():
         if found[interval]:

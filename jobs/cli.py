@@ -1,0 +1,154 @@
+"""The command line: `ppcl compress`, `variants`, `generate`, `report`, `config`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ppcl.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Turn a multi-modal diffusion transformer into a family of smaller ones.",
+)
+out = Console()
+
+
+@app.command()
+def compress(
+    config: Annotated[Path, typer.Argument(help="the job's configuration, YAML; `ppcl config` prints the default")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder of the result")] = None,
+    address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
+) -> None:
+    """Compress a diffusers pipeline; the same command again continues where it stopped."""
+    from jobs.cluster import connected
+    from jobs.coordinator import Job
+    from jobs.progress import Reporter
+    from ppcl.config import load_config
+    from ppcl.report.terminal import summary_table
+
+    settings = load_config(config, set_, output)
+    _refuse_foreign_folder(settings.output)
+    reporter = Reporter(out, settings.output.absolute() / "log.txt")
+    with connected(address, settings) as device:
+        report = Job(settings, reporter, device).run()
+    out.print(summary_table(settings.output))
+    reporter.say(f"report: {report}")
+
+
+def _refuse_foreign_folder(output: Path) -> None:
+    """Before anything is written, the log included."""
+    from ppcl.artifacts import MANIFEST
+
+    if output.exists() and not output.is_dir():
+        raise UserError(f"the output {output} is a file; choose a folder with --output")
+    if output.is_dir() and any(p.name != "log.txt" for p in output.iterdir()) and not (output / MANIFEST).exists():
+        raise UserError(f"the output folder {output} is not empty and no job of ppcl; choose another --output")
+
+
+@app.command()
+def variants(
+    result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
+    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List the variants of a result."""
+    from ppcl.report import summary_rows
+    from ppcl.report.terminal import summary_table
+    from ppcl.result import Result
+
+    Result(result)  # verifies what the variants are made of
+    if json_:
+        typer.echo(json.dumps(summary_rows(result), indent=1))
+    else:
+        out.print(summary_table(result))
+
+
+@app.command()
+def generate(
+    result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
+    prompt: Annotated[str, typer.Argument(help="what the picture shows")],
+    variant: Annotated[str, typer.Option(help="a name that `ppcl variants` lists, or intervals as 3-5,8-9")] = "teacher",
+    output: Annotated[Path, typer.Option("--output", "-o", help="the picture to write, .png")] = Path("out.png"),
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default: those of the job")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="where the teacher is, if it has moved")] = None,
+) -> None:
+    """Make a picture with a variant."""
+    import torch
+
+    from jobs.cluster import best_device
+    from ppcl.result import Result
+
+    if not prompt.strip():
+        raise UserError("the prompt is empty; say what the picture shows")
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"the output {output} is no picture's name; end it in .png, .jpg or .webp")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"the folder {output.absolute().parent} does not exist; make it or choose another --output")
+    opened = Result(result, teacher=teacher)
+    pipeline = opened.pipeline(variant, device=best_device())
+    sampling = opened.sampling
+    picture = pipeline(
+        prompt,
+        num_inference_steps=steps or sampling["steps"],
+        height=sampling["height"],
+        width=sampling["width"],
+        generator=torch.Generator().manual_seed(seed),
+        **sampling["arguments"],
+    ).images[0]
+    picture.save(output)
+    out.print(f"{output}: {variant}, {sampling['width']} × {sampling['height']}, seed {seed}", highlight=False, markup=False)
+
+
+@app.command()
+def report(result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")]) -> None:
+    """Write the report of a result anew."""
+    from ppcl.artifacts import Artifacts
+    from ppcl.report import write_report
+
+    Artifacts(result).manifest()
+    typer.echo(write_report(result))
+
+
+@app.command()
+def config() -> None:
+    """Print the full default configuration, every key described."""
+    from ppcl.config import commented_defaults
+
+    typer.echo(commented_defaults(), nl=False)
+
+
+def main() -> None:
+    """Run the command line; every error a user can cause ends in one sentence and an exit code that is not 0."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are folders; nothing is fetched from a hub
+    try:
+        app()
+    except UserError as error:
+        sys.exit(_fail(str(error), 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped; the same command continues from what is complete", 130))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            sys.exit(_fail(f"{error.filename or 'the output'} cannot be written: {error.strerror}; then the same command continues", 2))
+        raise
+
+
+def _fail(sentence: str, code: int) -> int:
+    Console(stderr=True).print(f"ppcl: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

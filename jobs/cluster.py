@@ -1,0 +1,70 @@
+"""Which Ray a job runs on: one started inside this process, or a running cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ppcl.config import Config
+from ppcl.errors import UserError
+
+# The embedded Ray's logical CPUs: enough for a small pipeline beside Ray Data, even on a machine with fewer cores.
+_LEAST_LOGICAL_CPUS = 4
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Idle workers are kept: importing torch anew costs more than the memory they hold.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def connected(address: str | None, config: Config) -> Iterator[str]:
+    """A Ray to run on, for the length of a `with` block; gives the device the job's workers use."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if address is None:
+        # Nobody else can reach the embedded Ray: it has no dashboard and listens on this machine alone.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    common = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address is None:
+            cpus = max(os.cpu_count() or 1, _LEAST_LOGICAL_CPUS)
+            ray.init(num_cpus=cpus, include_dashboard=False, **common)
+        else:
+            ray.init(address=address, **common)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"no Ray cluster could be reached at {address or 'this machine'}: {first}") from None
+    try:
+        yield _device(config)
+    finally:
+        ray.shutdown()
+
+
+def _device(config: Config) -> str:
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cuda" and not gpus:
+        raise UserError("device is 'cuda', but the cluster has no GPU; set device: cpu or add GPU nodes")
+    return "cuda" if gpus and config.device != "cpu" else "cpu"

@@ -1,0 +1,171 @@
+"""The coordinator: the stages of a compression job, in order, each run only when its result is not there and intact.
+
+    calibration → probes → detection → students → variants → evaluation → report
+
+Every stage has a key, a hash of the configuration it reads and of the keys of the stages before it. See
+`ppcl.artifacts` for what makes a stage complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.progress import Reporter, Update
+from ppcl.artifacts import Artifacts, key_of
+from ppcl.config import Config
+from ppcl.errors import UserError
+from ppcl.plan import Interval
+from ppcl.teacher import Teacher
+
+# Keys that say how a stage is run and not what comes out of it.
+_OPERATIONAL = {
+    "calibration": {"workers", "batch_size"},
+    "probes": {"workers"},
+    "distillation": {"pipeline", "replicas", "checkpoint_every"},
+    "evaluation": {"workers"},
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`run(folder, update, key)` fills the stage's folder and gives the manifest's info; `key` is what it depends on."""
+
+    name: str
+    what: str
+    depends: list[Any]
+    run: Callable[[Path, Update, str], dict[str, Any]]
+    # A stage that continues from its own checkpoints keeps what lies in its folder.
+    keeps_checkpoints: bool = False
+
+
+def _settings(config: Config, section: str) -> dict[str, Any]:
+    values = getattr(config, section).model_dump(mode="json")
+    return {k: v for k, v in values.items() if k not in _OPERATIONAL.get(section, set())}
+
+
+class Job:
+    """One compression job in its output folder."""
+
+    def __init__(self, config: Config, reporter: Reporter, device: str):
+        self.config, self.reporter, self.device = config, reporter, device
+        self.teacher = Teacher(config.teacher)
+        self.artifacts = Artifacts(config.output)
+
+    def stages(self, teacher_hash: str, prompts_hash: str) -> Iterator[Stage]:
+        """The stages in order. Later ones read what earlier ones left, so they are made one at a time."""
+        from jobs.calibration import calibrate
+        from jobs.distillation import distil_students
+        from jobs.evaluation import choose_variants, evaluate
+        from jobs.probes import detect, fit_probes
+
+        config, path = self.config, self.artifacts.path
+        calibration = path("calibration")
+        sampling = _settings(config, "sampling")
+        # The states are the teacher's own, in the precision of the device that makes them.
+        base = [teacher_hash, prompts_hash, config.seed, sampling, _settings(config, "calibration"), self.device]
+        yield Stage(
+            "calibration",
+            "prompts are encoded and the teacher's states on their trajectories kept",
+            base,
+            lambda folder, update, key: calibrate(config, self.teacher, folder, update),
+        )
+        base = [*base, _settings(config, "probes")]
+        yield Stage(
+            "probes",
+            "one affine map a block and stream, in closed form",
+            base,
+            lambda folder, update, key: fit_probes(config, self.teacher, calibration, folder, update),
+        )
+        base = [*base, _settings(config, "detection")]
+        yield Stage(
+            "detection",
+            "CKA of every interval, and the contiguous redundant ones",
+            base,
+            lambda folder, update, key: detect(config, path("probes"), folder),
+        )
+        found = json.loads(path("detection", "detection.json").read_text())
+        intervals = [Interval(*pair) for pair in found["intervals"]]
+        self.reporter.say(
+            f"detection: {len(intervals)} intervals, "
+            f"{sum(i.removed for i in intervals)} of {found['blocks']} blocks can go: "
+            + " ".join(f"[{i.first},{i.last}]" for i in intervals)
+        )
+        if not intervals:
+            raise UserError("no redundant interval was found: every block of this teacher differs from the next; nothing to compress")
+        base = [*base, found["intervals"], _settings(config, "distillation")]
+        yield Stage(
+            "students",
+            f"{len(intervals)} students, {config.distillation.steps} steps",
+            base,
+            lambda folder, update, key: distil_students(
+                config, self.teacher, calibration, intervals, folder, self.device, key, update
+            ),
+            keeps_checkpoints=True,
+        )
+        base = [*base, _settings(config, "variants")]
+        yield Stage(
+            "variants",
+            "the damage of every interval, and the variants of the budgets",
+            base,
+            lambda folder, update, key: choose_variants(
+                config, self.teacher, calibration, path("students"), folder, update
+            ),
+        )
+        base = [*base, _settings(config, "evaluation")]
+        yield Stage(
+            "evaluation",
+            "velocity errors and pictures of every variant",
+            base,
+            lambda folder, update, key: evaluate(
+                config, self.teacher, calibration, path("students"), path("variants"), folder, update
+            ),
+        )
+
+    def run(self) -> Path:
+        """Run what is missing; gives the report's path. The same call again skips what is complete and intact."""
+        from ppcl.calibration.prompts import check_prompts
+        from ppcl.report import write_report
+
+        config, artifacts = self.config, self.artifacts
+        images = config.calibration.image_column if config.calibration.source == "images" else None
+        prompts_hash = check_prompts(config.prompts, config.calibration.prompt_column, images, config.calibration.limit)
+        teacher_hash = self.teacher.sha256()
+        artifacts.start({"teacher": str(self.teacher.folder), "teacher_sha256": teacher_hash, "prompts": prompts_hash})
+        with _alone(artifacts.path(".lock")):
+            for stage in self.stages(teacher_hash, prompts_hash):
+                self._run_stage(stage)
+            return write_report(artifacts.root)
+
+    def _run_stage(self, stage: Stage) -> None:
+        artifacts, key = self.artifacts, key_of(stage.name, stage.depends)
+        if artifacts.state(stage.name, key, self.reporter.say):
+            self.reporter.say(f"{stage.name}: complete, skipped")
+            return
+        if stage.keeps_checkpoints:
+            artifacts.forget_entry(stage.name)
+        else:
+            artifacts.forget(stage.name)
+        folder = artifacts.path(stage.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = time.monotonic()
+        with self.reporter.stage(stage.name, stage.what) as update:
+            info = stage.run(folder, update, key)
+        artifacts.commit(stage.name, key, time.monotonic() - begun, info)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the job's folder; a second job on the same folder is refused instead of mixing with the first."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another ppcl works in {path.parent}; wait for it or choose another --output") from None
+        yield
