@@ -10,6 +10,7 @@ FLUX = register(
         ffn={"transformer_blocks": ("ff", "ff_context"), "single_transformer_blocks": (None, None)},
         prompt_arguments=("encoder_hidden_states", "pooled_projections"),
         shared_arguments=("img_ids", "txt_ids", "guidance"),
+        encoded=("encoder_hidden_states", "pooled_projections", None),
         timestep_scale=1.0,
     )
 )

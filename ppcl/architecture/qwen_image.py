@@ -10,6 +10,7 @@ QWEN_IMAGE = register(
         prompt_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
         text_mask="encoder_hidden_states_mask",
         shared_arguments=("img_shapes", "guidance"),
+        encoded=("encoder_hidden_states", "encoder_hidden_states_mask"),
         timestep_scale=1.0,
     )
 )

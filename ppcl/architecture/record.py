@@ -29,7 +29,9 @@ class Architecture:
     `block_lists`: attributes of the transformer that hold its blocks, in running order; an interval never crosses from
     one list to the next, since their blocks differ in kind. `returns`: the streams a block gives back, in order.
     `prompt_arguments`, `shared_arguments`: arguments of the transformer's forward that depend on the prompt, or on
-    nothing but the size of the picture. `timestep_scale`: what the forward calls the timestep of pure noise.
+    nothing but the size of the picture. `encoded`: what the pipeline's `encode_prompt` gives back, named as the
+    transformer's arguments, None for what it does not take. `timestep_scale`: what the forward calls the timestep of
+    pure noise.
     `ffn`: by block list, the names of the image and the text FFN inside a block, None where there is none.
     """
 
@@ -40,6 +42,7 @@ class Architecture:
     ffn: dict[str, tuple[str | None, str | None]]
     prompt_arguments: tuple[str, ...]
     shared_arguments: tuple[str, ...]
+    encoded: tuple[str | None, ...]
     timestep_scale: float
     text_mask: str | None = None
     img: str = "hidden_states"

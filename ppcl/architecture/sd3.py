@@ -9,6 +9,7 @@ SD3 = register(
         ffn={"transformer_blocks": ("ff", "ff_context")},
         prompt_arguments=("encoder_hidden_states", "pooled_projections"),
         shared_arguments=(),
+        encoded=("encoder_hidden_states", None, "pooled_projections", None),
         timestep_scale=1000.0,
         packed_latents=False,
     )
