@@ -1,0 +1,323 @@
+"""The calibration stage on Ray Data: prompts are encoded by one pool of actors, then the teacher is run by another.
+
+The unit of work is a batch of prompts, known by its number. Only numbers and counts pass through Ray: an actor reads its
+batch from a file and writes one, whole or not at all, so a batch that is done twice is the same file, a stopped job goes
+on where it stopped, and no memory grows with the number of prompts. The two passes follow each other, since the text
+encoders and the transformer of a large teacher do not fit on one GPU together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from ppcl.artifacts import key_of, write_atomically
+from ppcl.calibration import store
+from ppcl.calibration.draws import held_out
+from ppcl.calibration.prompts import check_prompts, read_prompts
+from ppcl.config import Config
+from ppcl.errors import UserError
+from ppcl.teacher import Teacher, file_sha256
+
+# Blocks a pass is cut into at most: each is one task of Ray.
+_MOST_BLOCKS = 1000
+
+_NEGATIVE = "negative.parquet"
+_TEXTS = "texts.parquet"
+_COMPLETE = "complete.json"
+
+
+def calibrate(
+    config: Config, teacher: Teacher, folder: Path, progress: Callable[[int, int | None], None]
+) -> dict[str, Any]:
+    """Make the calibration set in `folder`; gives the numbers of its prompts and samples.
+
+    Embeddings are kept in `cache` beside `folder` for a later run with other trajectories; unfinished states too.
+    `progress(done, total)` counts prompts, each once encoded and once sampled. Raises `UserError`, also for what goes
+    wrong in a worker.
+    """
+    work = _Work.of(config, teacher, folder.parent / "cache")
+    count = _cut(config, work.embeddings / _TEXTS)
+    numbers = range(math.ceil(count / config.calibration.batch_size))
+
+    encoded = _Cache(work.embeddings, [_NEGATIVE, *(_name(n) for n in numbers)])
+    _pass(_Encoder, work, encoded, numbers, lambda done: progress(done, 2 * count))
+    encoded.complete()
+    sampled = _Cache(work.states, [_name(n) for n in numbers])
+    _pass(_Sampler, work, sampled, numbers, lambda done: progress(count + done, 2 * count))
+    sampled.complete()
+
+    for name in (store.PROMPTS, store.STATES):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    encoded.link_to(folder / store.PROMPTS)
+    sampled.link_to(folder / store.STATES)
+    info = _finish(config, teacher, folder, count)
+    shutil.rmtree(work.states)
+    return info
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What an actor is given. `embeddings` and `states` are named by a hash of everything that makes their content."""
+
+    config: Config
+    teacher: Path
+    embeddings: Path
+    states: Path
+    device: str
+    nodes: int
+
+    @classmethod
+    def of(cls, config: Config, teacher: Teacher, cache: Path) -> _Work:
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if config.device == "cuda" and not gpus:
+            raise UserError("device is 'cuda', but the cluster has no GPU; set device: cpu or add GPU nodes")
+        device = "cuda" if gpus and config.device != "cpu" else "cpu"
+        settings, sampling = config.calibration, config.sampling
+        prompts = check_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.limit)
+        hashes = _file_hashes(teacher.folder)
+        encoders = {k: v for k, v in hashes.items() if k.split("/")[0] not in ("transformer", "vae", "scheduler")}
+        embeddings = key_of(
+            "embeddings", encoders, prompts, settings.prompt_column, settings.limit, settings.batch_size, device,
+            sampling.arguments.get("negative_prompt"), sampling.arguments.get("max_sequence_length"),
+        )  # fmt: skip
+        states = key_of(
+            "states", embeddings, hashes, sampling.model_dump(mode="json"), settings.source, settings.image_column,
+            settings.states_per_prompt, config.seed,
+        )  # fmt: skip
+        return cls(
+            config,
+            teacher.folder,
+            cache / f"embeddings-{embeddings}",
+            cache / f"states-{states}",
+            device,
+            len([node for node in ray.nodes() if node["Alive"]]),
+        )
+
+    def prepare(self) -> tuple[Teacher, Any]:
+        """In an actor: the teacher, and the type its pipeline runs in."""
+        import diffusers
+        import torch
+
+        # The pipelines warn about every argument they leave unused, at every call.
+        diffusers.utils.logging.set_verbosity_error()
+        if self.device == "cpu":
+            on_this_node = math.ceil(self.config.calibration.workers / self.nodes)
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_node))
+        return Teacher(self.teacher), torch.bfloat16 if self.device == "cuda" else torch.float32
+
+
+class _Encoder:
+    """Encodes batches of prompts; the batch -1 is the negative prompt alone."""
+
+    def __init__(self, work: _Work):
+        self.work = work
+        self.teacher, dtype = work.prepare()
+        self.pipeline = self.teacher.pipeline_without_transformer(work.device, dtype)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        from ppcl.calibration.encoding import encode, negative_prompt
+        from ppcl.calibration.recording import NEGATIVE, check_arguments
+
+        work, (number,) = self.work, batch["number"]
+        sampling = work.config.sampling
+        check_arguments(type(self.pipeline), sampling)
+        negative = work.embeddings / _NEGATIVE
+        if not negative.exists():
+            text = negative_prompt(type(self.pipeline), sampling)
+            # An empty prompt stands there where none is used, so that the cache has the same files in any case.
+            store.write_embeddings(
+                negative, [NEGATIVE], [text or ""], encode(self.pipeline, self.teacher.architecture, [text or ""], sampling)
+            )
+        rows = _texts(work, number)
+        texts = [row["prompt"] for row in rows]
+        embeddings = encode(self.pipeline, self.teacher.architecture, texts, sampling)
+        store.write_embeddings(work.embeddings / _name(number), [row["prompt_id"] for row in rows], texts, embeddings)
+        return {"prompts": [len(rows)]}
+
+
+class _Sampler:
+    """Makes the states of batches of prompts, on the teacher's trajectories or from pictures."""
+
+    def __init__(self, work: _Work):
+        self.work = work
+        self.teacher, dtype = work.prepare()
+        if work.config.calibration.source == "images":
+            self.pipeline = self.teacher.pipeline_without_transformer(work.device, dtype)
+        else:
+            pipeline = self.teacher.pipeline("cpu", dtype)
+            for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
+                setattr(pipeline, name, None)
+            self.pipeline = pipeline.to(work.device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        work, (number,) = self.work, batch["number"]
+        ids, _, embeddings = store.read_embeddings(work.embeddings / _name(number))
+        whole = [row for row, e in enumerate(embeddings) if all(t.isfinite().all() for t in e.values())]
+        states, call = [], None
+        if whole:
+            states, call = self._states(number, [ids[row] for row in whole], [embeddings[row] for row in whole], whole)
+        finite = [state for state in states if state.latents.isfinite().all()]
+        expected = len(states) * len(ids) // max(len(whole), 1) if whole else len(ids)
+        store.write_states(work.states / _name(number), finite, call, dropped=expected - len(finite))
+        return {"prompts": [len(ids)]}
+
+    def _states(self, number: int, ids: list[int], embeddings: list[Any], rows: list[int]) -> Any:
+        from ppcl.calibration.encoding import negative_prompt
+        from ppcl.calibration.noising import noise_pictures
+        from ppcl.calibration.recording import record
+
+        work, architecture = self.work, self.teacher.architecture
+        sampling, settings = work.config.sampling, work.config.calibration
+        if settings.source == "images":
+            images = [_texts(work, number)[row]["image"] for row in rows]
+            return noise_pictures(
+                self.pipeline, architecture, ids, embeddings, images, self.teacher.config(), sampling,
+                settings.states_per_prompt, work.config.seed,
+            )  # fmt: skip
+        negative = None
+        if negative_prompt(type(self.pipeline), sampling) is not None:
+            _, _, (negative,) = store.read_embeddings(work.embeddings / _NEGATIVE)
+        return record(
+            self.pipeline, architecture, ids, embeddings, negative, sampling, settings.states_per_prompt, work.config.seed
+        )
+
+
+class _Cache:
+    """A folder of files of which some may be there already, from this job before it was stopped or from another."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.folder, self.names = folder, names
+        marker = folder / _COMPLETE
+        known = json.loads(marker.read_text()) if marker.exists() else {}
+        # A file of the cache may share its disk blocks with one in a job's folder: what was changed there is changed here.
+        for name, sha256 in known.items():
+            path = folder / name
+            if path.exists() and file_sha256(path) != sha256:
+                path.unlink()
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+    def complete(self) -> None:
+        hashes = {name: file_sha256(self.folder / name) for name in self.names}
+        write_atomically(self.folder / _COMPLETE, json.dumps(hashes))
+
+    def link_to(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        for name in self.names:
+            try:
+                os.link(self.folder / name, folder / name)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(self.folder / name, folder / name)
+
+
+def _pass(actor: type, work: _Work, cache: _Cache, numbers: range, progress: Callable[[int], None]) -> None:
+    """Let a pool of actors make the files of a cache that are not there."""
+    missing = [n for n in numbers if not cache.has(_name(n))]
+    if actor is _Encoder and not missing and not cache.has(_NEGATIVE):
+        missing = [0]
+    with pq.ParquetFile(work.embeddings / _TEXTS) as file:
+        sizes = [file.metadata.row_group(n).num_rows for n in numbers]
+    done = sum(sizes) - sum(sizes[n] for n in missing)
+    progress(done)
+    if not missing:
+        return
+    workers = min(work.config.calibration.workers, len(missing))
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = ray.data.from_items([{"number": n} for n in missing], override_num_blocks=min(len(missing), _MOST_BLOCKS))
+    counts = rows.map_batches(
+        actor,
+        fn_constructor_args=[work],
+        batch_size=1,
+        # A pool that grows: a cluster with fewer places than workers still does the work.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+        num_cpus=1,
+        num_gpus=1 if work.device == "cuda" else 0,
+    )
+    for size in _plain_errors(counts.iter_rows()):
+        done += size["prompts"]
+        progress(done)
+
+
+def _plain_errors(rows: Any) -> Iterator[dict[str, Any]]:
+    """The rows; a `UserError` raised in a worker arrives wrapped in Ray's own errors, and leaves as itself."""
+    try:
+        yield from rows
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise UserError(str(cause.args[0])) from None
+
+
+def _cut(config: Config, path: Path) -> int:
+    """Write the prompts as Parquet with one row group a batch, so that each can be read alone; gives their number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = config.calibration
+    schema = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("image", pa.string())])
+    partial = path.with_name(path.name + ".partial")
+    count = 0
+    prompts = read_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.limit)
+    with pq.ParquetWriter(partial, schema) as writer:
+        for batch in batched(prompts, settings.batch_size):
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*batch), schema)]
+            writer.write_table(pa.table(columns, schema=schema))
+            count += len(batch)
+    os.replace(partial, path)
+    return count
+
+
+def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dict[str, Any]:
+    """Split the prompts, write what all samples share, count. Reads no latents and no embeddings."""
+    dropped, samples, call, sampled = 0, 0, None, set()
+    for path in sorted((folder / store.STATES).glob("*.parquet")):
+        here, own_call = store.read_notes(path)
+        ids = pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist()
+        dropped, samples, call = dropped + here, samples + len(ids), call or own_call
+        sampled.update(ids)
+    if not samples:
+        raise UserError(f"all states of the teacher {teacher.folder} are NaN or infinite; check its weights and its precision")
+    ids, texts = [], []
+    for path in sorted((folder / store.PROMPTS).glob("*.parquet")):
+        table = pq.read_table(path, columns=["prompt_id", "prompt"]).to_pydict()
+        kept = [(i, t) for i, t in zip(table["prompt_id"], table["prompt"], strict=True) if i in sampled]
+        ids += [i for i, _ in kept]
+        texts += [t for _, t in kept]
+    if len(set(texts)) < 2:
+        raise UserError("only 1 prompt has finite states and at least 2 are needed; give more prompts or check the teacher")
+    out = held_out(texts, config.seed, config.calibration.held_out)
+    store.write_call(folder, teacher.architecture.transformer, call)
+    store.write_held_out(folder, sorted(ids[row] for row in out))
+    return {"prompts": prompts, "held_out_prompts": len(out), "samples": samples, "dropped": dropped}
+
+
+def _texts(work: _Work, number: int) -> list[dict[str, Any]]:
+    with pq.ParquetFile(work.embeddings / _TEXTS) as file:
+        return file.read_row_group(number).to_pylist()
+
+
+def _image_column(config: Config) -> str | None:
+    return config.calibration.image_column if config.calibration.source == "images" else None
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}.parquet"

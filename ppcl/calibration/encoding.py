@@ -1,0 +1,79 @@
+"""Prompt embeddings by the pipeline's own text encoders, each kept at its own length."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ppcl.architecture import Architecture
+from ppcl.config import Sampling
+
+Embedding = dict[str, torch.Tensor]
+"""One prompt's arguments of the transformer: `encoder_hidden_states` `(T, d)`, `pooled_projections` `(d',)`."""
+
+TEXT = "encoder_hidden_states"
+_PIPELINE_ARGUMENTS = {
+    "encoder_hidden_states": "prompt_embeds",
+    "encoder_hidden_states_mask": "prompt_embeds_mask",
+    "pooled_projections": "pooled_prompt_embeds",
+}
+
+
+@torch.no_grad()
+def encode(pipeline: Any, architecture: Architecture, texts: list[str], sampling: Sampling) -> list[Embedding]:
+    """Embeddings of a batch of prompts, on the CPU, padding cut off: what is left is all valid, the mask is implied."""
+    accepted = inspect.signature(pipeline.encode_prompt).parameters
+    # Families with several text encoders give each the same prompt by default, but some require the argument.
+    arguments = {name: None for name in ("prompt_2", "prompt_3") if name in accepted}
+    if "do_classifier_free_guidance" in accepted:
+        arguments["do_classifier_free_guidance"] = False
+    returned = pipeline.encode_prompt(
+        prompt=texts, **arguments, max_sequence_length=longest_prompt(type(pipeline), sampling)
+    )
+    named = {name: value for name, value in zip(architecture.encoded, returned, strict=True) if name}
+    mask = named.pop(architecture.text_mask, None)
+    embeddings = [{name: value[row].cpu() for name, value in named.items()} for row in range(len(texts))]
+    if mask is not None:
+        for embedding, valid in zip(embeddings, mask.bool().cpu(), strict=True):
+            embedding[TEXT] = embedding[TEXT][valid]
+    return embeddings
+
+
+def longest_prompt(pipeline_class: type, sampling: Sampling) -> int:
+    """The number of tokens the pipeline's own call cuts a prompt to."""
+    default = inspect.signature(pipeline_class.__call__).parameters["max_sequence_length"].default
+    return sampling.arguments.get("max_sequence_length", default)
+
+
+def negative_prompt(pipeline_class: type, sampling: Sampling) -> str | None:
+    """The prompt of the unconditional calls; None where the pipeline makes none."""
+    given = sampling.arguments.get("negative_prompt")
+    # A pipeline that decides by guidance_scale alone encodes an empty one where none is given.
+    by_scale = "do_classifier_free_guidance" in inspect.signature(pipeline_class.encode_prompt).parameters
+    return "" if given is None and by_scale else given
+
+
+def collate(embeddings: list[Embedding], architecture: Architecture) -> dict[str, torch.Tensor | None]:
+    """Prompt arguments of one transformer call: text `(B, T, d)` padded with zeros to the longest, and its mask.
+
+    The mask is None where no text is padded, as in the stock pipeline.
+    """
+    batch: dict[str, torch.Tensor | None] = {
+        name: torch.stack([e[name] for e in embeddings]) for name in embeddings[0] if name != TEXT
+    }
+    batch[TEXT] = torch.nn.utils.rnn.pad_sequence([e[TEXT] for e in embeddings], batch_first=True)
+    if architecture.text_mask:
+        lengths = torch.tensor([len(e[TEXT]) for e in embeddings])
+        mask = (torch.arange(batch[TEXT].shape[1])[None] < lengths[:, None]).long()
+        batch[architecture.text_mask] = None if mask.all() else mask
+    return batch
+
+
+def pipeline_arguments(batch: dict[str, torch.Tensor | None], device: str, negative: bool = False) -> dict[str, Any]:
+    """`collate`'s batch as arguments of the pipeline's call; `negative`: of the unconditional side."""
+    prefix = "negative_" if negative else ""
+    return {
+        prefix + _PIPELINE_ARGUMENTS[name]: None if value is None else value.to(device) for name, value in batch.items()
+    }

@@ -1,0 +1,70 @@
+"""Scores with their uncertainty: bootstrap over pictures, and R, the average relative drop over the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_RESAMPLES = 2000
+
+# Whether each picture shows its caption: category to `(N,)` of 0 and 1.
+Passes = Mapping[str, np.ndarray]
+
+
+def resamples(counts: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
+    """Pictures drawn with replacement within each category: category to `(2000, N)` indices."""
+    rng = np.random.default_rng(seed)
+    return {category: rng.integers(0, n, size=(_RESAMPLES, n)) for category, n in counts.items()}
+
+
+def world_scores(passes: Passes, confidence: float, seed: int) -> dict[str, Any]:
+    """The share of pictures that pass, by category, and their mean over the categories, as GenEval's overall score.
+
+    Each with a percentile bootstrap interval of that confidence.
+    """
+    drawn = _drawn_means(passes, seed)
+    return {
+        "overall": _row(float(np.mean([p.mean() for p in passes.values()])), sum(drawn.values()) / len(drawn), confidence),
+        "categories": {category: _row(float(p.mean()), drawn[category], confidence) for category, p in passes.items()},
+    }
+
+
+def relative_drop(passes: Passes, teachers: Passes, confidence: float, seed: int) -> dict[str, float | None]:
+    """R of PPCL's tables, in %: the mean over categories of (teacher - variant) / teacher.
+
+    The bootstrap is paired: a drawn picture counts for both. Categories the teacher has no hit in say nothing and are
+    left out; R is None where that is all of them.
+    """
+    drawn_variant, drawn_teacher = _drawn_means(passes, seed), _drawn_means(teachers, seed)
+    drops, drawn = [], []
+    for category, p in passes.items():
+        teacher = teachers[category].mean()
+        if teacher > 0:
+            drops.append(100 * float((teacher - p.mean()) / teacher))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                drop = 100 * (drawn_teacher[category] - drawn_variant[category]) / drawn_teacher[category]
+            drawn.append(np.where(drawn_teacher[category] > 0, drop, np.nan))
+    if not drops:
+        return {"R": None, "R_low": None, "R_high": None}
+    rows = np.stack(drawn)
+    rows = rows[:, ~np.isnan(rows).all(axis=0)]
+    low, high = _interval(np.nanmean(rows, axis=0), confidence)
+    return {"R": float(np.mean(drops)), "R_low": low, "R_high": high}
+
+
+def _drawn_means(passes: Passes, seed: int) -> dict[str, np.ndarray]:
+    """The mean of every resample, `(2000,)` a category; the same pictures are drawn for the same seed."""
+    drawn = resamples({category: len(p) for category, p in passes.items()}, seed)
+    return {category: np.asarray(p, np.float64)[drawn[category]].mean(axis=1) for category, p in passes.items()}
+
+
+def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def _row(score: float, drawn: np.ndarray, confidence: float) -> dict[str, float]:
+    low, high = _interval(drawn, confidence)
+    return {"score": score, "low": low, "high": high}

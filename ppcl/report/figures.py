@@ -1,0 +1,289 @@
+"""The report's figures: each function draws one thing and returns a `Drawing`.
+
+Blocks count from 0. Each figure is small enough to be read on a phone at its own size, or else `wide`, which scrolls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.patches import Polygon, Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from ppcl.report import numbers
+from ppcl.report.summary import finite
+from ppcl.report.svg import COLOURS, SERIES, canvas, inline
+from ppcl.variants import TEACHER
+
+COLOUR_MAP = "cividis"  # even steps for every kind of colour vision
+CURVE_POINTS = 300  # more cannot be told apart at this size
+LONGEST_LABEL = 16
+
+_DASHES = ("", "5 3", "1.5 2.5")
+_MARKERS = "osD^v"
+
+Interval = tuple[int, int]
+Table = list[list[float | None]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """How one variant or interval is drawn, in every figure alike."""
+
+    label: str
+    role: str
+    dash: str
+    marker: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """matplotlib's arguments."""
+        style = (0, tuple(float(v) for v in self.dash.split())) if self.dash else "-"
+        return {"color": COLOURS[self.role], "linestyle": style}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure for the page; its legend is set as text beside it, so that it wraps and stays legible."""
+
+    svg: Markup
+    title: str
+    legend: list[Series] = field(default_factory=list)
+    wide: bool = False
+
+
+def series_of(names: Sequence[str]) -> dict[str, Series]:
+    """A look for each name: the teacher in ink, the others by hue, then by dash and marker."""
+    others = [name for name in names if name != TEACHER]
+    looks = {
+        name: Series(name, f"series-{i % SERIES}", _DASHES[i // SERIES % len(_DASHES)], _MARKERS[i % len(_MARKERS)])
+        for i, name in enumerate(others)
+    }
+    return {TEACHER: Series(TEACHER, "ink", "", "o"), **looks}
+
+
+def interval_name(interval: Sequence[int]) -> str:
+    return f"{interval[0]} to {interval[1]}"
+
+
+def block_map(rows: list[dict[str, Any]], blocks: int, spans: list[Interval]) -> Drawing:
+    """Which blocks each variant runs: teacher blocks as cells, an interval's one student as a bar over its blocks."""
+    height = 26 * len(rows) + 48
+    with canvas(720, height) as figure:
+        axes = figure.add_subplot()
+        for y, row in enumerate(rows):
+            inside = {block for first, last in row["intervals"] for block in range(first, last + 1)}
+            for block in sorted(set(range(blocks)) - inside):
+                axes.add_patch(Rectangle((block + 0.08, y - 0.32), 0.84, 0.64, color=COLOURS["faint"], linewidth=0))
+            for first, last in row["intervals"]:
+                width = last - first + 0.84
+                axes.add_patch(Rectangle((first + 0.08, y - 0.32), width, 0.64, color=COLOURS["mark"], linewidth=0))
+        _span_borders(axes, spans, 0)
+        axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
+        ticks = np.arange(0, blocks, 1 if blocks <= 24 else 5)
+        axes.set_xticks(ticks + 0.5, [str(tick) for tick in ticks])
+        axes.set_yticks(range(len(rows)), [_short(row["variant"]) for row in rows], color=COLOURS["ink"])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        told = "; ".join(
+            f"{row['variant']}: " + (", ".join(interval_name(pair) for pair in row["intervals"]) or "no interval replaced")
+            for row in rows
+        )
+        return Drawing(inline(figure, "blocks", f"Blocks replaced by students, by variant. {told}."), "", wide=True)
+
+
+def heat_map(name: str, title: str, table: Table, intervals: list[Interval], spans: list[Interval], low: float) -> Drawing:
+    """CKA of the surrogate that keeps block `u` (row) and is linear up to block `k` (column); intervals outlined."""
+    values = np.array([[np.nan if v is None else v for v in row] for row in table], dtype=float)
+    blocks = len(values)
+    with canvas(340, 320) as figure:
+        axes, bar = figure.subplots(1, 2, width_ratios=[20, 1])
+        axes.imshow(values, cmap=COLOUR_MAP, vmin=low, vmax=1, interpolation="none")
+        for first, last in intervals:
+            corners = _staircase(first, last)
+            axes.add_patch(Polygon(corners, fill=False, edgecolor=COLOURS["paper"], linewidth=3.6, joinstyle="miter"))
+            axes.add_patch(Polygon(corners, fill=False, edgecolor=COLOURS["mark"], linewidth=1.8, joinstyle="miter"))
+        _span_borders(axes, spans, -0.5)
+        axes.set(xlabel="linear up to block k", ylabel="block u kept")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.spines[:].set_visible(False)
+        bar.imshow(np.linspace(1, low, 64)[:, None], cmap=COLOUR_MAP, extent=(0, 1, low, 1), aspect="auto", interpolation="none")
+        bar.set_xticks([])
+        bar.yaxis.tick_right()
+        bar.yaxis.set_major_locator(MaxNLocator(5))
+        bar.spines[:].set_visible(False)
+        upper = values[np.triu_indices(blocks, 1)]
+        told = f"from {np.nanmin(upper):.3f} to {np.nanmax(upper):.3f}" if np.isfinite(upper).any() else "no values"
+        marked = ", ".join(interval_name(pair) for pair in intervals) or "none"
+        label = f"Heat map of CKA, {title}: {blocks} by {blocks} blocks, {told}. Intervals outlined: {marked}."
+        return Drawing(inline(figure, name, label), title)
+
+
+def _staircase(first: int, last: int) -> list[tuple[float, float]]:
+    """The outline of the cells `first ≤ u ≤ k ≤ last`, as (k, u) corners."""
+    corners = [(first - 0.5, first - 0.5), (last + 0.5, first - 0.5), (last + 0.5, last + 0.5)]
+    for block in range(last, first, -1):
+        corners += [(block - 0.5, block + 0.5), (block - 0.5, block - 0.5)]
+    return corners
+
+
+def delta_curves(table: Table, intervals: list[Interval], spans: list[Interval]) -> Drawing:
+    """What similarity each further block costs: the intervals' own curves over all others, with the rise that ends each."""
+    blocks = len(table)
+    with canvas(720, 300) as figure:
+        axes = figure.add_subplot()
+        shown: list[float] = []
+        for u, row in enumerate(table):
+            axes.plot(range(u + 1, blocks), [_nan(v) for v in row[u + 1 :]], color=COLOURS["faint"], linewidth=0.9)
+        for first, last in intervals:
+            axes.axvspan(first - 0.5, last + 0.5, color=COLOURS["mark"], alpha=0.1, linewidth=0)
+            curve = [_nan(v) for v in table[first]]
+            axes.plot(range(first + 1, last + 1), curve[first + 1 : last + 1], color=COLOURS["mark"], marker="o", markersize=4)
+            if last + 1 < blocks:
+                axes.plot([last, last + 1], curve[last : last + 2], color=COLOURS["mark"], linestyle=(0, (2, 2)), linewidth=1.4)
+            shown += curve[first + 1 : last + 2]
+        _span_borders(axes, spans, -0.5)
+        seen = [v for v in shown if np.isfinite(v)]
+        if seen:
+            # Curves of other starts may leave the frame: the intervals' own are what is to be read.
+            margin = 0.12 * (max(seen) - min(seen)) or 0.01
+            axes.set_ylim(min(seen) - margin, max(seen) + margin)
+        axes.axhline(0, color=COLOURS["rule"], linewidth=0.8, zorder=0)
+        axes.set(xlim=(-0.5, blocks - 0.5), xlabel="block k", ylabel="Δ(u, k)")
+        axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+        marked = ", ".join(interval_name(pair) for pair in intervals) or "none"
+        label = f"Curves of the similarity each further block costs, from every start. Intervals: {marked}."
+        return Drawing(inline(figure, "delta", label), "", wide=True)
+
+
+def loss_curves(trained: dict[str, Any]) -> Drawing:
+    """The distillation loss of each interval's student over the steps, on a logarithmic scale."""
+    looks = series_of(sorted(trained))
+    with canvas(720, 320) as figure:
+        axes = figure.add_subplot()
+        for name in sorted(trained):
+            steps, losses = _thinned([(p["step"], _nan(p["loss"])) for p in trained[name]["curve"]])
+            single = {"marker": "o"} if len(steps) == 1 else {}
+            axes.plot(steps, losses, linewidth=1.5, **single, **looks[name].line)
+        if any((finite(p["loss"]) or 0) > 0 for interval in trained.values() for p in interval["curve"]):
+            axes.set_yscale("log")
+            _plain_log(axes)
+        axes.grid(axis="y")
+        axes.set(xlabel="step", ylabel="loss")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ends = "; ".join(f"{n}: {numbers.significant(finite(trained[n]['curve'][-1]['loss']))}" for n in sorted(trained) if trained[n]["curve"])
+        legend = [looks[name] for name in sorted(trained)]
+        return Drawing(inline(figure, "loss", f"Distillation loss by step. Last values: {ends}."), "", legend, wide=True)
+
+
+def velocity_curves(measured: dict[str, Any], looks: dict[str, Series]) -> Drawing | None:
+    """Velocity error by timestep, the noise at the left as in sampling. The teacher's own is zero and not drawn."""
+    names = [name for name in looks if name != TEACHER and measured.get(name, {}).get("velocity_by_timestep")]
+    if not names:
+        return None
+    with canvas(720, 320) as figure:
+        axes = figure.add_subplot()
+        for name in names:
+            points = sorted((p["timestep"], _nan(p["error"])) for p in measured[name]["velocity_by_timestep"])
+            axes.plot(*zip(*points), marker=looks[name].marker, markersize=4.5, **looks[name].line)
+        axes.grid(axis="y")
+        axes.set_ylim(bottom=0)
+        axes.invert_xaxis()
+        axes.set(xlabel="timestep, as the share of noise (sampling goes from left to right)", ylabel="velocity error")
+        told = "; ".join(f"{name}: {numbers.significant(finite(measured[name].get('velocity_error')))} on average" for name in names)
+        legend = [looks[name] for name in names]
+        return Drawing(inline(figure, "velocity", f"Velocity error by timestep. {told}."), "", legend, wide=True)
+
+
+def size_scatter(rows: list[dict[str, Any]], looks: dict[str, Series], key: str, title: str) -> Drawing | None:
+    """Quality against size; `key` is `R` (in %, with its interval of confidence) or `velocity_error`."""
+    drawn = [row for row in rows if row["share"] is not None and row[key] is not None]
+    if not any(row["variant"] != TEACHER for row in drawn):
+        return None
+    with canvas(350, 270) as figure:
+        axes = figure.add_subplot()
+        for row in drawn:
+            look = looks[row["variant"]]
+            x, y = 100 * row["share"], row[key]
+            low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+            if low is not None and high is not None:
+                axes.plot([x, x], [low, high], color=COLOURS[look.role], linewidth=1.4)
+            axes.plot([x], [y], look.marker, color=COLOURS[look.role], markersize=8, markeredgecolor=COLOURS["paper"])
+        axes.grid()
+        axes.margins(0.12)
+        if key != "R":
+            axes.set_ylim(bottom=0)
+        axes.set(xlabel="share of the teacher's parameters, %", ylabel="R, % (lower is better)" if key == "R" else title.lower())
+        told = "; ".join(f"{row['variant']}: {100 * row['share']:.1f} %, {numbers.significant(row[key])}" for row in drawn)
+        label = f"{title} against the share of the teacher's parameters. {told}."
+        return Drawing(inline(figure, f"size-{key}", label), title, [looks[row["variant"]] for row in drawn])
+
+
+def category_scores(measured: dict[str, Any], looks: dict[str, Series]) -> list[Drawing]:
+    """World score with its interval of confidence, one small figure a category, one line a variant."""
+    worlds = {name: measured[name]["world"] for name in looks if (measured.get(name) or {}).get("world")}
+    categories = dict.fromkeys(category for world in worlds.values() for category in world["categories"])
+    return [_category(index, category, worlds, looks) for index, category in enumerate(categories)]
+
+
+def _category(index: int, category: str, worlds: dict[str, Any], looks: dict[str, Series]) -> Drawing:
+    title = category.replace("_", " ")
+    told = []
+    with canvas(330, 24 * len(worlds) + 34) as figure:
+        axes = figure.add_subplot()
+        for y, (name, world) in enumerate(worlds.items()):
+            scores = {key: finite(value) for key, value in world["categories"].get(category, {}).items()}
+            if scores.get("score") is None:
+                continue
+            score, colour = 100 * scores["score"], COLOURS[looks[name].role]
+            if scores.get("low") is not None and scores.get("high") is not None:
+                axes.plot([100 * scores["low"], 100 * scores["high"]], [y, y], color=colour, linewidth=2)
+            axes.plot([score], [y], looks[name].marker, color=colour, markersize=7, markeredgecolor=COLOURS["paper"], clip_on=False)
+            axes.annotate(f"{score:.0f}", (1, y), (8, 0), ("axes fraction", "data"), "offset points", va="center", color=COLOURS["ink"])
+            told.append(f"{name} {score:.0f} %")
+        axes.set(xlim=(0, 100), ylim=(len(worlds) - 0.5, -0.5))
+        axes.set_xticks([0, 25, 50, 75, 100])
+        axes.set_yticks(range(len(worlds)), [_short(name) for name in worlds])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        return Drawing(inline(figure, f"category-{index}", f"World score, {title}: {', '.join(told)}."), title)
+
+
+def _span_borders(axes: Axes, spans: list[Interval], offset: float) -> None:
+    """Dashed lines where one block list ends and the next begins."""
+    for start, _ in spans[1:]:
+        axes.axvline(start + offset, color=COLOURS["soft"], linewidth=1, linestyle=(0, (4, 3)))
+
+
+def _plain_log(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers, also where it spans less than a decade."""
+    low, high = axes.get_ylim()
+    decades = np.log10(high / low)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _thinned(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """At most `CURVE_POINTS` points, each the mean of its neighbours."""
+    array = np.array(points, dtype=float).reshape(-1, 2)
+    parts = np.array_split(array, min(CURVE_POINTS, len(array))) if len(array) else []
+    means = np.array([part.mean(axis=0) for part in parts]).reshape(-1, 2)
+    return means[:, 0], means[:, 1]
+
+
+def _short(name: str) -> str:
+    name = "".join(letter for letter in name if letter.isprintable())
+    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+
+
+def _nan(value: float | None) -> float:
+    number = finite(value)
+    return float("nan") if number is None else number

@@ -1,0 +1,185 @@
+"""The report as one HTML file that loads nothing: figures as inline SVG, pictures as data URLs, no script."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from ppcl.artifacts import write_atomically
+from ppcl.plan import Interval
+from ppcl.report import figures, numbers
+from ppcl.report.pictures import picture_rows
+from ppcl.report.results import Results, read_results
+from ppcl.report.summary import finite, rows_of
+from ppcl.variants import TEACHER
+
+REPORT = "report.html"
+
+STREAMS = {"img": "image stream", "txt": "text stream", "mean": "mean of both"}
+
+# Columns whose best variant is hinted at; what follows from the size alone is not.
+_HIGHER_IS_BETTER = {
+    "speed_up": True, "velocity_error": False, "psnr": True, "ssim": True, "world": True, "R": False,
+}  # fmt: skip
+
+
+def write_report(root: Path) -> Path:
+    """Write `report.html` at the job's root from the stages that are there, and return its path.
+
+    Raises `UserError` where `root` is no job's folder or the file cannot be written.
+    """
+    results = read_results(root)
+    environment = Environment(
+        loader=PackageLoader("ppcl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.globals["numbers"] = numbers
+    html = environment.get_template("report.html.j2").render(_context(results))
+    path = results.root / REPORT
+    write_atomically(path, html)
+    return path
+
+
+def _context(results: Results) -> dict[str, Any]:
+    rows = rows_of(results)
+    looks = figures.series_of([row["variant"] for row in rows])
+    detection, evaluation = results.stage("detection"), results.stage("evaluation")
+    measured = evaluation.get("variants", {})
+    quality = [figures.size_scatter(rows, looks, "R", "R"), figures.size_scatter(rows, looks, "velocity_error", "Velocity error")]
+    return {
+        "teacher": _teacher_name(results.manifest["job"]),
+        "lead": _lead(rows),
+        "facts": _facts(results),
+        "settings": _settings(results),
+        "stages": results.manifest["stages"],
+        "absent": results.absent,
+        "rows": rows,
+        "best": best_of(rows),
+        "block_map": _block_map(results, rows),
+        "detection": detection,
+        "intervals": [tuple(pair) for pair in detection.get("intervals", [])],
+        "interval_name": figures.interval_name,
+        "heat_maps": _heat_maps(detection, "cka"),
+        "heat_maps_standardized": _heat_maps(detection, "cka_standardized"),
+        "deltas": _deltas(detection),
+        "training": results.stage("students"),
+        "losses": figures.loss_curves(results.stage("students")["intervals"]) if "students" in results.stages else None,
+        "students": _students(results),
+        "velocity": figures.velocity_curves(measured, looks),
+        "quality": [drawing for drawing in quality if drawing],
+        "categories": figures.category_scores(measured, looks),
+        "pictures": picture_rows(results, list(looks)),
+        "sampling": evaluation.get("sampling", {}),
+    }
+
+
+def _teacher_name(job: dict[str, Any]) -> str:
+    return Path(str(job.get("teacher", TEACHER))).name
+
+
+def _lead(rows: list[dict[str, Any]]) -> str:
+    """The result in one sentence."""
+    shares = sorted(row["share"] for row in rows if row["variant"] != TEACHER and row["share"] is not None)
+    if not shares:
+        return "No variant has been made yet."
+    low, high = (numbers.percent(share, 0) for share in (shares[0], shares[-1]))
+    if len(shares) == 1:
+        return f"One variant, with {low} of the teacher's parameters."
+    return f"{len(shares)} variants from one set of students, with {low} to {high} of the teacher's parameters."
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    """What the header tells of the job."""
+    made = results.stage("variants").get("teacher", {})
+    blocks = made.get("blocks", results.stage("detection").get("blocks"))
+    facts = [
+        ("Blocks", None if blocks is None else str(blocks)),
+        ("Parameters", numbers.count(made["parameters"]) if made else None),
+        ("Device", results.stage("evaluation").get("device")),
+        ("Written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+        ("ppcl", _version()),
+    ]
+    return [(name, value) for name, value in facts if value is not None]
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ppcl")
+    except metadata.PackageNotFoundError:
+        return "not installed, run from its source"
+
+
+def _settings(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the job was made with, by section: the plain values of the manifest and of the stage artifacts."""
+    groups = {
+        "job": results.manifest["job"],
+        "detection": results.stage("detection"),
+        "distillation": results.stage("students"),
+        "sampling": results.stage("evaluation").get("sampling", {}),
+    }
+    told = {
+        name: [(key, str(value)) for key, value in values.items() if isinstance(value, str | int | float | bool) or key == "arguments"]
+        for name, values in groups.items()
+    }
+    return [(name, pairs) for name, pairs in told.items() if pairs]
+
+
+def best_of(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The best variant of each measured column; none where fewer than two were measured or the best is a tie."""
+    best = {}
+    for key, higher in _HIGHER_IS_BETTER.items():
+        found = sorted(
+            ((row[key], row["variant"]) for row in rows if row["variant"] != TEACHER and row[key] is not None), reverse=higher
+        )
+        if len(found) > 1 and found[0][0] != found[1][0]:
+            best[key] = found[0][1]
+    return best
+
+
+def _block_map(results: Results, rows: list[dict[str, Any]]) -> figures.Drawing | None:
+    teacher = results.stage("variants").get("teacher")
+    return figures.block_map(rows, teacher["blocks"], teacher["spans"]) if teacher else None
+
+
+def _heat_maps(detection: dict[str, Any], key: str) -> list[figures.Drawing]:
+    """The heat maps of all streams on one scale, so that they can be compared."""
+    tables = detection.get(key) or {}
+    values = [value for table in tables.values() for row in table for value in row if finite(value) is not None]
+    low = min(values, default=0.0)
+    low = low if low < 1 else 0.0
+    return [
+        figures.heat_map(
+            f"{key}-{stream}", STREAMS[stream], tables[stream], detection["intervals"], detection["spans"], low
+        )
+        for stream in STREAMS
+        if stream in tables
+    ]  # fmt: skip
+
+
+def _deltas(detection: dict[str, Any]) -> figures.Drawing | None:
+    return figures.delta_curves(detection["delta"], detection["intervals"], detection["spans"]) if detection else None
+
+
+def _students(results: Results) -> list[dict[str, Any]]:
+    """One dict an interval that was trained: its blocks, its losses at the start and the end, and its damage."""
+    damage = results.stage("variants").get("damage", {})
+    students = []
+    for name, trained in sorted(results.stage("students").get("intervals", {}).items()):
+        curve = trained["curve"]
+        interval = Interval(*(int(block) for block in name.split("-")))
+        students.append(
+            {
+                "blocks": figures.interval_name(interval),
+                "removed": interval.removed,
+                "first": finite(curve[0]["loss"]) if curve else None,
+                "last": finite(curve[-1]["loss"]) if curve else None,
+                "img": finite(curve[-1].get("img")) if curve else None,
+                "txt": finite(curve[-1].get("txt")) if curve else None,
+                "seconds": finite(trained.get("seconds")),
+                "damage": finite(damage.get(name)),
+            }
+        )
+    return students

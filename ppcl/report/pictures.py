@@ -1,0 +1,80 @@
+"""The picture grid: the teacher's and every variant's picture of the same prompts and seeds, as data URLs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from ppcl.report.results import Results
+from ppcl.variants import TEACHER
+
+ROWS = 8
+LARGEST = 384  # pixels: larger pictures are shown smaller, or the page of a 1024² model would weigh 60 MB
+PIXELATED = 128  # pixels: smaller ones are enlarged without smoothing
+
+
+def picture_rows(results: Results, names: list[str]) -> list[dict[str, Any]]:
+    """Up to `ROWS` prompts: the first of each category, then the second of each, and so on.
+
+    Each row holds `prompt`, `category` and `pictures`; a picture holds `variant`, `source` (`None` where the file is
+    not there), `alt`, `right` (`None` without a checker) and `pixelated`.
+    """
+    evaluation = results.stage("evaluation")
+    prompts, right = evaluation.get("prompts", []), evaluation.get("right", {})
+    folder = results.root / "evaluation" / "pictures"
+    rows = []
+    for index in _chosen([prompt.get("category") for prompt in prompts]):
+        pictures = []
+        for name in names:
+            verdict = right[name][index] if index < len(right.get(name, [])) else None
+            source, pixelated = _data_url(folder, folder / name / f"{index:04d}.png")
+            said = "" if verdict is None else ", found right" if verdict else ", found wrong"
+            maker = "the teacher" if name == TEACHER else name
+            pictures.append(
+                {
+                    "variant": name,
+                    "source": source,
+                    "pixelated": pixelated,
+                    "right": verdict,
+                    "alt": f"“{prompts[index]['text']}” by {maker}{said}",
+                }
+            )
+        if any(picture["source"] for picture in pictures):
+            rows.append({"prompt": prompts[index]["text"], "category": prompts[index].get("category"), "pictures": pictures})
+    return rows
+
+
+def _chosen(categories: list[str | None]) -> list[int]:
+    """Indices of the prompts shown, in order of their category and then of the prompt file."""
+    seen: dict[str | None, int] = {}
+    ranked = []
+    for index, category in enumerate(categories):
+        seen[category] = seen.get(category, -1) + 1
+        ranked.append((seen[category], index))
+    order = list(seen)
+    return sorted((index for _, index in sorted(ranked)[:ROWS]), key=lambda i: (order.index(categories[i]), i))
+
+
+def _data_url(folder: Path, path: Path) -> tuple[str | None, bool]:
+    """The picture as a data URL, and whether it is small; `None` where it is no picture inside `folder`."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return None, False
+    try:
+        with Image.open(path) as image:
+            picture = image.convert("RGB")
+    except (OSError, UnidentifiedImageError):
+        return None, False
+    pixelated = max(picture.size) < PIXELATED
+    buffer = io.BytesIO()
+    if max(picture.size) > LARGEST:
+        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+        picture.save(buffer, "JPEG", quality=90)
+        kind = "jpeg"
+    else:
+        picture.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", pixelated

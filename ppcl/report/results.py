@@ -1,0 +1,49 @@
+"""What a job has made so far, read for the report: a stage that is not there is told, never an error."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppcl.artifacts import Artifacts
+
+STAGE_FILES = {
+    "detection": "detection.json",
+    "students": "training.json",
+    "variants": "variants.json",
+    "evaluation": "evaluation.json",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The parsed stage artifacts. `stages` holds those that could be read, `absent` says of each other one why not."""
+
+    root: Path
+    manifest: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+    absent: dict[str, str]
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """A stage's artifact, or `{}` where it is not there."""
+        return self.stages.get(name, {})
+
+
+def read_results(root: Path) -> Results:
+    """Read every stage that the manifest calls complete. Raises `UserError` where `root` is no job's folder."""
+    artifacts = Artifacts(root)
+    manifest = artifacts.manifest()
+    stages, absent = {}, {}
+    for stage, name in STAGE_FILES.items():
+        if stage not in manifest["stages"]:
+            absent[stage] = f"The stage {stage} has not run yet."
+            continue
+        try:
+            stages[stage] = json.loads(artifacts.path(stage, name).read_text())
+        except FileNotFoundError:
+            absent[stage] = f"The file {stage}/{name} is gone; running the job again makes it anew."
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            absent[stage] = f"The file {stage}/{name} cannot be read ({error}); running the job again makes it anew."
+    return Results(artifacts.root, manifest, stages, absent)

@@ -1,0 +1,59 @@
+"""The summary table's data: one row a variant, the teacher first."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ppcl.report.results import Results, read_results
+from ppcl.variants import TEACHER
+
+
+def summary_rows(root: Path) -> list[dict[str, Any]]:
+    """One dict a variant, the teacher first, then from large to small; `None` stands for what was not measured.
+
+    Keys: `variant`, `blocks` (that run), `parameters`, `share` (of the teacher's parameters), `budget`, `intervals`,
+    `seconds_per_step`, `speed_up` (times faster than the teacher), `velocity_error`, `psnr` (dB), `ssim`, `world`,
+    `world_low`, `world_high` (shares of pictures that are right), `R`, `R_low`, `R_high` (relative drop, %).
+    """
+    return rows_of(read_results(root))
+
+
+def rows_of(results: Results) -> list[dict[str, Any]]:
+    made, measured = results.stage("variants"), results.stage("evaluation").get("variants", {})
+    plans = {**made.get("variants", {})}
+    if made.get("teacher"):
+        plans[TEACHER] = {"share": 1.0, "intervals": [], **plans.get(TEACHER, {}), **made["teacher"]}
+    names = dict.fromkeys([*plans, *measured])
+    rows = [_row(name, plans.get(name, {}), measured.get(name, {}), measured.get(TEACHER, {})) for name in names]
+    return sorted(rows, key=lambda row: (row["variant"] != TEACHER, -(row["parameters"] or 0)))
+
+
+def _row(name: str, plan: dict[str, Any], measured: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+    seconds, reference = finite(measured.get("seconds_per_step")), finite(teacher.get("seconds_per_step"))
+    overall = (measured.get("world") or {}).get("overall", {})
+    return {
+        "variant": name,
+        "blocks": plan.get("blocks"),
+        "parameters": plan.get("parameters"),
+        "share": finite(plan.get("share")),
+        "budget": finite(plan.get("budget")),
+        "intervals": [tuple(pair) for pair in plan.get("intervals", [])],
+        "seconds_per_step": seconds,
+        "speed_up": reference / seconds if seconds and reference else None,
+        "velocity_error": finite(measured.get("velocity_error")),
+        "psnr": finite(measured.get("psnr")),
+        "ssim": finite(measured.get("ssim")),
+        "world": finite(overall.get("score")),
+        "world_low": finite(overall.get("low")),
+        "world_high": finite(overall.get("high")),
+        "R": finite(measured.get("R")),
+        "R_low": finite(measured.get("R_low")),
+        "R_high": finite(measured.get("R_high")),
+    }
+
+
+def finite(value: Any) -> float | None:
+    """A number that can be drawn and compared, else `None`: JSON from Python may hold NaN and Infinity."""
+    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,93 @@
+"""A finished job, opened: the teacher by reference, its students, and every variant of them as a stock pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppcl.artifacts import Artifacts
+from ppcl.errors import UserError
+from ppcl.plan import Interval
+from ppcl.plug import Switch
+from ppcl.teacher import Teacher
+from ppcl.variants import TEACHER, Family, Variant, sizes, students_in, trained
+
+CUSTOM = "custom"
+
+
+class Result:
+    """The folder that `ppcl compress` wrote. Its students and variants are complete and intact, its teacher the same.
+
+    `teacher`: where the teacher's folder is now, if it has moved. Raises `UserError` where a stage is missing, a file
+    is damaged, or the teacher is gone or another one.
+    """
+
+    def __init__(self, folder: str | Path, teacher: str | Path | None = None):
+        self.artifacts = Artifacts(folder)
+        job = self.artifacts.manifest()["job"]
+        for stage in ("students", "variants"):
+            if self.artifacts.entry(stage) is None:
+                raise UserError(f"{self.artifacts.root} has no {stage} yet; run ppcl compress again, which goes on from there")
+            damaged = self.artifacts.damaged(stage)
+            if damaged:
+                raise UserError(
+                    f"{self.artifacts.path(damaged[0])} is damaged or gone (its sha256 differs from the manifest's); "
+                    "run ppcl compress again, which makes it anew"
+                )
+        self.teacher = _teacher(Path(teacher or job["teacher"]), job["teacher_sha256"])
+        self.family = Family.from_json(json.loads(self.artifacts.path("variants", "variants.json").read_text()))
+        self.students = students_in(self.artifacts.path("students"))
+        self._switch = Switch(self.teacher, self.students)
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        return self.family.variants
+
+    def variant(self, choice: str | Sequence[Sequence[int]]) -> Variant:
+        """A named variant, or any intervals that have students. Raises `UserError` with what there is to choose from."""
+        if not isinstance(choice, str):
+            intervals = trained(choice, self.students, self.family.spans)
+            return sizes(self.teacher, self.students).variant(CUSTOM, intervals)
+        if choice not in self.variants:
+            raise UserError(f"there is no variant {choice!r}; there are {', '.join(self.variants)}")
+        return self.variants[choice]
+
+    def pipeline(
+        self,
+        variant: str | Sequence[Sequence[int]] = TEACHER,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        """A stock diffusers pipeline with the variant plugged in."""
+        intervals = self._intervals(variant)
+        pipeline = self.teacher.pipeline(device, dtype)
+        self._switch(pipeline.transformer, intervals)
+        return pipeline
+
+    def switch(self, pipeline: Any, variant: str | Sequence[Sequence[int]]) -> None:
+        """Turn a pipeline of `pipeline()` into another variant. Moves references only; students load when first used.
+
+        Not while the pipeline is running. `UserError` leaves it as it was.
+        """
+        self._switch(pipeline.transformer, self._intervals(variant))
+
+    def _intervals(self, choice: str | Sequence[Sequence[int]]) -> tuple[Interval, ...]:
+        if isinstance(choice, str):
+            return self.variant(choice).intervals
+        return tuple(trained(choice, self.students, self.family.spans))
+
+
+def _teacher(folder: Path, sha256: str) -> Teacher:
+    if not folder.is_dir():
+        raise UserError(f"the teacher's folder {folder} is gone; give its new place as teacher=")
+    teacher = Teacher(folder)
+    if teacher.sha256() != sha256:
+        raise UserError(
+            f"the transformer in {folder} is not the teacher of this result (its sha256 differs from the manifest's); "
+            "give the unchanged teacher's place as teacher="
+        )
+    return teacher

@@ -1,0 +1,128 @@
+"""A finished job without the work: stage artifacts as a small compression leaves them, with pictures of the shapes world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ppcl.artifacts import Artifacts
+from ppcl.demo import world
+
+BLOCKS = 16
+INTERVALS = [(1, 2), (4, 6), (7, 8), (9, 11), (13, 14)]
+VARIANTS = {"0.9": (0.9, [1]), "0.8": (0.8, [1, 3]), "0.7": (0.7, [0, 1, 2, 3]), "all": (None, [0, 1, 2, 3, 4])}
+PROMPTS = 12
+
+
+def job(root: Path, stages: tuple[str, ...] = ("detection", "students", "variants", "evaluation"), **changes: Any) -> Path:
+    """A job's folder with those stages complete. `changes` replaces a stage's artifact by a function of it."""
+    rng = np.random.default_rng(0)
+    artifacts = Artifacts(root)
+    artifacts.start({"teacher": "/models/shapes-qwen", "teacher_sha256": "ab" * 32, "prompts": "cd" * 32})
+    made = {"detection": detection(), "students": training(rng), "variants": variants(), "evaluation": evaluation(rng)}
+    names = {"detection": "detection.json", "students": "training.json", "variants": "variants.json", "evaluation": "evaluation.json"}
+    for index, stage in enumerate(stages):
+        folder = artifacts.path(stage)
+        folder.mkdir()
+        content = changes.get(stage, lambda same: same)(made[stage])
+        (folder / names[stage]).write_text(json.dumps(content))
+        if stage == "evaluation":
+            pictures(folder / "pictures", content, rng)
+        artifacts.commit(stage, key=f"{index:016x}", seconds=41.5 * 4**index)
+    return artifacts.root
+
+
+def table(sharp: float, shift: float) -> list[list[float | None]]:
+    """CKA that falls with the distance, and faster across the borders between intervals."""
+    border = np.full(BLOCKS, 2.2)
+    for first, last in INTERVALS:
+        border[first + 1 : last + 1] = np.linspace(1.0, 0.4, last - first)
+    depth = np.cumsum(border)
+    fallen = 1 - sharp * np.abs(depth[None] - depth[:, None] + shift * np.sin(np.arange(BLOCKS))) / depth[-1]
+    np.fill_diagonal(fallen, 1)
+    return [[float(fallen[u, k]) if k >= u else None for k in range(BLOCKS)] for u in range(BLOCKS)]
+
+
+def detection() -> dict[str, Any]:
+    cka = {"img": table(0.3, 0.2), "txt": table(0.08, 0.1), "mean": table(0.19, 0.15)}
+    delta = [
+        [None if k < u else 0.0 if k == u else cka["mean"][u][k - 1] - cka["mean"][u][k] for k in range(BLOCKS)]
+        for u in range(BLOCKS)
+    ]
+    return {
+        "blocks": BLOCKS, "spans": [[0, BLOCKS]], "stream": "mean", "standardize": False, "cka": cka,
+        "cka_standardized": {"img": table(0.5, 0.2), "txt": table(0.3, 0.1), "mean": table(0.4, 0.1)},
+        "delta": delta, "intervals": [list(pair) for pair in INTERVALS], "method": "first_difference",
+    }  # fmt: skip
+
+
+def training(rng: np.random.Generator) -> dict[str, Any]:
+    intervals = {}
+    for index, (first, last) in enumerate(INTERVALS):
+        steps = np.arange(0, 2000, 5)
+        img = (0.1 + 0.05 * index) * (0.25 + np.exp(-steps / (200 + 60 * index))) * rng.lognormal(0, 0.08, len(steps))
+        curve = [{"step": int(s), "loss": float(1.4 * a), "img": float(a), "txt": float(0.4 * a)} for s, a in zip(steps, img)]
+        intervals[f"{first:02d}-{last:02d}"] = {"curve": curve, "seconds": 341.2}
+    return {"steps": 2000, "batch_size": 32, "start": "affine", "loss": "normalized", "intervals": intervals}
+
+
+def variants() -> dict[str, Any]:
+    block, rest = 280_000, 330_000
+    total = BLOCKS * block + rest
+    made = {"teacher": {"intervals": [], "parameters": total, "share": 1.0, "blocks": BLOCKS, "budget": None}}
+    for name, (budget, on) in VARIANTS.items():
+        intervals = [INTERVALS[i] for i in on]
+        removed = sum(last - first for first, last in intervals)
+        made[name] = {
+            "intervals": [list(pair) for pair in intervals], "parameters": total - removed * block,
+            "share": (total - removed * block) / total, "blocks": BLOCKS - removed, "budget": budget,
+        }  # fmt: skip
+    return {
+        "teacher": {"parameters": total, "blocks": BLOCKS, "spans": [[0, BLOCKS]]},
+        "damage": {f"{u:02d}-{v:02d}": 0.012 * (v - u) for u, v in INTERVALS},
+        "variants": made,
+    }
+
+
+def evaluation(rng: np.random.Generator) -> dict[str, Any]:
+    measured = {}
+    for index, name in enumerate(["teacher", *VARIANTS]):
+        scores = {c: float(np.clip(0.93 - 0.055 * index - 0.04 * i, 0, 1)) for i, c in enumerate(world.CATEGORIES)}
+        rows = {c: {"score": s, "low": max(0, s - 0.11), "high": min(1, s + 0.08)} for c, s in scores.items()}
+        overall = sum(scores.values()) / len(scores)
+        measured[name] = {
+            "velocity_error": 0.021 * index**1.4,
+            "velocity_by_timestep": [
+                {"timestep": t, "error": 0.02 * index**1.4 * (0.5 + 2 * (t - 0.4) ** 2)} for t in np.linspace(0.05, 0.95, 10)
+            ],
+            "psnr": None if index == 0 else 31 - 3.2 * index, "ssim": None if index == 0 else 0.98 - 0.05 * index,
+            "seconds_per_step": 0.082 * (1 - 0.11 * index),
+            "world": {"overall": {"score": overall, "low": overall - 0.05, "high": overall + 0.04}, "categories": rows},
+            "R": 6.1 * index, "R_low": 6.1 * index - 2.4 * (index > 0), "R_high": 6.1 * index + 2.8 * (index > 0),
+        }  # fmt: skip
+    chosen = [c for category in world.CATEGORIES for c in [x for x in world.captions() if x.category == category][3:5][: PROMPTS]]
+    return {
+        "variants": measured,
+        "prompts": [{"text": caption.text, "category": caption.category} for caption in chosen[:PROMPTS]],
+        "sampling": {"steps": 20, "height": world.CANVAS, "width": world.CANVAS, "arguments": {"true_cfg_scale": 3.0}},
+        "device": "cpu",
+    }  # fmt: skip
+
+
+def pictures(folder: Path, content: dict[str, Any], rng: np.random.Generator) -> None:
+    """A true picture of each prompt for the teacher; the smaller a variant, the more often it draws another prompt's."""
+    texts = [prompt["text"] for prompt in content["prompts"]]
+    known = {caption.text for caption in world.captions()}
+    for strength, name in enumerate(content["variants"]):
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            continue
+        for index, text in enumerate(texts):
+            drawn = texts[(index + 1) % len(texts)] if rng.random() < 0.12 * strength else text
+            drawn = drawn if drawn in known else "a photo of a red circle"
+            path = folder / name / f"{index:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(world.render(world.scene(drawn, rng))).save(path)
