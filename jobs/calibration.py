@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import batched
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,15 @@ def calibrate(
 ) -> dict[str, Any]:
     """Make the calibration set in `folder`; gives the numbers of its prompts and samples.
 
-    Embeddings are kept in `cache` beside `folder` for a later run with other trajectories; unfinished states too.
+    What the actors make is kept in `cache` beside `folder`, on the same disk blocks: a run that was stopped goes on from
+    it, and one with other trajectory settings takes the embeddings.
     `progress(done, total)` counts prompts, each once encoded and once sampled. Raises `UserError`, also for what goes
     wrong in a worker.
     """
     work = _Work.of(config, teacher, folder.parent / "cache")
+    for path in work.states.parent.glob("states-*"):
+        if path != work.states:
+            shutil.rmtree(path)
     count = _cut(config, work.embeddings / _TEXTS)
     numbers = range(math.ceil(count / config.calibration.batch_size))
 
@@ -63,9 +67,7 @@ def calibrate(
         shutil.rmtree(folder / name, ignore_errors=True)
     encoded.link_to(folder / store.PROMPTS)
     sampled.link_to(folder / store.STATES)
-    info = _finish(config, teacher, folder, count)
-    shutil.rmtree(work.states)
-    return info
+    return _finish(config, teacher, folder, count)
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def _cut(config: Config, path: Path) -> int:
     count = 0
     prompts = read_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.limit)
     with pq.ParquetWriter(partial, schema) as writer:
-        for batch in batched(prompts, settings.batch_size):
+        while batch := list(islice(prompts, settings.batch_size)):
             columns = [pa.array(column, field.type) for column, field in zip(zip(*batch), schema)]
             writer.write_table(pa.table(columns, schema=schema))
             count += len(batch)
@@ -287,14 +289,14 @@ def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dic
     dropped, samples, call, sampled = 0, 0, None, set()
     for path in sorted((folder / store.STATES).glob("*.parquet")):
         here, own_call = store.read_notes(path)
-        ids = pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_pylist()
+        ids = pq.read_table(path, columns=["prompt_id"], partitioning=None)["prompt_id"].to_pylist()
         dropped, samples, call = dropped + here, samples + len(ids), call or own_call
         sampled.update(ids)
     if not samples:
         raise UserError(f"all states of the teacher {teacher.folder} are NaN or infinite; check its weights and its precision")
     ids, texts = [], []
     for path in sorted((folder / store.PROMPTS).glob("*.parquet")):
-        table = pq.read_table(path, columns=["prompt_id", "prompt"]).to_pydict()
+        table = pq.read_table(path, columns=["prompt_id", "prompt"], partitioning=None).to_pydict()
         kept = [(i, t) for i, t in zip(table["prompt_id"], table["prompt"], strict=True) if i in sampled]
         ids += [i for i, _ in kept]
         texts += [t for _, t in kept]
