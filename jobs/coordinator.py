@@ -81,14 +81,14 @@ class Job:
             "probes",
             "one affine map a block and stream, in closed form",
             base,
-            lambda folder, update, key: fit_probes(config, self.teacher, calibration, folder, update),
+            lambda folder, update, key: fit_probes(config, self.teacher, calibration, folder, self.device, update),
         )
         base = [*base, _settings(config, "detection")]
         yield Stage(
             "detection",
             "CKA of every interval, and the contiguous redundant ones",
             base,
-            lambda folder, update, key: detect(config, path("probes"), folder),
+            lambda folder, update, key: detect(config, self.teacher, path("probes"), folder, update),
         )
         found = json.loads(path("detection", "detection.json").read_text())
         intervals = [Interval(*pair) for pair in found["intervals"]]

@@ -83,7 +83,7 @@ def load_student(path: Path, teacher: Teacher, device: str = "cpu", dtype: torch
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
     except (SafetensorError, OSError) as error:
         raise UserError(f"the student {path} cannot be read as safetensors ({error}); run ppcl compress again") from None
     architecture = teacher.architecture

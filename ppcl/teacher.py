@@ -66,7 +66,7 @@ class Teacher:
         if not single.exists():
             raise UserError(f"{folder} holds no diffusion_pytorch_model.safetensors; save the transformer as safetensors")
         with _open(single) as file:
-            return {name: single for name in file.keys()}
+            return {name: single for name in file.keys()}  # noqa: SIM118  (not a dictionary)
 
     def sha256(self) -> str:
         """One hash over the transformer's configuration and weights: what a result refers to its teacher by."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests import tiny
 
 from ppcl.demo import text
+from tests import tiny
 
 
 class MemorySamples:

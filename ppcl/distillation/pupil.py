@@ -122,7 +122,7 @@ class Pupil:
                     p.copy_(file.get_tensor(f"student.{k}"))
                     if self.average:
                         self.average[k].copy_(file.get_tensor(f"average.{k}"))
-                    if f"exp_avg.{k}" in file.keys():
+                    if f"exp_avg.{k}" in file.keys():  # noqa: SIM118  (not a dictionary)
                         self.optimizer.state[p] = {
                             "step": torch.tensor(float(words["updates"])),
                             "exp_avg": file.get_tensor(f"exp_avg.{k}").to(p.device),

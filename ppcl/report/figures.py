@@ -20,7 +20,8 @@ from ppcl.report.summary import finite
 from ppcl.report.svg import COLOURS, SERIES, canvas, inline
 from ppcl.variants import TEACHER
 
-COLOUR_MAP = "cividis"  # even steps for every kind of colour vision
+COLOUR_MAP = "viridis"  # even steps for every kind of colour vision
+ON_MAP = "#c4104f"  # of outlines on a heat map, whose colours are the same in light and dark mode
 CURVE_POINTS = 300  # more cannot be told apart at this size
 LONGEST_LABEL = 16
 
@@ -101,13 +102,14 @@ def heat_map(name: str, title: str, table: Table, intervals: list[Interval], spa
     """CKA of the surrogate that keeps block `u` (row) and is linear up to block `k` (column); intervals outlined."""
     values = np.array([[np.nan if v is None else v for v in row] for row in table], dtype=float)
     blocks = len(values)
-    with canvas(340, 320) as figure:
-        axes, bar = figure.subplots(1, 2, width_ratios=[20, 1])
+    with canvas(340, 300) as figure:
+        axes = figure.add_subplot()
+        bar = axes.inset_axes((1.04, 0, 0.05, 1))
         axes.imshow(values, cmap=COLOUR_MAP, vmin=low, vmax=1, interpolation="none")
         for first, last in intervals:
             corners = _staircase(first, last)
-            axes.add_patch(Polygon(corners, fill=False, edgecolor=COLOURS["paper"], linewidth=3.6, joinstyle="miter"))
-            axes.add_patch(Polygon(corners, fill=False, edgecolor=COLOURS["mark"], linewidth=1.8, joinstyle="miter"))
+            axes.add_patch(Polygon(corners, fill=False, edgecolor="white", linewidth=3.2, joinstyle="miter"))
+            axes.add_patch(Polygon(corners, fill=False, edgecolor=ON_MAP, linewidth=1.8, joinstyle="miter"))
         _span_borders(axes, spans, -0.5)
         axes.set(xlabel="linear up to block k", ylabel="block u kept")
         for axis in (axes.xaxis, axes.yaxis):
@@ -130,7 +132,7 @@ def _staircase(first: int, last: int) -> list[tuple[float, float]]:
     corners = [(first - 0.5, first - 0.5), (last + 0.5, first - 0.5), (last + 0.5, last + 0.5)]
     for block in range(last, first, -1):
         corners += [(block - 0.5, block + 0.5), (block - 0.5, block - 0.5)]
-    return corners
+    return [*corners, (first - 0.5, first + 0.5)]
 
 
 def delta_curves(table: Table, intervals: list[Interval], spans: list[Interval]) -> Drawing:
@@ -214,7 +216,7 @@ def size_scatter(rows: list[dict[str, Any]], looks: dict[str, Series], key: str,
             low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
             if low is not None and high is not None:
                 axes.plot([x, x], [low, high], color=COLOURS[look.role], linewidth=1.4)
-            axes.plot([x], [y], look.marker, color=COLOURS[look.role], markersize=8, markeredgecolor=COLOURS["paper"])
+            axes.plot([x], [y], look.marker, color=COLOURS[look.role], markersize=8.5, markeredgecolor=COLOURS["paper"], markeredgewidth=0.7, clip_on=False)
         axes.grid()
         axes.margins(0.12)
         if key != "R":
@@ -244,7 +246,7 @@ def _category(index: int, category: str, worlds: dict[str, Any], looks: dict[str
             score, colour = 100 * scores["score"], COLOURS[looks[name].role]
             if scores.get("low") is not None and scores.get("high") is not None:
                 axes.plot([100 * scores["low"], 100 * scores["high"]], [y, y], color=colour, linewidth=2)
-            axes.plot([score], [y], looks[name].marker, color=colour, markersize=7, markeredgecolor=COLOURS["paper"], clip_on=False)
+            axes.plot([score], [y], looks[name].marker, color=colour, markersize=7, markeredgewidth=0, clip_on=False)
             axes.annotate(f"{score:.0f}", (1, y), (8, 0), ("axes fraction", "data"), "offset points", va="center", color=COLOURS["ink"])
             told.append(f"{name} {score:.0f} %")
         axes.set(xlim=(0, 100), ylim=(len(worlds) - 0.5, -0.5))

@@ -109,7 +109,7 @@ def _version() -> str:
     try:
         return metadata.version("ppcl")
     except metadata.PackageNotFoundError:
-        return "not installed, run from its source"
+        return "from source"
 
 
 def _settings(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -6,14 +6,14 @@ import os
 import pyarrow.parquet as pq
 import pytest
 import torch
-from jobs.calibration import calibrate
 from safetensors.torch import load_file, save_file
-from tests import tiny
 
+from jobs.calibration import calibrate
 from ppcl.calibration.store import CalibrationSet
 from ppcl.config import Config
 from ppcl.errors import UserError
 from ppcl.teacher import Teacher
+from tests import tiny
 
 PROMPTS = [f"a photo of {n} {colour} circle" for n in ("one", "two large", "three") for colour in ("red", "blue", "green", "grey")]
 

@@ -4,11 +4,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests import tiny
 
 from ppcl.architecture import PassThrough, architecture_of
 from ppcl.errors import UserError
 from ppcl.teacher import Teacher
+from tests import tiny
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

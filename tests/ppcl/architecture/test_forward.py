@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tests import tiny
 from torch import nn
 
 from ppcl.architecture import architecture_of, embed, head, run_blocks, swap, swapped
 from ppcl.errors import UserError
+from tests import tiny
 
 FAMILIES = {"qwen": tiny.qwen_transformer, "flux": tiny.flux_transformer, "sd3": tiny.sd3_transformer}
 

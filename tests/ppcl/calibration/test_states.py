@@ -9,7 +9,15 @@ from ppcl.calibration.draws import chosen_steps, generator, strata
 from ppcl.calibration.encoding import TEXT, collate, encode
 from ppcl.calibration.noising import noise_pictures, noised
 from ppcl.calibration.recording import NEGATIVE, record
-from ppcl.calibration.store import CalibrationSet, pack, unpack, write_call, write_embeddings, write_held_out, write_states
+from ppcl.calibration.store import (
+    CalibrationSet,
+    pack,
+    unpack,
+    write_call,
+    write_embeddings,
+    write_held_out,
+    write_states,
+)
 from ppcl.config import Sampling
 from ppcl.errors import UserError
 from ppcl.teacher import Teacher

@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests import ranks, tiny
-from tests.samples import MemorySamples
 from torch.nn import functional as F
 
 from ppcl.architecture import architecture_of, embed, run_blocks
@@ -17,6 +15,8 @@ from ppcl.distillation.run import Segment, batch_of, distil, segment_of
 from ppcl.plan import Interval
 from ppcl.students import load_student
 from ppcl.teacher import Teacher
+from tests import ranks, tiny
+from tests.samples import MemorySamples
 
 INTERVALS = [Interval(0, 1), Interval(3, 5)]
 SETTINGS = Distillation(steps=6, batch_size=8, learning_rate=1e-3, warmup=2, checkpoint_every=2)

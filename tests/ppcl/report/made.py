@@ -14,7 +14,7 @@ from ppcl.demo import world
 
 BLOCKS = 16
 INTERVALS = [(1, 2), (4, 6), (7, 8), (9, 11), (13, 14)]
-VARIANTS = {"0.9": (0.9, [1]), "0.8": (0.8, [1, 3]), "0.7": (0.7, [0, 1, 2, 3]), "all": (None, [0, 1, 2, 3, 4])}
+VARIANTS = {"p90": (0.9, [1]), "p80": (0.8, [1, 3]), "p70": (0.7, [0, 1, 2, 3]), "all": (None, [0, 1, 2, 3, 4])}
 PROMPTS = 12
 
 
@@ -104,7 +104,7 @@ def evaluation(rng: np.random.Generator) -> dict[str, Any]:
             "world": {"overall": {"score": overall, "low": overall - 0.05, "high": overall + 0.04}, "categories": rows},
             "R": 6.1 * index, "R_low": 6.1 * index - 2.4 * (index > 0), "R_high": 6.1 * index + 2.8 * (index > 0),
         }  # fmt: skip
-    chosen = [c for category in world.CATEGORIES for c in [x for x in world.captions() if x.category == category][3:5][: PROMPTS]]
+    chosen = [c for category in world.CATEGORIES for c in [x for x in world.captions() if x.category == category][3:5]]
     return {
         "variants": measured,
         "prompts": [{"text": caption.text, "category": caption.category} for caption in chosen[:PROMPTS]],

@@ -1,0 +1,64 @@
+"""Probes on Ray Train, every rank its own blocks, and detection from what they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.ranks import Report, check_resources, run_ranks
+from ppcl import detection
+from ppcl.config import Config
+from ppcl.teacher import Teacher
+
+
+def _rank(arguments: dict[str, Any], report: Report) -> None:
+    import torch
+
+    from ppcl.calibration.store import CalibrationSet
+    from ppcl.distillation.mesh import Mesh
+    from ppcl.probes.run import fit
+
+    config, device = Config.model_validate(arguments["config"]), arguments["device"]
+    fit(
+        teacher=Teacher(arguments["teacher"]),
+        samples=CalibrationSet(Path(arguments["calibration"])),
+        settings=config.probes,
+        mesh=Mesh.join(config.probes.workers, 1),
+        folder=Path(arguments["folder"]),
+        seed=config.seed,
+        device=device,
+        dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        report=report,
+    )
+
+
+def fit_probes(
+    config: Config,
+    teacher: Teacher,
+    calibration: Path,
+    folder: Path,
+    device: str,
+    progress: Callable[[int, int, dict[str, float]], None],
+) -> dict[str, Any]:
+    """Fit the probes of all blocks into `folder`; progress counts samples."""
+    check_resources(config.probes.workers, device, "probes.workers")
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "teacher": str(teacher.folder),
+        "calibration": str(calibration),
+        "folder": str(folder),
+        "device": device,
+    }
+    run_ranks("probes", _rank, arguments, config.probes.workers, device, folder / "ray", progress)
+    return {"blocks": len(list(folder.glob("block-*.safetensors")))}
+
+
+def detect(
+    config: Config, teacher: Teacher, probes: Path, folder: Path, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Find the intervals; light enough for the coordinator's own process."""
+    spans = teacher.architecture.spans(teacher.empty_transformer())
+    found = detection.detect(probes, spans, config.detection, progress)
+    detection.write_detection(folder, found)
+    return {"intervals": found["intervals"]}

@@ -1,0 +1,83 @@
+"""Detection: the full table `cka(u, k)` of a teacher, and the intervals that Algorithm 1 reads from it.
+
+From files of probes and held-out tokens, a boundary at a time: memory is two boundaries, not all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from ppcl.artifacts import write_atomically
+from ppcl.config import Detection
+from ppcl.intervals import Table, differences, first_difference
+from ppcl.probes.probe import Probe
+from ppcl.probes.run import probe_file, tokens_file
+from ppcl.similarity import centred, hsic, ratio
+
+STREAMS = ("img", "txt")
+
+
+def similarity_table(probes_folder: Path, blocks: int, stream: str, tell: Callable[[int], None]) -> tuple[Table, Table]:
+    """`cka(u, k)` of one stream, plain and with z-scored channels; None for `k < u` and where the stream is gone.
+
+    The surrogate starts from the teacher's own tokens after block `u` and goes through the probes of `u+1..k` (Eq. 3).
+    """
+    plain: Table = [[None] * blocks for _ in range(blocks)]
+    scored: Table = [[None] * blocks for _ in range(blocks)]
+    chains = {}
+    for k in range(blocks):
+        tokens = load_file(tokens_file(probes_folder, k + 1)).get(stream)
+        if tokens is None:
+            break
+        weights = load_file(probe_file(probes_folder, k))
+        probe = Probe(weights[f"{stream}.weight"], weights[f"{stream}.bias"])
+        chains = {u: probe(x) for u, x in chains.items()} | {k: tokens}
+        for table, standardize in ((plain, False), (scored, True)):
+            teacher = centred(tokens, standardize)
+            own = hsic(teacher, teacher)
+            for u, x in chains.items():
+                surrogate = centred(x, standardize)
+                table[u][k] = 1.0 if u == k else ratio(hsic(teacher, surrogate), own, hsic(surrogate, surrogate))
+        tell(k)
+    return plain, scored
+
+
+def detect(probes_folder: Path, spans: list[range], settings: Detection, tell: Callable[[int, int], None]) -> dict[str, Any]:
+    """The tables of both streams and their mean, Δ, and the intervals of two blocks or more."""
+    blocks = spans[-1].stop
+    plain, scored = {}, {}
+    for index, name in enumerate(STREAMS):
+        done = index * blocks
+        plain[name], scored[name] = similarity_table(
+            probes_folder, blocks, name, lambda k, done=done: tell(done + k + 1, 2 * blocks)
+        )
+    for tables in (plain, scored):
+        tables["mean"] = [[_mean(a, b) for a, b in zip(*rows)] for rows in zip(tables["img"], tables["txt"])]
+    delta = differences((scored if settings.standardize else plain)[settings.stream])
+    found = first_difference(delta, spans)
+    return {
+        "blocks": blocks,
+        "spans": [[span.start, span.stop] for span in spans],
+        "stream": settings.stream,
+        "standardize": settings.standardize,
+        "method": settings.method,
+        "cka": plain,
+        "cka_standardized": scored,
+        "delta": delta,
+        "intervals": [list(i) for i in found if i.removed],
+    }
+
+
+def _mean(a: float | None, b: float | None) -> float | None:
+    """Of the streams that are there: a last block may have no text."""
+    there = [x for x in (a, b) if x is not None]
+    return sum(there) / len(there) if there else None
+
+
+def write_detection(folder: Path, found: dict[str, Any]) -> None:
+    write_atomically(folder / "detection.json", json.dumps(found))
