@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup test clean
+.PHONY: setup demo test clean
 
 setup: $(VENV)/.ready
 
@@ -14,6 +14,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
+
+# Compresses the demo teacher into runs/demo.
+demo: setup
+	$(BIN)/ppcl compress demo/demo.yaml
 
 test: setup
 	$(BIN)/ruff check ppcl jobs tests

@@ -115,7 +115,7 @@ class Job:
             "the damage of every interval, and the variants of the budgets",
             base,
             lambda folder, update, key: choose_variants(
-                config, self.teacher, calibration, path("students"), folder, update
+                config, self.teacher, calibration, path("students"), folder, self.device, update
             ),
         )
         base = [*base, _settings(config, "evaluation")]
@@ -124,7 +124,7 @@ class Job:
             "velocity errors and pictures of every variant",
             base,
             lambda folder, update, key: evaluate(
-                config, self.teacher, calibration, path("students"), path("variants"), folder, update
+                config, self.teacher, calibration, path("students"), path("variants"), folder, self.device, update
             ),
         )
 

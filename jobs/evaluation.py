@@ -1,0 +1,207 @@
+"""Choosing the variants and measuring them on Ray: an actor loads the pipeline once and switches variants."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.util import ActorPool
+
+from jobs.ranks import check_resources
+from ppcl.artifacts import write_atomically
+from ppcl.config import Config
+from ppcl.errors import UserError
+from ppcl.teacher import Teacher
+from ppcl.variants import TEACHER, Family, make_variants, sizes, students_in
+
+Progress = Callable[[int, int], None]
+
+
+@ray.remote
+class _Evaluator:
+    """Holds one pipeline and all its students; every measurement is one call."""
+
+    def __init__(self, config: Config, teacher: Path, students: Path, folder: Path, device: str):
+        import diffusers
+        import torch
+
+        from ppcl.plug import Switch
+
+        diffusers.utils.logging.set_verbosity_error()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.evaluation.workers))
+        self.config, self.folder, self.device = config, folder, device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.teacher = Teacher(teacher)
+        self.pipeline = self.teacher.pipeline(device, self.dtype)
+        self.switch = Switch(self.teacher, students_in(students))
+
+    def damages(self, calibration: Path, ids: np.ndarray) -> Any:
+        from ppcl.calibration.store import CalibrationSet
+        from ppcl.evaluation.velocity import damages
+
+        students = {i: self.switch.student(i, self.device, self.dtype) for i in self.switch.paths}
+        inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
+        return damages(self.pipeline.transformer, students, inputs)
+
+    def errors(self, calibration: Path, ids: np.ndarray, variants: dict[str, Any]) -> Any:
+        from ppcl.calibration.store import CalibrationSet
+        from ppcl.evaluation.velocity import variant_errors
+
+        inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
+        return variant_errors(self.pipeline.transformer, self.switch, variants, inputs)
+
+    def pictures(self, variant: str, intervals: Any, texts: list[str], indices: list[int]) -> None:
+        from ppcl.evaluation.pictures import make_pictures, picture_path, save_pictures
+
+        self.switch(self.pipeline.transformer, intervals)
+        # Seeds above those of calibration, so that no test picture starts from noise that was fitted on.
+        seeds = [1_000_000 + self.config.seed + index for index in indices]
+        made = make_pictures(self.pipeline, texts, seeds, self.config.sampling)
+        save_pictures(made, [picture_path(self.folder, variant, index) for index in indices])
+
+    def seconds(self, variants: dict[str, Any], texts: list[str]) -> dict[str, float]:
+        from ppcl.evaluation.pictures import seconds_per_step
+
+        return seconds_per_step(self.pipeline, self.switch, variants, texts, self.config.sampling)
+
+
+def _pool(config: Config, teacher: Teacher, students: Path, folder: Path, device: str) -> list[Any]:
+    check_resources(config.evaluation.workers, device, "evaluation.workers")
+    resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
+    actor = _Evaluator.options(**resources)
+    return [actor.remote(config, teacher.folder, students, folder, device) for _ in range(config.evaluation.workers)]
+
+
+def _all(actors: list[Any], call: Callable[[Any, Any], Any], items: list[Any], done: Callable[[int], None]) -> list[Any]:
+    """`call(actor, item)` for every item, in the order of the items; raises `UserError` as the worker did."""
+    results = []
+    try:
+        for result in ActorPool(actors).map(call, items):
+            results.append(result)
+            done(len(results))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from error
+        raise
+    return results
+
+
+def _chunks(values: Any, size: int) -> list[Any]:
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def choose_variants(
+    config: Config, teacher: Teacher, calibration: Path, students: Path, folder: Path, device: str, progress: Progress
+) -> dict[str, Any]:
+    """Measure what each interval alone costs, choose the variants, and write `variants.json`."""
+    from ppcl.calibration.store import CalibrationSet
+    from ppcl.evaluation.velocity import Squares
+
+    actors = _pool(config, teacher, students, folder, device)
+    chunks = _chunks(CalibrationSet(calibration).ids(held_out=True), config.evaluation.batch_size)
+    parts = _all(
+        actors, lambda a, ids: a.damages.remote(calibration, ids), chunks, lambda done: progress(done, len(chunks))
+    )
+    damage = {i: Squares.joined(part[i] for part in parts).overall() for i in parts[0]}
+    counted = sizes(teacher, students_in(students))
+    spans = teacher.architecture.spans(teacher.empty_transformer())
+    made = make_variants(config.variants.budgets, config.variants.custom, counted, damage, spans)
+    family = Family(counted.total, len(counted.blocks), spans, damage, made)
+    write_atomically(folder / "variants.json", json.dumps(family.to_json(), indent=1))
+    for actor in actors:
+        ray.kill(actor)
+    return {"variants": list(made)}
+
+
+def evaluate(
+    config: Config,
+    teacher: Teacher,
+    calibration: Path,
+    students: Path,
+    variants: Path,
+    folder: Path,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Velocity errors, pictures, scores and seconds a step of every variant; writes `evaluation.json`."""
+    from ppcl.calibration.store import CalibrationSet
+    from ppcl.evaluation.pictures import load_pictures, picture_path
+    from ppcl.evaluation.scores import relative_drop, world_scores
+    from ppcl.evaluation.similarity import psnr, ssim
+    from ppcl.evaluation.velocity import Squares
+    from ppcl.evaluation.world import load_world, passes
+
+    settings = config.evaluation
+    family = Family.from_json(json.loads((variants / "variants.json").read_text()))
+    on = {name: v.intervals for name, v in family.variants.items()}
+    prompts = _prompts(config, CalibrationSet(calibration))
+    indices = list(range(len(prompts)))
+    ids = _chunks(CalibrationSet(calibration).ids(held_out=True), settings.batch_size)
+    work = [(name, chunk) for name in on for chunk in _chunks(indices, settings.batch_size)]
+    total = len(ids) + len(work) + 1
+
+    actors = _pool(config, teacher, students, folder, device)
+    texts = [p.text for p in prompts]
+    # Timed first and by one actor alone: nothing else runs.
+    seconds = _all(
+        actors[:1], lambda a, _: a.seconds.remote(on, texts[: settings.batch_size]), [None], lambda d: progress(d, total)
+    )[0]
+    errors = _all(actors, lambda a, c: a.errors.remote(calibration, c, on), ids, lambda d: progress(1 + d, total))
+    _all(
+        actors,
+        lambda a, item: a.pictures.remote(item[0], on[item[0]], [texts[i] for i in item[1]], item[1]),
+        work,
+        lambda d: progress(1 + len(ids) + d, total),
+    )
+    for actor in actors:
+        ray.kill(actor)
+
+    world = load_world(settings.world) if settings.world else None
+    reference = load_pictures([picture_path(folder, TEACHER, i) for i in indices])
+    teachers = passes(world, reference, prompts) if world else None
+    measured, right = {}, {}
+    for name in on:
+        pictures = load_pictures([picture_path(folder, name, i) for i in indices])
+        squares = Squares.joined(part[name] for part in errors)
+        row = {
+            "velocity_error": squares.overall(),
+            "velocity_by_timestep": squares.by_timestep(),
+            "psnr": float(psnr(pictures, reference).mean()),
+            "ssim": float(ssim(pictures, reference).mean()),
+            "seconds_per_step": seconds[name],
+            "world": None, "R": None, "R_low": None, "R_high": None,
+        }  # fmt: skip
+        if world:
+            passed = passes(world, pictures, prompts)
+            row["world"] = world_scores(passed, settings.confidence, config.seed)
+            row |= relative_drop(passed, teachers, settings.confidence, config.seed)
+            right[name] = [bool(world.check(p, t.text)) for p, t in zip(pictures, prompts, strict=True)]
+        measured[name] = row
+    record = {
+        "variants": measured,
+        "prompts": [p.to_json() for p in prompts],
+        "right": right,
+        "sampling": config.sampling.model_dump(mode="json"),
+        "device": device,
+    }
+    write_atomically(folder / "evaluation.json", json.dumps(record))
+    return {"pictures": len(work)}
+
+
+def _prompts(config: Config, calibration: Any) -> list[Any]:
+    """The test prompts: those of the configuration, else the world's held-out captions, else calibration's held-out ones."""
+    from ppcl.calibration.prompts import read_prompts
+    from ppcl.evaluation.world import TestPrompt, load_world, named_prompts, world_prompts
+
+    settings = config.evaluation
+    if settings.prompts is not None:
+        texts = [p.text for p in read_prompts(settings.prompts, config.calibration.prompt_column, None, settings.limit)]
+        return named_prompts(load_world(settings.world), texts) if settings.world else [TestPrompt(t) for t in texts]
+    if settings.world:
+        return world_prompts(load_world(settings.world), settings.limit, config.seed)
+    return [TestPrompt(text) for _, text in calibration.prompts(held_out=True)][: settings.limit]
