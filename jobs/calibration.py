@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -108,33 +109,56 @@ class _Work:
             len([node for node in ray.nodes() if node["Alive"]]),
         )
 
-    def prepare(self) -> tuple[Teacher, Any]:
-        """In an actor: the teacher, and the type its pipeline runs in."""
+
+class _Actor:
+    """Makes one file of a batch of prompts, given by its number.
+
+    Ray wraps what an actor raises in errors of its own, which do not keep the cause: a `UserError` goes home as a row.
+    """
+
+    def __init__(self, work: _Work):
+        self.work = work
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"prompts": [self.make(int(batch["number"][0]))], "mistake": [""]}
+        except UserError as error:
+            return {"prompts": [0], "mistake": [str(error)]}
+
+    def make(self, number: int) -> int:
+        """Write the batch's file; gives the number of its prompts."""
+        raise NotImplementedError
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return Teacher(self.work.teacher)
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The part of the teacher's pipeline that is needed, loaded at the first batch."""
         import diffusers
         import torch
 
         # The pipelines warn about every argument they leave unused, at every call.
         diffusers.utils.logging.set_verbosity_error()
-        if self.device == "cpu":
-            on_this_node = math.ceil(self.config.calibration.workers / self.nodes)
+        work = self.work
+        if work.device == "cpu":
+            on_this_node = math.ceil(work.config.calibration.workers / work.nodes)
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // on_this_node))
-        return Teacher(self.teacher), torch.bfloat16 if self.device == "cuda" else torch.float32
+        return self.load(torch.bfloat16 if work.device == "cuda" else torch.float32)
+
+    def load(self, dtype: Any) -> Any:
+        return self.teacher.pipeline_without_transformer(self.work.device, dtype)
 
 
-class _Encoder:
-    """Encodes batches of prompts; the batch -1 is the negative prompt alone."""
+class _Encoder(_Actor):
+    """Embeddings of a batch of prompts, and of the negative prompt where it is not there yet."""
 
-    def __init__(self, work: _Work):
-        self.work = work
-        self.teacher, dtype = work.prepare()
-        self.pipeline = self.teacher.pipeline_without_transformer(work.device, dtype)
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def make(self, number: int) -> int:
         from ppcl.calibration.encoding import encode, negative_prompt
         from ppcl.calibration.recording import NEGATIVE, check_arguments
 
-        work, (number,) = self.work, batch["number"]
-        sampling = work.config.sampling
+        work, sampling = self.work, self.work.config.sampling
         check_arguments(type(self.pipeline), sampling)
         negative = work.embeddings / _NEGATIVE
         if not negative.exists():
@@ -147,25 +171,22 @@ class _Encoder:
         texts = [row["prompt"] for row in rows]
         embeddings = encode(self.pipeline, self.teacher.architecture, texts, sampling)
         store.write_embeddings(work.embeddings / _name(number), [row["prompt_id"] for row in rows], texts, embeddings)
-        return {"prompts": [len(rows)]}
+        return len(rows)
 
 
-class _Sampler:
-    """Makes the states of batches of prompts, on the teacher's trajectories or from pictures."""
+class _Sampler(_Actor):
+    """States of a batch of prompts, on the teacher's trajectories or from pictures."""
 
-    def __init__(self, work: _Work):
-        self.work = work
-        self.teacher, dtype = work.prepare()
-        if work.config.calibration.source == "images":
-            self.pipeline = self.teacher.pipeline_without_transformer(work.device, dtype)
-        else:
-            pipeline = self.teacher.pipeline("cpu", dtype)
-            for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
-                setattr(pipeline, name, None)
-            self.pipeline = pipeline.to(work.device)
+    def load(self, dtype: Any) -> Any:
+        if self.work.config.calibration.source == "images":
+            return super().load(dtype)
+        pipeline = self.teacher.pipeline("cpu", dtype)
+        for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
+            setattr(pipeline, name, None)
+        return pipeline.to(self.work.device)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        work, (number,) = self.work, batch["number"]
+    def make(self, number: int) -> int:
+        work = self.work
         ids, _, embeddings = store.read_embeddings(work.embeddings / _name(number))
         whole = [row for row, e in enumerate(embeddings) if all(t.isfinite().all() for t in e.values())]
         states, call = [], None
@@ -174,7 +195,7 @@ class _Sampler:
         finite = [state for state in states if state.latents.isfinite().all()]
         expected = len(states) * len(ids) // max(len(whole), 1) if whole else len(ids)
         store.write_states(work.states / _name(number), finite, call, dropped=expected - len(finite))
-        return {"prompts": [len(ids)]}
+        return len(ids)
 
     def _states(self, number: int, ids: list[int], embeddings: list[Any], rows: list[int]) -> Any:
         from ppcl.calibration.encoding import negative_prompt
@@ -226,8 +247,8 @@ class _Cache:
                 shutil.copyfile(self.folder / name, folder / name)
 
 
-def _pass(actor: type, work: _Work, cache: _Cache, numbers: range, progress: Callable[[int], None]) -> None:
-    """Let a pool of actors make the files of a cache that are not there."""
+def _pass(actor: type[_Actor], work: _Work, cache: _Cache, numbers: range, progress: Callable[[int], None]) -> None:
+    """Let actors make the files of a cache that are not there."""
     missing = [n for n in numbers if not cache.has(_name(n))]
     if actor is _Encoder and not missing and not cache.has(_NEGATIVE):
         missing = [0]
@@ -237,34 +258,24 @@ def _pass(actor: type, work: _Work, cache: _Cache, numbers: range, progress: Cal
     progress(done)
     if not missing:
         return
-    workers = min(work.config.calibration.workers, len(missing))
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.from_items([{"number": n} for n in missing], override_num_blocks=min(len(missing), _MOST_BLOCKS))
-    counts = rows.map_batches(
-        actor,
-        fn_constructor_args=[work],
-        batch_size=1,
-        # A pool that grows: a cluster with fewer places than workers still does the work.
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
-        num_cpus=1,
-        num_gpus=1 if work.device == "cuda" else 0,
-    )
-    for size in _plain_errors(counts.iter_rows()):
-        done += size["prompts"]
+    for row in _rows(actor, work, missing):
+        if row["mistake"]:
+            raise UserError(row["mistake"])
+        done += int(row["prompts"])
         progress(done)
 
 
-def _plain_errors(rows: Any) -> Iterator[dict[str, Any]]:
-    """The rows; a `UserError` raised in a worker arrives wrapped in Ray's own errors, and leaves as itself."""
-    try:
-        yield from rows
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
-            raise
-        raise UserError(str(cause.args[0])) from None
+def _rows(actor: type[_Actor], work: _Work, numbers: list[int]) -> Iterator[dict[str, Any]]:
+    """What a pool of actors gives back for the batches of these numbers, as they come."""
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=min(len(numbers), _MOST_BLOCKS))
+    # A pool that grows: a cluster with fewer places than workers still does the work.
+    pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(work.config.calibration.workers, len(numbers)))
+    gpus = 1 if work.device == "cuda" else 0
+    made = rows.map_batches(
+        actor, fn_constructor_args=[work], batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus
+    )
+    return made.iter_rows()
 
 
 def _cut(config: Config, path: Path) -> int:

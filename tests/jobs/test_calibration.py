@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jobs import calibration
 from jobs.calibration import calibrate
 from ppcl.calibration.store import CalibrationSet
 from ppcl.config import Config
@@ -39,6 +40,18 @@ def run(made, folder, progress=lambda done, total: None):
     return calibrate(made, Teacher(made.teacher), folder / "calibration", progress)
 
 
+@pytest.fixture
+def here(ray_cluster, monkeypatch):
+    """The actors run in this process, one batch after the other: for what does not need Ray to be seen."""
+
+    def rows(actor, work, numbers):
+        made = actor(work)
+        for number in numbers:
+            yield {name: values[0] for name, values in made({"number": [number]}).items()}
+
+    monkeypatch.setattr(calibration, "_rows", rows)
+
+
 @pytest.fixture(scope="module")
 def reference(ray_cluster, teacher_folder, prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
@@ -68,7 +81,7 @@ def test_the_result_does_not_depend_on_workers_or_batches(reference, teacher_fol
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
-def test_other_trajectories_take_the_embeddings_that_are_there(reference, teacher_folder, prompts):
+def test_other_trajectories_take_the_embeddings_that_are_there(reference, here, teacher_folder, prompts):
     folder = reference[0]
     (cache,) = (folder / "cache").glob("embeddings-*")
     times = {path.name: path.stat().st_mtime_ns for path in cache.glob("0*.parquet")}
@@ -78,7 +91,7 @@ def test_other_trajectories_take_the_embeddings_that_are_there(reference, teache
     assert {path.name: path.stat().st_mtime_ns for path in cache.glob("0*.parquet")} == times
 
 
-def test_a_stopped_run_goes_on_and_a_changed_file_is_made_again(reference, teacher_folder, prompts, tmp_path):
+def test_a_stopped_run_goes_on_and_a_changed_file_is_made_again(here, teacher_folder, prompts, tmp_path):
     made = config(teacher_folder, prompts)
     run(made, tmp_path)
     before = CalibrationSet(tmp_path / "calibration")
@@ -96,7 +109,7 @@ def test_a_stopped_run_goes_on_and_a_changed_file_is_made_again(reference, teach
         assert torch.equal(rows[name], again[name])
 
 
-def test_guided_sampling_keeps_both_sides(ray_cluster, teacher_folder, prompts, tmp_path):
+def test_guided_sampling_keeps_both_sides(here, teacher_folder, prompts, tmp_path):
     guided = config(teacher_folder, prompts, {"true_cfg_scale": 3.0, "negative_prompt": " "}, limit=4)
     info = run(guided, tmp_path)
     assert info == {"prompts": 4, "held_out_prompts": 1, "samples": 16, "dropped": 0}
@@ -109,7 +122,7 @@ def test_guided_sampling_keeps_both_sides(ray_cluster, teacher_folder, prompts, 
     assert samples.prompts(True) + samples.prompts(False) != [] and all(i >= 0 for i, _ in samples.prompts(False))
 
 
-def test_pictures_are_a_source_too(ray_cluster, teacher_folder, tmp_path):
+def test_pictures_are_a_source_too(here, teacher_folder, tmp_path):
     from PIL import Image
 
     for i in range(3):
@@ -121,7 +134,7 @@ def test_pictures_are_a_source_too(ray_cluster, teacher_folder, tmp_path):
     assert CalibrationSet(tmp_path / "calibration").batch([0])["hidden_states"].shape == (1, 16, 16)
 
 
-def test_states_that_are_not_finite_are_refused(ray_cluster, prompts, tmp_path):
+def test_states_that_are_not_finite_are_refused(here, prompts, tmp_path):
     broken = tiny.qwen_pipeline(tmp_path / "broken")
     path = broken / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
@@ -141,7 +154,7 @@ def test_a_mistake_found_by_a_worker_arrives_as_one_sentence(ray_cluster, teache
     assert "\n" not in str(caught.value)
 
 
-def test_one_prompt_is_too_few(ray_cluster, teacher_folder, tmp_path):
+def test_one_prompt_is_too_few(here, teacher_folder, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\n")
     with pytest.raises(UserError, match="only 1 different prompt"):
