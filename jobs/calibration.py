@@ -165,7 +165,10 @@ class _Encoder(_Actor):
             text = negative_prompt(type(self.pipeline), sampling)
             # An empty prompt stands there where none is used, so that the cache has the same files in any case.
             store.write_embeddings(
-                negative, [NEGATIVE], [text or ""], encode(self.pipeline, self.teacher.architecture, [text or ""], sampling)
+                negative,
+                [NEGATIVE],
+                [text or ""],
+                encode(self.pipeline, self.teacher.architecture, [text or ""], sampling),
             )
         rows = _texts(work, number)
         texts = [row["prompt"] for row in rows]
@@ -214,7 +217,14 @@ class _Sampler(_Actor):
         if negative_prompt(type(self.pipeline), sampling) is not None:
             _, _, (negative,) = store.read_embeddings(work.embeddings / _NEGATIVE)
         return record(
-            self.pipeline, architecture, ids, embeddings, negative, sampling, settings.states_per_prompt, work.config.seed
+            self.pipeline,
+            architecture,
+            ids,
+            embeddings,
+            negative,
+            sampling,
+            settings.states_per_prompt,
+            work.config.seed,
         )
 
 
@@ -272,9 +282,7 @@ def _rows(actor: type[_Actor], work: _Work, numbers: list[int]) -> Iterator[dict
     # A pool that grows: a cluster with fewer places than workers still does the work.
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(work.config.calibration.workers, len(numbers)))
     gpus = 1 if work.device == "cuda" else 0
-    made = rows.map_batches(
-        actor, fn_constructor_args=[work], batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus
-    )
+    made = rows.map_batches(actor, fn_constructor_args=[work], batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus)
     return made.iter_rows()
 
 
@@ -304,7 +312,9 @@ def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dic
         dropped, samples, call = dropped + here, samples + len(ids), call or own_call
         sampled.update(ids)
     if not samples:
-        raise UserError(f"all states of the teacher {teacher.folder} are NaN or infinite; check its weights and its precision")
+        raise UserError(
+            f"all states of the teacher {teacher.folder} are NaN or infinite; check its weights and its precision"
+        )
     ids, texts = [], []
     for path in sorted((folder / store.PROMPTS).glob("*.parquet")):
         table = pq.read_table(path, columns=["prompt_id", "prompt"], partitioning=None).to_pydict()
@@ -312,7 +322,9 @@ def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dic
         ids += [i for i, _ in kept]
         texts += [t for _, t in kept]
     if len(set(texts)) < 2:
-        raise UserError("only 1 prompt has finite states and at least 2 are needed; give more prompts or check the teacher")
+        raise UserError(
+            "only 1 prompt has finite states and at least 2 are needed; give more prompts or check the teacher"
+        )
     out = held_out(texts, config.seed, config.calibration.held_out)
     store.write_call(folder, teacher.architecture.transformer, call)
     store.write_held_out(folder, sorted(ids[row] for row in out))

@@ -26,7 +26,9 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch
 
 
 @torch.no_grad()
-def picture_latents(pipeline: Any, architecture: Architecture, images: Sequence[str], sampling: Sampling) -> torch.Tensor:
+def picture_latents(
+    pipeline: Any, architecture: Architecture, images: Sequence[str], sampling: Sampling
+) -> torch.Tensor:
     """The pictures' latents as the transformer takes them: the VAE's mean, normalised and packed as by the pipeline.
 
     Pictures are scaled and cut to the sampling's size. Raises `UserError` for one that cannot be read.
@@ -39,7 +41,9 @@ def picture_latents(pipeline: Any, architecture: Architecture, images: Sequence[
     if getattr(config, "latents_mean", None) is not None:
         # The VAE of Qwen-Image is one of videos: a picture is a clip of one frame, normalised by channel.
         latents = vae.encode(pixels[:, :, None]).latent_dist.mode()
-        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+        mean, std = (
+            torch.tensor(v).view(1, -1, 1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std)
+        )
         latents = ((latents - mean) / std)[:, :, 0]
     else:
         latents = vae.encode(pixels).latent_dist.mode()
@@ -91,7 +95,9 @@ def _open(path: str) -> Image.Image:
     try:
         return Image.open(Path(path)).convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"the picture {path} cannot be read ({error}); replace it or take it out of the prompt file") from None
+        raise UserError(
+            f"the picture {path} cannot be read ({error}); replace it or take it out of the prompt file"
+        ) from None
 
 
 class _Called(Exception):

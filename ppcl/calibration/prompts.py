@@ -42,7 +42,9 @@ def read_prompts(
     if path.suffix not in readers:
         raise UserError(f"the prompt file {path} ends in {path.suffix!r}; supported are {', '.join(readers)}")
     if path.suffix == ".txt" and image_column:
-        raise UserError(f"the prompt file {path} names no pictures; calibration.source 'images' takes .jsonl, .csv or .parquet")
+        raise UserError(
+            f"the prompt file {path} names no pictures; calibration.source 'images' takes .jsonl, .csv or .parquet"
+        )
     columns = [column, image_column] if image_column else [column]
     return islice(_prompts(path, readers[path.suffix](path, columns)), limit)
 
@@ -87,7 +89,9 @@ def _prompts(path: Path, rows: Iterable[tuple[str, list[Any]]]) -> Iterator[Prom
             yield Prompt(number, text.strip(), str((path.parent / image[0]).absolute()) if image else None)
             number += 1
     except UnicodeDecodeError as error:
-        raise UserError(f"the prompt file {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise UserError(
+            f"the prompt file {path} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
 
 
 def _txt(path: Path, columns: list[str]) -> Iterator[tuple[str, list[Any]]]:

@@ -49,7 +49,11 @@ def pack(tensor: torch.Tensor) -> dict[str, Any]:
     """A tensor as Parquet takes it. Arrow has no bfloat16: its bits are kept as those of uint16."""
     tensor = tensor.detach().cpu().contiguous()
     bits = tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor
-    return {"data": bits.numpy().tobytes(), "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    return {
+        "data": bits.numpy().tobytes(),
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }
 
 
 def unpack(packed: dict[str, Any]) -> torch.Tensor:
@@ -223,7 +227,9 @@ class CalibrationSet:
             batch[name] = value
         for name, value in self.call.each.items():
             scalar = isinstance(value, int | float)
-            batch[name] = torch.full((len(rows),), float(value), device=device) if scalar else [_shapes(value)] * len(rows)
+            batch[name] = (
+                torch.full((len(rows),), float(value), device=device) if scalar else [_shapes(value)] * len(rows)
+            )
         for name, value in self.call.whole.items():
             batch[name] = torch.tensor(value, device=device)
         return batch

@@ -16,7 +16,11 @@ from ppcl.errors import UserError
 from ppcl.teacher import Teacher
 from tests import tiny
 
-PROMPTS = [f"a photo of {n} {colour} circle" for n in ("one", "two large", "three") for colour in ("red", "blue", "green", "grey")]
+PROMPTS = [
+    f"a photo of {n} {colour} circle"
+    for n in ("one", "two large", "three")
+    for colour in ("red", "blue", "green", "grey")
+]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +154,9 @@ def test_states_that_are_not_finite_are_refused(here, prompts, tmp_path):
 def test_a_mistake_found_by_a_worker_arrives_as_one_sentence(ray_cluster, teacher_folder, prompts, tmp_path):
     with pytest.raises(UserError) as caught:
         run(config(teacher_folder, prompts, {"true_cfg": 3.0}), tmp_path)
-    assert str(caught.value).startswith("sampling.arguments has 'true_cfg', which cannot be set for QwenImagePipeline; it takes")
+    assert str(caught.value).startswith(
+        "sampling.arguments has 'true_cfg', which cannot be set for QwenImagePipeline; it takes"
+    )
     assert "\n" not in str(caught.value)
 
 

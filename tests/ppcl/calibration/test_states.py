@@ -115,7 +115,9 @@ def test_a_prompt_that_is_the_negative_prompt_has_both_sides_too(teacher, pipeli
 
 @pytest.mark.parametrize("name", ["num_images_per_prompt", "height", "guidance"])
 def test_arguments_that_cannot_be_set_are_named(teacher, pipeline, embeddings, name):
-    with pytest.raises(UserError, match=f"'{name}', which cannot be set for QwenImagePipeline; it takes .*true_cfg_scale"):
+    with pytest.raises(
+        UserError, match=f"'{name}', which cannot be set for QwenImagePipeline; it takes .*true_cfg_scale"
+    ):
         record_all(teacher, pipeline, embeddings, how=sampling(**{name: 2}))
 
 
@@ -204,7 +206,15 @@ def test_noised_pictures_are_those_computed_by_hand(tmp_path, teacher, pipeline,
         images.append(str(tmp_path / f"{i}.png"))
     reduced = teacher.pipeline_without_transformer()
     states, call = noise_pictures(
-        reduced, teacher.architecture, [0, 1, 2], embeddings, images, teacher.config(), sampling(true_cfg_scale=3.0), KEPT, SEED
+        reduced,
+        teacher.architecture,
+        [0, 1, 2],
+        embeddings,
+        images,
+        teacher.config(),
+        sampling(true_cfg_scale=3.0),
+        KEPT,
+        SEED,
     )
     assert call.each == {"img_shapes": [(1, 4, 4)]}
     assert len(states) == 3 * KEPT
