@@ -1,6 +1,6 @@
 """The report's figures: each function draws one thing and returns a `Drawing`.
 
-Blocks count from 0. Each figure is small enough to be read on a phone at its own size, or else `wide`, which scrolls.
+Blocks count from 0. Each figure is small enough to be read on a phone at its own size; wide ones scroll there.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class Drawing:
     svg: Markup
     title: str
     legend: list[Series] = field(default_factory=list)
-    wide: bool = False
 
 
 def series_of(names: Sequence[str]) -> dict[str, Series]:
@@ -72,10 +71,16 @@ def interval_name(interval: Sequence[int]) -> str:
     return f"{interval[0]} to {interval[1]}"
 
 
+def interval_of(name: str) -> Interval:
+    """`(5, 7)` of `05-07`."""
+    first, last = name.split("-")
+    return int(first), int(last)
+
+
 def block_map(rows: list[dict[str, Any]], blocks: int, spans: list[Interval]) -> Drawing:
     """Which blocks each variant runs: teacher blocks as cells, an interval's one student as a bar over its blocks."""
     height = 26 * len(rows) + 48
-    with canvas(720, height) as figure:
+    with canvas(640, height) as figure:
         axes = figure.add_subplot()
         for y, row in enumerate(rows):
             inside = {block for first, last in row["intervals"] for block in range(first, last + 1)}
@@ -95,16 +100,18 @@ def block_map(rows: list[dict[str, Any]], blocks: int, spans: list[Interval]) ->
             f"{row['variant']}: " + (", ".join(interval_name(pair) for pair in row["intervals"]) or "no interval replaced")
             for row in rows
         )
-        return Drawing(inline(figure, "blocks", f"Blocks replaced by students, by variant. {told}."), "", wide=True)
+        return Drawing(inline(figure, "blocks", f"Blocks replaced by students, by variant. {told}."), "")
 
 
 def heat_map(name: str, title: str, table: Table, intervals: list[Interval], spans: list[Interval], low: float) -> Drawing:
     """CKA of the surrogate that keeps block `u` (row) and is linear up to block `k` (column); intervals outlined."""
     values = np.array([[np.nan if v is None else v for v in row] for row in table], dtype=float)
     blocks = len(values)
-    with canvas(340, 300) as figure:
-        axes = figure.add_subplot()
-        bar = axes.inset_axes((1.04, 0, 0.05, 1))
+    side, left, bottom, width, height = 244, 44, 42, 350, 294  # the automatic layout cannot hold a bar to a square
+    with canvas(width, height) as figure:
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+        bar = figure.add_axes(((left + side + 8) / width, bottom / height, 12 / width, side / height))
         axes.imshow(values, cmap=COLOUR_MAP, vmin=low, vmax=1, interpolation="none")
         for first, last in intervals:
             corners = _staircase(first, last)
@@ -138,13 +145,13 @@ def _staircase(first: int, last: int) -> list[tuple[float, float]]:
 def delta_curves(table: Table, intervals: list[Interval], spans: list[Interval]) -> Drawing:
     """What similarity each further block costs: the intervals' own curves over all others, with the rise that ends each."""
     blocks = len(table)
-    with canvas(720, 300) as figure:
+    with canvas(640, 300) as figure:
         axes = figure.add_subplot()
         shown: list[float] = []
         for u, row in enumerate(table):
             axes.plot(range(u + 1, blocks), [_nan(v) for v in row[u + 1 :]], color=COLOURS["faint"], linewidth=0.9)
         for first, last in intervals:
-            axes.axvspan(first - 0.5, last + 0.5, color=COLOURS["mark"], alpha=0.1, linewidth=0)
+            axes.axvspan(first - 0.46, last + 0.46, color=COLOURS["mark"], alpha=0.1, linewidth=0)
             curve = [_nan(v) for v in table[first]]
             axes.plot(range(first + 1, last + 1), curve[first + 1 : last + 1], color=COLOURS["mark"], marker="o", markersize=4)
             if last + 1 < blocks:
@@ -161,27 +168,29 @@ def delta_curves(table: Table, intervals: list[Interval], spans: list[Interval])
         axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
         marked = ", ".join(interval_name(pair) for pair in intervals) or "none"
         label = f"Curves of the similarity each further block costs, from every start. Intervals: {marked}."
-        return Drawing(inline(figure, "delta", label), "", wide=True)
+        return Drawing(inline(figure, "delta", label), "")
 
 
 def loss_curves(trained: dict[str, Any]) -> Drawing:
     """The distillation loss of each interval's student over the steps, on a logarithmic scale."""
-    looks = series_of(sorted(trained))
-    with canvas(720, 320) as figure:
+    names = sorted(trained)
+    looks = series_of([interval_name(interval_of(name)) for name in names])
+    curves = {interval_name(interval_of(name)): trained[name]["curve"] for name in names}
+    with canvas(640, 300) as figure:
         axes = figure.add_subplot()
-        for name in sorted(trained):
-            steps, losses = _thinned([(p["step"], _nan(p["loss"])) for p in trained[name]["curve"]])
+        for name, curve in curves.items():
+            steps, losses = _thinned([(point["step"], _nan(point["loss"])) for point in curve])
             single = {"marker": "o"} if len(steps) == 1 else {}
             axes.plot(steps, losses, linewidth=1.5, **single, **looks[name].line)
-        if any((finite(p["loss"]) or 0) > 0 for interval in trained.values() for p in interval["curve"]):
+        if any((finite(point["loss"]) or 0) > 0 for curve in curves.values() for point in curve):
             axes.set_yscale("log")
             _plain_log(axes)
         axes.grid(axis="y")
         axes.set(xlabel="step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ends = "; ".join(f"{n}: {numbers.significant(finite(trained[n]['curve'][-1]['loss']))}" for n in sorted(trained) if trained[n]["curve"])
-        legend = [looks[name] for name in sorted(trained)]
-        return Drawing(inline(figure, "loss", f"Distillation loss by step. Last values: {ends}."), "", legend, wide=True)
+        ends = "; ".join(f"{name}: {numbers.significant(finite(curve[-1]['loss']))}" for name, curve in curves.items() if curve)
+        label = f"Distillation loss by step, by interval. Last values: {ends}."
+        return Drawing(inline(figure, "loss", label), "", [looks[name] for name in curves])
 
 
 def velocity_curves(measured: dict[str, Any], looks: dict[str, Series]) -> Drawing | None:
@@ -189,7 +198,7 @@ def velocity_curves(measured: dict[str, Any], looks: dict[str, Series]) -> Drawi
     names = [name for name in looks if name != TEACHER and measured.get(name, {}).get("velocity_by_timestep")]
     if not names:
         return None
-    with canvas(720, 320) as figure:
+    with canvas(640, 320) as figure:
         axes = figure.add_subplot()
         for name in names:
             points = sorted((p["timestep"], _nan(p["error"])) for p in measured[name]["velocity_by_timestep"])
@@ -200,7 +209,7 @@ def velocity_curves(measured: dict[str, Any], looks: dict[str, Series]) -> Drawi
         axes.set(xlabel="timestep, as the share of noise (sampling goes from left to right)", ylabel="velocity error")
         told = "; ".join(f"{name}: {numbers.significant(finite(measured[name].get('velocity_error')))} on average" for name in names)
         legend = [looks[name] for name in names]
-        return Drawing(inline(figure, "velocity", f"Velocity error by timestep. {told}."), "", legend, wide=True)
+        return Drawing(inline(figure, "velocity", f"Velocity error by timestep. {told}."), "", legend)
 
 
 def size_scatter(rows: list[dict[str, Any]], looks: dict[str, Series], key: str, title: str) -> Drawing | None:
@@ -276,8 +285,8 @@ def _plain_log(axes: Axes) -> None:
 def _thinned(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
     """At most `CURVE_POINTS` points, each the mean of its neighbours."""
     array = np.array(points, dtype=float).reshape(-1, 2)
-    parts = np.array_split(array, min(CURVE_POINTS, len(array))) if len(array) else []
-    means = np.array([part.mean(axis=0) for part in parts]).reshape(-1, 2)
+    together = -(-len(array) // CURVE_POINTS) or 1
+    means = np.array([array[i : i + together].mean(axis=0) for i in range(0, len(array), together)]).reshape(-1, 2)
     return means[:, 0], means[:, 1]
 
 

@@ -169,7 +169,7 @@ def _students(results: Results) -> list[dict[str, Any]]:
     students = []
     for name, trained in sorted(results.stage("students").get("intervals", {}).items()):
         curve = trained["curve"]
-        interval = Interval(*(int(block) for block in name.split("-")))
+        interval = Interval(*figures.interval_of(name))
         students.append(
             {
                 "blocks": figures.interval_name(interval),

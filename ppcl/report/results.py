@@ -38,12 +38,12 @@ def read_results(root: Path) -> Results:
     stages, absent = {}, {}
     for stage, name in STAGE_FILES.items():
         if stage not in manifest["stages"]:
-            absent[stage] = f"The stage {stage} has not run yet."
+            absent[stage] = f"The stage {stage} has not run yet"
             continue
         try:
             stages[stage] = json.loads(artifacts.path(stage, name).read_text())
         except FileNotFoundError:
-            absent[stage] = f"The file {stage}/{name} is gone; running the job again makes it anew."
+            absent[stage] = f"The file {stage}/{name} is gone (the job, run again, makes it anew)"
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            absent[stage] = f"The file {stage}/{name} cannot be read ({error}); running the job again makes it anew."
+            absent[stage] = f"The file {stage}/{name} cannot be read ({error}; the job, run again, makes it anew)"
     return Results(artifacts.root, manifest, stages, absent)
