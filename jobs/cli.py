@@ -35,27 +35,15 @@ def compress(
     """Compress a diffusers pipeline; the same command again continues where it stopped."""
     from jobs.cluster import connected
     from jobs.coordinator import Job
-    from jobs.progress import Reporter
     from ppcl.config import load_config
     from ppcl.report.terminal import summary_table
 
     settings = load_config(config, set_, output)
-    _refuse_foreign_folder(settings.output)
-    reporter = Reporter(out, settings.output.absolute() / "log.txt")
+    job = Job(settings, out)
     with connected(address, settings) as device:
-        report = Job(settings, reporter, device).run()
+        report = job.run(device)
     out.print(summary_table(settings.output))
-    reporter.say(f"report: {report}")
-
-
-def _refuse_foreign_folder(output: Path) -> None:
-    """Before anything is written, the log included."""
-    from ppcl.artifacts import MANIFEST
-
-    if output.exists() and not output.is_dir():
-        raise UserError(f"the output {output} is a file; choose a folder with --output")
-    if output.is_dir() and any(p.name != "log.txt" for p in output.iterdir()) and not (output / MANIFEST).exists():
-        raise UserError(f"the output folder {output} is not empty and no job of ppcl; choose another --output")
+    job.reporter.say(f"report: {report}")
 
 
 @app.command()

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from jobs.progress import Reporter, Update
-from ppcl.artifacts import Artifacts, key_of
+from ppcl.artifacts import CONFIG, LOG, Artifacts, key_of, write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError
 from ppcl.plan import Interval
-from ppcl.teacher import Teacher
+from ppcl.teacher import Teacher, file_sha256
 
 # Keys that say how a stage is run and not what comes out of it.
 _OPERATIONAL = {
@@ -53,12 +55,27 @@ def _settings(config: Config, section: str) -> dict[str, Any]:
 class Job:
     """One compression job in its output folder."""
 
-    def __init__(self, config: Config, reporter: Reporter, device: str):
-        self.config, self.reporter, self.device = config, reporter, device
-        self.teacher = Teacher(config.teacher)
-        self.artifacts = Artifacts(config.output)
+    def __init__(self, config: Config, console: Console):
+        """Look at everything the job reads, before anything is started or written. Raises `UserError`."""
+        from ppcl.calibration.prompts import check_prompts
 
-    def stages(self, teacher_hash: str, prompts_hash: str) -> Iterator[Stage]:
+        self.config = config
+        self.artifacts = Artifacts(config.output)
+        self.artifacts.check()
+        column = config.calibration.prompt_column
+        images = config.calibration.image_column if config.calibration.source == "images" else None
+        self.prompts_hash = check_prompts(config.prompts, column, images, config.calibration.limit)
+        if config.evaluation.prompts is not None:
+            check_prompts(config.evaluation.prompts, column, None, config.evaluation.limit)
+        self.teacher = Teacher(config.teacher)
+        self.teacher_hash = self.teacher.sha256()
+        identity = {
+            "teacher": str(self.teacher.folder), "teacher_sha256": self.teacher_hash, "prompts": self.prompts_hash
+        }  # fmt: skip
+        self.artifacts.start(identity)
+        self.reporter = Reporter(console, self.artifacts.path(LOG))
+
+    def stages(self, device: str) -> Iterator[Stage]:
         """The stages in order. Later ones read what earlier ones left, so they are made one at a time."""
         from jobs.calibration import calibrate
         from jobs.distillation import distil_students
@@ -69,7 +86,7 @@ class Job:
         calibration = path("calibration")
         sampling = _settings(config, "sampling")
         # The states are the teacher's own, in the precision of the device that makes them.
-        base = [teacher_hash, prompts_hash, config.seed, sampling, _settings(config, "calibration"), self.device]
+        base = [self.teacher_hash, self.prompts_hash, config.seed, sampling, _settings(config, "calibration"), device]
         yield Stage(
             "calibration",
             "prompts are encoded and the teacher's states on their trajectories kept",
@@ -81,7 +98,7 @@ class Job:
             "probes",
             "one affine map a block and stream, in closed form",
             base,
-            lambda folder, update, key: fit_probes(config, self.teacher, calibration, folder, self.device, update),
+            lambda folder, update, key: fit_probes(config, self.teacher, calibration, folder, device, update),
         )
         base = [*base, _settings(config, "detection")]
         yield Stage(
@@ -105,7 +122,7 @@ class Job:
             f"{len(intervals)} students, {config.distillation.steps} steps",
             base,
             lambda folder, update, key: distil_students(
-                config, self.teacher, calibration, intervals, folder, self.device, key, update
+                config, self.teacher, calibration, intervals, folder, device, key, update
             ),
             keeps_checkpoints=True,
         )
@@ -115,33 +132,44 @@ class Job:
             "the damage of every interval, and the variants of the budgets",
             base,
             lambda folder, update, key: choose_variants(
-                config, self.teacher, calibration, path("students"), folder, self.device, update
+                config, self.teacher, calibration, path("students"), folder, device, update
             ),
         )
-        base = [*base, _settings(config, "evaluation")]
+        asked = config.evaluation.prompts
+        base = [*base, _settings(config, "evaluation"), asked and file_sha256(asked)]
         yield Stage(
             "evaluation",
             "velocity errors and pictures of every variant",
             base,
             lambda folder, update, key: evaluate(
-                config, self.teacher, calibration, path("students"), path("variants"), folder, self.device, update
+                config, self.teacher, calibration, path("students"), path("variants"), folder, device, update
             ),
         )
 
-    def run(self) -> Path:
+    def run(self, device: str) -> Path:
         """Run what is missing; gives the report's path. The same call again skips what is complete and intact."""
-        from ppcl.calibration.prompts import check_prompts
         from ppcl.report import write_report
 
-        config, artifacts = self.config, self.artifacts
-        images = config.calibration.image_column if config.calibration.source == "images" else None
-        prompts_hash = check_prompts(config.prompts, config.calibration.prompt_column, images, config.calibration.limit)
-        teacher_hash = self.teacher.sha256()
-        artifacts.start({"teacher": str(self.teacher.folder), "teacher_sha256": teacher_hash, "prompts": prompts_hash})
+        artifacts = self.artifacts
         with _alone(artifacts.path(".lock")):
-            for stage in self.stages(teacher_hash, prompts_hash):
+            self._check_resources(device)
+            write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
+            for stage in self.stages(device):
                 self._run_stage(stage)
             return write_report(artifacts.root)
+
+    def _check_resources(self, device: str) -> None:
+        """All stages' workers, before the first stage: not after hours of work."""
+        from jobs.ranks import check_resources
+
+        config = self.config
+        for key, workers in {
+            "calibration.workers": config.calibration.workers,
+            "probes.workers": config.probes.workers,
+            "distillation.pipeline × distillation.replicas": config.distillation.pipeline * config.distillation.replicas,
+            "evaluation.workers": config.evaluation.workers,
+        }.items():
+            check_resources(workers, device, key)
 
     def _run_stage(self, stage: Stage) -> None:
         artifacts, key = self.artifacts, key_of(stage.name, stage.depends)

@@ -20,6 +20,8 @@ from ppcl.errors import UserError
 from ppcl.teacher import file_sha256
 
 MANIFEST = "manifest.json"
+CONFIG = "config.json"  # the full configuration of the last run
+LOG = "log.txt"
 FORMAT = 1
 
 
@@ -74,16 +76,24 @@ class Artifacts:
             raise UserError(f"{path} has format {manifest.get('format')}, this ppcl reads format {FORMAT}")
         return manifest
 
+    def check(self) -> None:
+        """Refuse a folder that holds something else, before anything is written. Raises `UserError`."""
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"the output {self.root} is a file; choose a folder with --output")
+        if self.path(MANIFEST).exists():
+            self.manifest()
+        elif self.root.is_dir() and any(self.root.iterdir()):
+            raise UserError(f"the output folder {self.root} is not empty and no job of ppcl; choose another --output")
+
     def start(self, job: dict[str, Any]) -> None:
         """Claim the folder for a job: `job` is what tells one job from another (the teacher's and prompts' identity)."""
+        self.check()
         if not self.path(MANIFEST).exists():
-            if self.root.exists() and any(p for p in self.root.iterdir() if p.name != "log.txt"):
-                raise UserError(f"the output folder {self.root} is not empty and no job of ppcl; choose another --output")
             write_atomically(self.path(MANIFEST), json.dumps({"format": FORMAT, "job": job, "stages": {}}, indent=1))
         else:
             other = self.manifest()["job"]
             if other != job:
-                differs = sorted(k for k in {*job, *other} if job.get(k) != other.get(k))
+                differs = [k for k in {**job, **other} if job.get(k) != other.get(k)]
                 raise UserError(
                     f"the output folder {self.root} holds another job: {differs[0]} is {other.get(differs[0])!r} there and "
                     f"{job.get(differs[0])!r} here; choose another --output"

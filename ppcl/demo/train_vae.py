@@ -1,4 +1,4 @@
-"""Train the demo teacher's autoencoder, a small stock `AutoencoderKLQwenImage`, on scenes of the shapes world.
+"""Train the demo teacher's autoencoder, a small stock `AutoencoderKLQwenImage`, on boards of the shapes world.
 
     python -m ppcl.demo.train_vae --output demo/checkpoints/vae
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ppcl.demo import world
 
 Z_DIM = 8
+KL_WEIGHT = 1e-4
 
 
 def new_vae() -> AutoencoderKLQwenImage:
@@ -75,23 +76,28 @@ def to_unit(pictures: torch.Tensor) -> torch.Tensor:
     return (pictures.float() / 127.5 - 1).unsqueeze(2)
 
 
-def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path, device: str) -> None:
+def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path, device: str, start: Path | None) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vae = new_vae().to(device)
+    if start is not None:
+        vae.load_state_dict(AutoencoderKLQwenImage.from_pretrained(start).state_dict())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
     curve, begun = [], time.monotonic()
     with single_frame_convolutions():
         for step in range(steps):
-            x = to_unit(scenes(batch, rng)[0]).to(device)
+            pictures = np.stack([world.render(world.board(rng)) for _ in range(batch)])
+            x = to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2)).to(device)
             posterior = vae.encode(x).latent_dist
             # Pixels at a shape's rim are few and matter most: weight by the distance from the background.
             ink = ((x - x[:, :, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05).float()
             ink = F.max_pool2d(ink[:, :, 0], 5, 1, 2).unsqueeze(2)
             error = (vae.decode(posterior.sample()).sample - x).abs()
-            reconstruction = (error * (1 + 4 * ink)).mean()
-            loss = reconstruction + 2e-4 * posterior.kl().mean() / Z_DIM
+            # The square pulls apart two colours that the absolute value alone settles on the nearer one of.
+            reconstruction = ((error + 2 * error**2) * (1 + 4 * ink)).mean()
+            # Ramped up: from the first step on, this weight collapses the posterior onto the prior.
+            loss = reconstruction + KL_WEIGHT * (1.0 if start is not None else min(1.0, 2 * step / steps)) * posterior.kl().mean() / Z_DIM
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -116,6 +122,9 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path,
         latents_std=z.std((0, 2, 3, 4)).tolist(),
     )
     vae.save_pretrained(output)
+    before = json.loads((start / "training.json").read_text()) if start is not None else {"steps": 0, "curve": []}
+    curve = before["curve"] + [c | {"step": c["step"] + before["steps"]} for c in curve]
+    steps += before["steps"]
     record = {"seed": seed, "steps": steps, "batch": batch, "reconstructions_right": right / 600, "curve": curve}
     (output / "training.json").write_text(json.dumps(record, indent=1))
     print(f"reconstructions that the checker finds right: {right / 600:.3f}; written to {output}", flush=True)
@@ -123,14 +132,15 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start", type=Path, help="go on from the weights in this folder, with a fresh schedule")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    train(options.steps, options.batch, options.learning_rate, options.seed, options.output, options.device)
+    train(options.steps, options.batch, options.learning_rate, options.seed, options.output, options.device, options.start)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A procedural world of coloured shapes, with captions in GenEval's categories and a checker that reads pixels alone.
 
-One scene holds one to four shapes on a light canvas, none touching another. Captions follow the six categories of
+One scene holds one to four shapes on a light canvas, in two sizes, none touching another. Captions follow the six categories of
 GenEval (Ghosh et al. 2023, arXiv 2310.11513): single object, two objects, counting, colours, position, colour
 attribution. Part of the caption combinations is held out of training, by a hash of the caption, so that the world
 score measures composition and not memory.
@@ -35,7 +35,8 @@ SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = {"two": 2, "three": 3, "four": 4}
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-RADII = (7, 9)
+RADII = (5, 6)
+CELL = 16  # pixels: shapes sit in the middle of the cells of a 4 × 4 board, one cell for each token of the transformer
 
 _MIN_AREA = 24  # pixels: less is noise, not an object
 _FOREGROUND_DISTANCE = 60.0  # Euclidean distance in RGB from the background
@@ -107,16 +108,21 @@ def render(things: list[Thing]) -> np.ndarray:
 
 
 def _place(rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
-    """`count` centres and radii (x, y, r) that keep every shape on the canvas and 3 pixels from the others."""
-    while True:
-        placed: list[tuple[int, int, int]] = []
-        for _ in range(200):
-            r = int(rng.choice(RADII))
-            x, y = (int(v) for v in rng.integers(r + 2, CANVAS - r - 2, size=2))
-            if all(max(abs(x - a), abs(y - b)) >= r + s + 3 for a, b, s in placed):
-                placed.append((x, y, r))
-            if len(placed) == count:
-                return placed
+    """`count` centres and radii (x, y, r) in different cells of the board."""
+    side = CANVAS // CELL
+    cells = rng.choice(side * side, size=count, replace=False)
+    return [
+        (CELL * int(cell % side) + CELL // 2, CELL * int(cell // side) + CELL // 2, int(rng.choice(RADII)))
+        for cell in cells
+    ]
+
+
+def board(rng: np.random.Generator) -> list[Thing]:
+    """Shapes in a random share of the cells, of no caption: an autoencoder learns its strokes faster from these."""
+    return [
+        Thing(str(rng.choice(SHAPES)), str(rng.choice(list(PALETTE))), x, y, r)
+        for x, y, r in _place(rng, int(rng.integers(1, 17)))
+    ]
 
 
 def _held_out(text: str, share: float = 0.2) -> bool:

@@ -54,6 +54,7 @@ def _context(results: Results) -> dict[str, Any]:
         "lead": _lead(rows),
         "facts": _facts(results),
         "settings": _settings(results),
+        "level": _level(results.config),
         "stages": results.manifest["stages"],
         "absent": results.absent,
         "rows": rows,
@@ -113,18 +114,21 @@ def _version() -> str:
 
 
 def _settings(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What the job was made with, by section: the plain values of the manifest and of the stage artifacts."""
-    groups = {
-        "job": results.manifest["job"],
-        "detection": results.stage("detection"),
-        "distillation": results.stage("students"),
-        "sampling": results.stage("evaluation").get("sampling", {}),
-    }
-    told = {
-        name: [(key, str(value)) for key, value in values.items() if isinstance(value, str | int | float | bool) or key == "arguments"]
-        for name, values in groups.items()
-    }
+    """The job's full configuration by section, its identity first."""
+    groups = {"job": dict(results.manifest["job"])}
+    for name, value in results.config.items():
+        if isinstance(value, dict):
+            groups[name] = value
+        else:
+            groups["job"].setdefault(name, value)
+    told = {name: [(key, str(value)) for key, value in values.items()] for name, values in groups.items()}
     return [(name, pairs) for name, pairs in told.items() if pairs]
+
+
+def _level(config: dict[str, Any]) -> str:
+    """The confidence intervals' level as a clause, empty where it is not known."""
+    level = config.get("evaluation", {}).get("confidence")
+    return f" ({numbers.percent(level)} level, over prompts)" if level else ""
 
 
 def best_of(rows: list[dict[str, Any]]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts import Artifacts
+from ppcl.artifacts import CONFIG, Artifacts
 
 STAGE_FILES = {
     "detection": "detection.json",
@@ -19,12 +19,16 @@ STAGE_FILES = {
 
 @dataclass(frozen=True)
 class Results:
-    """The parsed stage artifacts. `stages` holds those that could be read, `absent` says of each other one why not."""
+    """The parsed stage artifacts. `stages` holds those that could be read, `absent` says of each other one why not.
+
+    `config`: the job's full configuration, `{}` where it cannot be read.
+    """
 
     root: Path
     manifest: dict[str, Any]
     stages: dict[str, dict[str, Any]]
     absent: dict[str, str]
+    config: dict[str, Any]
 
     def stage(self, name: str) -> dict[str, Any]:
         """A stage's artifact, or `{}` where it is not there."""
@@ -46,4 +50,11 @@ def read_results(root: Path) -> Results:
             absent[stage] = f"The file {stage}/{name} is gone (the job, run again, makes it anew)"
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             absent[stage] = f"The file {stage}/{name} cannot be read ({error}; the job, run again, makes it anew)"
-    return Results(artifacts.root, manifest, stages, absent)
+    return Results(artifacts.root, manifest, stages, absent, _config(artifacts))
+
+
+def _config(artifacts: Artifacts) -> dict[str, Any]:
+    try:
+        return json.loads(artifacts.path(CONFIG).read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ppcl.artifacts import Artifacts
+from ppcl.artifacts import CONFIG, Artifacts
+from ppcl.config import Config
 from ppcl.demo import world
 
 BLOCKS = 16
@@ -23,6 +24,8 @@ def job(root: Path, stages: tuple[str, ...] = ("detection", "students", "variant
     rng = np.random.default_rng(0)
     artifacts = Artifacts(root)
     artifacts.start({"teacher": "/models/shapes-qwen", "teacher_sha256": "ab" * 32, "prompts": "cd" * 32})
+    config = Config(teacher="/models/shapes-qwen", prompts="prompts.txt")
+    artifacts.path(CONFIG).write_text(config.model_dump_json())
     made = {"detection": detection(), "students": training(rng), "variants": variants(), "evaluation": evaluation(rng)}
     names = {"detection": "detection.json", "students": "training.json", "variants": "variants.json", "evaluation": "evaluation.json"}
     for index, stage in enumerate(stages):

@@ -1,0 +1,137 @@
+"""`ppcl compress` as a user runs it: a process of its own, its embedded Ray, stopped and continued."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STAGES = ["calibration", "probes", "detection", "students", "variants", "evaluation"]
+
+
+def ppcl(*arguments, stop_at=None):
+    """Run the command; `stop_at`: press Ctrl-C when that is first said. Gives (exit code, stdout, stderr)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if stop_at and stop_at in line:
+            # To the whole group, as a terminal does it.
+            os.killpg(process.pid, signal.SIGINT)
+            stop_at = None
+    error = process.stderr.read()
+    return process.wait(timeout=120), "".join(said), error
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, teacher_folder):
+    """A configuration of a small, whole job; the result goes to `result` beside it."""
+    folder = tmp_path_factory.mktemp("job")
+    colours, shapes = ("red", "green", "blue", "black"), ("circle", "square", "triangle")
+    (folder / "prompts.txt").write_text("\n".join(f"a photo of a {c} {s}" for c in colours for s in shapes))
+    values = {
+        "teacher": str(teacher_folder),
+        "prompts": "prompts.txt",
+        "output": str(folder / "result"),
+        "device": "cpu",
+        "sampling": {"steps": 3, "height": 32, "width": 32},
+        "calibration": {"states_per_prompt": 2, "held_out": 0.3},
+        "probes": {"workers": 2},
+        "distillation": {"steps": 30, "batch_size": 4, "warmup": 2, "pipeline": 2, "checkpoint_every": 5},
+        "variants": {"budgets": [0.9], "custom": {}},
+        "evaluation": {"limit": 3},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def entries(job):
+    return json.loads((job.parent / "result" / "manifest.json").read_text())["stages"]
+
+
+@pytest.fixture(scope="module")
+def finished(job):
+    """The job's result, interrupted in three stages on the way."""
+    for stage in ("calibration", "students", "evaluation"):
+        code, said, error = ppcl("compress", job, stop_at=f"{stage}: ")
+        assert code == 130, said + error
+        assert error == "ppcl: stopped; the same command continues from what is complete\n"
+        assert list(entries(job)) == STAGES[: STAGES.index(stage)]
+    code, said, error = ppcl("compress", job)
+    assert code == 0, said + error
+    return job.parent / "result", said
+
+
+def test_an_interrupted_job_continues_from_what_is_complete(finished):
+    _, said = finished
+    for stage in STAGES[:5]:
+        assert f"{stage}: complete, skipped" in said
+    assert "evaluation: done" in said
+
+
+def test_the_end_is_a_table_and_a_report(finished):
+    result, said = finished
+    for heading in ("variant", "blocks", "parameters", "share", "seconds a step", "velocity error", "world score", "R"):
+        assert heading in said
+    assert f"report: {result / 'report.html'}" in said
+    assert "<svg" in (result / "report.html").read_text()
+    assert "students: done" in (result / "log.txt").read_text()
+    assert not list(result.rglob("*.partial")) and not list(result.rglob("checkpoints"))
+
+
+def test_the_same_command_again_computes_nothing(finished, job):
+    before = entries(job)
+    code, said, _ = ppcl("compress", job)
+    assert code == 0 and entries(job) == before
+    assert [f"{stage}: complete, skipped" in said for stage in STAGES] == [True] * 6
+
+
+def test_a_damaged_artifact_is_found_by_its_hash_and_made_again_as_it_was(finished, job):
+    result, _ = finished
+    student = next((result / "students").glob("*.safetensors"))
+    whole = student.read_bytes()
+    student.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, said, error = ppcl("compress", job)
+    assert code == 0, said + error
+    assert f"students: students/{student.name} is damaged or gone" in said
+    assert "students: done" in said and "probes: complete, skipped" in said
+    assert student.read_bytes() == whole
+
+
+def test_variants_and_generate_from_the_command_line(finished, tmp_path):
+    result, _ = finished
+    code, said, error = ppcl("variants", result, "--json")
+    assert code == 0, error
+    rows = json.loads(said)
+    assert rows[0]["variant"] == "teacher" and rows[0]["share"] == 1 and len(rows) > 1
+    smallest = rows[-1]
+    assert smallest["parameters"] < rows[0]["parameters"] and smallest["velocity_error"] > 0
+    intervals = ",".join(f"{u}-{v}" for u, v in smallest["intervals"])
+    pictures = {}
+    for name, variant in {"teacher": "teacher", "named": smallest["variant"], "intervals": intervals}.items():
+        path = tmp_path / f"{name}.png"
+        code, _, error = ppcl("generate", result, "a red circle", "--variant", variant, "-o", path)
+        assert code == 0, error
+        pictures[name] = Image.open(path)
+        assert pictures[name].size == (32, 32)
+    assert pictures["named"].tobytes() == pictures["intervals"].tobytes() != pictures["teacher"].tobytes()
+
+
+def test_more_workers_than_the_cluster_has_are_refused_at_once(job, tmp_path):
+    code, said, error = ppcl("compress", job, "--output", tmp_path / "other", "--set", "distillation.pipeline=64")
+    assert code == 2 and "asks for 64 workers" in error and "calibration" not in said
