@@ -7,14 +7,29 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from ppcl.errors import UserError
 
+
+class _Stopped(Exception):
+    """Ctrl-C, under a name that typer does not answer itself."""
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Stopped from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -125,7 +140,7 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(_fail(str(error), 2))
-    except KeyboardInterrupt:
+    except (_Stopped, KeyboardInterrupt):
         sys.exit(_fail("stopped; the same command continues from what is complete", 130))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):

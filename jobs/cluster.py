@@ -24,6 +24,8 @@ _QUIET = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # Its errors on the console are about its own actors; ours come through as exceptions.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
@@ -42,6 +44,8 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
         # Nobody else can reach the embedded Ray: it has no dashboard and listens on this machine alone.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
+    import ray.data  # configures its logger when it is imported
+    import ray.train
 
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -106,26 +106,25 @@ def run_ranks(
         ),
         run_config=RunConfig(name=name, storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
     )
-    stop = threading.Event()
+    failures: list[BaseException] = []
 
-    def watch() -> None:
-        while not stop.wait(0.5):
-            done, total, values, _ = ray.get(board.read.remote())
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # noqa: BLE001  (handed to the main thread, whatever it is)
+            failures.append(error)
+
+    # In a thread of its own: in the main thread `fit` would replace the handler of Ctrl-C for good, by one that ends the
+    # program as if it had succeeded.
+    thread = threading.Thread(target=fit, name=name, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.5)
+            done, total, values, refusal = ray.get(board.read.remote())
             if total:
                 progress(done, total, values)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        trainer.fit()
-    except Exception as error:
-        refusal = ray.get(board.read.remote())[3]
-        if refusal:
-            raise UserError(refusal) from error
-        raise
+        if failures:
+            raise UserError(refusal) if refusal else failures[0]
     finally:
-        stop.set()
-        watcher.join(timeout=5)
         shutil.rmtree(scratch, ignore_errors=True)
-    done, total, values, _ = ray.get(board.read.remote())
-    progress(done, total, values)
