@@ -105,14 +105,14 @@ def generate(
     sampling = opened.sampling
     picture = pipeline(
         prompt,
-        num_inference_steps=steps or sampling["steps"],
-        height=sampling["height"],
-        width=sampling["width"],
+        num_inference_steps=steps or sampling.steps,
+        height=sampling.height,
+        width=sampling.width,
         generator=torch.Generator().manual_seed(seed),
-        **sampling["arguments"],
+        **sampling.arguments,
     ).images[0]
     picture.save(output)
-    out.print(f"{output}: {variant}, {sampling['width']} × {sampling['height']}, seed {seed}", highlight=False, markup=False)
+    out.print(f"{output}: {variant}, {sampling.width} × {sampling.height}, seed {seed}", highlight=False, markup=False)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 from jobs.ranks import Report, check_resources, run_ranks
 from ppcl import detection
 from ppcl.config import Config
+from ppcl.probes.run import dropped
 from ppcl.teacher import Teacher
 
 
@@ -41,7 +42,10 @@ def fit_probes(
     device: str,
     progress: Callable[[int, int, dict[str, float]], None],
 ) -> dict[str, Any]:
-    """Fit the probes of all blocks into `folder`; progress counts samples."""
+    """Fit the probes of all blocks into `folder`; progress counts samples.
+
+    `dropped`: calibration tokens left out for NaN or Inf, at the block that lost most.
+    """
     check_resources(config.probes.workers, device, "probes.workers")
     arguments = {
         "config": config.model_dump(mode="json"),
@@ -51,7 +55,8 @@ def fit_probes(
         "device": device,
     }
     run_ranks("probes", _rank, arguments, config.probes.workers, device, folder / "ray", progress)
-    return {"blocks": len(list(folder.glob("block-*.safetensors")))}
+    files = list(folder.glob("block-*.safetensors"))
+    return {"blocks": len(files), "dropped": max(map(dropped, files))}
 
 
 def detect(

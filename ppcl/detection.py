@@ -10,22 +10,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from ppcl.artifacts import write_atomically
 from ppcl.config import Detection
+from ppcl.errors import UserError
 from ppcl.intervals import Table, differences, first_difference
 from ppcl.probes.probe import Probe
 from ppcl.probes.run import probe_file, tokens_file
-from ppcl.similarity import centred, hsic, ratio
+from ppcl.similarity import FEWEST_TOKENS, centred, hsic, ratio
 
 STREAMS = ("img", "txt")
 
 
-def similarity_table(probes_folder: Path, blocks: int, stream: str, tell: Callable[[int], None]) -> tuple[Table, Table]:
+def similarity_table(
+    probes_folder: Path, blocks: int, stream: str, finite: torch.Tensor, tell: Callable[[int], None]
+) -> tuple[Table, Table]:
     """`cka(u, k)` of one stream, plain and with z-scored channels; None for `k < u` and where the stream is gone.
 
     The surrogate starts from the teacher's own tokens after block `u` and goes through the probes of `u+1..k` (Eq. 3).
+    `finite (n,)`: the tokens that count, the same ones behind every block.
     """
     plain: Table = [[None] * blocks for _ in range(blocks)]
     scored: Table = [[None] * blocks for _ in range(blocks)]
@@ -34,6 +39,7 @@ def similarity_table(probes_folder: Path, blocks: int, stream: str, tell: Callab
         tokens = load_file(tokens_file(probes_folder, k + 1)).get(stream)
         if tokens is None:
             break
+        tokens = tokens[finite]
         weights = load_file(probe_file(probes_folder, k))
         probe = Probe(weights[f"{stream}.weight"], weights[f"{stream}.bias"])
         chains = {u: probe(x) for u, x in chains.items()} | {k: tokens}
@@ -47,14 +53,35 @@ def similarity_table(probes_folder: Path, blocks: int, stream: str, tell: Callab
     return plain, scored
 
 
-def detect(probes_folder: Path, spans: list[range], settings: Detection, tell: Callable[[int, int], None]) -> dict[str, Any]:
-    """The tables of both streams and their mean, Δ, and the intervals of two blocks or more."""
+def finite_tokens(probes_folder: Path, blocks: int, stream: str) -> torch.Tensor:
+    """`(n,)`, true for the held-out tokens of a stream that are finite behind every block.
+
+    One that is not would make every similarity behind it unknown. Raises `UserError` where too few are left.
+    """
+    kept = (load_file(tokens_file(probes_folder, block + 1)).get(stream) for block in range(blocks))
+    finite = torch.stack([x.isfinite().all(1) for x in kept if x is not None]).all(0)
+    if not finite.all() and int(finite.sum()) < FEWEST_TOKENS:
+        raise UserError(
+            f"only {int(finite.sum())} of {len(finite)} held-out tokens of the {stream} stream are finite behind every block, "
+            f"and CKA needs {FEWEST_TOKENS}; check the teacher's weights and precision and the calibration set"
+        )
+    return finite
+
+
+def detect(
+    probes_folder: Path, spans: list[range], settings: Detection, tell: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """The tables of both streams and their mean, Δ, and the intervals of two blocks or more.
+
+    `left_out`: held-out tokens of each stream that were not finite.
+    """
     blocks = spans[-1].stop
+    finite = {name: finite_tokens(probes_folder, blocks, name) for name in STREAMS}
     plain, scored = {}, {}
     for index, name in enumerate(STREAMS):
         done = index * blocks
         plain[name], scored[name] = similarity_table(
-            probes_folder, blocks, name, lambda k, done=done: tell(done + k + 1, 2 * blocks)
+            probes_folder, blocks, name, finite[name], lambda k, done=done: tell(done + k + 1, 2 * blocks)
         )
     for tables in (plain, scored):
         tables["mean"] = [[_mean(a, b) for a, b in zip(*rows)] for rows in zip(tables["img"], tables["txt"])]
@@ -66,6 +93,7 @@ def detect(probes_folder: Path, spans: list[range], settings: Detection, tell: C
         "stream": settings.stream,
         "standardize": settings.standardize,
         "method": settings.method,
+        "left_out": {name: int((~rows).sum()) for name, rows in finite.items()},
         "cka": plain,
         "cka_standardized": scored,
         "delta": delta,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
-from ppcl.artifacts import Artifacts
+from ppcl.artifacts import CONFIG, Artifacts
+from ppcl.config import Config, Sampling
 from ppcl.errors import UserError
 from ppcl.plan import Interval
 from ppcl.plug import Switch
@@ -17,6 +21,7 @@ from ppcl.teacher import Teacher
 from ppcl.variants import TEACHER, Family, Variant, sizes, students_in, trained
 
 CUSTOM = "custom"
+_INTERVALS = re.compile(r"\d+-\d+(,\d+-\d+)*")
 
 
 class Result:
@@ -47,14 +52,34 @@ class Result:
     def variants(self) -> dict[str, Variant]:
         return self.family.variants
 
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How the job called the pipeline: steps, size and further arguments."""
+        path = self.artifacts.path(CONFIG)
+        try:
+            return Config.model_validate_json(path.read_text()).sampling
+        except (OSError, ValidationError):
+            raise UserError(f"{path} is damaged or gone; run ppcl compress again, which makes it anew") from None
+
     def variant(self, choice: str | Sequence[Sequence[int]]) -> Variant:
-        """A named variant, or any intervals that have students. Raises `UserError` with what there is to choose from."""
+        """A named variant, or any intervals that have students, as pairs or as `"3-5,8-9"`.
+
+        Raises `UserError` with what there is to choose from.
+        """
+        if isinstance(choice, str) and choice in self.variants:
+            return self.variants[choice]
+        intervals = trained(self._pairs(choice), self.students, self.family.spans)
+        return sizes(self.teacher, self.students).variant(CUSTOM, intervals)
+
+    def _pairs(self, choice: str | Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         if not isinstance(choice, str):
-            intervals = trained(choice, self.students, self.family.spans)
-            return sizes(self.teacher, self.students).variant(CUSTOM, intervals)
-        if choice not in self.variants:
-            raise UserError(f"there is no variant {choice!r}; there are {', '.join(self.variants)}")
-        return self.variants[choice]
+            return choice
+        if not _INTERVALS.fullmatch(choice):
+            raise UserError(
+                f"there is no variant {choice!r}; there are {', '.join(self.variants)}, and intervals as 3-5,8-9, any of "
+                f"{', '.join(f'{i.first}-{i.last}' for i in sorted(self.students))}"
+            )
+        return [[int(block) for block in pair.split("-")] for pair in choice.split(",")]
 
     def pipeline(
         self,
@@ -63,7 +88,7 @@ class Result:
         dtype: torch.dtype = torch.float32,
     ) -> Any:
         """A stock diffusers pipeline with the variant plugged in."""
-        intervals = self._intervals(variant)
+        intervals = self.variant(variant).intervals
         pipeline = self.teacher.pipeline(device, dtype)
         self._switch(pipeline.transformer, intervals)
         return pipeline
@@ -73,12 +98,7 @@ class Result:
 
         Not while the pipeline is running. `UserError` leaves it as it was.
         """
-        self._switch(pipeline.transformer, self._intervals(variant))
-
-    def _intervals(self, choice: str | Sequence[Sequence[int]]) -> tuple[Interval, ...]:
-        if isinstance(choice, str):
-            return self.variant(choice).intervals
-        return tuple(trained(choice, self.students, self.family.spans))
+        self._switch(pipeline.transformer, self.variant(variant).intervals)
 
 
 def _teacher(folder: Path, sha256: str) -> Teacher:

@@ -8,18 +8,20 @@ of the boundaries behind its own blocks, the first rank those of `X_0` too.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 
-from ppcl.architecture import Streams
+from ppcl.architecture import Streams, embed, run_blocks
+from ppcl.artifacts import write_atomically
 from ppcl.config import Probes
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import Samples, Segment, text_mask
+from ppcl.errors import UserError
 from ppcl.probes.probe import Probe
 from ppcl.probes.statistics import Statistics
 from ppcl.segments import Chain, segments
@@ -52,32 +54,25 @@ def fit(
     chain = Chain(mesh.stage, mesh.pp, mesh.rank)
     fitted, held_out = samples.ids(held_out=False), samples.ids(held_out=True)
     total = len(fitted) + len(held_out)
-    boundaries = set(range(part.start, part.stop + 1))
 
     sums: dict[tuple[int, str], Statistics] = {}
     for start in range(0, len(fitted), settings.batch_size):
-        kept, mask = _batch(segment, chain, samples, fitted[start : start + settings.batch_size], boundaries)
-        for block in part:
-            for name in Streams._fields:
-                before, after = getattr(kept[block], name), getattr(kept[block + 1], name)
-                if before is None or after is None:
-                    continue
-                x = _counted(before, name, mask)
-                statistics = sums.setdefault((block, name), Statistics(x.shape[-1], x.shape[-1], device))
-                statistics.update(x, _counted(after, name, mask) - x, part=start)
+        before = None
+        for boundary, streams, mask in _walk(segment, chain, samples, fitted[start : start + settings.batch_size]):
+            if before is not None:
+                _add(sums, boundary - 1, before, streams, mask, start, device)
+            before = streams
         report(min(start + settings.batch_size, len(fitted)), total, {})
     for block in part:
         _write_probe(folder, block, {n: s for (b, n), s in sums.items() if b == block}, settings.ridge)
 
     tokens: dict[tuple[int, str], list[torch.Tensor]] = {}
-    wanted = boundaries if mesh.stage == 0 else boundaries - {part.start}
+    wanted = range(part.start if mesh.stage == 0 else part.start + 1, part.stop + 1)
     for start in range(0, len(held_out), settings.batch_size):
         ids = held_out[start : start + settings.batch_size]
-        kept, mask = _batch(segment, chain, samples, ids, boundaries)
-        for boundary in wanted:
-            for name in Streams._fields:
-                x = getattr(kept[boundary], name)
-                if x is not None:
+        for boundary, streams, mask in _walk(segment, chain, samples, ids):
+            for name, x in streams._asdict().items():
+                if boundary in wanted and x is not None:
                     chosen = _chosen(x, name, mask, ids, settings.tokens_per_sample, seed)
                     tokens.setdefault((boundary, name), []).append(chosen.float().cpu())
         report(len(fitted) + min(start + settings.batch_size, len(held_out)), total, {})
@@ -88,9 +83,32 @@ def fit(
     mesh.barrier()
 
 
-def _batch(segment: Segment, chain: Chain, samples: Samples, ids: np.ndarray, boundaries: set[int]):
-    kept, context = segment.run(samples.batch(ids, segment.device, segment.dtype), chain, boundaries)
-    return kept, text_mask(segment.architecture, context)
+@torch.no_grad()
+def _walk(
+    segment: Segment, chain: Chain, samples: Samples, ids: np.ndarray
+) -> Iterator[tuple[int, Streams, torch.Tensor | None]]:
+    """One batch through the segment: each boundary, its streams and the text mask, and never more than one kept here."""
+    start, context = embed(segment.transformer, samples.batch(ids, segment.device, segment.dtype))
+    streams, mask = chain.receive(start), text_mask(segment.architecture, context)
+    yield segment.range.start, streams, mask
+    for number, block in segment.blocks.items():
+        streams = run_blocks(segment.architecture, [block], streams, context)
+        if number + 1 == segment.range.stop:
+            chain.send(streams)
+        yield number + 1, streams, mask
+
+
+def _add(
+    sums: dict[tuple[int, str], Statistics], block: int, before: Streams, after: Streams, mask: torch.Tensor | None,
+    part: int, device: str,
+) -> None:  # fmt: skip
+    """Count what a block made of a batch, in its sums of either stream."""
+    for name in Streams._fields:
+        old, new = getattr(before, name), getattr(after, name)
+        if old is not None and new is not None:
+            x = _counted(old, name, mask)
+            statistics = sums.setdefault((block, name), Statistics(x.shape[-1], x.shape[-1], device))
+            statistics.update(x, _counted(new, name, mask) - x, part=part)
 
 
 def _counted(x: torch.Tensor, name: str, mask: torch.Tensor | None) -> torch.Tensor:
@@ -116,7 +134,10 @@ def _chosen(
 def _write_probe(folder: Path, block: int, sums: dict[str, Statistics], ridge: float) -> None:
     tensors, words = {}, {}
     for name, statistics in sums.items():
-        probe, how = Probe.fit(statistics, ridge)
+        try:
+            probe, how = Probe.fit(statistics, ridge)
+        except UserError as error:
+            raise UserError(f"block {block}, {name} stream: {error}") from None
         tensors |= {f"{name}.weight": probe.weight, f"{name}.bias": probe.bias}
         words |= {f"{name}.tokens": str(how.tokens), f"{name}.error": f"{how.error:.6g}"}
         words |= {f"{name}.dropped": str(how.dropped), f"{name}.underdetermined": str(how.underdetermined)}
@@ -124,6 +145,10 @@ def _write_probe(folder: Path, block: int, sums: dict[str, Statistics], ridge: f
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], words: dict[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, words)
-    os.replace(partial, path)
+    write_atomically(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}, words))
+
+
+def dropped(path: Path) -> int:
+    """Tokens of a block, of the stream that lost more, which the fit in this file left out for NaN or Inf."""
+    with safe_open(path, "pt") as file:
+        return max(int(value) for name, value in file.metadata().items() if name.endswith(".dropped"))

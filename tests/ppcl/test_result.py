@@ -1,0 +1,138 @@
+"""One result, many variants: plugged into the stock pipeline, switched by moving references, and refused if tampered."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from ppcl.errors import UserError
+from ppcl.result import Result
+from tests import made_result, tiny
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, teacher_folder):
+    return made_result.result(tmp_path_factory.mktemp("result") / "job", teacher_folder)
+
+
+@pytest.fixture(scope="module")
+def result(root):
+    return Result(root)
+
+
+@pytest.fixture(scope="module")
+def pipeline(result):
+    return result.pipeline()
+
+
+@torch.no_grad()
+def velocity(pipeline):
+    return pipeline.transformer(**tiny.inputs(pipeline.transformer), return_dict=False)[0]
+
+
+def test_switching_moves_references_only(result, pipeline):
+    blocks = list(pipeline.transformer.transformer_blocks)
+    storages = {name: p.data_ptr() for name, p in pipeline.transformer.named_parameters()}
+    teachers = velocity(pipeline)
+    seen = {}
+    for name in ("all", "ends", "p90", "all"):
+        result.switch(pipeline, name)
+        now = list(pipeline.transformer.transformer_blocks)
+        assert len(now) == len(blocks)
+        kept = [i for i in range(6) if not any(i in interval.blocks for interval in result.variants[name].intervals)]
+        assert all(now[i] is blocks[i] for i in kept)
+        if name in seen:
+            places = [interval.first for interval in result.variants[name].intervals]
+            assert all(seen[name][0][i] is now[i] for i in places), "a student was loaded again"
+            assert torch.equal(seen[name][1], velocity(pipeline))
+        seen[name] = now, velocity(pipeline)
+    assert not torch.equal(seen["all"][1], teachers) and not torch.equal(seen["all"][1], seen["ends"][1])
+    result.switch(pipeline, "teacher")
+    assert all(a is b for a, b in zip(blocks, pipeline.transformer.transformer_blocks, strict=True))
+    assert {name: p.data_ptr() for name, p in pipeline.transformer.named_parameters()} == storages
+    assert torch.equal(velocity(pipeline), teachers)
+
+
+def test_a_variant_runs_its_students_where_their_intervals_were(result, pipeline):
+    """Against the blocks called one after the other by hand."""
+    from ppcl.architecture import embed, head, run_blocks
+
+    result.switch(pipeline, "teacher")
+    model, inputs = pipeline.transformer, tiny.inputs(pipeline.transformer)
+    blocks = list(model.transformer_blocks)
+    student = result._switch.student(made_result.INTERVALS[1], "cpu", torch.float32)
+    with torch.no_grad():
+        streams, context = embed(model, inputs)
+        streams = run_blocks(result.teacher.architecture, blocks[:2], streams, context)
+        streams = student.streams(streams, context)
+        streams = run_blocks(result.teacher.architecture, blocks[4:], streams, context)
+        by_hand = head(model, streams, inputs)
+    result.switch(pipeline, [(2, 3)])
+    assert torch.equal(velocity(pipeline), by_hand)
+    result.switch(pipeline, "teacher")
+
+
+def test_parameters_told_are_those_of_the_plugged_model(result, pipeline):
+    for name, variant in result.variants.items():
+        result.switch(pipeline, name)
+        assert variant.parameters == sum(p.numel() for p in pipeline.transformer.parameters())
+    result.switch(pipeline, "teacher")
+
+
+def test_names_and_intervals_choose_the_same_and_the_pipeline_draws(result):
+    pictures = {}
+    for choice in ("ends", "0-1,4-5", ((0, 1), (4, 5)), "teacher"):
+        pipeline = result.pipeline(choice)
+        sampling = result.sampling
+        pictures[str(choice)] = pipeline(
+            "a photo of a red circle", num_inference_steps=sampling.steps, height=sampling.height, width=sampling.width,
+            generator=torch.Generator().manual_seed(0), output_type="np",
+        ).images  # fmt: skip
+    assert np.array_equal(pictures["ends"], pictures["0-1,4-5"])
+    assert np.array_equal(pictures["ends"], pictures["((0, 1), (4, 5))"])
+    assert not np.array_equal(pictures["ends"], pictures["teacher"])
+
+
+@pytest.mark.parametrize(
+    ("choice", "sentence"),
+    [
+        ("p10", "no variant 'p10'; there are teacher, p90, p75, all, ends, and intervals as 3-5,8-9, any of 0-1, 2-3, 4-5"),
+        ("0-2", r"\[0, 2\] has no student; there are students for \[0, 1\]"),
+        ("0-1,0-1", "overlap"),
+        ("3-9", "does not lie within one block list"),
+    ],
+)
+def test_a_choice_that_is_not_there_leaves_the_pipeline_as_it_was(result, pipeline, choice, sentence):
+    result.switch(pipeline, "p90")
+    before = list(pipeline.transformer.transformer_blocks)
+    with pytest.raises(UserError, match=sentence):
+        result.switch(pipeline, choice)
+    assert all(a is b for a, b in zip(before, pipeline.transformer.transformer_blocks, strict=True))
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    return shutil.copytree(root, tmp_path / "copy")
+
+
+def test_a_tampered_student_is_refused(copy):
+    student = copy / "students" / "02-03.safetensors"
+    content = bytearray(student.read_bytes())
+    content[-1] ^= 1
+    student.write_bytes(content)
+    with pytest.raises(UserError, match="02-03.safetensors is damaged or gone .*sha256"):
+        Result(copy)
+
+
+def test_a_missing_stage_and_another_teacher_are_refused(copy, tmp_path):
+    from ppcl.artifacts import Artifacts
+
+    other = tiny.qwen_pipeline(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="is not the teacher of this result"):
+        Result(copy, teacher=other)
+    with pytest.raises(UserError, match="/gone is gone; give its new place"):
+        Result(copy, teacher="/gone")
+    Artifacts(copy).forget_entry("variants")
+    with pytest.raises(UserError, match="has no variants yet"):
+        Result(copy)
