@@ -111,7 +111,7 @@ def run_ranks(
     def fit() -> None:
         try:
             trainer.fit()
-        except BaseException as error:  # noqa: BLE001  (handed to the main thread, whatever it is)
+        except BaseException as error:
             failures.append(error)
 
     # In a thread of its own: in the main thread `fit` would replace the handler of Ctrl-C for good, by one that ends the

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from ppcl.artifacts import CONFIG, Artifacts
 from ppcl.config import Config, Sampling
 from ppcl.errors import UserError
-from ppcl.plan import Interval
 from ppcl.plug import Switch
 from ppcl.teacher import Teacher
 from ppcl.variants import TEACHER, Family, Variant, sizes, students_in, trained

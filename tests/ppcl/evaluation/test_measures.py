@@ -17,7 +17,8 @@ from tests import made_result
 from tests.samples import MemorySamples
 
 
-def test_squares_are_relative_errors_that_join(rng=np.random.default_rng(0)):
+def test_squares_are_relative_errors_that_join():
+    rng = np.random.default_rng(0)
     v, t, at = rng.normal(size=(20, 3, 4)), rng.normal(size=(20, 3, 4)), rng.random(20)
     whole = Squares.of(torch.tensor(v), torch.tensor(t), torch.tensor(at))
     assert whole.overall() == pytest.approx(((v - t) ** 2).sum() / (t**2).sum())
