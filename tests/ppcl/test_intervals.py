@@ -1,17 +1,9 @@
-"""Algorithm 1 against tables worked by hand and block stacks whose redundant intervals are known."""
+"""Algorithm 1 against tables worked by hand, and against its own definition on tables drawn at random."""
 
-import json
-
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from ppcl.config import Detection
-from ppcl.detection import detect, write_detection
 from ppcl.intervals import differences, first_difference
-from ppcl.probes.probe import Probe
-from ppcl.probes.run import probe_file, tokens_file
-from ppcl.probes.statistics import Statistics
 
 
 def table(rows):
@@ -51,69 +43,46 @@ def test_algorithm_1(rows, spans, intervals):
     assert [tuple(i) for i in first_difference(delta_of(rows), spans)] == intervals
 
 
-def write_stack(folder, blocks, tokens=400):
-    """Fit probes to a stack of `x → block(x)` and leave what the probe stage leaves, the text stream the same."""
-    generator = torch.Generator().manual_seed(0)
-    fitted = torch.randn(4000, 24, generator=generator, dtype=torch.float64)
-    held_out = torch.randn(tokens, 24, generator=generator, dtype=torch.float64)
-
-    def keep(boundary, x):
-        save_file({s: x.float().contiguous().clone() for s in ("img", "txt")}, tokens_file(folder, boundary))
-
-    keep(0, held_out)
-    for number, block in enumerate(blocks):
-        statistics = Statistics(24, 24)
-        after = block(fitted)
-        statistics.update(fitted, after - fitted)
-        probe, _ = Probe.fit(statistics, 1e-9)
-        save_file(
-            {f"{s}.{n}": getattr(probe, n).clone() for s in ("img", "txt") for n in ("weight", "bias")},
-            probe_file(folder, number),
-        )
-        fitted, held_out = after, block(held_out)
-        keep(number + 1, held_out)
-
-
-def linear(seed):
-    w = torch.randn(24, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.05
-    return lambda x: x + x @ w
+@pytest.mark.parametrize(
+    ("rows", "intervals"),
+    [
+        # Worked by hand. Row 0: Δ = .10, .05, .20 (rise at 3), so [0,2]. Row 3: Δ = .10, .10 (no rise), so [3,5].
+        (
+            [
+                [1, 0.90, 0.85, 0.65, 0.60, 0.50], [1, 0.5, 0.5, 0.5, 0.5], [1, 0.5, 0.5, 0.5], [1, 0.75, 0.5], [1, 0.5], [1],
+            ],
+            [(0, 2), (3, 5)],
+        ),
+        # All redundant: nothing costs anything, Δ never rises, one interval to the end.
+        ([[1] * (5 - u) for u in range(5)], [(0, 4)]),
+        # Nothing redundant: every further block costs more than the one before, so the least interval each time.
+        ([[1, 0.9375, 0.75, 0.5], [1, 0.9375, 0.75], [1, 0.9375], [1]], [(0, 1), (2, 3)]),
+        # A block that makes the surrogate better again (Δ < 0) belongs to the interval; the next rises from there.
+        ([[1, 0.75, 0.875, 0.875], [1, 0.5, 0.5], [1, 0.5], [1]], [(0, 2), (3, 3)]),
+        # A drop at the last block ends the interval before it, and leaves that block alone.
+        ([[1, 0.75, 0.625, 0.125], [1, 0.5, 0.5], [1, 0.5], [1]], [(0, 2), (3, 3)]),
+        ([[1, 0.5], [1]], [(0, 1)]),
+    ],
+)  # fmt: skip
+def test_from_similarities_to_intervals(rows, intervals):
+    assert [tuple(i) for i in first_difference(differences(table(rows)), [range(len(rows))])] == intervals
 
 
-def hard(seed):
-    """Nothing a linear map could stand in for."""
-    w = torch.randn(24, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return lambda x: x + 2.0 * torch.cos(4 * x @ w)
-
-
-def test_a_stack_with_a_known_redundant_run(tmp_path):
-    """Blocks 1 to 4 are linear, 0 and 5 are not: a linear run costs nothing, so Δ rises at block 5 and not before."""
-    write_stack(tmp_path, [hard(0), linear(1), linear(2), linear(3), linear(4), hard(5), linear(6), linear(7)])
-    told = []
-    found = detect(tmp_path, [range(8)], Detection(), lambda done, total: told.append((done, total)))
-    plain = found["cka"]["img"]
-    # From block 0 (kept) the linear run follows exactly; a probe of block 5 cannot.
-    assert min(plain[0][1:5]) > 0.9999 and plain[0][5] < 0.9
-    assert plain[5][7] > 0.9999
-    # Rounding decides where "no cost" rises within a run of none; the block that costs is never inside one.
-    for u, v in found["intervals"]:
-        assert not u < 5 <= v, "block 5 was replaced by a probe"
-    assert told[-1] == (16, 16) and [done for done, _ in told] == sorted(done for done, _ in told)
-
-
-def test_detection_is_read_from_the_streams_asked_for(tmp_path):
-    """Costs that fall and then rise, the same in every row: [0,2], [3,5] whatever the estimator's noise."""
-    strengths = [0.0, 1.2, 0.3, 1.2, 1.2, 0.3]
-
-    def bent(strength, seed):
-        w = torch.randn(24, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        return lambda x: x + strength * torch.cos(4 * x @ w)
-
-    write_stack(tmp_path, [bent(s, i) for i, s in enumerate(strengths)])
-    for stream in ("img", "txt", "mean"):
-        found = detect(tmp_path, [range(6)], Detection(stream=stream), lambda done, total: None)
-        assert found["intervals"] == [[0, 2], [3, 5]]
-        assert found["stream"] == stream
-    write_detection(tmp_path / "detection", found)
-    assert json.loads((tmp_path / "detection" / "detection.json").read_text()) == found
-    table = found["cka"]["mean"]
-    assert all(table[u][u] == 1 for u in range(6)) and all(table[u][k] is None for u in range(6) for k in range(u))
+@pytest.mark.parametrize("seed", range(20))
+def test_every_interval_is_what_the_definition_says(seed):
+    """Eq. 5 read the other way round, for random tables of two block lists."""
+    rng = np.random.default_rng(seed)
+    spans = [range(0, 9), range(9, 24)]
+    cka = table([[1.0, *np.sort(rng.random(23 - u))[::-1]] for u in range(24)])
+    delta = differences(cka)
+    found = first_difference(delta, spans)
+    # They do not overlap, and leave no block out.
+    assert [block for i in found for block in i.blocks] == list(range(24))
+    for first, last in found:
+        (span,) = (s for s in spans if first in s)
+        assert last in span
+        inside = [cka[first][k - 1] - cka[first][k] for k in range(first + 1, last + 1)]
+        assert all(b <= a for a, b in zip(inside, inside[1:])), "a rise within an interval"
+        if last + 1 < span.stop:
+            assert last > first, "only the last of a list may be alone"
+            assert cka[first][last] - cka[first][last + 1] > inside[-1], "it ended without a rise"
