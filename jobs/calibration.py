@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -282,7 +283,14 @@ def _rows(actor: type[_Actor], work: _Work, numbers: list[int]) -> Iterator[dict
     # A pool that grows: a cluster with fewer places than workers still does the work.
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(work.config.calibration.workers, len(numbers)))
     gpus = 1 if work.device == "cuda" else 0
-    made = rows.map_batches(actor, fn_constructor_args=[work], batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus)
+    # Restarts matter where a node can go away; on a single one Ray only warns of them, at length, on the console.
+    restarts = {"max_restarts": 0} if work.nodes == 1 else {}
+    with warnings.catch_warnings():
+        # The way to say so is to change in Ray 2.64, whose successor is not there yet.
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        made = rows.map_batches(
+            actor, fn_constructor_args=[work], batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus, **restarts
+        )
     return made.iter_rows()
 
 

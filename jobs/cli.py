@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from ppcl.errors import UserError
+from ppcl.errors import UserError, cannot_write
 
 
 class _Stopped(Exception):
@@ -142,10 +141,11 @@ def main() -> None:
         sys.exit(_fail(str(error), 2))
     except (_Stopped, KeyboardInterrupt):
         sys.exit(_fail("stopped; the same command continues from what is complete", 130))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            sys.exit(_fail(f"{error.filename or 'the output'} cannot be written: {error.strerror}; then the same command continues", 2))
-        raise
+    except Exception as error:
+        told = cannot_write(error)
+        if told is None:
+            raise
+        sys.exit(_fail(f"{told}; free space or choose another output, then the same command continues", 2))
 
 
 def _fail(sentence: str, code: int) -> int:

@@ -24,8 +24,6 @@ _QUIET = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # Its errors on the console are about its own actors; ours come through as exceptions.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
