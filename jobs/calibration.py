@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
+from jobs.cluster import device_of
 from ppcl.artifacts import key_of, write_atomically
 from ppcl.calibration import store
 from ppcl.calibration.draws import held_out
@@ -85,10 +86,7 @@ class _Work:
 
     @classmethod
     def of(cls, config: Config, teacher: Teacher, cache: Path) -> _Work:
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if config.device == "cuda" and not gpus:
-            raise UserError("device is 'cuda', but the cluster has no GPU; set device: cpu or add GPU nodes")
-        device = "cuda" if gpus and config.device != "cpu" else "cpu"
+        device = device_of(config)
         settings, sampling = config.calibration, config.sampling
         prompts = check_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.limit)
         hashes = _file_hashes(teacher.folder)

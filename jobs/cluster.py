@@ -58,12 +58,13 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"no Ray cluster could be reached at {address or 'this machine'}: {first}") from None
     try:
-        yield _device(config)
+        yield device_of(config)
     finally:
         ray.shutdown()
 
 
-def _device(config: Config) -> str:
+def device_of(config: Config) -> str:
+    """What the job's workers use. Raises `UserError` where the configuration wants a GPU and the cluster has none."""
     import ray
 
     gpus = int(ray.cluster_resources().get("GPU", 0))

@@ -190,7 +190,7 @@ def evaluate(
         "device": device,
     }
     write_atomically(folder / "evaluation.json", json.dumps(record))
-    return {"pictures": len(work)}
+    return {"pictures": len(on) * len(prompts)}
 
 
 def _prompts(config: Config, calibration: Any) -> list[Any]:
