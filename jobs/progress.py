@@ -44,6 +44,7 @@ class Reporter:
         """Progress of one stage; the context's value is `update(done, total=None, values=None)`."""
         begun = time.monotonic()
         last = begun
+        first: tuple[int, float] | None = None
         bar = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=30),
@@ -61,13 +62,14 @@ class Reporter:
         task = bar.add_task(name, total=1, completed=0, values="")
 
         def update(done: int, total: int | None = None, values: dict[str, float] | None = None) -> None:
-            nonlocal last
+            nonlocal first, last
             words = _mean(values)
             bar.update(task, completed=done, total=total or max(done, 1), values=words)
             now = time.monotonic()
+            first = first or (done, now)
             if now - last >= _LINE_EVERY:
                 last = now
-                left = f", {duration((now - begun) / done * (total - done))} left" if total and done else ""
+                left = f", {duration(seconds)} left" if (seconds := _left(first, done, total, now)) else ""
                 line = f"{name}: {done}{f' of {total}' if total else ''}{left}{f', {words}' if words else ''}"
                 self._write(line)
                 if not self.console.is_terminal:
@@ -76,6 +78,12 @@ class Reporter:
         with bar:
             yield update
         self.say(f"{name}: done in {duration(time.monotonic() - begun)}")
+
+
+def _left(first: tuple[int, float], done: int, total: int | None, now: float) -> float | None:
+    """Seconds still to go, from the pace since the first sign of work: workers take long to start, and say nothing of it."""
+    before, at = first
+    return (now - at) / (done - before) * (total - done) if total and done > before else None
 
 
 def _mean(values: dict[str, float] | None) -> str:

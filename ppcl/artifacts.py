@@ -70,7 +70,9 @@ class Artifacts:
             raise UserError(f"{self.root} is no result of ppcl: it has no {MANIFEST}; give a folder that ppcl compress wrote")
         try:
             manifest = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            if not isinstance(manifest, dict):
+                raise ValueError
+        except ValueError:  # no JSON, no UTF-8, or no manifest
             raise UserError(f"{path} is damaged; remove it and run ppcl compress again, which makes the result anew") from None
         if manifest.get("format") != FORMAT:
             raise UserError(f"{path} has format {manifest.get('format')}, this ppcl reads format {FORMAT}")

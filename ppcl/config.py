@@ -6,17 +6,21 @@ errors that name the key, the value seen and what would be right.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppcl.errors import UserError
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Sampling(Section):
@@ -74,7 +78,7 @@ class Distillation(Section):
     batch_size: int = Field(16, ge=1, description="samples a step, over all data-parallel replicas")
     learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak rate, cosine schedule to zero")
     warmup: int = Field(100, ge=0, description="steps of linear warm-up")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas (the paper's)")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's betas (the paper's)")
     weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay (the paper's)")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm, of each student alone")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average of the students; 0 turns it off")
@@ -95,17 +99,10 @@ class Distillation(Section):
 class Variants(Section):
     """The named variants of the result."""
 
-    budgets: list[float] = Field([0.9, 0.8, 0.7], description="shares of the transformer's parameters, one variant each")
+    budgets: list[Share] = Field([0.9, 0.8, 0.7], description="shares of the transformer's parameters, one variant each")
     custom: dict[str, list[tuple[int, int]]] = Field(
         default_factory=dict, description="name: list of intervals [u, v] that are on, blocks from 0, inclusive"
     )
-
-    @model_validator(mode="after")
-    def _shares(self) -> Variants:
-        for budget in self.budgets:
-            if not 0 < budget < 1:
-                raise ValueError(f"budgets: {budget} is no share of the parameters; give numbers between 0 and 1")
-        return self
 
 
 class Evaluation(Section):
@@ -117,7 +114,7 @@ class Evaluation(Section):
     world: Literal["shapes"] | None = Field(
         None, description="the checker that scores pictures by category; shapes: the demo teacher's world"
     )
-    confidence: float = Field(0.95, gt=0, lt=1, description="level of the bootstrap confidence intervals")
+    confidence: float = Field(0.95, gt=0, lt=1, description="level of the confidence intervals")
     workers: int = Field(1, ge=1, description="actors that make pictures")
 
 
@@ -154,6 +151,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None, output: st
         raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"the configuration {path} is not a mapping of keys to values; `ppcl config` prints one")
+    # A section whose keys are all commented out reads as None.
+    values = {key: value for key, value in values.items() if value is not None or key not in _sections()}
     _resolve_paths(values, path.absolute().parent)
     for override in overrides or []:
         _override(values, override)
@@ -174,7 +173,7 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise UserError(f"--set {override!r} is not of the form key=value, such as distillation.steps=100")
     try:
         value = yaml.safe_load(text)
@@ -188,19 +187,26 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
+def _sections() -> dict[str, type[Section]]:
+    return {name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, Section)}
+
+
 def _sentence(error: ValidationError) -> str:
     """The first of pydantic's complaints as one sentence."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    *sections, last = (str(part) for part in first["loc"])
+    key = ".".join([*sections, last])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        section: Any = Config
-        for part in first["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        return f"unknown key {key}; known here: {', '.join(section.model_fields)}{more}"
-    if first["type"] == "missing":
+        known = list((_sections()[sections[0]] if sections else Config).model_fields)
+        near = get_close_matches(last, known, n=1)
+        nearest = f"; the nearest is {'.'.join([*sections, *near])}" if near else ""
+        return f"unknown key {key}{nearest}; known here: {', '.join(known)}{more}"
+    if first["type"] == "missing" or (first["input"] is None and first["type"] == "path_type"):
         return f"the key {key} is missing{more}"
-    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        return f"{key} is {first['input']!r}: it is a section, with the keys {', '.join(_sections()[key].model_fields)}{more}"
+    message = "input should be a path" if first["type"] == "path_type" else first["msg"]
     return f"{key} is {first['input']!r}: {message[0].lower() + message[1:]}{more}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -27,6 +28,16 @@ class Interval(NamedTuple):
     def removed(self) -> int:
         """Blocks fewer with this interval on."""
         return self.last - self.first
+
+
+_WRITTEN = re.compile(r"\d+-\d+(,\d+-\d+)*")
+
+
+def written(text: str) -> list[Interval] | None:
+    """The intervals of a text such as `3-5,8-9`, as people write them; None where it is none."""
+    if not _WRITTEN.fullmatch(text):
+        return None
+    return [Interval(*map(int, pair.split("-"))) for pair in text.split(",")]
 
 
 def checked(intervals: Iterable[tuple[int, int]], spans: list[range]) -> list[Interval]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +14,12 @@ from pydantic import ValidationError
 from ppcl.artifacts import CONFIG, Artifacts
 from ppcl.config import Config, Sampling
 from ppcl.errors import UserError
+from ppcl.plan import written
 from ppcl.plug import Switch
 from ppcl.teacher import Teacher
-from ppcl.variants import TEACHER, Family, Variant, sizes, students_in, trained
+from ppcl.variants import TEACHER, Family, Sizes, Variant, sizes, students_in, trained
 
 CUSTOM = "custom"
-_INTERVALS = re.compile(r"\d+-\d+(,\d+-\d+)*")
 
 
 class Result:
@@ -44,7 +43,10 @@ class Result:
                 )
         self.teacher = _teacher(Path(teacher or job["teacher"]), job["teacher_sha256"])
         self.family = Family.from_json(json.loads(self.artifacts.path("variants", "variants.json").read_text()))
-        self.students = students_in(self.artifacts.path("students"))
+        # What the manifest does not name was not verified.
+        verified = {self.artifacts.path(name) for name in self.artifacts.entry("students").files}
+        found = students_in(self.artifacts.path("students"))
+        self.students = {interval: path for interval, path in found.items() if path in verified}
         self._switch = Switch(self.teacher, self.students)
 
     @property
@@ -68,17 +70,22 @@ class Result:
         if isinstance(choice, str) and choice in self.variants:
             return self.variants[choice]
         intervals = trained(self._pairs(choice), self.students, self.family.spans)
-        return sizes(self.teacher, self.students).variant(CUSTOM, intervals)
+        return self._sizes.variant(CUSTOM, intervals)
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return sizes(self.teacher, self.students)
 
     def _pairs(self, choice: str | Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         if not isinstance(choice, str):
             return choice
-        if not _INTERVALS.fullmatch(choice):
+        intervals = written(choice)
+        if intervals is None:
             raise UserError(
                 f"there is no variant {choice!r}; there are {', '.join(self.variants)}, and intervals as 3-5,8-9, any of "
                 f"{', '.join(f'{i.first}-{i.last}' for i in sorted(self.students))}"
             )
-        return [[int(block) for block in pair.split("-")] for pair in choice.split(",")]
+        return intervals
 
     def pipeline(
         self,

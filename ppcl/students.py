@@ -92,13 +92,19 @@ def load_student(path: Path, teacher: Teacher, device: str = "cpu", dtype: torch
             f"{path} is no student of a {architecture.transformer}: it says format {metadata.get('format')!r}, "
             f"transformer {metadata.get('transformer')!r}"
         )
-    source = int(metadata["source"])
-    block = architecture.blocks(teacher.empty_transformer())[source]
-    affine = {}
-    for name in Streams._fields:
-        weight = tensors.get(f"affine.{name}.weight")
-        if weight is not None:
-            affine[name] = nn.Linear(*reversed(weight.shape), device="meta")
-    student = Student(architecture, Interval(int(metadata["first"]), int(metadata["last"])), source, block, affine)
-    student.load_state_dict(tensors, strict=True, assign=True)
+    try:
+        interval, source = Interval(int(metadata["first"]), int(metadata["last"])), int(metadata["source"])
+        block = architecture.blocks(teacher.empty_transformer())[source]
+        affine = {}
+        for name in Streams._fields:
+            weight = tensors.get(f"affine.{name}.weight")
+            if weight is not None:
+                affine[name] = nn.Linear(*reversed(weight.shape), device="meta")
+        student = Student(architecture, interval, source, block, affine)
+        student.load_state_dict(tensors, strict=True, assign=True)
+    except (KeyError, ValueError, IndexError, TypeError, RuntimeError):
+        raise UserError(
+            f"the student {path} does not fit the teacher in {teacher.folder}: its tensors are not those of one of the "
+            "teacher's blocks; give the teacher it was made from, or run ppcl compress again"
+        ) from None
     return student.to(device=device, dtype=dtype).requires_grad_(False).eval()

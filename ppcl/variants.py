@@ -16,7 +16,7 @@ from torch import nn
 
 from ppcl.architecture import Architecture, PassThrough
 from ppcl.errors import UserError
-from ppcl.plan import Interval, checked
+from ppcl.plan import Interval, checked, written
 from ppcl.teacher import Teacher
 
 TEACHER = "teacher"
@@ -177,6 +177,8 @@ def make_variants(
             raise UserError(f"variants.custom: the name {name!r} is taken by a variant made anyway; choose another")
         if not _NAME.fullmatch(name):
             raise UserError(f"variants.custom: {name!r} is no name for a variant; use letters, digits, '.', '_' and '-'")
+        if written(name):
+            raise UserError(f"variants.custom: {name!r} reads as intervals and cannot name a variant; choose another name")
         try:
             made[name] = sizes.variant(name, trained(intervals, sizes.students, spans))
         except UserError as error:

@@ -1,4 +1,8 @@
-"""Scores with their uncertainty: bootstrap over pictures, and R, the average relative drop over the benchmarks."""
+"""Scores with their uncertainty, and R, the average relative drop over the benchmarks.
+
+What is made of several categories has a percentile bootstrap interval over pictures. One category alone has Wilson's
+(1927): of its few pictures all are often right, and every resample of them is too, so the bootstrap would be certain.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 _RESAMPLES = 2000
 
@@ -22,12 +27,13 @@ def resamples(counts: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
 def world_scores(passes: Passes, confidence: float, seed: int) -> dict[str, Any]:
     """The share of pictures that pass, by category, and their mean over the categories, as GenEval's overall score.
 
-    Each with a percentile bootstrap interval of that confidence.
+    Each with an interval of that confidence.
     """
     drawn = _drawn_means(passes, seed)
+    low, high = _interval(sum(drawn.values()) / len(drawn), confidence)
     return {
-        "overall": _row(float(np.mean([p.mean() for p in passes.values()])), sum(drawn.values()) / len(drawn), confidence),
-        "categories": {category: _row(float(p.mean()), drawn[category], confidence) for category, p in passes.items()},
+        "overall": {"score": float(np.mean([p.mean() for p in passes.values()])), "low": low, "high": high},
+        "categories": {category: _category(p, confidence) for category, p in passes.items()},
     }
 
 
@@ -65,6 +71,6 @@ def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _row(score: float, drawn: np.ndarray, confidence: float) -> dict[str, float]:
-    low, high = _interval(drawn, confidence)
-    return {"score": score, "low": low, "high": high}
+def _category(passed: np.ndarray, confidence: float) -> dict[str, float]:
+    interval = binomtest(int(passed.sum()), len(passed)).proportion_ci(confidence, method="wilson")
+    return {"score": float(passed.mean()), "low": float(interval.low), "high": float(interval.high)}

@@ -59,6 +59,23 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace"])
+def test_a_write_that_is_stopped_leaves_the_old_file_whole_and_can_be_repeated(tmp_path, monkeypatch, moment):
+    path = tmp_path / "x"
+    write_atomically(path, "old")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(moment, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(path, "new and longer")
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_folder_of_another_kind_is_refused_and_left_alone(tmp_path, artifacts):
     artifacts.start(JOB)  # the same job goes on
     with pytest.raises(UserError, match="holds another job: teacher_sha256 is '1' there and '2' here"):
@@ -70,7 +87,7 @@ def test_a_folder_of_another_kind_is_refused_and_left_alone(tmp_path, artifacts)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize(("content", "sentence"), [("{", "is damaged"), ('{"format": 7}', "has format 7"), (None, "is no result")])
+@pytest.mark.parametrize(("content", "sentence"), [("{", "is damaged"), ("[]", "is damaged"), ('{"format": 7}', "has format 7"), (None, "is no result")])
 def test_a_manifest_that_cannot_be_read(artifacts, content, sentence):
     path = artifacts.path("manifest.json")
     path.write_text(content) if content else path.unlink()

@@ -1,13 +1,21 @@
 """One result, many variants: plugged into the stock pipeline, switched by moving references, and refused if tampered."""
 
+import json
+import pathlib
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from ppcl.artifacts import Artifacts
 from ppcl.errors import UserError
 from ppcl.result import Result
+from ppcl.students import load_student, save_student
+from ppcl.teacher import Teacher
 from tests import made_result, tiny
 
 
@@ -125,9 +133,80 @@ def test_a_tampered_student_is_refused(copy):
         Result(copy)
 
 
-def test_a_missing_stage_and_another_teacher_are_refused(copy, tmp_path):
-    from ppcl.artifacts import Artifacts
+class Explosive:
+    """A pickle of this makes a file when it is loaded."""
 
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_a_pickle_is_refused_and_never_run(copy, tmp_path):
+    """Also where the manifest vouches for it."""
+    ran = tmp_path / "ran"
+    pickled = pickle.dumps({"weight": Explosive(ran)})
+    (copy / "students" / "02-03.safetensors").write_bytes(pickled)
+    Artifacts(copy).commit("students", "0")
+    result = Result(copy)
+    with pytest.raises(UserError, match="02-03.safetensors cannot be read as safetensors"):
+        result.pipeline("2-3")
+    assert not ran.exists()
+    pickle.loads(pickled)
+    assert ran.exists(), "the test's own pickle does nothing"
+
+
+def test_a_student_the_manifest_does_not_name_is_not_used(copy):
+    shutil.copy(copy / "students" / "02-03.safetensors", copy / "students" / "01-03.safetensors")
+    with pytest.raises(UserError, match=r"\[1, 3\] has no student"):
+        Result(copy).variant("1-3")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, words: tensors.pop("block.img_mod.1.weight"),
+        lambda tensors, words: tensors.update({"block.img_mod.1.weight": torch.zeros(3, 3)}),
+        lambda tensors, words: tensors.update({"affine.txt.weight": torch.zeros(3)}),
+        lambda tensors, words: words.pop("source"),
+        lambda tensors, words: words.update(source="77"),
+    ],
+    ids=["a tensor less", "another shape", "a map that is none", "no source", "a source that is no block"],
+)
+def test_a_student_that_does_not_fit_the_teacher_is_refused(copy, change):
+    path = copy / "students" / "02-03.safetensors"
+    with safe_open(path, framework="pt") as file:
+        words = file.metadata()
+    tensors = load_file(path)
+    change(tensors, words)
+    save_file(tensors, path, words)
+    with pytest.raises(UserError, match="02-03.safetensors does not fit the teacher"):
+        load_student(path, Teacher(json.loads((copy / "manifest.json").read_text())["job"]["teacher"]))
+
+
+def test_a_student_comes_back_from_its_file_as_it_was(tmp_path, teacher_folder):
+    teacher = Teacher(teacher_folder)
+    made = made_result.student(teacher, made_result.INTERVALS[0], affine=True)
+    save_student(made, tmp_path / "00-01.safetensors")
+    read = load_student(tmp_path / "00-01.safetensors", teacher)
+    assert (read.interval, read.source) == (made.interval, made.source)
+    assert made.state_dict().keys() == read.state_dict().keys()
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in made.state_dict().items())
+    half = load_student(tmp_path / "00-01.safetensors", teacher, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in half.parameters())
+
+
+def test_the_jobs_sampling_is_told_or_asked_for(copy):
+    sampling = Result(copy).sampling
+    assert (sampling.steps, sampling.height, sampling.width, sampling.arguments) == (2, 32, 32, {})
+    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
+        damage(copy / "config.json")
+        with pytest.raises(UserError, match="config.json is damaged or gone"):
+            Result(copy).sampling  # noqa: B018
+
+
+def test_a_missing_stage_and_another_teacher_are_refused(copy, tmp_path):
     other = tiny.qwen_pipeline(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="is not the teacher of this result"):
         Result(copy, teacher=other)

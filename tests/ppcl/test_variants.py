@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from ppcl.errors import UserError
-from ppcl.plan import Interval, checked
+from ppcl.plan import Interval, checked, written
 from ppcl.variants import Family, Sizes, choose, front, make_variants
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]
@@ -62,6 +62,7 @@ def test_named_variants_and_their_way_through_json():
     [
         ({"all": [(3, 4)]}, "'all' is taken"),
         ({"../x": [(3, 4)]}, "is no name for a variant"),
+        ({"3-4": [(3, 4)]}, "'3-4' reads as intervals and cannot name a variant"),
         ({"mine": [(3, 5)]}, r"variants.custom.mine: the interval \[3, 5\] has no student"),
         ({"mine": [(4, 4)]}, "holds no two blocks"),
         ({"mine": [(8, 9)]}, "does not lie within one block list; the lists hold blocks 0 to 8, 9 to 13"),
@@ -75,3 +76,8 @@ def test_custom_variants_that_cannot_be(custom, sentence):
 
 def test_a_plan_is_sorted():
     assert checked([(5, 8), (0, 2)], [range(9)]) == [Interval(0, 2), Interval(5, 8)]
+
+
+def test_intervals_as_people_write_them():
+    assert written("3-5,08-9") == [Interval(3, 5), Interval(8, 9)]
+    assert all(written(text) is None for text in ("", "p75", "3", "3-", "3-5,", "3-5-7", "-3-5", "3-5 ,8-9"))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from scipy.stats import binom
 
 from ppcl.evaluation.scores import relative_drop, world_scores
 from ppcl.evaluation.similarity import psnr, ssim
@@ -98,6 +99,23 @@ def test_r_is_the_mean_relative_drop_over_categories():
     assert relative_drop({"a": np.ones(3)}, {"a": np.zeros(3)}, 0.95, 0) == {"R": None, "R_low": None, "R_high": None}
     scores = world_scores(variant, 0.95, 0)
     assert scores["overall"]["score"] == pytest.approx((0.75 + 0.5 + 1) / 3)
+
+
+def test_a_category_in_which_every_picture_is_right_is_not_certain():
+    """Wilson 1927: with all of n right, the interval is [n / (n + z²), 1]."""
+    row = world_scores({"a": np.ones(16)}, 0.95, 0)["categories"]["a"]
+    assert (row["score"], row["high"]) == (1, pytest.approx(1)) and row["low"] == pytest.approx(16 / (16 + 1.959964**2))
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.97])
+def test_intervals_of_one_category_hold_the_truth_about_as_often_as_they_say(p):
+    """Weighed exactly, by the binomial probability of every count of right pictures."""
+    n = 16
+    held = 0.0
+    for right in range(n + 1):
+        row = world_scores({"a": (np.arange(n) < right).astype(float)}, 0.9, 0)["categories"]["a"]
+        held += binom.pmf(right, n, p) * (row["low"] <= p <= row["high"])
+    assert 0.85 <= held <= 0.99
 
 
 def test_confidence_intervals_hold_the_truth_about_as_often_as_they_say():
