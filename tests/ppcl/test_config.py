@@ -36,7 +36,7 @@ def test_paths_of_the_file_are_relative_to_it_and_overrides_win(write, tmp_path)
         (GOOD | {"distillation": {"lr": 1}}, [], "unknown key distillation.lr; known here: steps"),
         (GOOD | {"distilation": {}}, [], "unknown key distilation; the nearest is distillation; known here"),
         (GOOD, ["distillation.stpes=1"], "unknown key distillation.stpes; the nearest is distillation.steps; known here"),
-        (GOOD | {"step": 1, "sede": 2}, [], r"unknown key step; .* \(and 1 more\)"),
+        (GOOD | {"step": 1, "sede": 2}, [], r"unknown key sede; .* \(and 1 more\)"),
         (GOOD | {3: 1}, [], "3 is 3: keys should be strings"),
         (GOOD, ["distillation.steps=-3"], "distillation.steps is -3: input should be greater than or equal to 1"),
         (GOOD, ["calibration.held_out=1"], "calibration.held_out is 1"),
