@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--starts", default="affine,first,middle")
     parser.add_argument("--losses", default="normalized")
+    parser.add_argument("--rates", help="learning rates; default: the job's")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     config = Config.model_validate_json((options.job / CONFIG).read_text())
@@ -57,14 +58,18 @@ def main() -> None:
     found = json.loads((options.job / "detection" / "detection.json").read_text())["intervals"]
     intervals = [Interval(*pair) for pair in found]
     rows = []
+    rates = [float(r) for r in options.rates.split(",")] if options.rates else [config.distillation.learning_rate]
     table = Table(title=f"{sum(i.removed for i in intervals)} blocks removed, {options.steps} steps, {options.seeds} seeds")
-    for heading in ("start", "loss", "velocity error, mean", "by seed"):
+    for heading in ("start", "loss", "rate", "velocity error, mean", "by seed"):
         table.add_column(heading)
-    for start, loss in itertools.product(options.starts.split(","), options.losses.split(",")):
+    for start, loss, rate in itertools.product(options.starts.split(","), options.losses.split(","), rates):
         errors = []
         for seed in range(options.seeds):
             settings = config.distillation.model_copy(
-                update={"steps": options.steps, "start": start, "loss": loss, "pipeline": 1, "replicas": 1}
+                update={
+                    "steps": options.steps, "start": start, "loss": loss, "learning_rate": rate, "pipeline": 1,
+                    "replicas": 1,
+                }  # fmt: skip
             )
             with tempfile.TemporaryDirectory() as out:
                 distil(
@@ -72,9 +77,9 @@ def main() -> None:
                     lambda done, total, losses: None,
                 )  # fmt: skip
                 errors.append(velocity_error(teacher, Path(out), intervals, samples))
-            print(f"{start}, {loss}, seed {seed}: {errors[-1]:.5f}", flush=True)
-        rows.append({"start": start, "loss": loss, "velocity_errors": errors})
-        table.add_row(start, loss, f"{np.mean(errors):.5f}", " ".join(f"{e:.5f}" for e in errors))
+            print(f"{start}, {loss}, {rate:g}, seed {seed}: {errors[-1]:.5f}", flush=True)
+        rows.append({"start": start, "loss": loss, "learning_rate": rate, "velocity_errors": errors})
+        table.add_row(start, loss, f"{rate:g}", f"{np.mean(errors):.5f}", " ".join(f"{e:.5f}" for e in errors))
     Console(width=120).print(table)
     if options.json:
         options.json.write_text(json.dumps({"steps": options.steps, "intervals": found, "rows": rows}, indent=1))
