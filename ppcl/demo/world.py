@@ -186,14 +186,18 @@ def parse(text: str) -> tuple[list[tuple[str, str | None]], str | None, int]:
 
 
 def scene(text: str, rng: np.random.Generator) -> list[Thing]:
-    """A random scene that the caption describes; what the caption leaves open is drawn at random."""
+    """A random scene that the caption describes; what the caption leaves open is drawn at random.
+
+    Two shapes in a relation stand in opposite halves of the board, so that each half can be learnt from the caption
+    without looking at the other shape; `check` asks for the relation alone.
+    """
     objects, relation, count = parse(text)
     if count > 1:
         objects = objects * count
     colours = [c or str(rng.choice(list(PALETTE))) for _, c in objects]
     while True:
         places = _place(rng, len(objects))
-        if relation is None or _related(relation, *(p[:2] for p in places)):
+        if relation is None or (_related(relation, *(p[:2] for p in places)) and _opposite(relation, *places)):
             break
     return [
         Thing(shape, colour, x, y, r) for (shape, _), colour, (x, y, r) in zip(objects, colours, places, strict=True)
@@ -206,6 +210,12 @@ def _related(relation: str, a: tuple[float, float], b: tuple[float, float]) -> b
     along, across = (dx, dy) if relation in ("left of", "right of") else (dy, dx)
     sign = -1 if relation in ("left of", "above") else 1
     return sign * along > 0 and abs(along) > abs(across)
+
+
+def _opposite(relation: str, a: tuple[int, int, int], b: tuple[int, int, int]) -> bool:
+    """Whether the two stand in opposite halves of the canvas, along the relation's axis."""
+    axis = 0 if relation in ("left of", "right of") else 1
+    return (a[axis] < CANVAS / 2) != (b[axis] < CANVAS / 2)
 
 
 @functools.cache
