@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True, help="folder written by ppcl.demo.train_vae")
     parser.add_argument("--output", type=Path, required=True, help="the pipeline folder to write")
     parser.add_argument("--work", type=Path, default=Path("demo/checkpoints/teacher"), help="checkpoints and latents")
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--scenes", type=int, default=24000)
