@@ -29,12 +29,12 @@ from ppcl.distillation.run import distil
 from ppcl.evaluation.velocity import Squares, variant_errors
 from ppcl.plan import Interval
 from ppcl.plug import Switch
+from ppcl.replacements import files_in
 from ppcl.teacher import Teacher
-from ppcl.variants import students_in
 
 
 def velocity_error(teacher: Teacher, students: Path, intervals: list[Interval], samples: CalibrationSet) -> float:
-    model, switch = teacher.transformer(), Switch(teacher, students_in(students))
+    model, switch = teacher.transformer(), Switch(teacher, files_in(students))
     ids = samples.ids(held_out=True)
     parts = [
         variant_errors(model, switch, {"all": intervals}, samples.batch(ids[i : i + 32]))["all"]

@@ -81,7 +81,7 @@ def variants(
 def generate(
     result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
     prompt: Annotated[str, typer.Argument(help="what the picture shows")],
-    variant: Annotated[str, typer.Option(help="a name that `ppcl variants` lists, or intervals as 3-5,8-9")] = "teacher",
+    variant: Annotated[str, typer.Option(help="a name that `ppcl variants` lists, or a plan as 3-5,text:8-9,ffn:1")] = "teacher",
     output: Annotated[Path, typer.Option("--output", "-o", help="the picture to write, .png")] = Path("out.png"),
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default: those of the job")] = None,

@@ -23,7 +23,7 @@ from jobs.progress import Reporter, Update
 from ppcl.artifacts import CONFIG, LOG, Artifacts, key_of, write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError
-from ppcl.plan import Interval
+from ppcl.plan import Ffn, Interval, TextRun, entry_of
 from ppcl.teacher import Teacher, file_sha256
 
 # Keys that say how a stage is run and not what comes out of it.
@@ -78,7 +78,7 @@ class Job:
     def stages(self, device: str) -> Iterator[Stage]:
         """The stages in order. Later ones read what earlier ones left, so they are made one at a time."""
         from jobs.calibration import calibrate
-        from jobs.distillation import distil_students
+        from jobs.distillation import distil_plan
         from jobs.evaluation import choose_variants, evaluate
         from jobs.probes import detect, fit_probes
 
@@ -100,36 +100,34 @@ class Job:
             base,
             lambda folder, update, key: fit_probes(config, self.teacher, calibration, folder, device, update),
         )
-        base = [*base, _settings(config, "detection")]
+        base = [*base, _settings(config, "detection"), _settings(config, "width")]
         yield Stage(
             "detection",
-            "CKA of every interval, and the contiguous redundant ones",
+            "CKA of every interval, the contiguous redundant ones, and the text runs and FFNs that can go",
             base,
             lambda folder, update, key: detect(config, self.teacher, path("probes"), folder, update),
         )
         found = json.loads(path("detection", "detection.json").read_text())
-        intervals = [Interval(*pair) for pair in found["intervals"]]
-        self.reporter.say(
-            f"detection: {len(intervals)} intervals, "
-            f"{sum(i.removed for i in intervals)} of {found['blocks']} blocks can go: "
-            + " ".join(f"[{i.first},{i.last}]" for i in intervals)
-        )
-        if not intervals:
-            raise UserError("no redundant interval was found: every block of this teacher differs from the next; nothing to compress")
-        base = [*base, found["intervals"], _settings(config, "distillation")]
+        plan = [entry_of(text) for text in found["plan"]]
+        self._tell(plan, found["blocks"])
+        if not plan:
+            raise UserError(
+                "nothing redundant was found: no interval, text run or FFN of this teacher can be replaced; nothing to compress"
+            )
+        base = [*base, found["plan"], _settings(config, "distillation")]
         yield Stage(
             "students",
-            f"{len(intervals)} students, {config.distillation.steps} steps",
+            f"{len(plan)} replacements, {config.distillation.steps} steps",
             base,
-            lambda folder, update, key: distil_students(
-                config, self.teacher, calibration, intervals, folder, device, key, update
+            lambda folder, update, key: distil_plan(
+                config, self.teacher, calibration, plan, folder, device, key, update
             ),
             keeps_checkpoints=True,
         )
         base = [*base, _settings(config, "variants")]
         yield Stage(
             "variants",
-            "the damage of every interval, and the variants of the budgets",
+            "the damage of every replacement, and the variants of the budgets",
             base,
             lambda folder, update, key: choose_variants(
                 config, self.teacher, calibration, path("students"), folder, device, update
@@ -145,6 +143,15 @@ class Job:
                 config, self.teacher, calibration, path("students"), path("variants"), folder, device, update
             ),
         )
+
+    def _tell(self, plan: list[Any], blocks: int) -> None:
+        kinds = {"intervals": Interval, "text runs": TextRun, "FFNs": Ffn}
+        for what, kind in kinds.items():
+            entries = [entry for entry in plan if isinstance(entry, kind)]
+            if entries:
+                removed = sum(entry.removed for entry in entries)
+                gone = f", {removed} of {blocks} blocks can go" if kind is Interval else ""
+                self.reporter.say(f"detection: {len(entries)} {what}{gone}: {' '.join(map(str, entries))}")
 
     def run(self, device: str) -> Path:
         """Run what is missing; gives the report's path. The same call again skips what is complete and intact."""

@@ -1,4 +1,4 @@
-"""Depth distillation on Ray Train: a `(dp, pp)` mesh of ranks, each with its own segment and students."""
+"""Distillation on Ray Train: a `(dp, pp)` mesh of ranks, each with its own segment and replacements."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.ranks import Report, check_resources, run_ranks
 from ppcl.config import Config
-from ppcl.plan import Interval
+from ppcl.plan import Entry, entry_of
 from ppcl.teacher import Teacher
 
 
@@ -24,7 +24,7 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
     distil(
         teacher=Teacher(arguments["teacher"]),
         samples=CalibrationSet(Path(arguments["calibration"])),
-        intervals=[Interval(*pair) for pair in arguments["intervals"]],
+        plan=[entry_of(text) for text in arguments["plan"]],
         settings=settings,
         mesh=Mesh.join(settings.pipeline, settings.replicas),
         folder=Path(arguments["folder"]),
@@ -35,47 +35,47 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
     )
 
 
-def distil_students(
+def distil_plan(
     config: Config,
     teacher: Teacher,
     calibration: Path,
-    intervals: Sequence[Interval],
+    plan: Sequence[Entry],
     folder: Path,
     device: str,
     key: str,
     progress: Callable[[int, int, dict[str, float]], None],
 ) -> dict[str, Any]:
-    """Train a student for every interval into `folder`; gives what the manifest tells of the stage.
+    """Train a replacement for every entry of the plan into `folder`; gives what the manifest tells of the stage.
 
-    Checkpoints lie under `folder/checkpoints/<key>` until all students are written.
+    Checkpoints lie under `folder/checkpoints/<key>` until all are written.
     """
     settings = config.distillation
     workers = settings.pipeline * settings.replicas
     check_resources(workers, device, "distillation.pipeline × distillation.replicas")
     checkpoints = folder / "checkpoints" / key
     checkpoints.mkdir(parents=True, exist_ok=True)
-    if intervals:
+    if plan:
         arguments = {
             "config": config.model_dump(mode="json"),
             "teacher": str(teacher.folder),
             "calibration": str(calibration),
-            "intervals": [list(i) for i in intervals],
+            "plan": [str(entry) for entry in plan],
             "folder": str(folder),
             "checkpoints": str(checkpoints),
             "device": device,
         }
         run_ranks("distillation", _rank, arguments, workers, device, folder / "checkpoints" / "ray", progress)
-    curves = {i.name: json.loads((folder / f"{i.name}.json").read_text()) for i in intervals}
+    curves = {str(entry): json.loads((folder / f"{entry.name}.json").read_text()) for entry in plan}
     training = {
         "steps": settings.steps,
         "batch_size": settings.batch_size,
         "start": settings.start,
         "loss": settings.loss,
-        "intervals": curves,
+        "replacements": curves,
     }
     (folder / "training.json").write_text(json.dumps(training))
-    for interval in intervals:
-        (folder / f"{interval.name}.json").unlink()
+    for entry in plan:
+        (folder / f"{entry.name}.json").unlink()
     shutil.rmtree(folder / "checkpoints")
     skipped = sum(c["skipped_steps"] for c in curves.values())
-    return {"students": len(curves), "skipped_steps": skipped}
+    return {"replacements": len(curves), "skipped_steps": skipped}

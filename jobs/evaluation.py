@@ -16,8 +16,9 @@ from jobs.ranks import check_resources
 from ppcl.artifacts import write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError
+from ppcl.replacements import files_in
 from ppcl.teacher import Teacher
-from ppcl.variants import TEACHER, Family, make_variants, sizes, students_in
+from ppcl.variants import TEACHER, Family, make_variants, sizes
 
 Progress = Callable[[int, int], None]
 
@@ -38,15 +39,14 @@ class _Evaluator:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.teacher = Teacher(teacher)
         self.pipeline = self.teacher.pipeline(device, self.dtype)
-        self.switch = Switch(self.teacher, students_in(students))
+        self.switch = Switch(self.teacher, files_in(students))
 
     def damages(self, calibration: Path, ids: np.ndarray) -> Any:
         from ppcl.calibration.store import CalibrationSet
         from ppcl.evaluation.velocity import damages
 
-        students = {i: self.switch.student(i, self.device, self.dtype) for i in self.switch.paths}
         inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
-        return damages(self.pipeline.transformer, students, inputs)
+        return damages(self.pipeline.transformer, self.switch, inputs)
 
     def errors(self, calibration: Path, ids: np.ndarray, variants: dict[str, Any]) -> Any:
         from ppcl.calibration.store import CalibrationSet
@@ -55,10 +55,10 @@ class _Evaluator:
         inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
         return variant_errors(self.pipeline.transformer, self.switch, variants, inputs)
 
-    def pictures(self, variant: str, intervals: Any, texts: list[str], indices: list[int]) -> None:
+    def pictures(self, variant: str, plan: Any, texts: list[str], indices: list[int]) -> None:
         from ppcl.evaluation.pictures import make_pictures, picture_path, save_pictures
 
-        self.switch(self.pipeline.transformer, intervals)
+        self.switch(self.pipeline.transformer, plan)
         # Seeds above those of calibration, so that no test picture starts from noise that was fitted on.
         seeds = [1_000_000 + self.config.seed + index for index in indices]
         made = make_pictures(self.pipeline, texts, seeds, self.config.sampling)
@@ -98,7 +98,7 @@ def _chunks(values: Any, size: int) -> list[Any]:
 def choose_variants(
     config: Config, teacher: Teacher, calibration: Path, students: Path, folder: Path, device: str, progress: Progress
 ) -> dict[str, Any]:
-    """Measure what each interval alone costs, choose the variants, and write `variants.json`."""
+    """Measure what each entry of the plan alone costs, choose the variants, and write `variants.json`."""
     from ppcl.calibration.store import CalibrationSet
     from ppcl.evaluation.velocity import Squares
 
@@ -108,7 +108,7 @@ def choose_variants(
         actors, lambda a, ids: a.damages.remote(calibration, ids), chunks, lambda done: progress(done, len(chunks))
     )
     damage = {i: Squares.joined(part[i] for part in parts).overall() for i in parts[0]}
-    counted = sizes(teacher, students_in(students))
+    counted = sizes(teacher, files_in(students))
     spans = teacher.architecture.spans(teacher.empty_transformer())
     made = make_variants(config.variants.budgets, config.variants.custom, counted, damage, spans)
     family = Family(counted.total, len(counted.blocks), spans, damage, made)
@@ -138,7 +138,7 @@ def evaluate(
 
     settings = config.evaluation
     family = Family.from_json(json.loads((variants / "variants.json").read_text()))
-    on = {name: v.intervals for name, v in family.variants.items()}
+    on = {name: v.plan for name, v in family.variants.items()}
     prompts = _prompts(config, CalibrationSet(calibration))
     indices = list(range(len(prompts)))
     ids = _chunks(CalibrationSet(calibration).ids(held_out=True), settings.batch_size)

@@ -62,8 +62,8 @@ def fit_probes(
 def detect(
     config: Config, teacher: Teacher, probes: Path, folder: Path, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
-    """Find the intervals; light enough for the coordinator's own process."""
+    """Find what can be replaced; light enough for the coordinator's own process."""
     spans = teacher.architecture.spans(teacher.empty_transformer())
-    found = detection.detect(probes, spans, config.detection, progress)
+    found = detection.detect(probes, spans, config.detection, progress, config.width)
     detection.write_detection(folder, found)
-    return {"intervals": found["intervals"]}
+    return {"plan": found["plan"]}

@@ -71,8 +71,20 @@ class Detection(Section):
     standardize: bool = Field(False, description="z-score every channel before CKA, which undoes shared outlier channels")
 
 
+class Width(Section):
+    """What linear maps replace within blocks (Eq. 7 to 9)."""
+
+    text: bool = Field(True, description="replace text streams, in runs of blocks that hardly change them")
+    text_similarity: float = Field(
+        0.95, gt=0, le=1, description="CKA that the text stream behind a run's first block keeps up to its last one"
+    )
+    ffns: int | None = Field(
+        None, ge=0, description="replace so many FFNs, those of the smallest error of the closed-form fit; null: all; 0: none"
+    )
+
+
 class Distillation(Section):
-    """Depth distillation, non-sequential and segment-parallel (Eq. 6)."""
+    """Distillation of depth and width in one phase, non-sequential and segment-parallel (Eq. 6 to 9)."""
 
     steps: int = Field(6000, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="samples a step, over all data-parallel replicas")
@@ -90,6 +102,7 @@ class Distillation(Section):
         description="a student's start: block u followed by the closed-form affine map; block u (the paper); the middle "
         "block (the reference)",
     )
+    ridge: float = Field(1e-4, ge=0, description="ridge of the closed-form maps, as a share of a channel's variance")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
     pipeline: int = Field(1, ge=1, description="pp: ranks that share the teacher's blocks, each with its own segment")
     replicas: int = Field(1, ge=1, description="dp: data-parallel replicas of that pipeline")
@@ -100,8 +113,9 @@ class Variants(Section):
     """The named variants of the result."""
 
     budgets: list[Share] = Field([0.9, 0.8, 0.7], description="shares of the transformer's parameters, one variant each")
-    custom: dict[str, list[tuple[int, int]]] = Field(
-        default_factory=dict, description="name: list of intervals [u, v] that are on, blocks from 0, inclusive"
+    custom: dict[str, list[tuple[int, int] | str]] = Field(
+        default_factory=dict,
+        description="name: list of what is on: intervals [u, v], blocks from 0, inclusive; text runs 'text:u-v'; FFNs 'ffn:u'",
     )
 
 
@@ -130,6 +144,7 @@ class Config(Section):
     calibration: Calibration = Calibration()
     probes: Probes = Probes()
     detection: Detection = Detection()
+    width: Width = Width()
     distillation: Distillation = Distillation()
     variants: Variants = Variants()
     evaluation: Evaluation = Evaluation()

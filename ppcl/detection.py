@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from ppcl.artifacts import write_atomically
-from ppcl.config import Detection
+from ppcl.config import Detection, Width
 from ppcl.errors import UserError
 from ppcl.intervals import Table, differences, first_difference
+from ppcl.plan import Ffn, TextRun
 from ppcl.probes.probe import Probe
-from ppcl.probes.run import probe_file, tokens_file
+from ppcl.probes.run import ffn_error, has_text, probe_file, tokens_file
 from ppcl.similarity import FEWEST_TOKENS, centred, hsic, ratio
 
 STREAMS = ("img", "txt")
@@ -68,12 +69,44 @@ def finite_tokens(probes_folder: Path, blocks: int, stream: str) -> torch.Tensor
     return finite
 
 
-def detect(
-    probes_folder: Path, spans: list[range], settings: Detection, tell: Callable[[int, int], None]
-) -> dict[str, Any]:
-    """The tables of both streams and their mean, Δ, and the intervals of two blocks or more.
+def stream_map(probes_folder: Path, blocks: int, stream: str, finite: torch.Tensor) -> Table:
+    """CKA between a stream behind block `r` and behind block `s`, both the teacher's own; None for `s < r`."""
+    table: Table = [[None] * blocks for _ in range(blocks)]
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for s in range(blocks):
+        tokens = load_file(tokens_file(probes_folder, s + 1)).get(stream)
+        if tokens is None:
+            break
+        x = centred(tokens[finite], False)
+        kept[s] = x, hsic(x, x)
+        for r, (y, own) in kept.items():
+            table[r][s] = 1.0 if r == s else ratio(hsic(x, y), kept[s][1], own)
+    return table
 
-    `left_out`: held-out tokens of each stream that were not finite.
+
+def text_runs(table: Table, spans: list[range], similarity: float) -> list[TextRun]:
+    """From the first block on, the longest runs whose last text stream is that similar to their first one."""
+    runs = []
+    for span in spans:
+        first = span.start
+        while first < span.stop:
+            last = first
+            while last + 1 < span.stop and (table[first][last + 1] or 0.0) >= similarity:
+                last += 1
+            if last > first:
+                runs.append(TextRun(first, last))
+            first = last + 1
+    return runs
+
+
+def detect(
+    probes_folder: Path, spans: list[range], settings: Detection, tell: Callable[[int, int], None], width: Width = Width()
+) -> dict[str, Any]:
+    """The tables of both streams and their mean, Δ, and what can be replaced.
+
+    `intervals`: those of two blocks or more. `text_map`: see `stream_map`. `ffn_errors`: by block, see
+    `ppcl.probes.run.ffn_error`. `plan`: everything that is to be trained. `left_out`: held-out tokens of each stream that
+    were not finite.
     """
     blocks = spans[-1].stop
     finite = {name: finite_tokens(probes_folder, blocks, name) for name in STREAMS}
@@ -86,7 +119,13 @@ def detect(
     for tables in (plain, scored):
         tables["mean"] = [[_mean(a, b) for a, b in zip(*rows)] for rows in zip(tables["img"], tables["txt"])]
     delta = differences((scored if settings.standardize else plain)[settings.stream])
-    found = first_difference(delta, spans)
+    intervals = [i for i in first_difference(delta, spans) if i.removed]
+    errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
+    errors = {block: error for block, error in errors.items() if error is not None}
+    ffns = sorted(errors, key=errors.get)[: width.ffns]
+    # A block that has no FFN of its own for the text has no text stream of its own.
+    text_map = stream_map(probes_folder, blocks, "txt", finite["txt"]) if width.text else None
+    runs = text_runs(text_map, _with_text(probes_folder, spans), width.text_similarity) if width.text else []
     return {
         "blocks": blocks,
         "spans": [[span.start, span.stop] for span in spans],
@@ -97,8 +136,21 @@ def detect(
         "cka": plain,
         "cka_standardized": scored,
         "delta": delta,
-        "intervals": [list(i) for i in found if i.removed],
+        "intervals": [list(i) for i in intervals],
+        "text_map": text_map,
+        "ffn_errors": errors,
+        "plan": [str(entry) for entry in [*intervals, *runs, *map(Ffn, sorted(ffns))]],
     }
+
+
+def _with_text(probes_folder: Path, spans: list[range]) -> list[range]:
+    """The runs of blocks whose text stream has parts of its own."""
+    found = []
+    for span in spans:
+        own = [b for b in span if has_text(probe_file(probes_folder, b))]
+        if own:
+            found.append(range(own[0], own[-1] + 1))
+    return found
 
 
 def _mean(a: float | None, b: float | None) -> float | None:

@@ -1,9 +1,15 @@
-"""Intervals and plans: which blocks become one student."""
+"""Plans: which parts of the teacher are replaced. Three kinds of replacement, each switched on or off by itself.
+
+- `Interval`: a run of blocks becomes one student block (depth).
+- `TextRun`: in a run of blocks the text stream is replaced by linear projectors (width).
+- `Ffn`: a block's FFNs become residual linear maps (width).
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ppcl.errors import UserError
@@ -29,27 +35,129 @@ class Interval(NamedTuple):
         """Blocks fewer with this interval on."""
         return self.last - self.first
 
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}"
 
-_WRITTEN = re.compile(r"\d+-\d+(,\d+-\d+)*")
+
+@dataclass(frozen=True)
+class TextRun:
+    """Blocks `first..last` of which the first keeps its text stream and the others take theirs from it (PPCL: Eq. 7, 8)."""
+
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return f"text-{self.first:02d}-{self.last:02d}"
+
+    @property
+    def blocks(self) -> range:
+        return range(self.first, self.last + 1)
+
+    removed = 0
+
+    def __str__(self) -> str:
+        return f"text:{self.first}-{self.last}"
 
 
-def written(text: str) -> list[Interval] | None:
-    """The intervals of a text such as `3-5,8-9`, as people write them; None where it is none."""
-    if not _WRITTEN.fullmatch(text):
+@dataclass(frozen=True)
+class Ffn:
+    """Block `block`, whose image and text FFN become one residual linear map each (PPCL: Eq. 9)."""
+
+    block: int
+
+    @property
+    def first(self) -> int:
+        return self.block
+
+    @property
+    def last(self) -> int:
+        return self.block
+
+    @property
+    def name(self) -> str:
+        return f"ffn-{self.block:02d}"
+
+    @property
+    def blocks(self) -> range:
+        return range(self.block, self.block + 1)
+
+    removed = 0
+
+    def __str__(self) -> str:
+        return f"ffn:{self.block}"
+
+
+Entry = Interval | TextRun | Ffn
+
+_KINDS = (Interval, TextRun, Ffn)
+_FILE = re.compile(r"(?:(?P<kind>text|ffn)-)?(?P<first>\d+)(?:-(?P<last>\d+))?")
+_WRITTEN = re.compile(r"(?:(?P<kind>text|ffn):)?(?P<first>\d+)(?:-(?P<last>\d+))?")
+HOW_WRITTEN = "intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, with commas between"
+
+
+def order(entry: Entry) -> tuple[int, int]:
+    """The key plans are sorted by: the first block, then the kind."""
+    return entry.first, _KINDS.index(type(entry))
+
+
+def _entry(match: re.Match | None) -> Entry | None:
+    if match is None:
         return None
-    return [Interval(*map(int, pair.split("-"))) for pair in text.split(",")]
+    kind, first, last = match["kind"], int(match["first"]), match["last"]
+    if kind == "ffn":
+        return Ffn(first) if last is None else None
+    if last is None:
+        return None
+    return (TextRun if kind else Interval)(first, int(last))
 
 
-def checked(intervals: Iterable[tuple[int, int]], spans: list[range]) -> list[Interval]:
-    """Sorted intervals of a plan. Raises `UserError` where one is empty, out of range, crosses lists or overlaps."""
-    plan = sorted(Interval(*pair) for pair in intervals)
-    for interval in plan:
-        if interval.first >= interval.last:
-            raise UserError(f"the interval {list(interval)} holds no two blocks; give [u, v] with u < v")
-        if not any(interval.first in span and interval.last in span for span in spans):
+def named(name: str) -> Entry | None:
+    """The entry whose `name` this is; None where it is none."""
+    return _entry(_FILE.fullmatch(name))
+
+
+def written(text: str) -> list[Entry] | None:
+    """The entries of a text such as `3-5,text:6-8,ffn:9`, as people write them; None where it is none."""
+    entries = [_entry(_WRITTEN.fullmatch(part)) for part in text.split(",")]
+    return None if None in entries else entries
+
+
+def entry_of(value: Entry | str | Sequence[int]) -> Entry:
+    """An entry from what configurations and callers give: itself, `[u, v]` for an interval, or a text."""
+    if isinstance(value, _KINDS):
+        return value
+    if isinstance(value, str):
+        entries = written(value)
+        if entries is None or len(entries) != 1:
+            raise UserError(f"{value!r} names no replacement; write {HOW_WRITTEN}")
+        return entries[0]
+    return Interval(*map(int, value))
+
+
+def clash(a: Entry, b: Entry) -> bool:
+    """Whether two entries cannot be on together. An FFN can be replaced within a text run, where its text part is gone."""
+    if {type(a), type(b)} == {TextRun, Ffn}:
+        return False
+    return a.first <= b.last and b.first <= a.last
+
+
+def checked(entries: Iterable[Entry | str | Sequence[int]], spans: list[range]) -> list[Entry]:
+    """A sorted plan. Raises `UserError` where an entry is empty, out of range, crosses lists or clashes with another."""
+    plan = sorted(map(entry_of, entries), key=order)
+    for entry in plan:
+        if not isinstance(entry, Ffn) and entry.first >= entry.last:
+            raise UserError(f"{_called(entry)} holds no two blocks; the first must be less than the last")
+        if not any(entry.first in span and entry.last in span for span in spans):
             known = ", ".join(f"{span.start} to {span.stop - 1}" for span in spans)
-            raise UserError(f"the interval {list(interval)} does not lie within one block list; the lists hold blocks {known}")
-    for a, b in zip(plan, plan[1:]):
-        if b.first <= a.last:
-            raise UserError(f"the intervals {list(a)} and {list(b)} overlap; keep one of them")
+            raise UserError(f"{_called(entry)} does not lie within one block list; the lists hold blocks {known}")
+    for index, a in enumerate(plan):
+        for b in plan[index + 1 :]:
+            if clash(a, b):
+                raise UserError(f"{_called(a)} and {_called(b)} overlap; keep one of them")
     return plan
+
+
+def _called(entry: Entry) -> str:
+    kind = {Interval: "the interval", TextRun: "the text run", Ffn: "the FFN"}[type(entry)]
+    return f"{kind} {entry.block}" if isinstance(entry, Ffn) else f"{kind} [{entry.first}, {entry.last}]"

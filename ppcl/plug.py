@@ -1,4 +1,4 @@
-"""Plugging students in and out of a stock transformer: references move, tensors do not."""
+"""Plugging replacements in and out of a stock transformer: references move, tensors do not."""
 
 from __future__ import annotations
 
@@ -10,37 +10,43 @@ import torch
 from torch import nn
 
 from ppcl.architecture import swap
-from ppcl.plan import Interval
-from ppcl.students import Student, load_student
+from ppcl.plan import Entry
+from ppcl.replacements import Replacement, load, placed
 from ppcl.teacher import Teacher
-from ppcl.variants import entries
 
 
 class Switch:
-    """The students of one teacher, and the switch between variants of any transformer loaded from it.
+    """The replacements of one teacher, and the switch between variants of any transformer loaded from it.
 
-    A student is read when it is first wanted, once a device and dtype, and shared by all pipelines. A transformer is
+    A replacement is read when it is first wanted, once a device and dtype, and shared by all pipelines. A transformer is
     moved to its device and dtype before the first switch: what is unplugged would not move with it.
     """
 
-    def __init__(self, teacher: Teacher, students: Mapping[Interval, Path]):
+    def __init__(self, teacher: Teacher, files: Mapping[Entry, Path]):
         self.teacher = teacher
-        self.paths = dict(students)
-        self._loaded: dict[tuple[Interval, str, torch.dtype], Student] = {}
+        self.files = dict(files)
+        self._loaded: dict[tuple[Entry, str, torch.dtype], Replacement] = {}
         self._teachers_blocks: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
 
-    def student(self, interval: Interval, device: str, dtype: torch.dtype) -> Student:
-        key = (interval, str(device), dtype)
+    def module(self, entry: Entry, device: str, dtype: torch.dtype) -> Replacement:
+        key = (entry, str(device), dtype)
         if key not in self._loaded:
-            self._loaded[key] = load_student(self.paths[interval], self.teacher, device, dtype)
+            self._loaded[key] = load(self.files[entry], self.teacher, device, dtype)
         return self._loaded[key]
 
-    def __call__(self, transformer: nn.Module, intervals: Iterable[Interval]) -> None:
-        """Leave the transformer with exactly these intervals on; none of them is the teacher itself."""
-        architecture = self.teacher.architecture
+    def blocks(self, transformer: nn.Module) -> tuple[nn.Module, ...]:
+        """The teacher's own blocks of a transformer, whatever is plugged into it."""
         if transformer not in self._teachers_blocks:
-            self._teachers_blocks[transformer] = tuple(architecture.blocks(transformer))
-        intervals = list(intervals)
-        students = {i: self.student(i, transformer.device, transformer.dtype) for i in intervals}
-        everywhere = dict(enumerate(self._teachers_blocks[transformer]))
-        swap(transformer, everywhere | entries(architecture, students, intervals))
+            self._teachers_blocks[transformer] = tuple(self.teacher.architecture.blocks(transformer))
+        return self._teachers_blocks[transformer]
+
+    def entries(self, transformer: nn.Module, plan: Iterable[Entry]) -> dict[int, nn.Module]:
+        """What stands at which block number with a plan on."""
+        plan = list(plan)
+        modules = {entry: self.module(entry, transformer.device, transformer.dtype) for entry in plan}
+        return placed(self.teacher.architecture, transformer, self.blocks(transformer), modules, plan)
+
+    def __call__(self, transformer: nn.Module, plan: Iterable[Entry]) -> None:
+        """Leave the transformer with exactly this plan on; an empty one is the teacher itself."""
+        everywhere = dict(enumerate(self.blocks(transformer)))
+        swap(transformer, everywhere | self.entries(transformer, plan))

@@ -1,4 +1,4 @@
-"""A finished job, opened: the teacher by reference, its students, and every variant of them as a stock pipeline."""
+"""A finished job, opened: the teacher by reference, its replacements, and every variant of them as a stock pipeline."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from pydantic import ValidationError
 from ppcl.artifacts import CONFIG, Artifacts
 from ppcl.config import Config, Sampling
 from ppcl.errors import UserError
-from ppcl.plan import written
+from ppcl.plan import HOW_WRITTEN, Entry, written
 from ppcl.plug import Switch
+from ppcl.replacements import files_in
 from ppcl.teacher import Teacher
-from ppcl.variants import TEACHER, Family, Sizes, Variant, sizes, students_in, trained
+from ppcl.variants import TEACHER, Family, Sizes, Variant, sizes, trained
 
 CUSTOM = "custom"
+
+# A variant's name, a plan as text, or a plan as a list.
+Choice = str | Sequence[Entry | str | Sequence[int]]
 
 
 class Result:
@@ -45,9 +49,9 @@ class Result:
         self.family = Family.from_json(json.loads(self.artifacts.path("variants", "variants.json").read_text()))
         # What the manifest does not name was not verified.
         verified = {self.artifacts.path(name) for name in self.artifacts.entry("students").files}
-        found = students_in(self.artifacts.path("students"))
-        self.students = {interval: path for interval, path in found.items() if path in verified}
-        self._switch = Switch(self.teacher, self.students)
+        found = files_in(self.artifacts.path("students"))
+        self.replacements = {entry: path for entry, path in found.items() if path in verified}
+        self._switch = Switch(self.teacher, self.replacements)
 
     @property
     def variants(self) -> dict[str, Variant]:
@@ -62,49 +66,49 @@ class Result:
         except (OSError, ValidationError):
             raise UserError(f"{path} is damaged or gone; run ppcl compress again, which makes it anew") from None
 
-    def variant(self, choice: str | Sequence[Sequence[int]]) -> Variant:
-        """A named variant, or any intervals that have students, as pairs or as `"3-5,8-9"`.
+    def variant(self, choice: Choice) -> Variant:
+        """A named variant, or any plan of what was trained: a text such as `"3-5,text:8-9,ffn:1"`, or a list of entries.
 
         Raises `UserError` with what there is to choose from.
         """
         if isinstance(choice, str) and choice in self.variants:
             return self.variants[choice]
-        intervals = trained(self._pairs(choice), self.students, self.family.spans)
-        return self._sizes.variant(CUSTOM, intervals)
+        plan = trained(self._entries(choice), self.replacements, self.family.spans)
+        return self._sizes.variant(CUSTOM, plan)
 
     @cached_property
     def _sizes(self) -> Sizes:
-        return sizes(self.teacher, self.students)
+        return sizes(self.teacher, self.replacements)
 
-    def _pairs(self, choice: str | Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    def _entries(self, choice: Choice) -> Sequence[Entry | str | Sequence[int]]:
         if not isinstance(choice, str):
             return choice
-        intervals = written(choice)
-        if intervals is None:
+        plan = written(choice)
+        if plan is None:
             raise UserError(
-                f"there is no variant {choice!r}; there are {', '.join(self.variants)}, and intervals as 3-5,8-9, any of "
-                f"{', '.join(f'{i.first}-{i.last}' for i in sorted(self.students))}"
+                f"there is no variant {choice!r}; there are {', '.join(self.variants)}, and plans written as {HOW_WRITTEN}, "
+                f"of {', '.join(map(str, self.replacements))}"
             )
-        return intervals
+        return plan
 
     def pipeline(
         self,
-        variant: str | Sequence[Sequence[int]] = TEACHER,
+        variant: Choice = TEACHER,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Any:
         """A stock diffusers pipeline with the variant plugged in."""
-        intervals = self.variant(variant).intervals
+        plan = self.variant(variant).plan
         pipeline = self.teacher.pipeline(device, dtype)
-        self._switch(pipeline.transformer, intervals)
+        self._switch(pipeline.transformer, plan)
         return pipeline
 
-    def switch(self, pipeline: Any, variant: str | Sequence[Sequence[int]]) -> None:
+    def switch(self, pipeline: Any, variant: Choice) -> None:
         """Turn a pipeline of `pipeline()` into another variant. Moves references only; students load when first used.
 
         Not while the pipeline is running. `UserError` leaves it as it was.
         """
-        self._switch(pipeline.transformer, self.variant(variant).intervals)
+        self._switch(pipeline.transformer, self.variant(variant).plan)
 
 
 def _teacher(folder: Path, sha256: str) -> Teacher:

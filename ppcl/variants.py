@@ -1,22 +1,19 @@
-"""Variants: which of the trained students are on, what that leaves of the transformer, and which to choose for a budget.
-
-A variant keeps the teacher's block lists at their length: the student stands at `u`, pass-throughs at `u+1..v`.
-"""
+"""Variants: which of the trained replacements are on, what that leaves of the transformer, and which to choose for a budget."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ppcl.architecture import Architecture, PassThrough
 from ppcl.errors import UserError
-from ppcl.plan import Interval, checked, written
+from ppcl.plan import Entry, Ffn, Interval, TextRun, checked, entry_of, order, written
+from ppcl.replacements import stored_sizes
 from ppcl.teacher import Teacher
 
 TEACHER = "teacher"
@@ -28,13 +25,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Variant:
-    """The intervals that are on. `parameters` of the transformer, `share` of the teacher's, `blocks` that run.
+    """The plan that is on. `parameters` of the transformer, `share` of the teacher's, `blocks` that run.
 
     `budget`: the share of the parameters it was chosen for, None where it was not chosen by budget.
     """
 
     name: str
-    intervals: tuple[Interval, ...]
+    plan: tuple[Entry, ...]
     parameters: int
     share: float
     blocks: int
@@ -43,113 +40,136 @@ class Variant:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameter counts: of the whole transformer, of each block, of each student."""
+    """Parameter counts: of the whole transformer, of each block, of what each replacement takes away and brings.
+
+    `replacements`: by entry, the numbers each tensor of its file holds. `ffns`: by block and stream, parameters that the
+    FFN's replacement takes away; `texts`: by block, those that a text run takes away.
+    """
 
     total: int
     blocks: tuple[int, ...]
-    students: Mapping[Interval, int]
+    replacements: Mapping[Entry, Mapping[str, int]]
+    ffns: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    texts: Mapping[int, int] = field(default_factory=dict)
 
-    def saved(self, interval: Interval) -> int:
-        """Parameters fewer with the interval's student on."""
-        return sum(self.blocks[block] for block in interval.blocks) - self.students[interval]
+    def saved(self, entry: Entry, within: TextRun | None = None) -> int:
+        """Parameters fewer with an entry on; of an FFN `within` a text run that is on, where its text part is gone."""
+        brought = self.replacements[entry]
+        if isinstance(entry, Interval):
+            return sum(self.blocks[block] for block in entry.blocks) - sum(brought.values())
+        if isinstance(entry, TextRun):
+            return sum(self.texts[block] for block in entry.blocks[1:]) - sum(brought.values())
+        streams = set(self.ffns[entry.block])
+        if within is not None and entry.block != within.first:
+            streams = {"img"}
+        return sum(self.ffns[entry.block][stream] for stream in streams) - sum(
+            size for name, size in brought.items() if name.split(".")[0] in streams
+        )
 
-    def variant(self, name: str, intervals: Iterable[Interval], budget: float | None = None) -> Variant:
-        on = tuple(sorted(intervals))
-        parameters = self.total - sum(self.saved(interval) for interval in on)
-        blocks = len(self.blocks) - sum(interval.removed for interval in on)
+    def parameters(self, plan: Iterable[Entry]) -> int:
+        """What is left with a plan on, whose entries do not clash."""
+        plan = list(plan)
+        return self.total - sum(self.saved(entry, _run_around(entry, plan)) for entry in plan)
+
+    def variant(self, name: str, plan: Iterable[Entry], budget: float | None = None) -> Variant:
+        on = tuple(sorted(plan, key=order))
+        parameters = self.parameters(on)
+        blocks = len(self.blocks) - sum(entry.removed for entry in on)
         return Variant(name, on, parameters, parameters / self.total, blocks, budget)
+
+
+def _run_around(entry: Entry, plan: Iterable[Entry]) -> TextRun | None:
+    """The text run of a plan that an FFN lies in."""
+    if not isinstance(entry, Ffn):
+        return None
+    return next((run for run in plan if isinstance(run, TextRun) and entry.block in run.blocks), None)
 
 
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def sizes(teacher: Teacher, students: Mapping[Interval, Path]) -> Sizes:
-    """Counted without loading a weight: the teacher's from its structure, a student's from its file's header."""
-    model = teacher.empty_transformer()
-    blocks = tuple(count(block) for block in teacher.architecture.blocks(model))
-    return Sizes(count(model), blocks, {interval: _tensor_sizes(path) for interval, path in students.items()})
+def sizes(teacher: Teacher, files: Mapping[Entry, Path]) -> Sizes:
+    """Counted without loading a weight: the teacher's from its structure, a replacement's from its file's header."""
+    model, architecture = teacher.empty_transformer(), teacher.architecture
+    blocks = architecture.blocks(model)
+    ffns: dict[int, dict[str, int]] = {}
+    texts: dict[int, int] = {}
+    for number, block in enumerate(blocks):
+        for stream, where in architecture.parts_of(model, number, block).items():
+            modulation, ffn = block.get_submodule(where.modulation), count(block.get_submodule(where.ffn))
+            width = modulation.in_features
+            # Shift, scale and gate of the FFN: three chunks of the modulation.
+            ffns.setdefault(number, {})[stream] = ffn + 3 * width * (modulation.in_features + (modulation.bias is not None))
+            if stream == "txt":
+                texts[number] = ffn + count(modulation) + count(block.get_submodule(where.out))
+    return Sizes(
+        count(model), tuple(map(count, blocks)), {entry: stored_sizes(path) for entry, path in files.items()}, ffns, texts
+    )
 
 
-def _tensor_sizes(path: Path) -> int:
-    total = 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dictionary)
-                elements = 1
-                for length in file.get_slice(name).get_shape():
-                    elements *= length
-                total += elements
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the student {path} cannot be read as safetensors ({error}); run ppcl compress again") from None
-    return total
+def trained(plan: Iterable[Entry | str | Sequence[int]], known: Iterable[Entry], spans: list[range]) -> list[Entry]:
+    """A sorted, checked choice of entries. Raises `UserError` where one is impossible or was not trained."""
+    chosen, known = checked(plan, spans), sorted(known, key=order)
+    for entry in chosen:
+        if entry not in known:
+            raise UserError(f"there is no replacement {entry}; there are {', '.join(map(str, known)) or 'none'}")
+    return chosen
 
 
-def students_in(folder: Path) -> dict[Interval, Path]:
-    """The students of a folder by interval, from their files' names, `05-07.safetensors`."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        first, _, last = path.stem.partition("-")
-        if first.isdigit() and last.isdigit():
-            found[Interval(int(first), int(last))] = path
-    return found
+Row = tuple[int, float, tuple[Entry, ...]]
 
 
-def entries(
-    architecture: Architecture, students: Mapping[Interval, nn.Module], intervals: Iterable[Interval]
-) -> dict[int, nn.Module]:
-    """What stands at which block number with these intervals on; the blocks not named stay the teacher's."""
-    through = PassThrough(architecture)
-    placed: dict[int, nn.Module] = {}
-    for interval in intervals:
-        placed |= dict.fromkeys(interval.blocks[1:], through)
-        placed[interval.first] = students[interval]
-    return placed
+def front(sizes: Sizes, damage: Mapping[Entry, float]) -> list[Row]:
+    """Every plan that no other beats in both parameters saved and summed damage.
 
-
-def trained(intervals: Iterable[Sequence[int]], students: Iterable[Interval], spans: list[range]) -> list[Interval]:
-    """A sorted, checked choice of intervals. Raises `UserError` where one is impossible or has no student."""
-    plan, known = checked([(int(first), int(last)) for first, last in intervals], spans), sorted(students)
-    for interval in plan:
-        if interval not in known:
-            exist = ", ".join(str(list(i)) for i in known) or "none"
-            raise UserError(f"the interval {list(interval)} has no student; there are students for {exist}")
-    return plan
-
-
-def front(sizes: Sizes, damage: Mapping[Interval, float]) -> list[tuple[int, float, tuple[Interval, ...]]]:
-    """Every choice of intervals that no other beats in both parameters saved and summed damage.
-
-    Rows of (saved, damage, intervals), both rising. Exact, by dynamic programming over the intervals: what is beaten
-    stays beaten whatever is added to both. The rows number at most the distinct sums of parameters, which are few
-    since blocks are alike.
+    Rows of (saved, damage, plan), both rising. Exact, by dynamic programming over the blocks from the last to the first:
+    what is beaten stays beaten whatever is added to both. The rows number at most the distinct sums of parameters, which
+    are few since blocks are alike.
     """
-    rows: list[tuple[int, float, tuple[Interval, ...]]] = [(0, 0.0, ())]
-    for interval in sorted(damage):
-        saved, cost = sizes.saved(interval), damage[interval]
-        rows += [(s + saved, d + cost, (*on, interval)) for s, d, on in rows]
-        rows.sort(key=lambda row: (-row[0], row[1], len(row[2])))
-        kept, least = [], float("inf")
-        for row in rows:
-            if row[1] < least:
-                kept.append(row)
-                least = row[1]
-        rows = kept[::-1]
-    return rows
+    starting: dict[int, list[Entry]] = {}
+    for entry in sorted(damage, key=order):
+        starting.setdefault(entry.first, []).append(entry)
+    best: dict[int, list[Row]] = {len(sizes.blocks): [(0, 0.0, ())]}
+    for block in range(len(sizes.blocks) - 1, -1, -1):
+        rows = list(best[block + 1])
+        for entry in starting.get(block, ()):
+            alone = [(sizes.saved(entry), damage[entry], (entry,))]
+            if isinstance(entry, TextRun):
+                for number in entry.blocks:
+                    ffn = Ffn(number)
+                    if ffn in damage:
+                        alone = _pareto(alone + _added(alone, (sizes.saved(ffn, entry), damage[ffn], (ffn,))))
+            rows += chain.from_iterable(_added(best[entry.last + 1], row) for row in alone)
+        best[block] = _pareto(rows)
+    return best[0]
 
 
-def choose(budget: float, sizes: Sizes, damage: Mapping[Interval, float]) -> tuple[Interval, ...]:
-    """The intervals of least summed damage that leave at most the share `budget` of the parameters.
+def _added(rows: Iterable[Row], other: Row) -> list[Row]:
+    return [(saved + other[0], damage + other[1], (*other[2], *plan)) for saved, damage, plan in rows]
 
-    Raises `UserError`, with the smallest share that can be met, where all students together do not meet it.
+
+def _pareto(rows: list[Row]) -> list[Row]:
+    kept, least = [], float("inf")
+    for row in sorted(rows, key=lambda row: (-row[0], row[1], len(row[2]))):
+        if row[1] < least:
+            kept.append(row)
+            least = row[1]
+    return kept[::-1]
+
+
+def choose(budget: float, sizes: Sizes, damage: Mapping[Entry, float]) -> tuple[Entry, ...]:
+    """The plan of least summed damage that leaves at most the share `budget` of the parameters.
+
+    Raises `UserError`, with the smallest share that can be met, where all replacements together do not meet it.
     """
     rows = front(sizes, damage)
-    for saved, _, on in rows:
+    for saved, _, plan in rows:
         if sizes.total - saved <= budget * sizes.total:
-            return on
+            return tuple(sorted(plan, key=order))
     smallest = 1 - rows[-1][0] / sizes.total
     raise UserError(
-        f"variants.budgets: {budget:g} of the parameters cannot be met; with every student on {smallest:.4f} of them "
+        f"variants.budgets: {budget:g} of the parameters cannot be met; with every replacement on {smallest:.4f} of them "
         f"remain, so give {smallest + 0.00005:.4f} or more"
     )
 
@@ -161,26 +181,26 @@ def budget_name(budget: float) -> str:
 
 def make_variants(
     budgets: Sequence[float],
-    custom: Mapping[str, Sequence[Sequence[int]]],
+    custom: Mapping[str, Sequence[str | Sequence[int]]],
     sizes: Sizes,
-    damage: Mapping[Interval, float],
+    damage: Mapping[Entry, float],
     spans: list[range],
 ) -> dict[str, Variant]:
-    """The named variants: the teacher, one a budget, all students on, and the custom ones. Raises `UserError`."""
+    """The named variants: the teacher, one a budget, the smallest, and the custom ones. Raises `UserError`."""
     made = {TEACHER: sizes.variant(TEACHER, ())}
     for budget in budgets:
         name = budget_name(budget)
         made[name] = sizes.variant(name, choose(budget, sizes, damage), budget)
-    made[ALL] = sizes.variant(ALL, sizes.students)
-    for name, intervals in custom.items():
+    made[ALL] = sizes.variant(ALL, front(sizes, damage)[-1][2])
+    for name, plan in custom.items():
         if name in made:
             raise UserError(f"variants.custom: the name {name!r} is taken by a variant made anyway; choose another")
         if not _NAME.fullmatch(name):
             raise UserError(f"variants.custom: {name!r} is no name for a variant; use letters, digits, '.', '_' and '-'")
         if written(name):
-            raise UserError(f"variants.custom: {name!r} reads as intervals and cannot name a variant; choose another name")
+            raise UserError(f"variants.custom: {name!r} reads as a plan and cannot name a variant; choose another name")
         try:
-            made[name] = sizes.variant(name, trained(intervals, sizes.students, spans))
+            made[name] = sizes.variant(name, trained(plan, sizes.replacements, spans))
         except UserError as error:
             raise UserError(f"variants.custom.{name}: {error}") from None
     return made
@@ -188,15 +208,15 @@ def make_variants(
 
 @dataclass(frozen=True)
 class Family:
-    """What `variants.json` says: the teacher's size, what each interval alone costs, and the named variants.
+    """What `variants.json` says: the teacher's size, what each entry alone costs, and the named variants.
 
-    `damage`: relative squared error of the velocity with that one interval on.
+    `damage`: relative squared error of the velocity with that one entry on.
     """
 
     parameters: int
     blocks: int
     spans: list[range]
-    damage: dict[Interval, float]
+    damage: dict[Entry, float]
     variants: dict[str, Variant]
 
     def to_json(self) -> dict[str, Any]:
@@ -206,10 +226,10 @@ class Family:
                 "blocks": self.blocks,
                 "spans": [[span.start, span.stop] for span in self.spans],
             },
-            "damage": {interval.name: value for interval, value in sorted(self.damage.items())},
+            "damage": {str(entry): self.damage[entry] for entry in sorted(self.damage, key=order)},
             "variants": {
                 v.name: {
-                    "intervals": [list(interval) for interval in v.intervals],
+                    "plan": [str(entry) for entry in v.plan],
                     "parameters": v.parameters,
                     "share": v.share,
                     "blocks": v.blocks,
@@ -226,9 +246,9 @@ class Family:
             parameters=teacher["parameters"],
             blocks=teacher["blocks"],
             spans=[range(*span) for span in teacher["spans"]],
-            damage={Interval(*map(int, name.split("-"))): value for name, value in values["damage"].items()},
+            damage={entry_of(name): value for name, value in values["damage"].items()},
             variants={
-                name: Variant(name, **{**v, "intervals": tuple(Interval(*pair) for pair in v["intervals"])})
+                name: Variant(name, **{**v, "plan": tuple(map(entry_of, v["plan"]))})
                 for name, v in values["variants"].items()
             },
         )

@@ -11,9 +11,10 @@ import torch
 from ppcl.artifacts import CONFIG, Artifacts
 from ppcl.config import Config
 from ppcl.plan import Interval
-from ppcl.students import Student, affine_map, save_student
+from ppcl.replacements import files_in, save
+from ppcl.students import Student, affine_map
 from ppcl.teacher import Teacher
-from ppcl.variants import Family, make_variants, sizes, students_in
+from ppcl.variants import Family, make_variants, sizes
 
 INTERVALS = [Interval(0, 1), Interval(2, 3), Interval(4, 5)]
 DAMAGE = dict(zip(INTERVALS, (0.3, 0.1, 0.2), strict=True))
@@ -38,9 +39,10 @@ def result(root: Path, teacher_folder: Path) -> Path:
     config = Config(teacher=teacher_folder, prompts="p.txt", sampling={"steps": 2, "height": 32, "width": 32})
     artifacts.path(CONFIG).write_text(config.model_dump_json())
     for number, interval in enumerate(INTERVALS):
-        save_student(student(teacher, interval, affine=number == 0), artifacts.path("students", f"{interval.name}.safetensors"))
+        made = student(teacher, interval, affine=number == 0)
+        save(made, interval, teacher.architecture, artifacts.path("students", f"{interval.name}.safetensors"))
     artifacts.commit("students", "0")
-    counted = sizes(teacher, students_in(artifacts.path("students")))
+    counted = sizes(teacher, files_in(artifacts.path("students")))
     spans = [range(6)]
     made = make_variants([0.9, 0.75], {"ends": [[0, 1], [4, 5]]}, counted, DAMAGE, spans)
     artifacts.path("variants").mkdir()

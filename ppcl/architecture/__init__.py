@@ -2,10 +2,11 @@
 
 from ppcl.architecture import flux, qwen_image, sd3  # noqa: F401  (importing registers the records)
 from ppcl.architecture.forward import PassThrough, embed, head, run_blocks, swap, swapped
-from ppcl.architecture.record import Architecture, Streams, architecture_of, supported
+from ppcl.architecture.record import Architecture, Parts, Streams, architecture_of, supported
 
 __all__ = [
     "Architecture",
+    "Parts",
     "PassThrough",
     "Streams",
     "architecture_of",

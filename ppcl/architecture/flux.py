@@ -1,4 +1,4 @@
-from ppcl.architecture.record import Architecture, register
+from ppcl.architecture.record import Architecture, Parts, register
 
 FLUX = register(
     Architecture(
@@ -6,8 +6,12 @@ FLUX = register(
         transformer="FluxTransformer2DModel",
         pipelines=("FluxPipeline",),
         block_lists=("transformer_blocks", "single_transformer_blocks"),
-        # A single-stream block's FFN shares its output projection with the attention: there is no module to replace.
-        ffn={"transformer_blocks": ("ff", "ff_context"), "single_transformer_blocks": (None, None)},
+        parts={
+            "transformer_blocks": {
+                "img": Parts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),
+                "txt": Parts("norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out"),
+            }
+        },
         prompt_arguments=("encoder_hidden_states", "pooled_projections"),
         shared_arguments=("img_ids", "txt_ids", "guidance"),
         encoded=("encoder_hidden_states", "pooled_projections", None),

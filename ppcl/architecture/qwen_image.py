@@ -1,4 +1,4 @@
-from ppcl.architecture.record import Architecture, register
+from ppcl.architecture.record import Architecture, Parts, register
 
 QWEN_IMAGE = register(
     Architecture(
@@ -6,7 +6,12 @@ QWEN_IMAGE = register(
         transformer="QwenImageTransformer2DModel",
         pipelines=("QwenImagePipeline",),
         block_lists=("transformer_blocks",),
-        ffn={"transformer_blocks": ("img_mlp", "txt_mlp")},
+        parts={
+            "transformer_blocks": {
+                "img": Parts("img_mod.1", "img_norm1", "img_norm2", "img_mlp", "attn.to_out.0"),
+                "txt": Parts("txt_mod.1", "txt_norm1", "txt_norm2", "txt_mlp", "attn.to_add_out"),
+            }
+        },
         prompt_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),
         text_mask="encoder_hidden_states_mask",
         shared_arguments=("img_shapes", "guidance"),

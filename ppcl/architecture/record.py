@@ -23,6 +23,22 @@ class Streams(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Where one stream's share of a block lies: the paths of its sub-modules.
+
+    `modulation`: the linear map whose output is cut into chunks of the width, in the order shift, scale and gate of the
+    attention, then shift, scale and gate of the FFN, then whatever a family adds. `norm1` and `norm2` are the plain
+    norms in front of attention and FFN; `ffn` the FFN; `out` the attention's output projection.
+    """
+
+    modulation: str
+    norm1: str
+    norm2: str
+    ffn: str
+    out: str
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How one family of MMDiTs is laid out.
 
@@ -32,19 +48,22 @@ class Architecture:
     nothing but the size of the picture. `encoded`: what the pipeline's `encode_prompt` gives back, named as the
     transformer's arguments, None for what it does not take. `timestep_scale`: what the forward calls the timestep of
     pure noise.
-    `ffn`: by block list, the names of the image and the text FFN inside a block, None where there is none.
+    `parts`: by block list and stream, where the parts of a block are that width pruning replaces; a list that is not
+    named has none (a single-stream block's FFN shares its output projection with the attention). `attention`: the joint
+    attention inside a block, which is called with the two streams by the arguments `img` and `txt`.
     """
 
     name: str
     transformer: str
     pipelines: tuple[str, ...]
     block_lists: tuple[str, ...]
-    ffn: dict[str, tuple[str | None, str | None]]
+    parts: dict[str, dict[str, Parts]]
     prompt_arguments: tuple[str, ...]
     shared_arguments: tuple[str, ...]
     encoded: tuple[str | None, ...]
     timestep_scale: float
     text_mask: str | None = None
+    attention: str = "attn"
     img: str = "hidden_states"
     txt: str = "encoder_hidden_states"
     latents: str = "hidden_states"
@@ -74,6 +93,16 @@ class Architecture:
                 return blocks, block - span.start
         count = self.spans(transformer)[-1].stop
         raise UserError(f"block {block} does not exist: this {self.name} has blocks 0 to {count - 1}")
+
+    def parts_of(self, transformer: nn.Module, number: int, block: nn.Module) -> dict[str, Parts]:
+        """By stream, where the replaceable parts of the teacher's block `number` are.
+
+        Empty for a kind of block that has none; a stream that the block drops is left out.
+        """
+        (name,) = (n for n, span in zip(self.block_lists, self.spans(transformer), strict=True) if number in span)
+        parts = self.parts.get(name, {})
+        dropped = "txt" if getattr(block, "context_pre_only", False) else None
+        return {stream: where for stream, where in parts.items() if stream != dropped}
 
     def split(self, arguments: dict[str, Any]) -> tuple[Streams, dict[str, Any]]:
         """A block's arguments as (streams, context)."""

@@ -1,4 +1,4 @@
-from ppcl.architecture.record import Architecture, register
+from ppcl.architecture.record import Architecture, Parts, register
 
 SD3 = register(
     Architecture(
@@ -6,7 +6,12 @@ SD3 = register(
         transformer="SD3Transformer2DModel",
         pipelines=("StableDiffusion3Pipeline",),
         block_lists=("transformer_blocks",),
-        ffn={"transformer_blocks": ("ff", "ff_context")},
+        parts={
+            "transformer_blocks": {
+                "img": Parts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),
+                "txt": Parts("norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out"),
+            }
+        },
         prompt_arguments=("encoder_hidden_states", "pooled_projections"),
         shared_arguments=(),
         encoded=("encoder_hidden_states", None, "pooled_projections", None),

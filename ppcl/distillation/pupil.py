@@ -1,4 +1,4 @@
-"""A student in training: its optimizer, its average, its curve, and its checkpoint, keyed by the interval alone."""
+"""A replacement in training: its optimizer, its average, its curve, and its checkpoint, keyed by the entry alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ppcl.architecture import Streams
 from ppcl.config import Distillation
+from ppcl.distillation.lessons import Lesson, Seen
 from ppcl.distillation.loss import LOSSES
 from ppcl.distillation.mesh import Mesh
-from ppcl.students import Student
+from ppcl.replacements import Replacement
 
 
 def learning_rate(step: int, settings: Distillation) -> float:
@@ -27,12 +27,13 @@ def learning_rate(step: int, settings: Distillation) -> float:
 
 
 class Pupil:
-    """Trains one student on the teacher's own streams. No gradient and no error comes from any other student."""
+    """Takes one lesson on the teacher's own streams. No gradient and no error comes from any other."""
 
-    def __init__(self, student: Student, settings: Distillation, mesh: Mesh):
-        self.student = student.float().requires_grad_(True).train()
+    def __init__(self, lesson: Lesson, settings: Distillation, mesh: Mesh):
+        self.lesson = lesson
+        self.module = lesson.module.float().requires_grad_(True).train()
         self.settings, self.mesh = settings, mesh
-        self.parameters = dict(self.student.named_parameters())
+        self.parameters = dict(self.module.named_parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=settings.learning_rate,
@@ -45,21 +46,16 @@ class Pupil:
         self.skipped = 0
         self.curve: list[dict[str, float]] = []
 
-    def learn(
-        self, source: Streams, target: Streams, context: dict, mask: torch.Tensor | None, bfloat16: bool
-    ) -> dict[str, float]:
-        """One optimizer step on `(X_{u-1}, X_v)` (Eq. 6); gives the loss, whole and by stream.
+    def learn(self, seen: Seen, bfloat16: bool) -> dict[str, float]:
+        """One optimizer step on what a batch left of the teacher; gives the loss, whole and by part.
 
         A step whose gradient is not finite is left out and counted: one bad batch must not end a student.
         """
-        loss_of = LOSSES[self.settings.loss]
-        with torch.autocast(source.img.device.type, torch.bfloat16, enabled=bfloat16):
-            made = self.student.streams(source, context)
-        sums, divisors = {}, {}
-        for name in Streams._fields:
-            if getattr(target, name) is not None:
-                token_mask = mask if name == "txt" else None
-                sums[name], divisors[name] = loss_of(getattr(made, name), getattr(target, name), token_mask)
+        device = next(iter(self.parameters.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            parts = self.lesson.losses(seen, LOSSES[self.settings.loss])
+        sums = {name: part[0] for name, part in parts.items()}
+        divisors = {name: part[1] for name, part in parts.items()}
         total = self.mesh.add_up(torch.tensor(list(divisors.values()), dtype=torch.float64))
         loss = sum(s / n for s, n in zip(sums.values(), total.tolist(), strict=True))
         self.optimizer.zero_grad(set_to_none=True)
@@ -89,13 +85,13 @@ class Pupil:
         for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             g.copy_(part.view_as(g))
 
-    def trained(self) -> Student:
-        """The student to keep: the average where one is kept."""
+    def trained(self) -> Replacement:
+        """What to keep: the average where one is kept."""
         if self.average:
             with torch.no_grad():
                 for k, p in self.parameters.items():
                     p.copy_(self.average[k])
-        return self.student
+        return self.module
 
     def save(self, path: Path) -> None:
         """Everything needed to go on, in one file that appears whole or not at all."""

@@ -1,38 +1,41 @@
-"""What one rank does in depth distillation: its segment of the teacher, its students, and nothing else in memory.
+"""What one rank does in distillation: its segment of the teacher, its replacements, and nothing else in memory.
 
-    receive X from the rank before → run the segment's blocks → send X on at once → train the segment's students
+    receive X from the rank before → run the segment's blocks → send X on at once → train the segment's replacements
 
-A student of `[u, v]` is trained on the teacher's `X_{u-1}` and `X_v`, both of which its own rank has just computed.
+Depth and width are trained in one phase, on one pass over the teacher: a lesson reads the teacher's own streams alone,
+which its own rank has just computed, so it does not matter which lessons there are beside it.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from ppcl.architecture import Architecture, Streams, embed, run_blocks
+from ppcl.architecture import Architecture, embed, run_blocks
 from ppcl.config import Distillation
+from ppcl.distillation.lessons import Seen, Wanted, new_lesson
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import Pupil
-from ppcl.distillation.start import fit_affine_starts
-from ppcl.plan import Interval
+from ppcl.distillation.start import fit_starts
+from ppcl.plan import Entry, Ffn, Interval
+from ppcl.replacements import save
 from ppcl.segments import Chain, segments
-from ppcl.students import Student, affine_map, save_student
 from ppcl.teacher import Teacher
+from ppcl.width.surgery import at
 
-# What training a student costs beside a teacher block's forward: its own forward and a backward of twice that.
+# What training costs beside a teacher block's forward: a student its own forward and a backward of twice that, a block
+# of a text run the same; an FFN's maps are two products.
 STUDENT_COST = 3.0
+FFN_COST = 0.25
 _CURVE_POINTS = 200
-# Of the closed-form start: enough to be solvable, too little to be felt.
-_RIDGE = 1e-6
 
 
 class Samples(Protocol):
@@ -53,12 +56,18 @@ def batch_of(step: int, ids: np.ndarray, size: int, seed: int) -> np.ndarray:
     return np.array([orders[position // len(ids)][position % len(ids)] for position in wanted])
 
 
-def segment_of(stage: int, pp: int, blocks: int, intervals: Sequence[Interval]) -> range:
-    """The blocks of one stage, balanced by cost, cut between intervals."""
+def segment_of(stage: int, pp: int, blocks: int, plan: Sequence[Entry]) -> range:
+    """The blocks of one stage, balanced by cost, cut between the entries of the plan."""
     costs = [1.0] * blocks
-    for interval in intervals:
-        costs[interval.last] += STUDENT_COST
-    return segments(costs, pp, intervals)[stage]
+    for entry in plan:
+        if isinstance(entry, Ffn):
+            costs[entry.block] += FFN_COST
+        elif isinstance(entry, Interval):
+            costs[entry.last] += STUDENT_COST
+        else:
+            for block in entry.blocks[1:]:
+                costs[block] += STUDENT_COST
+    return segments(costs, pp, plan)[stage]
 
 
 def text_mask(architecture: Architecture, context: dict[str, Any]) -> torch.Tensor | None:
@@ -68,51 +77,65 @@ def text_mask(architecture: Architecture, context: dict[str, Any]) -> torch.Tens
 
 
 class Segment:
-    """One rank's blocks and the boundaries its students need."""
+    """One rank's blocks, and what its lessons must see of them."""
 
-    def __init__(self, teacher: Teacher, blocks: range, intervals: Sequence[Interval], device: str, dtype: torch.dtype):
+    def __init__(self, teacher: Teacher, blocks: range, plan: Sequence[Entry], device: str, dtype: torch.dtype):
         self.architecture = teacher.architecture
         self.range = blocks
-        self.intervals = [i for i in intervals if i.first in blocks]
+        self.plan = [entry for entry in plan if entry.first in blocks]
         self.device, self.dtype = device, dtype
         self.transformer = teacher.transformer(keep=blocks, device=device, dtype=dtype)
         self.blocks = {b: self.architecture.blocks(self.transformer)[b] for b in blocks}
 
     @torch.no_grad()
-    def run(
-        self, inputs: dict[str, Any], chain: Chain, boundaries: set[int]
-    ) -> tuple[dict[int, Streams], dict[str, Any]]:
-        """One batch through the segment: the streams at the asked boundaries, and the context of the blocks.
-
-        Boundary `b` is the input of block `b`; the last block's output is boundary `stop`.
-        """
+    def run(self, inputs: dict[str, Any], chain: Chain, wanted: Wanted) -> Seen:
+        """One batch through the segment. The last block's output is boundary `stop`."""
         start, context = embed(self.transformer, inputs)
         streams = chain.receive(start)
-        kept = {self.range.start: streams} if self.range.start in boundaries else {}
-        for number, block in self.blocks.items():
-            streams = run_blocks(self.architecture, [block], streams, context)
-            if number + 1 in boundaries:
-                kept[number + 1] = streams
+        seen = Seen(context=context, text_mask=text_mask(self.architecture, context))
+        if self.range.start in wanted.boundaries:
+            seen.boundaries[self.range.start] = streams
+        with self.listening(seen, wanted):
+            for number, block in self.blocks.items():
+                streams = run_blocks(self.architecture, [block], streams, context)
+                if number + 1 in wanted.boundaries:
+                    seen.boundaries[number + 1] = streams
         chain.send(streams)
-        return kept, context
+        return seen
 
+    @contextmanager
+    def listening(self, seen: Seen, wanted: Wanted) -> Iterator[None]:
+        """Hooks that keep what goes on inside of blocks."""
+        handles = []
 
-def new_student(segment: Segment, interval: Interval, start: str) -> Student:
-    """A student before training: a copy of the first or middle block, with maps that change nothing yet where asked."""
-    source = sum(interval) // 2 if start == "middle" else interval.first
-    block = copy.deepcopy(segment.blocks[source]).float()
-    affine = {}
-    if start == "affine":
-        width = next(p.shape[-1] for p in block.parameters() if p.ndim == 2)
-        names = [n for n in Streams._fields if n == "img" or not getattr(segment.blocks[interval.last], "context_pre_only", False)]
-        affine = {name: affine_map(width).to(segment.device) for name in names}
-    return Student(segment.architecture, interval, source, block, affine)
+        def listen(module: torch.nn.Module, keep: Callable[[tuple, dict], None]) -> None:
+            handles.append(module.register_forward_pre_hook(lambda _, args, named: keep(args, named), with_kwargs=True))
+
+        for number, block in self.blocks.items():
+            if number in wanted.text_inputs:
+
+                def text(args: tuple, named: dict, number: int = number) -> None:
+                    seen.text_inputs[number] = named[self.architecture.txt]
+
+                listen(at(block, self.architecture.attention), text)
+            if number in wanted.residuals:
+                for stream, parts in self.architecture.parts_of(self.transformer, number, block).items():
+
+                    def residual(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
+                        seen.residuals[key] = args[0]
+
+                    listen(at(block, parts.norm2), residual)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def distil(
     teacher: Teacher,
     samples: Samples,
-    intervals: Sequence[Interval],
+    plan: Sequence[Entry],
     settings: Distillation,
     mesh: Mesh,
     folder: Path,
@@ -121,61 +144,78 @@ def distil(
     device: str,
     report: Callable[[int, int, dict[str, float]], None],
 ) -> None:
-    """Train every student of this rank and write it to `folder/<interval>.safetensors`, its curve beside it.
+    """Train the replacements of this rank and write them to `folder/<entry>.safetensors`, their curves beside them.
 
-    `report(step, steps, losses)` is called after every step. Continues from what lies in `checkpoints`; a student that
-    is further on than others waits for them without being trained again.
+    `report(step, steps, losses)` is called after every step. Continues from what lies in `checkpoints`; what is further
+    on than others waits for them without being trained again.
     """
     architecture = teacher.architecture
     count = architecture.spans(teacher.empty_transformer())[-1].stop
     bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
-    part = segment_of(mesh.stage, mesh.pp, count, intervals)
-    segment = Segment(teacher, part, intervals, device, torch.bfloat16 if bfloat16 else torch.float32)
+    part = segment_of(mesh.stage, mesh.pp, count, plan)
+    segment = Segment(teacher, part, plan, device, torch.bfloat16 if bfloat16 else torch.float32)
     chain = Chain(mesh.stage, mesh.pp, mesh.rank)
     ids = samples.ids(held_out=False)
 
     # Every rank looks before any rank writes, so all agree on where to go on.
-    found = {i: (checkpoints / f"{i.name}.safetensors").exists() for i in intervals}
+    found = {entry: _file(checkpoints, entry).exists() for entry in plan}
     mesh.barrier()
-    students = {i: new_student(segment, i, settings.start) for i in segment.intervals}
-    if settings.start == "affine" and not all(found.values()):
-        fresh = [s for i, s in students.items() if not found[i]]
-        fit_affine_starts(segment, fresh, samples, ids, settings.batch_size, _RIDGE, mesh, chain)
-    pupils = {i: Pupil(s, settings, mesh) for i, s in students.items()}
-    for interval, pupil in pupils.items():
-        if found[interval]:
-            pupil.load(checkpoints / f"{interval.name}.safetensors")
+    lessons = {
+        entry: new_lesson(architecture, segment.transformer, segment.blocks, entry, settings.start, count)
+        for entry in segment.plan
+    }
+    wanted = Wanted()
+    for lesson in lessons.values():
+        lesson.module.to(device)
+        wanted |= lesson.wanted
+
+    def seen(rows: np.ndarray) -> Seen:
+        return segment.run(samples.batch(rows, device, segment.dtype), chain, wanted)
+
+    if _has_closed_start(plan, settings) and not all(found.values()):
+        fresh = [lesson for entry, lesson in lessons.items() if not found[entry]]
+        fit_starts(fresh, seen, ids, settings.batch_size, settings.ridge, mesh)
+        chain.flush()
+    pupils = {entry: Pupil(lesson, settings, mesh) for entry, lesson in lessons.items()}
+    for entry, pupil in pupils.items():
+        if found[entry]:
+            pupil.load(_file(checkpoints, entry))
 
     first = _first_step(mesh, [p.step for p in pupils.values()], settings.steps)
-    boundaries = {i.first for i in pupils} | {i.last + 1 for i in pupils}
     every = max(1, settings.steps // _CURVE_POINTS)
     begun = time.monotonic()
     for step in range(first, settings.steps):
-        mine = batch_of(step, ids, settings.batch_size, seed)[mesh.replica :: mesh.dp]
-        inputs = samples.batch(mine, device, segment.dtype)
-        kept, context = segment.run(inputs, chain, boundaries)
-        mask = text_mask(architecture, context)
+        now = seen(batch_of(step, ids, settings.batch_size, seed)[mesh.replica :: mesh.dp])
         losses = {}
-        for interval, pupil in pupils.items():
+        for entry, pupil in pupils.items():
             if pupil.step > step:
                 continue
-            parts = pupil.learn(kept[interval.first], kept[interval.last + 1], context, mask, bfloat16)
-            losses[interval.name] = parts["loss"]
+            parts = pupil.learn(now, bfloat16)
+            losses[entry.name] = parts["loss"]
             if step % every == 0 or step == settings.steps - 1:
                 pupil.curve.append({"step": step, **{k: round(v, 6) for k, v in parts.items()}})
             if (step + 1) % settings.checkpoint_every == 0 and mesh.replica == 0:
-                pupil.save(checkpoints / f"{interval.name}.safetensors")
+                pupil.save(_file(checkpoints, entry))
         report(step + 1, settings.steps, losses)
     chain.flush()
     seconds = time.monotonic() - begun
     if mesh.replica == 0:
-        for interval, pupil in pupils.items():
+        for entry, pupil in pupils.items():
             if pupil.step == settings.steps and first < settings.steps:
-                pupil.save(checkpoints / f"{interval.name}.safetensors")
-            save_student(pupil.trained(), folder / f"{interval.name}.safetensors")
+                pupil.save(_file(checkpoints, entry))
+            save(pupil.trained(), entry, architecture, _file(folder, entry))
             record = {"curve": pupil.curve, "skipped_steps": pupil.skipped, "seconds": round(seconds, 2)}
-            _write(folder / f"{interval.name}.json", record)
+            _write(folder / f"{entry.name}.json", record)
     mesh.barrier()
+
+
+def _has_closed_start(plan: Sequence[Entry], settings: Distillation) -> bool:
+    """Whether any lesson of any rank starts in closed form: then all take part in that pass."""
+    return settings.start == "affine" or not all(isinstance(entry, Interval) for entry in plan)
+
+
+def _file(folder: Path, entry: Entry) -> Path:
+    return folder / f"{entry.name}.safetensors"
 
 
 def _first_step(mesh: Mesh, steps: list[int], last: int) -> int:

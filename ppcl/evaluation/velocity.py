@@ -5,7 +5,7 @@ Everything is kept as sums of squares a sample, which add up exactly over batche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ppcl.architecture import architecture_of, embed, head, run_blocks
-from ppcl.plan import Interval
-from ppcl.students import Student
+from ppcl.plan import Entry
+from ppcl.plug import Switch
 
 # Equal parts of the way from noise to picture in which errors are told apart.
 BINS = 10
@@ -54,45 +54,44 @@ class Squares:
 
 
 @torch.no_grad()
-def damages(
-    transformer: nn.Module, students: Mapping[Interval, Student], inputs: Mapping[str, Any]
-) -> dict[Interval, Squares]:
-    """The velocity error of each interval alone, on one batch of the stock forward's arguments.
+def damages(transformer: nn.Module, switch: Switch, inputs: Mapping[str, Any]) -> dict[Entry, Squares]:
+    """The velocity error of each entry that the switch has, alone, on one batch of the stock forward's arguments.
 
-    The teacher runs once; at each `u` the student branches off and the teacher's blocks from `v + 1` on finish its
+    The teacher runs once; at its first block each entry branches off, and the teacher's blocks behind it finish its
     velocity, so no boundary is kept. `transformer` is the teacher itself.
     """
     architecture = architecture_of(transformer)
     blocks = architecture.blocks(transformer)
-    starting: dict[int, list[Interval]] = {}
-    for interval in students:
-        starting.setdefault(interval.first, []).append(interval)
+    starting: dict[int, list[Entry]] = {}
+    for entry in switch.files:
+        starting.setdefault(entry.first, []).append(entry)
     streams, context = embed(transformer, inputs)
     velocities = {}
     for block in range(len(blocks)):
-        for interval in starting.get(block, ()):
-            branch = students[interval].streams(streams, context)
-            branch = run_blocks(architecture, blocks[interval.last + 1 :], branch, context)
-            velocities[interval] = head(transformer, branch, inputs)
+        for entry in starting.get(block, ()):
+            standing = switch.entries(transformer, [entry])
+            branch = run_blocks(architecture, [standing[b] for b in entry.blocks], streams, context)
+            branch = run_blocks(architecture, blocks[entry.last + 1 :], branch, context)
+            velocities[entry] = head(transformer, branch, inputs)
         streams = run_blocks(architecture, blocks[block : block + 1], streams, context)
     teachers = head(transformer, streams, inputs)
     timestep = inputs[architecture.timestep] / architecture.timestep_scale
-    return {interval: Squares.of(velocities[interval], teachers, timestep) for interval in students}
+    return {entry: Squares.of(velocities[entry], teachers, timestep) for entry in switch.files}
 
 
 @torch.no_grad()
 def variant_errors(
     transformer: nn.Module,
-    switch: Callable[[nn.Module, Sequence[Interval]], None],
-    variants: Mapping[str, Sequence[Interval]],
+    switch: Switch,
+    variants: Mapping[str, Sequence[Entry]],
     inputs: Mapping[str, Any],
 ) -> dict[str, Squares]:
     """The velocity error of whole variants on one batch, each run as the stock forward; the teacher is left plugged in."""
     architecture = architecture_of(transformer)
     timestep = inputs[architecture.timestep] / architecture.timestep_scale
 
-    def velocity(intervals: Sequence[Interval]) -> torch.Tensor:
-        switch(transformer, intervals)
+    def velocity(plan: Sequence[Entry]) -> torch.Tensor:
+        switch(transformer, plan)
         return transformer(**{**inputs, "return_dict": False})[0]
 
     teachers = velocity(())

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from ppcl.architecture import Streams, embed, run_blocks
 from ppcl.artifacts import write_atomically
 from ppcl.config import Probes
+from ppcl.distillation.lessons import Seen, Wanted
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import Samples, Segment, text_mask
 from ppcl.errors import UserError
@@ -55,12 +56,14 @@ def fit(
     fitted, held_out = samples.ids(held_out=False), samples.ids(held_out=True)
     total = len(fitted) + len(held_out)
 
+    # By block and stream; those of an FFN's own map are called `ffn_img` and `ffn_txt`.
     sums: dict[tuple[int, str], Statistics] = {}
+    ffns = Wanted(residuals=frozenset(part))
     for start in range(0, len(fitted), settings.batch_size):
         before = None
-        for boundary, streams, mask in _walk(segment, chain, samples, fitted[start : start + settings.batch_size]):
+        for boundary, streams, seen in _walk(segment, chain, samples, fitted[start : start + settings.batch_size], ffns):
             if before is not None:
-                _add(sums, boundary - 1, before, streams, mask, start, device)
+                _add(sums, boundary - 1, before, streams, seen, start, device)
             before = streams
         report(min(start + settings.batch_size, len(fitted)), total, {})
     for block in part:
@@ -70,10 +73,10 @@ def fit(
     wanted = range(part.start if mesh.stage == 0 else part.start + 1, part.stop + 1)
     for start in range(0, len(held_out), settings.batch_size):
         ids = held_out[start : start + settings.batch_size]
-        for boundary, streams, mask in _walk(segment, chain, samples, ids):
+        for boundary, streams, seen in _walk(segment, chain, samples, ids, Wanted()):
             for name, x in streams._asdict().items():
                 if boundary in wanted and x is not None:
-                    chosen = _chosen(x, name, mask, ids, settings.tokens_per_sample, seed)
+                    chosen = _chosen(x, name, seen.text_mask, ids, settings.tokens_per_sample, seed)
                     tokens.setdefault((boundary, name), []).append(chosen.float().cpu())
         report(len(fitted) + min(start + settings.batch_size, len(held_out)), total, {})
     for boundary in wanted:
@@ -85,35 +88,39 @@ def fit(
 
 @torch.no_grad()
 def _walk(
-    segment: Segment, chain: Chain, samples: Samples, ids: np.ndarray
-) -> Iterator[tuple[int, Streams, torch.Tensor | None]]:
-    """One batch through the segment: each boundary, its streams and the text mask, and never more than one kept here."""
+    segment: Segment, chain: Chain, samples: Samples, ids: np.ndarray, wanted: Wanted
+) -> Iterator[tuple[int, Streams, Seen]]:
+    """One batch through the segment: each boundary, its streams, what was seen inside of the block before it.
+
+    Never more than one boundary is kept here.
+    """
     start, context = embed(segment.transformer, samples.batch(ids, segment.device, segment.dtype))
-    streams, mask = chain.receive(start), text_mask(segment.architecture, context)
-    yield segment.range.start, streams, mask
+    streams = chain.receive(start)
+    mask = text_mask(segment.architecture, context)
+    seen = Seen(context=context, text_mask=mask)
+    yield segment.range.start, streams, seen
     for number, block in segment.blocks.items():
-        streams = run_blocks(segment.architecture, [block], streams, context)
+        with segment.listening(seen, wanted):
+            streams = run_blocks(segment.architecture, [block], streams, context)
         if number + 1 == segment.range.stop:
             chain.send(streams)
-        yield number + 1, streams, mask
+        yield number + 1, streams, seen
+        seen.residuals.clear()
 
 
 def _add(
-    sums: dict[tuple[int, str], Statistics], block: int, before: Streams, after: Streams, mask: torch.Tensor | None,
-    part: int, device: str,
-) -> None:  # fmt: skip
-    """Count what a block made of a batch, in its sums of either stream."""
-    for name in Streams._fields:
-        old, new = getattr(before, name), getattr(after, name)
+    sums: dict[tuple[int, str], Statistics], block: int, before: Streams, after: Streams, seen: Seen, part: int, device: str
+) -> None:
+    """Count what a block, and its FFN alone, made of a batch, in its sums of either stream."""
+    pairs = {name: getattr(before, name) for name in Streams._fields}
+    pairs |= {f"ffn_{name}": x for (_, name), x in seen.residuals.items()}
+    for key, old in pairs.items():
+        name = key.removeprefix("ffn_")
+        new = getattr(after, name)
         if old is not None and new is not None:
-            x = _counted(old, name, mask)
-            statistics = sums.setdefault((block, name), Statistics(x.shape[-1], x.shape[-1], device))
-            statistics.update(x, _counted(new, name, mask) - x, part=part)
-
-
-def _counted(x: torch.Tensor, name: str, mask: torch.Tensor | None) -> torch.Tensor:
-    """The tokens `(n, d)` of a stream that are no padding, float32."""
-    return (x[mask] if name == "txt" and mask is not None else x.flatten(0, 1)).float()
+            x = seen.tokens(old, name)
+            statistics = sums.setdefault((block, key), Statistics(x.shape[-1], x.shape[-1], device))
+            statistics.update(x, seen.tokens(new, name) - x, part=part)
 
 
 def _chosen(
@@ -138,14 +145,33 @@ def _write_probe(folder: Path, block: int, sums: dict[str, Statistics], ridge: f
             probe, how = Probe.fit(statistics, ridge)
         except UserError as error:
             raise UserError(f"block {block}, {name} stream: {error}") from None
-        tensors |= {f"{name}.weight": probe.weight, f"{name}.bias": probe.bias}
+        if not name.startswith("ffn_"):
+            tensors |= {f"{name}.weight": probe.weight, f"{name}.bias": probe.bias}
         words |= {f"{name}.tokens": str(how.tokens), f"{name}.error": f"{how.error:.6g}"}
         words |= {f"{name}.dropped": str(how.dropped), f"{name}.underdetermined": str(how.underdetermined)}
+        # What the map gets wrong, against the spread of the stream it is added to.
+        wrong, spread = how.error * float(statistics.yy.sum()), float(statistics.xx.diagonal().sum())
+        words[f"{name}.wrong"] = f"{wrong / spread if spread > 0 else 0.0:.6g}"
     _save(probe_file(folder, block), tensors, words)
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], words: dict[str, str]) -> None:
     write_atomically(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}, words))
+
+
+def ffn_error(path: Path) -> float | None:
+    """What the closed-form maps of a block's FFNs get wrong: the mean over its streams of the squared error, as a share of
+    the variance of the stream; None where the block has no FFN to replace."""
+    with safe_open(path, "pt") as file:
+        words = file.metadata() or {}
+    wrong = [float(words[f"ffn_{name}.wrong"]) for name in Streams._fields if f"ffn_{name}.wrong" in words]
+    return sum(wrong) / len(wrong) if wrong else None
+
+
+def has_text(path: Path) -> bool:
+    """Whether a block's text stream has parts of its own, which a text run could do without."""
+    with safe_open(path, "pt") as file:
+        return "ffn_txt.wrong" in (file.metadata() or {})
 
 
 def dropped(path: Path) -> int:

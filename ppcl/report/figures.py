@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from ppcl import plan as plans
+from ppcl.plan import Ffn, entry_of
 from ppcl.report import numbers
 from ppcl.report.summary import finite
 from ppcl.report.svg import COLOURS, SERIES, canvas, inline
@@ -34,7 +36,7 @@ Table = list[list[float | None]]
 
 @dataclass(frozen=True)
 class Series:
-    """How one variant or interval is drawn, in every figure alike."""
+    """How one variant or replacement is drawn, in every figure alike."""
 
     label: str
     role: str
@@ -71,24 +73,27 @@ def interval_name(interval: Sequence[int]) -> str:
     return f"{interval[0]} to {interval[1]}"
 
 
-def interval_of(name: str) -> Interval:
-    """`(5, 7)` of `05-07`."""
-    first, last = name.split("-")
-    return int(first), int(last)
-
-
 def block_map(rows: list[dict[str, Any]], blocks: int, spans: list[Interval]) -> Drawing:
-    """Which blocks each variant runs: teacher blocks as cells, an interval's one student as a bar over its blocks."""
+    """Which blocks each variant runs: teacher blocks as cells, an interval's one student as a bar over its blocks.
+
+    A line under cells is a text run, a dot in a cell a replaced FFN.
+    """
     height = 26 * len(rows) + 48
     with canvas(640, height) as figure:
         axes = figure.add_subplot()
         for y, row in enumerate(rows):
-            inside = {block for first, last in row["intervals"] for block in range(first, last + 1)}
+            plan = [entry_of(text) for text in row["plan"]]
+            inside = {block for entry in plan if isinstance(entry, plans.Interval) for block in entry.blocks}
             for block in sorted(set(range(blocks)) - inside):
                 axes.add_patch(Rectangle((block + 0.08, y - 0.32), 0.84, 0.64, color=COLOURS["faint"], linewidth=0))
-            for first, last in row["intervals"]:
-                width = last - first + 0.84
-                axes.add_patch(Rectangle((first + 0.08, y - 0.32), width, 0.64, color=COLOURS["mark"], linewidth=0))
+            for entry in plan:
+                if isinstance(entry, Ffn):
+                    axes.plot([entry.block + 0.5], [y - 0.06], "o", color=COLOURS["mark"], markersize=5, markeredgewidth=0)
+                    continue
+                bar = isinstance(entry, plans.Interval)
+                at, height = (y - 0.32, 0.64) if bar else (y + 0.2, 0.12)
+                width = entry.last - entry.first + 0.84
+                axes.add_patch(Rectangle((entry.first + 0.08, at), width, height, color=COLOURS["mark"], linewidth=0))
         _span_borders(axes, spans, 0)
         axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
         ticks = np.arange(0, blocks, 1 if blocks <= 24 else 5)
@@ -96,15 +101,19 @@ def block_map(rows: list[dict[str, Any]], blocks: int, spans: list[Interval]) ->
         axes.set_yticks(range(len(rows)), [_short(row["variant"]) for row in rows], color=COLOURS["ink"])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        told = "; ".join(
-            f"{row['variant']}: " + (", ".join(interval_name(pair) for pair in row["intervals"]) or "no interval replaced")
-            for row in rows
-        )
-        return Drawing(inline(figure, "blocks", f"Blocks replaced by students, by variant. {told}."), "")
+        told = "; ".join(f"{row['variant']}: " + (", ".join(row["plan"]) or "nothing replaced") for row in rows)
+        return Drawing(inline(figure, "blocks", f"What is replaced, by variant. {told}."), "")
 
 
-def heat_map(name: str, title: str, table: Table, intervals: list[Interval], spans: list[Interval], low: float) -> Drawing:
-    """CKA of the surrogate that keeps block `u` (row) and is linear up to block `k` (column); intervals outlined."""
+SURROGATE = ("linear up to block k", "block u kept")
+SAME_STREAM = ("behind block s", "behind block r")
+
+
+def heat_map(
+    name: str, title: str, table: Table, intervals: list[Interval], spans: list[Interval], low: float,
+    axis_names: tuple[str, str] = SURROGATE,
+) -> Drawing:  # fmt: skip
+    """CKA by row and column, such as of the surrogate that keeps block `u` and is linear up to block `k`; intervals outlined."""
     values = np.array([[np.nan if v is None else v for v in row] for row in table], dtype=float)
     blocks = len(values)
     side, left, bottom, width, height = 244, 44, 42, 350, 294  # the automatic layout cannot hold a bar to a square
@@ -118,7 +127,7 @@ def heat_map(name: str, title: str, table: Table, intervals: list[Interval], spa
             axes.add_patch(Polygon(corners, fill=False, edgecolor="white", linewidth=3.2, joinstyle="miter"))
             axes.add_patch(Polygon(corners, fill=False, edgecolor=ON_MAP, linewidth=1.8, joinstyle="miter"))
         _span_borders(axes, spans, -0.5)
-        axes.set(xlabel="linear up to block k", ylabel="block u kept")
+        axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
         axes.spines[:].set_visible(False)
@@ -172,10 +181,9 @@ def delta_curves(table: Table, intervals: list[Interval], spans: list[Interval])
 
 
 def loss_curves(trained: dict[str, Any]) -> Drawing:
-    """The distillation loss of each interval's student over the steps, on a logarithmic scale."""
-    names = sorted(trained)
-    looks = series_of([interval_name(interval_of(name)) for name in names])
-    curves = {interval_name(interval_of(name)): trained[name]["curve"] for name in names}
+    """The distillation loss of each replacement over the steps, on a logarithmic scale."""
+    looks = series_of(list(trained))
+    curves = {name: told["curve"] for name, told in trained.items()}
     with canvas(640, 300) as figure:
         axes = figure.add_subplot()
         for name, curve in curves.items():
@@ -189,7 +197,7 @@ def loss_curves(trained: dict[str, Any]) -> Drawing:
         axes.set(xlabel="step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         ends = "; ".join(f"{name}: {numbers.significant(finite(curve[-1]['loss']))}" for name, curve in curves.items() if curve)
-        label = f"Distillation loss by step, by interval. Last values: {ends}."
+        label = f"Distillation loss by step, by replacement. Last values: {ends}."
         return Drawing(inline(figure, "loss", label), "", [looks[name] for name in curves])
 
 

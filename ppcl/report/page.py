@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ppcl.artifacts import write_atomically
-from ppcl.plan import Interval
+from ppcl.plan import Ffn, Interval, TextRun, entry_of, order
 from ppcl.report import figures, numbers
 from ppcl.report.pictures import picture_rows
 from ppcl.report.results import Results, read_results
@@ -19,6 +19,7 @@ from ppcl.variants import TEACHER
 
 REPORT = "report.html"
 
+KINDS = {Interval: "interval", TextRun: "text run", Ffn: "FFN"}
 STREAMS = {"img": "image stream", "txt": "text stream", "mean": "mean of both"}
 
 # Columns whose best variant is hinted at; what follows from the size alone is not.
@@ -67,7 +68,8 @@ def _context(results: Results) -> dict[str, Any]:
         "heat_maps_standardized": _heat_maps(detection, "cka_standardized"),
         "deltas": _deltas(detection),
         "training": results.stage("students"),
-        "losses": figures.loss_curves(results.stage("students")["intervals"]) if "students" in results.stages else None,
+        "losses": _losses(results.stage("students")),
+        "text_map": _text_map(detection),
         "students": _students(results),
         "velocity": figures.velocity_curves(measured, looks),
         "quality": [drawing for drawing in quality if drawing],
@@ -89,7 +91,7 @@ def _lead(rows: list[dict[str, Any]]) -> str:
     low, high = (numbers.percent(share, 0) for share in (shares[0], shares[-1]))
     if len(shares) == 1:
         return f"One variant, with {low} of the teacher's parameters."
-    return f"{len(shares)} variants from one set of students, with {low} to {high} of the teacher's parameters."
+    return f"{len(shares)} variants from one set of replacements, with {low} to {high} of the teacher's parameters."
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -163,27 +165,46 @@ def _heat_maps(detection: dict[str, Any], key: str) -> list[figures.Drawing]:
     ]  # fmt: skip
 
 
+def _text_map(detection: dict[str, Any]) -> figures.Drawing | None:
+    """The text stream against itself, with the runs outlined; None where no text run was looked for."""
+    table = detection.get("text_map")
+    if not table:
+        return None
+    runs = [entry for entry in map(entry_of, detection["plan"]) if isinstance(entry, TextRun)]
+    low = min((value for row in table for value in row if finite(value) is not None), default=0.0)
+    return figures.heat_map(
+        "text-map", "text stream", table, [(run.first, run.last) for run in runs], detection["spans"],
+        low if low < 1 else 0.0, figures.SAME_STREAM,
+    )  # fmt: skip
+
+
+def _losses(training: dict[str, Any]) -> figures.Drawing | None:
+    """Of the FFNs no curve is drawn: they are many, and start at the optimum of their own loss."""
+    trained = training.get("replacements", {})
+    drawn = {text: told for text, told in trained.items() if not isinstance(entry_of(text), Ffn)}
+    return figures.loss_curves(drawn) if drawn else None
+
+
 def _deltas(detection: dict[str, Any]) -> figures.Drawing | None:
     return figures.delta_curves(detection["delta"], detection["intervals"], detection["spans"]) if detection else None
 
 
 def _students(results: Results) -> list[dict[str, Any]]:
-    """One dict an interval that was trained: its blocks, its losses at the start and the end, and its damage."""
+    """One dict an entry that was trained: its losses at the start and the end, and its damage; by what they replace."""
     damage = results.stage("variants").get("damage", {})
+    trained = {entry_of(text): told for text, told in results.stage("students").get("replacements", {}).items()}
     students = []
-    for name, trained in sorted(results.stage("students").get("intervals", {}).items()):
-        curve = trained["curve"]
-        interval = Interval(*figures.interval_of(name))
+    for entry in sorted(trained, key=lambda entry: (type(entry).__name__, order(entry))):
+        curve = trained[entry]["curve"]
         students.append(
             {
-                "blocks": figures.interval_name(interval),
-                "removed": interval.removed,
+                "kind": KINDS[type(entry)],
+                "blocks": str(entry.first) if isinstance(entry, Ffn) else figures.interval_name((entry.first, entry.last)),
+                "removed": entry.removed,
                 "first": finite(curve[0]["loss"]) if curve else None,
                 "last": finite(curve[-1]["loss"]) if curve else None,
-                "img": finite(curve[-1].get("img")) if curve else None,
-                "txt": finite(curve[-1].get("txt")) if curve else None,
-                "seconds": finite(trained.get("seconds")),
-                "damage": finite(damage.get(name)),
+                "seconds": finite(trained[entry].get("seconds")),
+                "damage": finite(damage.get(str(entry))),
             }
         )
     return students

@@ -13,8 +13,8 @@ from ppcl.variants import TEACHER
 def summary_rows(root: Path) -> list[dict[str, Any]]:
     """One dict a variant, the teacher first, then from large to small; `None` stands for what was not measured.
 
-    Keys: `variant`, `blocks` (that run), `parameters`, `share` (of the teacher's parameters), `budget`, `intervals`,
-    `seconds_per_step`, `speed_up` (times faster than the teacher), `velocity_error`, `psnr` (dB), `ssim`, `world`,
+    Keys: `variant`, `blocks` (that run), `parameters`, `share` (of the teacher's parameters), `budget`, `plan` (what is
+    on, as text), `seconds_per_step`, `speed_up` (times faster than the teacher), `velocity_error`, `psnr` (dB), `ssim`, `world`,
     `world_low`, `world_high` (shares of pictures that are right), `R`, `R_low`, `R_high` (relative drop, %).
     """
     return rows_of(read_results(root))
@@ -24,7 +24,7 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
     made, measured = results.stage("variants"), results.stage("evaluation").get("variants", {})
     plans = {**made.get("variants", {})}
     if made.get("teacher"):
-        plans[TEACHER] = {"share": 1.0, "intervals": [], **plans.get(TEACHER, {}), **made["teacher"]}
+        plans[TEACHER] = {"share": 1.0, "plan": [], **plans.get(TEACHER, {}), **made["teacher"]}
     names = dict.fromkeys([*plans, *measured])
     rows = [_row(name, plans.get(name, {}), measured.get(name, {}), measured.get(TEACHER, {})) for name in names]
     return sorted(rows, key=lambda row: (row["variant"] != TEACHER, -(row["parameters"] or 0)))
@@ -39,7 +39,7 @@ def _row(name: str, plan: dict[str, Any], measured: dict[str, Any], teacher: dic
         "parameters": plan.get("parameters"),
         "share": finite(plan.get("share")),
         "budget": finite(plan.get("budget")),
-        "intervals": [tuple(pair) for pair in plan.get("intervals", [])],
+        "plan": list(plan.get("plan", [])),
         "seconds_per_step": seconds,
         "speed_up": reference / seconds if seconds and reference else None,
         "velocity_error": finite(measured.get("velocity_error")),

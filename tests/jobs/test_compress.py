@@ -127,7 +127,7 @@ def test_variants_and_generate_from_the_command_line(finished, tmp_path):
     assert rows[0]["variant"] == "teacher" and rows[0]["share"] == 1 and len(rows) > 1
     smallest = rows[-1]
     assert smallest["parameters"] < rows[0]["parameters"] and smallest["velocity_error"] > 0
-    intervals = ",".join(f"{u}-{v}" for u, v in smallest["intervals"])
+    intervals = ",".join(smallest["plan"])
     pictures = {}
     for name, variant in {"teacher": "teacher", "named": smallest["variant"], "intervals": intervals}.items():
         path = tmp_path / f"{name}.png"

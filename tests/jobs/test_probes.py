@@ -73,7 +73,7 @@ def test_two_workers_leave_the_probes_of_one(ray_cluster, teacher_folder, calibr
     for probes in (together, alone):
         info = detect(two, teacher, probes, tmp_path / "detection", lambda done, total: None)
         found.append(json.loads((tmp_path / "detection" / "detection.json").read_text()))
-        assert info == {"intervals": found[-1]["intervals"]}
+        assert info == {"plan": found[-1]["plan"]}
     assert found[0]["intervals"] == found[1]["intervals"] != []
     tables = [torch.tensor([[v or 0.0 for v in row] for row in f["cka"]["mean"]]) for f in found]
     torch.testing.assert_close(*tables, rtol=0, atol=1e-5)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from ppcl.artifacts import Artifacts
 from ppcl.errors import UserError
+from ppcl.replacements import load, save
 from ppcl.result import Result
-from ppcl.students import load_student, save_student
 from ppcl.teacher import Teacher
 from tests import made_result, tiny
 
@@ -48,10 +48,10 @@ def test_switching_moves_references_only(result, pipeline):
         result.switch(pipeline, name)
         now = list(pipeline.transformer.transformer_blocks)
         assert len(now) == len(blocks)
-        kept = [i for i in range(6) if not any(i in interval.blocks for interval in result.variants[name].intervals)]
+        kept = [i for i in range(6) if not any(i in interval.blocks for interval in result.variants[name].plan)]
         assert all(now[i] is blocks[i] for i in kept)
         if name in seen:
-            places = [interval.first for interval in result.variants[name].intervals]
+            places = [interval.first for interval in result.variants[name].plan]
             assert all(seen[name][0][i] is now[i] for i in places), "a student was loaded again"
             assert torch.equal(seen[name][1], velocity(pipeline))
         seen[name] = now, velocity(pipeline)
@@ -69,7 +69,7 @@ def test_a_variant_runs_its_students_where_their_intervals_were(result, pipeline
     result.switch(pipeline, "teacher")
     model, inputs = pipeline.transformer, tiny.inputs(pipeline.transformer)
     blocks = list(model.transformer_blocks)
-    student = result._switch.student(made_result.INTERVALS[1], "cpu", torch.float32)
+    student = result._switch.module(made_result.INTERVALS[1], "cpu", torch.float32)
     with torch.no_grad():
         streams, context = embed(model, inputs)
         streams = run_blocks(result.teacher.architecture, blocks[:2], streams, context)
@@ -105,8 +105,8 @@ def test_names_and_intervals_choose_the_same_and_the_pipeline_draws(result):
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
-        ("p10", "no variant 'p10'; there are teacher, p90, p75, all, ends, and intervals as 3-5,8-9, any of 0-1, 2-3, 4-5"),
-        ("0-2", r"\[0, 2\] has no student; there are students for \[0, 1\]"),
+        ("p10", "no variant 'p10'; there are teacher, p90, p75, all, ends, and plans written as intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, with commas between, of 0-1, 2-3, 4-5"),
+        ("0-2", "there is no replacement 0-2; there are 0-1, 2-3, 4-5"),
         ("0-1,0-1", "overlap"),
         ("3-9", "does not lie within one block list"),
     ],
@@ -159,7 +159,7 @@ def test_a_pickle_is_refused_and_never_run(copy, tmp_path):
 
 def test_a_student_the_manifest_does_not_name_is_not_used(copy):
     shutil.copy(copy / "students" / "02-03.safetensors", copy / "students" / "01-03.safetensors")
-    with pytest.raises(UserError, match=r"\[1, 3\] has no student"):
+    with pytest.raises(UserError, match="no replacement 1-3"):
         Result(copy).variant("1-3")
 
 
@@ -182,18 +182,18 @@ def test_a_student_that_does_not_fit_the_teacher_is_refused(copy, change):
     change(tensors, words)
     save_file(tensors, path, words)
     with pytest.raises(UserError, match="02-03.safetensors does not fit the teacher"):
-        load_student(path, Teacher(json.loads((copy / "manifest.json").read_text())["job"]["teacher"]))
+        load(path, Teacher(json.loads((copy / "manifest.json").read_text())["job"]["teacher"]))
 
 
 def test_a_student_comes_back_from_its_file_as_it_was(tmp_path, teacher_folder):
     teacher = Teacher(teacher_folder)
     made = made_result.student(teacher, made_result.INTERVALS[0], affine=True)
-    save_student(made, tmp_path / "00-01.safetensors")
-    read = load_student(tmp_path / "00-01.safetensors", teacher)
+    save(made, made_result.INTERVALS[0], teacher.architecture, tmp_path / "00-01.safetensors")
+    read = load(tmp_path / "00-01.safetensors", teacher)
     assert (read.interval, read.source) == (made.interval, made.source)
     assert made.state_dict().keys() == read.state_dict().keys()
     assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in made.state_dict().items())
-    half = load_student(tmp_path / "00-01.safetensors", teacher, dtype=torch.bfloat16)
+    half = load(tmp_path / "00-01.safetensors", teacher, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in half.parameters())
 
 

@@ -5,12 +5,13 @@ import itertools
 import pytest
 
 from ppcl.errors import UserError
-from ppcl.plan import Interval, checked, written
+from ppcl.plan import Ffn, Interval, TextRun, checked, clash, entry_of, named, written
 from ppcl.variants import Family, Sizes, choose, front, make_variants
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]
 # Blocks of two sizes, as FLUX.1 has; students that are larger and smaller than a block.
-SIZES = Sizes(1000, (80,) * 9 + (50,) * 5, dict(zip(INTERVALS, (80, 85, 80, 45, 50), strict=True)))
+STUDENTS = {i: {"w": size} for i, size in zip(INTERVALS, (80, 85, 80, 45, 50), strict=True)}
+SIZES = Sizes(1000, (80,) * 9 + (50,) * 5, STUDENTS)
 DAMAGE = dict(zip(INTERVALS, (0.05, 0.01, 0.09, 0.015, 0.02), strict=True))
 
 
@@ -62,8 +63,9 @@ def test_named_variants_and_their_way_through_json():
     [
         ({"all": [(3, 4)]}, "'all' is taken"),
         ({"../x": [(3, 4)]}, "is no name for a variant"),
-        ({"3-4": [(3, 4)]}, "'3-4' reads as intervals and cannot name a variant"),
-        ({"mine": [(3, 5)]}, r"variants.custom.mine: the interval \[3, 5\] has no student"),
+        ({"3-4": [(3, 4)]}, "'3-4' reads as a plan and cannot name a variant"),
+        ({"mine": [(3, 5)]}, "variants.custom.mine: there is no replacement 3-5; there are 0-2, 3-4, 5-8, 9-10, 12-13"),
+        ({"mine": ["ffn:3", "x"]}, "'x' names no replacement; write intervals as 3-5"),
         ({"mine": [(4, 4)]}, "holds no two blocks"),
         ({"mine": [(8, 9)]}, "does not lie within one block list; the lists hold blocks 0 to 8, 9 to 13"),
         ({"mine": [(0, 2), (2, 3)]}, "overlap"),
@@ -78,6 +80,68 @@ def test_a_plan_is_sorted():
     assert checked([(5, 8), (0, 2)], [range(9)]) == [Interval(0, 2), Interval(5, 8)]
 
 
-def test_intervals_as_people_write_them():
+def test_plans_as_people_write_them():
     assert written("3-5,08-9") == [Interval(3, 5), Interval(8, 9)]
-    assert all(written(text) is None for text in ("", "p75", "3", "3-", "3-5,", "3-5-7", "-3-5", "3-5 ,8-9"))
+    assert written("ffn:3,text:4-5") == [Ffn(3), TextRun(4, 5)]
+    wrong = ("", "p75", "3", "3-", "3-5,", "3-5-7", "-3-5", "3-5 ,8-9", "ffn:3-5", "text:3", "txt:3-4", "ffn:")
+    assert all(written(text) is None for text in wrong)
+
+
+@pytest.mark.parametrize("entry", [Interval(3, 11), TextRun(0, 2), Ffn(7)])
+def test_an_entry_is_found_again_by_its_name_and_its_text(entry):
+    assert named(entry.name) == entry_of(str(entry)) == entry
+    assert type(named(entry.name)) is type(entry_of(str(entry))) is type(entry)
+
+
+def test_what_clashes_and_what_composes():
+    spans = [range(9), range(9, 14)]
+    assert not clash(Ffn(3), TextRun(2, 4))
+    assert checked(["text:2-4", "ffn:3", (5, 6)], spans) == [TextRun(2, 4), Ffn(3), Interval(5, 6)]
+    for plan, sentence in {
+        ("text:2-4", "4-5"): r"the text run \[2, 4\] and the interval \[4, 5\] overlap",
+        ("ffn:3", "3-4"): r"the interval \[3, 4\] and the FFN 3 overlap",
+        ("text:2-4", "text:4-5"): "overlap",
+        ("ffn:3", "ffn:3"): "overlap",
+        ("text:8-9",): "does not lie within one block list",
+        ("ffn:14",): "the FFN 14 does not lie within one block list",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            checked(plan, spans)
+
+
+WIDE = Sizes(
+    1000,
+    (100,) * 8,
+    {
+        Interval(0, 2): {"w": 100}, Interval(4, 5): {"w": 110}, TextRun(1, 3): {"z.2.w": 5, "z.3.w": 5, "h.w": 5},
+        TextRun(6, 7): {"z.7.w": 5}, **{Ffn(b): {"img.w": 5, "txt.w": 4} for b in (0, 2, 3, 5, 7)},
+    },
+    {b: {"img": 30, "txt": 25} for b in range(8)},
+    dict.fromkeys(range(8), 40),
+)  # fmt: skip
+WIDE_DAMAGE = dict(zip(WIDE.replacements, (0.31, 0.12, 0.09, 0.05, 0.04, 0.021, 0.08, 0.015, 0.033), strict=True))
+
+
+def wide_plans():
+    """Every choice without a clash."""
+    entries = list(WIDE.replacements)
+    for n in range(len(entries) + 1):
+        for plan in itertools.combinations(entries, n):
+            if not any(clash(a, b) for a, b in itertools.combinations(plan, 2)):
+                yield plan
+
+
+def test_the_front_over_depth_and_width_holds_what_no_plan_beats():
+    all_of_them = [(1000 - WIDE.parameters(plan), sum(WIDE_DAMAGE[e] for e in plan)) for plan in wide_plans()]
+    assert len(all_of_them) > 100
+    rows = front(WIDE, WIDE_DAMAGE)
+    for saved, damage, plan in rows:
+        assert 1000 - WIDE.parameters(plan) == saved and len(checked(plan, [range(8)])) == len(plan)
+        assert damage == pytest.approx(min(d for s, d in all_of_them if s >= saved))
+    assert rows[-1][0] == max(s for s, _ in all_of_them)
+
+
+def test_an_ffn_within_a_text_run_saves_its_image_part_alone():
+    assert WIDE.saved(Ffn(3)) == 30 + 25 - 9
+    assert WIDE.saved(Ffn(3), TextRun(1, 3)) == 30 - 5
+    assert WIDE.parameters([TextRun(1, 3), Ffn(3)]) == 1000 - (80 - 15) - 25

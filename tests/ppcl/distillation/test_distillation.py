@@ -13,7 +13,7 @@ from ppcl.distillation.loss import normalized, relative
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import Segment, batch_of, distil, segment_of
 from ppcl.plan import Interval
-from ppcl.students import load_student
+from ppcl.replacements import load
 from ppcl.teacher import Teacher
 from tests import ranks, tiny
 from tests.samples import MemorySamples
@@ -112,7 +112,7 @@ def test_a_rank_holds_its_own_blocks_only(folder):
     for part in parts:
         segment = Segment(teacher, part, INTERVALS, "cpu", torch.float32)
         assert sum(p.numel() for p in segment.transformer.parameters()) == len(part) * block + rest
-        assert all(i.first in part and i.last in part for i in segment.intervals)
+        assert all(i.first in part and i.last in part for i in segment.plan)
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_an_untrained_student_is_the_teachers_block(folder, tmp_path, start, sou
     # A rate this small leaves the start as it is.
     train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "start": start}))
     teacher = Teacher(folder)
-    student = load_student(tmp_path / "03-05.safetensors", teacher)
+    student = load(tmp_path / "03-05.safetensors", teacher)
     model = teacher.transformer()
     block = architecture_of(model).blocks(model)[source]
     streams, context = embed(model, MemorySamples().batch([0, 1]))
@@ -131,9 +131,9 @@ def test_an_untrained_student_is_the_teachers_block(folder, tmp_path, start, sou
 
 @torch.no_grad()
 def test_the_affine_start_is_the_least_squares_map_behind_the_first_block(folder, tmp_path):
-    train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12}))
+    train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "ridge": 1e-9}))
     teacher, samples = Teacher(folder), MemorySamples()
-    student = load_student(tmp_path / "03-05.safetensors", teacher)
+    student = load(tmp_path / "03-05.safetensors", teacher)
     model = teacher.transformer()
     architecture, blocks = architecture_of(model), architecture_of(model).blocks(model)
     inputs = samples.batch(samples.ids(held_out=False))

@@ -43,7 +43,7 @@ def test_timing_gives_every_variant_its_turns_and_leaves_the_teacher(result, pip
         turns.append(tuple(intervals))
         result._switch(transformer, intervals)
 
-    variants = {name: result.variants[name].intervals for name in ("teacher", "all")}
+    variants = {name: result.variants[name].plan for name in ("teacher", "all")}
     seconds = seconds_per_step(pipeline, switch, variants, PROMPTS[:1], SAMPLING)
     assert seconds.keys() == variants.keys() and all(value > 0 for value in seconds.values())
     # One turn to warm up, three rounds, and the teacher put back.
@@ -55,5 +55,5 @@ def test_a_pipeline_that_fails_while_timed_is_left_with_the_teacher(result, pipe
     blocks = list(pipeline.transformer.transformer_blocks)
     monkeypatch.setattr(pipeline.transformer, "forward", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        seconds_per_step(pipeline, result._switch, {"all": result.variants["all"].intervals}, PROMPTS[:1], SAMPLING)
+        seconds_per_step(pipeline, result._switch, {"all": result.variants["all"].plan}, PROMPTS[:1], SAMPLING)
     assert all(a is b for a, b in zip(blocks, pipeline.transformer.transformer_blocks, strict=True))

@@ -59,7 +59,7 @@ def detection() -> dict[str, Any]:
     return {
         "blocks": BLOCKS, "spans": [[0, BLOCKS]], "stream": "mean", "standardize": False, "cka": cka,
         "cka_standardized": {"img": table(0.5, 0.2), "txt": table(0.3, 0.1), "mean": table(0.4, 0.1)},
-        "delta": delta, "intervals": [list(pair) for pair in INTERVALS], "method": "first_difference",
+        "delta": delta, "intervals": [list(pair) for pair in INTERVALS], "method": "first_difference", "plan": [f"{u}-{v}" for u, v in INTERVALS], "text_map": None,
     }  # fmt: skip
 
 
@@ -69,19 +69,19 @@ def training(rng: np.random.Generator) -> dict[str, Any]:
         steps = np.arange(0, 2000, 5)
         img = (0.1 + 0.05 * index) * (0.25 + np.exp(-steps / (200 + 60 * index))) * rng.lognormal(0, 0.08, len(steps))
         curve = [{"step": int(s), "loss": float(1.4 * a), "img": float(a), "txt": float(0.4 * a)} for s, a in zip(steps, img)]
-        intervals[f"{first:02d}-{last:02d}"] = {"curve": curve, "seconds": 341.2}
-    return {"steps": 2000, "batch_size": 32, "start": "affine", "loss": "normalized", "intervals": intervals}
+        intervals[f"{first}-{last}"] = {"curve": curve, "seconds": 341.2}
+    return {"steps": 2000, "batch_size": 32, "start": "affine", "loss": "normalized", "replacements": intervals}
 
 
 def variants() -> dict[str, Any]:
     block, rest = 280_000, 330_000
     total = BLOCKS * block + rest
-    made = {"teacher": {"intervals": [], "parameters": total, "share": 1.0, "blocks": BLOCKS, "budget": None}}
+    made = {"teacher": {"plan": [], "parameters": total, "share": 1.0, "blocks": BLOCKS, "budget": None}}
     for name, (budget, on) in VARIANTS.items():
         intervals = [INTERVALS[i] for i in on]
         removed = sum(last - first for first, last in intervals)
         made[name] = {
-            "intervals": [list(pair) for pair in intervals], "parameters": total - removed * block,
+            "plan": [f"{u}-{v}" for u, v in intervals], "parameters": total - removed * block,
             "share": (total - removed * block) / total, "blocks": BLOCKS - removed, "budget": budget,
         }  # fmt: skip
     return {

@@ -85,7 +85,7 @@ def test_the_report_has_every_section_and_loads_nothing(root, page):
 
 
 def test_header_tells_teacher_size_and_settings(page):
-    for said in ("shapes-qwen", "4.81 M", "4 variants from one set of students, with 59 % to 88 %", "/models/shapes-qwen", "first_difference"):
+    for said in ("shapes-qwen", "4.81 M", "4 variants from one set of replacements, with 59 % to 88 %", "/models/shapes-qwen", "first_difference"):
         assert said in page.said
     assert re.search(r"Written \d{4}-\d\d-\d\d \d\d:\d\d UTC", page.said)
 
@@ -99,7 +99,7 @@ def test_summary_rows_against_the_artifacts(root):
     assert last["share"] == last["parameters"] / rows[0]["parameters"]
     assert last["speed_up"] == pytest.approx(evaluation["teacher"]["seconds_per_step"] / evaluation["all"]["seconds_per_step"])
     assert (last["world_low"], last["R_high"]) == (evaluation["all"]["world"]["overall"]["low"], evaluation["all"]["R_high"])
-    assert last["intervals"] == made.INTERVALS and rows[0]["psnr"] is None
+    assert last["plan"] == [f"{u}-{v}" for u, v in made.INTERVALS] and rows[0]["psnr"] is None
     json.dumps(rows)
 
 
@@ -206,8 +206,8 @@ def test_what_was_not_measured_is_a_dash_and_nan_is_no_crash(tmp_path):
         return {**evaluation, "variants": variants, "prompts": [{**p, "category": None} for p in evaluation["prompts"]]}
 
     def diverged(training):
-        training["intervals"]["04-06"]["curve"][-1].update(loss=float("nan"), img=float("inf"))
-        training["intervals"]["01-02"]["curve"] = []
+        training["replacements"]["4-6"]["curve"][-1].update(loss=float("nan"), img=float("inf"))
+        training["replacements"]["1-2"]["curve"] = []
         return training
 
     root = made.job(tmp_path / "job", evaluation=bare, students=diverged)
@@ -220,7 +220,7 @@ def test_sixty_blocks_in_two_lists_without_any_interval(tmp_path):
     def large(detection):
         cka = [[None if k < u else 1 - 0.01 * (k - u) for k in range(60)] for u in range(60)]
         tables = {"img": cka, "txt": cka, "mean": cka}
-        return {**detection, "blocks": 60, "spans": [[0, 19], [19, 60]], "cka": tables, "delta": cka, "intervals": []}
+        return {**detection, "blocks": 60, "spans": [[0, 19], [19, 60]], "cka": tables, "delta": cka, "intervals": [], "plan": []}
 
     page = read(made.job(tmp_path / "job", stages=("detection",), detection=large))
     assert "No contiguous redundant interval was found" in page.said

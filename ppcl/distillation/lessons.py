@@ -1,0 +1,208 @@
+"""What is learnt from the teacher: one lesson an entry of the plan, each on the teacher's own streams alone.
+
+A lesson says which boundaries and inner tensors of the teacher it must see, where its closed-form start comes from, and
+what its losses are. Nothing of one lesson enters another, so any of them share one pass over the teacher.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ppcl.architecture import Architecture, Streams, run_blocks
+from ppcl.distillation.loss import relative
+from ppcl.plan import Entry, Ffn, Interval, TextRun
+from ppcl.students import Student, affine_map
+from ppcl.width import FfnMaps, TextProjectors, text_run
+
+# A loss as a sum over tokens, and what it is divided by, see `ppcl.distillation.loss`.
+Part = tuple[torch.Tensor, float]
+Loss = Callable[..., Part]
+
+
+@dataclass
+class Seen:
+    """What one batch left of the teacher: streams by boundary, and what its blocks were doing inside.
+
+    Boundary `b` is the input of block `b`. `text_inputs`: by block, the modulated text input of its attention. `residuals`:
+    by block and stream, the stream after the attention's residual. `text_mask`: `(B, T)`, true where a token is no padding.
+    """
+
+    boundaries: dict[int, Streams] = field(default_factory=dict)
+    text_inputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    residuals: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
+    text_mask: torch.Tensor | None = None
+
+    def mask(self, stream: str) -> torch.Tensor | None:
+        return self.text_mask if stream == "txt" else None
+
+    def tokens(self, x: torch.Tensor, stream: str) -> torch.Tensor:
+        """A stream's tokens `(n, d)` that are no padding, float32."""
+        mask = self.mask(stream)
+        return (x[mask] if mask is not None else x.flatten(0, 1)).float()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What must be seen of the teacher; see `Seen`."""
+
+    boundaries: frozenset[int] = frozenset()
+    text_inputs: frozenset[int] = frozenset()
+    residuals: frozenset[int] = frozenset()
+
+    def __or__(self, other: Wanted) -> Wanted:
+        return Wanted(
+            self.boundaries | other.boundaries, self.text_inputs | other.text_inputs, self.residuals | other.residuals
+        )
+
+
+# The name of a map to be fitted, the tokens it reads `(n, p)` and those it shall give `(n, q)`.
+Fit = tuple[str, torch.Tensor, torch.Tensor]
+
+
+class Lesson(Protocol):
+    entry: Entry
+    module: nn.Module
+    wanted: Wanted
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The maps that start in closed form, by name."""
+        ...
+
+    def fits(self, seen: Seen) -> Iterator[Fit]:
+        """What each of them is fitted to."""
+        ...
+
+    def losses(self, seen: Seen, loss_of: Loss) -> Mapping[str, Part]:
+        """The losses by name, which add up; `loss_of` compares a block's output with the teacher's."""
+        ...
+
+
+class Depth:
+    """A student block for an interval (Eq. 6)."""
+
+    def __init__(self, architecture: Architecture, blocks: Mapping[int, nn.Module], entry: Interval, start: str):
+        """`start`: `affine`, `first` or `middle`, see `ppcl.config.Distillation`."""
+        self.entry = entry
+        source = sum(entry) // 2 if start == "middle" else entry.first
+        block = copy.deepcopy(blocks[source]).float()
+        affine = {}
+        if start == "affine":
+            last = blocks[entry.last]
+            streams = [n for n in Streams._fields if n == "img" or not getattr(last, "context_pre_only", False)]
+            affine = {name: affine_map(_width(block)) for name in streams}
+        self.module = Student(architecture, entry, source, block, affine)
+        self.wanted = Wanted(frozenset({entry.first, entry.last + 1} | ({entry.first + 1} if affine else set())))
+
+    def linears(self) -> dict[str, nn.Linear]:
+        return dict(self.module.affine)
+
+    def fits(self, seen: Seen) -> Iterator[Fit]:
+        """Block `u` on `X_{u-1}` gives the teacher's own `X_u`: the map is a fit between two boundaries."""
+        before, after = seen.boundaries[self.entry.first + 1], seen.boundaries[self.entry.last + 1]
+        for name in self.module.affine:
+            x = seen.tokens(getattr(before, name), name)
+            yield name, x, seen.tokens(getattr(after, name), name) - x
+
+    def losses(self, seen: Seen, loss_of: Loss) -> dict[str, Part]:
+        made = self.module.streams(seen.boundaries[self.entry.first], seen.context)
+        target = seen.boundaries[self.entry.last + 1]
+        return {
+            name: loss_of(getattr(made, name), x, seen.mask(name)) for name, x in target._asdict().items() if x is not None
+        }
+
+
+class FfnLesson:
+    """Residual linear maps for a block's FFNs (Eq. 9): the block's output, and the maps' own (plain squared error)."""
+
+    def __init__(self, architecture: Architecture, transformer: nn.Module, block: nn.Module, entry: Ffn):
+        self.entry = entry
+        self.module = FfnMaps.new(architecture.parts_of(transformer, entry.block, block), _width(block))
+        self.wanted = Wanted(frozenset({entry.block + 1}), residuals=frozenset({entry.block}))
+
+    def linears(self) -> dict[str, nn.Linear]:
+        return dict(self.module)
+
+    def fits(self, seen: Seen) -> Iterator[Fit]:
+        for name in self.module:
+            g, h = self._ends(seen, name)
+            x = seen.tokens(g, name)
+            yield name, x, seen.tokens(h, name) - x
+
+    def losses(self, seen: Seen, loss_of: Loss) -> dict[str, Part]:
+        parts = {}
+        for name, linear in self.module.items():
+            g, h = self._ends(seen, name)
+            added = linear(g)
+            parts[name] = loss_of(g + added, h, seen.mask(name))
+            parts[f"{name}_ffn"] = relative(added, h - g, seen.mask(name))
+        return parts
+
+    def _ends(self, seen: Seen, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return seen.residuals[self.entry.block, name], getattr(seen.boundaries[self.entry.block + 1], name)
+
+
+class TextLesson:
+    """Projectors for a run of text streams (Eq. 7, 8): every block's image output, and the projectors' own outputs."""
+
+    def __init__(
+        self, architecture: Architecture, transformer: nn.Module, blocks: Mapping[int, nn.Module], entry: TextRun, count: int
+    ):
+        """`count`: the teacher's blocks; behind the last one nothing reads the text stream."""
+        self.entry = entry
+        first = blocks[entry.first]
+        self.module = TextProjectors(entry, _width(first), text_goes_on=entry.last < count - 1)
+        own = {number: blocks[number] for number in entry.blocks}
+        self.architecture = architecture
+        self.placed = text_run(architecture, own, architecture.parts_of(transformer, entry.first, first), self.module)
+        numbers = frozenset(entry.blocks)
+        self.wanted = Wanted(frozenset(b + 1 for b in numbers), text_inputs=numbers)
+
+    def linears(self) -> dict[str, nn.Linear]:
+        maps = {f"z.{number}": linear for number, linear in self.module.z.items()}
+        return maps if self.module.h is None else maps | {"h": self.module.h}
+
+    def fits(self, seen: Seen) -> Iterator[Fit]:
+        z = seen.tokens(seen.text_inputs[self.entry.first], "txt")
+        for number in self.module.z:
+            yield f"z.{number}", z, seen.tokens(seen.text_inputs[int(number)], "txt")
+        if self.module.h is not None:
+            h, after = (seen.tokens(seen.boundaries[b + 1].txt, "txt") for b in (self.entry.first, self.entry.last))
+            yield "h", h, after - h
+
+    def losses(self, seen: Seen, loss_of: Loss) -> dict[str, Part]:
+        entry, mask = self.entry, seen.text_mask
+        z, h = seen.text_inputs[entry.first], seen.boundaries[entry.first + 1].txt
+        parts: dict[str, Part] = {}
+        for number in entry.blocks[1:]:
+            # The teacher's own image stream goes into every block of the run.
+            streams = Streams(seen.boundaries[number].img, torch.cat([h, z], -1))
+            made = run_blocks(self.architecture, [self.placed[number]], streams, seen.context)
+            parts[f"img_{number:02d}"] = loss_of(made.img, seen.boundaries[number + 1].img, None)
+            parts[f"z_{number:02d}"] = relative(self.module.z[str(number)](z), seen.text_inputs[number], mask)
+        if self.module.h is not None:
+            after = seen.boundaries[entry.last + 1].txt
+            parts["txt"] = loss_of(self.module.after(h), after, mask)
+            parts["h"] = relative(self.module.h(h), after - h, mask)
+        return parts
+
+
+def _width(block: nn.Module) -> int:
+    return next(p.shape[-1] for p in block.parameters() if p.ndim == 2)
+
+
+def new_lesson(
+    architecture: Architecture, transformer: nn.Module, blocks: Mapping[int, nn.Module], entry: Entry, start: str, count: int
+) -> Lesson:
+    """`blocks`: the teacher's own, of the entry at least, by number; `count`: how many the teacher has."""
+    if isinstance(entry, Interval):
+        return Depth(architecture, blocks, entry, start)
+    if isinstance(entry, Ffn):
+        return FfnLesson(architecture, transformer, blocks[entry.block], entry)
+    return TextLesson(architecture, transformer, blocks, entry, count)

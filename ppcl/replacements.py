@@ -1,0 +1,133 @@
+"""What stands in for parts of the teacher: as modules in a transformer's block lists, and as files.
+
+Saved as safetensors, one file an entry of the plan, named by it; the structure comes from the teacher, so a file holds
+tensors and a few words only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ppcl.architecture import Architecture, PassThrough, Streams
+from ppcl.errors import UserError
+from ppcl.plan import Entry, Ffn, Interval, TextRun, named, order, written
+from ppcl.students import Student
+from ppcl.teacher import Teacher
+from ppcl.width import FfnMaps, TextProjectors, text_run, without_ffn
+
+_FORMAT = "ppcl-replacement-1"
+
+Replacement = Student | TextProjectors | FfnMaps
+
+
+def placed(
+    architecture: Architecture,
+    transformer: nn.Module,
+    blocks: Sequence[nn.Module],
+    modules: Mapping[Entry, nn.Module],
+    plan: Iterable[Entry],
+) -> dict[int, nn.Module]:
+    """What stands at which block number with a plan on; the blocks not named stay the teacher's.
+
+    `blocks`: the teacher's own, by number; `transformer` tells where their parts are. A variant keeps the block lists at
+    their length: a student stands at `u`, pass-throughs at `u+1..v`, views of the teacher's blocks elsewhere.
+    """
+    plan = sorted(plan, key=order)
+    ffns = {entry.block: modules[entry] for entry in plan if isinstance(entry, Ffn)}
+    through = PassThrough(architecture)
+    standing: dict[int, nn.Module] = {}
+    for number, maps in ffns.items():
+        standing[number] = without_ffn(blocks[number], architecture.parts_of(transformer, number, blocks[number]), maps)
+    for entry in plan:
+        if isinstance(entry, Interval):
+            standing |= dict.fromkeys(entry.blocks[1:], through)
+            standing[entry.first] = modules[entry]
+        elif isinstance(entry, TextRun):
+            own = {number: blocks[number] for number in entry.blocks}
+            inside = {number: maps for number, maps in ffns.items() if number in own}
+            parts = architecture.parts_of(transformer, entry.first, blocks[entry.first])
+            standing |= text_run(architecture, own, parts, modules[entry], inside)
+    return standing
+
+
+def files_in(folder: Path) -> dict[Entry, Path]:
+    """The replacements of a folder by entry, from their files' names: `05-07.safetensors`, `text-01-03.safetensors`."""
+    found = {named(path.stem): path for path in sorted(folder.glob("*.safetensors"))}
+    found.pop(None, None)
+    return dict(sorted(found.items(), key=lambda item: order(item[0])))
+
+
+def save(module: Replacement, entry: Entry, architecture: Architecture, path: Path) -> None:
+    """Write a replacement's tensors; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = {"format": _FORMAT, "transformer": architecture.transformer, "entry": str(entry)}
+    if isinstance(module, Student):
+        words["source"] = str(module.source)
+    partial = path.with_name(path.name + ".partial")
+    save_file({k: v.detach().contiguous().cpu() for k, v in module.state_dict().items()}, partial, words)
+    os.replace(partial, path)
+
+
+def load(path: Path, teacher: Teacher, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Replacement:
+    """Read a replacement. Raises `UserError` where the file is damaged or of another architecture."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            words = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the replacement {path} cannot be read as safetensors ({error}); run ppcl compress again") from None
+    architecture = teacher.architecture
+    if words.get("format") != _FORMAT or words.get("transformer") != architecture.transformer:
+        raise UserError(
+            f"{path} is no replacement for a {architecture.transformer}: it says format {words.get('format')!r}, "
+            f"transformer {words.get('transformer')!r}"
+        )
+    try:
+        (entry,) = written(words["entry"])
+        module = _empty(entry, words, tensors, teacher)
+        module.load_state_dict(tensors, strict=True, assign=True)
+    except (KeyError, ValueError, IndexError, TypeError, RuntimeError):
+        raise UserError(
+            f"the replacement {path} does not fit the teacher in {teacher.folder}: its tensors are not those of one of the "
+            "teacher's parts; give the teacher it was made from, or run ppcl compress again"
+        ) from None
+    return module.to(device=device, dtype=dtype).requires_grad_(False).eval()
+
+
+def _empty(entry: Entry, words: Mapping[str, str], tensors: Mapping[str, torch.Tensor], teacher: Teacher) -> nn.Module:
+    """The structure of a replacement, without weights."""
+    if isinstance(entry, Interval):
+        source = int(words["source"])
+        block = teacher.architecture.blocks(teacher.empty_transformer())[source]
+        affine = {
+            stream: nn.Linear(*reversed(tensors[f"affine.{stream}.weight"].shape), device="meta")
+            for stream in Streams._fields
+            if f"affine.{stream}.weight" in tensors
+        }
+        return Student(teacher.architecture, entry, source, block, affine)
+    width = next(t.shape[0] for name, t in tensors.items() if name.endswith("weight"))
+    with torch.device("meta"):
+        if isinstance(entry, TextRun):
+            return TextProjectors(entry, width, "h.weight" in tensors)
+        return FfnMaps({stream: nn.Linear(width, width) for stream in Streams._fields if f"{stream}.weight" in tensors})
+
+
+def stored_sizes(path: Path) -> dict[str, int]:
+    """Numbers in each tensor of a file, from its header alone."""
+    sizes = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                sizes[name] = 1
+                for length in file.get_slice(name).get_shape():
+                    sizes[name] *= length
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the replacement {path} cannot be read as safetensors ({error}); run ppcl compress again") from None
+    return sizes
