@@ -1,6 +1,6 @@
 """The coordinator: the stages of a compression job, in order, each run only when its result is not there and intact.
 
-    calibration → probes → detection → students → variants → evaluation → report
+    calibration → probes → detection → students → finetuning → variants → evaluation → report
 
 Every stage has a key, a hash of the configuration it reads and of the keys of the stages before it. See
 `ppcl.artifacts` for what makes a stage complete.
@@ -23,6 +23,7 @@ from jobs.progress import Reporter, Update
 from ppcl.artifacts import CONFIG, LOG, Artifacts, key_of, write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError
+from ppcl.finetuning.plans import fixed_plan
 from ppcl.plan import Ffn, Interval, TextRun, entry_of
 from ppcl.teacher import Teacher, file_sha256
 
@@ -31,6 +32,7 @@ _OPERATIONAL = {
     "calibration": {"workers", "batch_size"},
     "probes": {"workers"},
     "distillation": {"pipeline", "replicas", "checkpoint_every"},
+    "finetuning": {"replicas", "checkpoint_every", "recompute"},
     "evaluation": {"workers"},
 }
 
@@ -80,6 +82,7 @@ class Job:
         from jobs.calibration import calibrate
         from jobs.distillation import distil_plan
         from jobs.evaluation import choose_variants, evaluate
+        from jobs.finetuning import finetune_replacements
         from jobs.probes import detect, fit_probes
 
         config, path = self.config, self.artifacts.path
@@ -114,6 +117,7 @@ class Job:
             raise UserError(
                 "nothing redundant was found: no interval, text run or FFN of this teacher can be replaced; nothing to compress"
             )
+        fixed_plan(config.finetuning, plan, [range(*span) for span in found["spans"]])
         base = [*base, found["plan"], _settings(config, "distillation")]
         yield Stage(
             "students",
@@ -124,13 +128,26 @@ class Job:
             ),
             keeps_checkpoints=True,
         )
+        replacements = path("students")
+        if config.finetuning.steps:
+            base = [*base, _settings(config, "finetuning")]
+            yield Stage(
+                "finetuning",
+                f"all replacements end to end, {config.finetuning.steps} steps",
+                base,
+                lambda folder, update, key: finetune_replacements(
+                    config, self.teacher, calibration, path("students"), folder, device, key, update
+                ),
+                keeps_checkpoints=True,
+            )
+            replacements = path("finetuning")
         base = [*base, _settings(config, "variants")]
         yield Stage(
             "variants",
             "the damage of every replacement, and the variants of the budgets",
             base,
             lambda folder, update, key: choose_variants(
-                config, self.teacher, calibration, path("students"), folder, device, update
+                config, self.teacher, calibration, replacements, folder, device, update
             ),
         )
         asked = config.evaluation.prompts
@@ -140,7 +157,7 @@ class Job:
             "velocity errors and pictures of every variant",
             base,
             lambda folder, update, key: evaluate(
-                config, self.teacher, calibration, path("students"), path("variants"), folder, device, update
+                config, self.teacher, calibration, replacements, path("variants"), folder, device, update
             ),
         )
 
@@ -174,6 +191,7 @@ class Job:
             "calibration.workers": config.calibration.workers,
             "probes.workers": config.probes.workers,
             "distillation.pipeline × distillation.replicas": config.distillation.pipeline * config.distillation.replicas,
+            "finetuning.replicas": config.finetuning.replicas if config.finetuning.steps else 1,
             "evaluation.workers": config.evaluation.workers,
         }.items():
             check_resources(workers, device, key)

@@ -111,7 +111,7 @@ def choose_variants(
     counted = sizes(teacher, files_in(students))
     spans = teacher.architecture.spans(teacher.empty_transformer())
     made = make_variants(config.variants.budgets, config.variants.custom, counted, damage, spans)
-    family = Family(counted.total, len(counted.blocks), spans, damage, made)
+    family = Family(counted.total, len(counted.blocks), spans, damage, made, students.name)
     write_atomically(folder / "variants.json", json.dumps(family.to_json(), indent=1))
     for actor in actors:
         ray.kill(actor)

@@ -64,6 +64,6 @@ def detect(
 ) -> dict[str, Any]:
     """Find what can be replaced; light enough for the coordinator's own process."""
     spans = teacher.architecture.spans(teacher.empty_transformer())
-    found = detection.detect(probes, spans, config.detection, progress, config.width)
+    found = detection.detect(probes, spans, config.detection, config.width, progress)
     detection.write_detection(folder, found)
     return {"plan": found["plan"]}

@@ -109,6 +109,30 @@ class Distillation(Section):
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
 
 
+class Finetuning(Section):
+    """Fine-tuning of all replacements end to end on the velocity, over plans drawn anew at every step."""
+
+    steps: int = Field(1000, ge=0, description="optimizer steps; 0 leaves fine-tuning out")
+    batch_size: int = Field(16, ge=1, description="samples a step, over all replicas")
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak rate, cosine schedule to zero")
+    warmup: int = Field(50, ge=0, description="steps of linear warm-up")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's betas (the paper's)")
+    weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay (the paper's)")
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average; 0 turns it off")
+    own_states: float = Field(
+        0.25, ge=0, le=1, description="share of a batch that comes from the variants' own trajectories instead of the teacher's"
+    )
+    plan: str | None = Field(
+        None, description="train this one plan alone, such as 3-5,ffn:7; null: draw one at every step, so that any stays usable"
+    )
+    recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
+    replicas: int = Field(1, ge=1, description="data-parallel replicas")
+    measured: int = Field(50, ge=0, description="random plans measured before and after")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+
+
 class Variants(Section):
     """The named variants of the result."""
 
@@ -146,6 +170,7 @@ class Config(Section):
     detection: Detection = Detection()
     width: Width = Width()
     distillation: Distillation = Distillation()
+    finetuning: Finetuning = Finetuning()
     variants: Variants = Variants()
     evaluation: Evaluation = Evaluation()
 

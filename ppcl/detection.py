@@ -100,7 +100,7 @@ def text_runs(table: Table, spans: list[range], similarity: float) -> list[TextR
 
 
 def detect(
-    probes_folder: Path, spans: list[range], settings: Detection, tell: Callable[[int, int], None], width: Width = Width()
+    probes_folder: Path, spans: list[range], settings: Detection, width: Width, tell: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """The tables of both streams and their mean, Δ, and what can be replaced.
 

@@ -36,22 +36,25 @@ class Result:
     def __init__(self, folder: str | Path, teacher: str | Path | None = None):
         self.artifacts = Artifacts(folder)
         job = self.artifacts.manifest()["job"]
-        for stage in ("students", "variants"):
-            if self.artifacts.entry(stage) is None:
-                raise UserError(f"{self.artifacts.root} has no {stage} yet; run ppcl compress again, which goes on from there")
-            damaged = self.artifacts.damaged(stage)
-            if damaged:
-                raise UserError(
-                    f"{self.artifacts.path(damaged[0])} is damaged or gone (its sha256 differs from the manifest's); "
-                    "run ppcl compress again, which makes it anew"
-                )
-        self.teacher = _teacher(Path(teacher or job["teacher"]), job["teacher_sha256"])
+        self._check("variants")
         self.family = Family.from_json(json.loads(self.artifacts.path("variants", "variants.json").read_text()))
+        self._check(self.family.stage)
+        self.teacher = _teacher(Path(teacher or job["teacher"]), job["teacher_sha256"])
         # What the manifest does not name was not verified.
-        verified = {self.artifacts.path(name) for name in self.artifacts.entry("students").files}
-        found = files_in(self.artifacts.path("students"))
+        verified = {self.artifacts.path(name) for name in self.artifacts.entry(self.family.stage).files}
+        found = files_in(self.artifacts.path(self.family.stage))
         self.replacements = {entry: path for entry, path in found.items() if path in verified}
         self._switch = Switch(self.teacher, self.replacements)
+
+    def _check(self, stage: str) -> None:
+        """Raises `UserError` where a stage is not there or not intact."""
+        if self.artifacts.entry(stage) is None:
+            raise UserError(f"{self.artifacts.root} has no {stage} yet; run ppcl compress again, which goes on from there")
+        if damaged := self.artifacts.damaged(stage):
+            raise UserError(
+                f"{self.artifacts.path(damaged[0])} is damaged or gone (its sha256 differs from the manifest's); "
+                "run ppcl compress again, which makes it anew"
+            )
 
     @property
     def variants(self) -> dict[str, Variant]:

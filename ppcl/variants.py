@@ -210,7 +210,7 @@ def make_variants(
 class Family:
     """What `variants.json` says: the teacher's size, what each entry alone costs, and the named variants.
 
-    `damage`: relative squared error of the velocity with that one entry on.
+    `damage`: relative squared error of the velocity with that one entry on. `stage`: the one that made the replacements.
     """
 
     parameters: int
@@ -218,6 +218,7 @@ class Family:
     spans: list[range]
     damage: dict[Entry, float]
     variants: dict[str, Variant]
+    stage: str = "students"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -226,6 +227,7 @@ class Family:
                 "blocks": self.blocks,
                 "spans": [[span.start, span.stop] for span in self.spans],
             },
+            "stage": self.stage,
             "damage": {str(entry): self.damage[entry] for entry in sorted(self.damage, key=order)},
             "variants": {
                 v.name: {
@@ -243,6 +245,7 @@ class Family:
     def from_json(cls, values: Mapping[str, Any]) -> Family:
         teacher = values["teacher"]
         return cls(
+            stage=values["stage"],
             parameters=teacher["parameters"],
             blocks=teacher["blocks"],
             spans=[range(*span) for span in teacher["spans"]],

@@ -201,6 +201,24 @@ def loss_curves(trained: dict[str, Any]) -> Drawing:
         return Drawing(inline(figure, "loss", label), "", [looks[name] for name in curves])
 
 
+def before_and_after(plans: list[dict[str, Any]]) -> Drawing | None:
+    """The velocity error of each measured plan before fine-tuning (across) and after it (up); below the line is better."""
+    points = [(finite(row["before"]), finite(row["after"])) for row in plans]
+    points = [(b, a) for b, a in points if b and a and b > 0 and a > 0]
+    if not points:
+        return None
+    with canvas(350, 300) as figure:
+        axes = figure.add_subplot()
+        low, high = min(map(min, points)) / 1.4, max(map(max, points)) * 1.4
+        axes.plot([low, high], [low, high], color=COLOURS["rule"], linewidth=1)
+        axes.plot(*zip(*points), "o", color=COLOURS["mark"], markersize=4.5, markeredgewidth=0, alpha=0.8)
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        axes.set(xlabel="velocity error before", ylabel="velocity error after")
+        better = sum(a < b for b, a in points)
+        label = f"Velocity error of {len(points)} plans before and after fine-tuning; {better} of them are better after it."
+        return Drawing(inline(figure, "before-after", label), "")
+
+
 def velocity_curves(measured: dict[str, Any], looks: dict[str, Series]) -> Drawing | None:
     """Velocity error by timestep, the noise at the left as in sampling. The teacher's own is zero and not drawn."""
     names = [name for name in looks if name != TEACHER and measured.get(name, {}).get("velocity_by_timestep")]

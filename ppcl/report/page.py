@@ -70,6 +70,7 @@ def _context(results: Results) -> dict[str, Any]:
         "training": results.stage("students"),
         "losses": _losses(results.stage("students")),
         "text_map": _text_map(detection),
+        "finetuning": _finetuning(results.stage("finetuning")),
         "students": _students(results),
         "velocity": figures.velocity_curves(measured, looks),
         "quality": [drawing for drawing in quality if drawing],
@@ -163,6 +164,22 @@ def _heat_maps(detection: dict[str, Any], key: str) -> list[figures.Drawing]:
         for stream in STREAMS
         if stream in tables
     ]  # fmt: skip
+
+
+def _finetuning(tuned: dict[str, Any]) -> dict[str, Any] | None:
+    """What the section on fine-tuning tells; None where there was none."""
+    if not tuned:
+        return None
+    plans = tuned["plans"]
+    ratios = sorted(row["after"] / row["before"] for row in plans if row["before"])
+    return {
+        "steps": tuned["steps"],
+        "plans": len(plans),
+        "better": sum(row["after"] < row["before"] for row in plans),
+        "median": ratios[len(ratios) // 2] if ratios else None,
+        "losses": figures.loss_curves({"velocity": tuned}) if tuned["curve"] else None,
+        "drawing": figures.before_and_after(plans),
+    }
 
 
 def _text_map(detection: dict[str, Any]) -> figures.Drawing | None:

@@ -12,6 +12,7 @@ from ppcl.artifacts import CONFIG, Artifacts
 STAGE_FILES = {
     "detection": "detection.json",
     "students": "training.json",
+    "finetuning": "finetuning.json",
     "variants": "variants.json",
     "evaluation": "evaluation.json",
 }

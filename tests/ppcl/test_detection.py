@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppcl.config import Detection
+from ppcl.config import Detection, Width
 from ppcl.detection import detect, write_detection
 from ppcl.errors import UserError
 from ppcl.probes.probe import Probe
@@ -19,7 +19,7 @@ WIDTH = 24
 
 
 def found_in(folder, blocks, tell=lambda done, total: None, spans=None, **settings):
-    return detect(folder, spans or [range(blocks)], Detection(**settings), tell)
+    return detect(folder, spans or [range(blocks)], Detection(**settings), Width(), tell)
 
 
 def write_stack(folder, blocks, tokens=400, without_text=()):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ppcl.architecture import embed, run_blocks
-from ppcl.config import Detection, Probes
+from ppcl.config import Detection, Probes, Width
 from ppcl.detection import detect
 from ppcl.distillation.mesh import Mesh
 from ppcl.errors import UserError
@@ -125,7 +125,7 @@ def test_held_out_tokens_are_the_same_ones_at_every_boundary(alone, teacher_fold
 
 
 def test_the_table_of_a_whole_run(alone):
-    found = detect(alone, [range(BLOCKS)], Detection(), lambda done, total: None)
+    found = detect(alone, [range(BLOCKS)], Detection(), Width(), lambda done, total: None)
     for stream in ("img", "txt", "mean"):
         table = found["cka"][stream]
         assert all(table[u][u] == 1 for u in range(BLOCKS))
@@ -146,9 +146,9 @@ def test_a_sample_of_nan_is_left_out_counted_and_changes_nothing_else(teacher_fo
     assert dropped(probe_file(tmp_path, 4)) == 16 and dropped(probe_file(alone, 4)) == 0
     clean, ours = load_file(probe_file(alone, 4)), load_file(probe_file(tmp_path, 4))
     assert all(t.isfinite().all() for t in ours.values()) and not torch.equal(ours["img.weight"], clean["img.weight"])
-    found = detect(tmp_path, [range(BLOCKS)], Detection(), lambda done, total: None)
+    found = detect(tmp_path, [range(BLOCKS)], Detection(), Width(), lambda done, total: None)
     assert found["left_out"] == {"img": 3, "txt": 3}
-    whole = detect(alone, [range(BLOCKS)], Detection(), lambda done, total: None)
+    whole = detect(alone, [range(BLOCKS)], Detection(), Width(), lambda done, total: None)
     for u in range(BLOCKS):
         for k in range(u, BLOCKS):
             assert found["cka"]["mean"][u][k] == pytest.approx(whole["cka"]["mean"][u][k], abs=0.1)

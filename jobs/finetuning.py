@@ -1,0 +1,66 @@
+"""Fine-tuning on Ray Train: data-parallel replicas of the teacher with all its replacements."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.ranks import Report, run_ranks
+from ppcl.config import Config
+from ppcl.teacher import Teacher
+
+
+def _rank(arguments: dict[str, Any], report: Report) -> None:
+    from ppcl.calibration.store import CalibrationSet
+    from ppcl.distillation.mesh import Mesh
+    from ppcl.finetuning.run import finetune
+    from ppcl.replacements import files_in
+
+    config = Config.model_validate(arguments["config"])
+    finetune(
+        teacher=Teacher(arguments["teacher"]),
+        files=files_in(Path(arguments["students"])),
+        samples=CalibrationSet(Path(arguments["calibration"])),
+        settings=config.finetuning,
+        sampling_steps=config.sampling.steps,
+        mesh=Mesh.join(1, config.finetuning.replicas),
+        folder=Path(arguments["folder"]),
+        checkpoints=Path(arguments["checkpoints"]),
+        seed=config.seed,
+        device=arguments["device"],
+        report=report,
+    )
+
+
+def finetune_replacements(
+    config: Config,
+    teacher: Teacher,
+    calibration: Path,
+    students: Path,
+    folder: Path,
+    device: str,
+    key: str,
+    progress: Callable[[int, int, dict[str, float]], None],
+) -> dict[str, Any]:
+    """Fine-tune what lies in `students` into `folder`; gives what the manifest tells of the stage.
+
+    Checkpoints lie under `folder/checkpoints/<key>` until all is written.
+    """
+    checkpoints = folder / "checkpoints" / key
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "teacher": str(teacher.folder),
+        "students": str(students),
+        "calibration": str(calibration),
+        "folder": str(folder),
+        "checkpoints": str(checkpoints),
+        "device": device,
+    }
+    run_ranks("finetuning", _rank, arguments, config.finetuning.replicas, device, folder / "checkpoints" / "ray", progress)
+    shutil.rmtree(folder / "checkpoints")
+    made = json.loads((folder / "finetuning.json").read_text())
+    return {"skipped_steps": made["skipped_steps"]}

@@ -1,0 +1,253 @@
+"""Fine-tuning the replacements end to end on the velocity, over plans drawn anew at every step.
+
+The paper fine-tunes one fixed configuration, which is no longer freely pluggable. Here every step draws a plan, plugs it
+in, and trains the replacements that are on to give the teacher's velocity; the teacher itself is never changed. So each
+replacement learns to work with and without the others. A fixed plan is the special case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ppcl.architecture import swap
+from ppcl.config import Finetuning
+from ppcl.distillation.mesh import Mesh
+from ppcl.distillation.pupil import learning_rate
+from ppcl.distillation.run import Samples, batch_of
+from ppcl.finetuning.plans import fixed_plan, random_plan, random_plans
+from ppcl.finetuning.replay import Replay
+from ppcl.plan import Entry
+from ppcl.plug import Switch
+from ppcl.replacements import save
+from ppcl.teacher import Teacher
+
+_CHECKPOINT = "checkpoint.safetensors"
+_CURVE_POINTS = 200
+_MEASURED_BATCH = 32
+
+
+class _Recomputed(nn.Module):
+    """A block whose inner activations are not kept for the backward pass but computed again."""
+
+    context_pre_only = False
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, **arguments: Any) -> Any:
+        return checkpoint(self.block, use_reentrant=False, **arguments)
+
+
+class _Trainer:
+    """One replica: the teacher, the replacements in training, and the optimizer."""
+
+    def __init__(
+        self, teacher: Teacher, files: Mapping[Entry, Path], samples: Samples, settings: Finetuning, mesh: Mesh, seed: int,
+        steps: int, device: str, bfloat16: bool,
+    ):  # fmt: skip
+        self.architecture = teacher.architecture
+        self.samples, self.settings, self.mesh, self.seed, self.device = samples, settings, mesh, seed, device
+        self.bfloat16, self.dtype = bfloat16, torch.bfloat16 if bfloat16 else torch.float32
+        self.model = teacher.transformer(device=device, dtype=self.dtype)
+        self.switch = Switch(teacher, files)
+        self.plan = fixed_plan(settings, files, self.architecture.spans(self.model))
+        self.entries = list(files) if self.plan is None else self.plan
+        self.modules = {entry: self.switch.module(entry, self.model.device, self.dtype) for entry in files}
+        for entry in self.entries:
+            # Trained in float32 whatever the teacher runs in; autocast brings both together.
+            self.modules[entry].float().requires_grad_(True)
+        self.parameters = {
+            f"{entry.name}.{name}": p for entry in self.entries for name, p in self.modules[entry].named_parameters()
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        self.average = {k: p.detach().clone() for k, p in self.parameters.items()} if settings.ema else {}
+        self.ids = samples.ids(held_out=False)
+        probe = samples.batch(self.ids[:: max(1, len(self.ids) // 512)], "cpu", torch.float32)
+        timesteps = probe[self.architecture.timestep].numpy() / self.architecture.timestep_scale
+        self.replay = Replay(8 * settings.batch_size, timesteps, steps)
+        self.step, self.skipped = 0, 0
+        self.curve: list[dict[str, float]] = []
+
+    def batch(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
+        """The teacher's states, and the variants' own in place of some; ids and the transformer's arguments."""
+        size = self.settings.batch_size
+        ids = batch_of(step, self.ids, size, self.seed)[self.mesh.replica :: self.mesh.dp]
+        own = self.replay.draw(round(self.settings.own_states * len(ids)), rng)
+        ids = np.array([*ids[: len(ids) - len(own)], *(self.replay.ids[place] for place in own)])
+        inputs = self.samples.batch(ids, self.device, self.dtype)
+        if own:
+            latents, timestep = self.architecture.latents, self.architecture.timestep
+            shape = inputs[latents].shape[1:]
+            inputs[latents][-len(own) :] = torch.stack(
+                [self.replay.latents[place].view(shape) for place in own]
+            ).to(inputs[latents])  # fmt: skip
+            inputs[timestep][-len(own) :] = torch.tensor(
+                [self.replay.timesteps[place] * self.architecture.timestep_scale for place in own]
+            ).to(inputs[timestep])  # fmt: skip
+        return ids, inputs
+
+    def velocity(self, plan: Sequence[Entry], inputs: dict[str, Any], training: bool) -> torch.Tensor:
+        self.switch(self.model, plan)
+        if training and self.settings.recompute:
+            swap(self.model, {n: _Recomputed(b) for n, b in enumerate(self.architecture.blocks(self.model))})
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
+            return self.model(**{**inputs, "return_dict": False})[0]
+
+    def learn(self) -> dict[str, float]:
+        """One optimizer step; the relative squared error of the drawn plan's velocity."""
+        step = self.step
+        # The same plan on all replicas; their own states differ.
+        plan = self.plan or random_plan(self.entries, np.random.default_rng([self.seed, step]))
+        ids, inputs = self.batch(step, np.random.default_rng([self.seed, step, self.mesh.replica]))
+        with torch.no_grad():
+            target = self.velocity((), inputs, training=False).float()
+        made = self.velocity(plan, inputs, training=True).float()
+        error = (made - target).square().sum()
+        sums = torch.stack([error.detach().double().cpu(), target.square().sum().double().cpu()])
+        whole, energy = self.mesh.add_up(sums).tolist()
+        self.optimizer.zero_grad(set_to_none=True)
+        # The gradient of the error's logarithm: a plan with few replacements, whose error is small, counts as much as one
+        # with many. On the error itself the large plans decide everything, and the small ones get worse.
+        (error / max(whole, 1e-12 * energy)).backward()
+        self._reduce_gradients()
+        learning = [p for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(learning, self.settings.gradient_clip)
+        if torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(step, self.settings)
+            self.optimizer.step()
+            if self.average:
+                weight = 1 - min(self.settings.ema, (step + 1) / (step + 10))
+                torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], weight)
+        else:
+            self.skipped += 1
+        if self.settings.own_states:
+            timesteps = inputs[self.architecture.timestep].float().cpu().numpy() / self.architecture.timestep_scale
+            self.replay.add(ids, inputs[self.architecture.latents], timesteps, made.detach())
+        self.step += 1
+        self.switch(self.model, ())
+        return {"loss": whole / energy, "entries": len(plan)}
+
+    def _reduce_gradients(self) -> None:
+        if self.mesh.dp == 1:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        flat = self.mesh.add_up(torch.cat([g.reshape(-1) for g in gradients]))
+        for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            g.copy_(part.view_as(g))
+
+    @torch.no_grad()
+    def errors(self, plans: Iterable[Sequence[Entry]]) -> list[float]:
+        """The velocity error of plans on the held-out samples."""
+        plans = list(plans)
+        ids = self.samples.ids(held_out=True)
+        error, energy = torch.zeros(len(plans), dtype=torch.float64), 0.0
+        for start in range(0, len(ids), _MEASURED_BATCH):
+            inputs = self.samples.batch(ids[start : start + _MEASURED_BATCH], self.device, self.dtype)
+            target = self.velocity((), inputs, training=False).double()
+            energy += float(target.square().sum())
+            for index, plan in enumerate(plans):
+                made = self.velocity(plan, inputs, training=False).double()
+                error[index] += (made - target).square().sum().cpu()
+        self.switch(self.model, ())
+        return (error / energy).tolist()
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Everything needed to go on, in one file that appears whole or not at all."""
+        tensors = {f"parameter.{k}": p.detach() for k, p in self.parameters.items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for k, p in self.parameters.items():
+            if state := self.optimizer.state.get(p):
+                tensors |= {f"{name}.{k}": torch.as_tensor(state[name]) for name in ("exp_avg", "exp_avg_sq", "step")}
+        tensors |= self.replay.tensors()
+        words = {"step": str(self.step), "skipped": str(self.skipped), "curve": json.dumps(self.curve)}
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{_CHECKPOINT}.partial"
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, words)
+        os.replace(partial, folder / _CHECKPOINT)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        with safe_open(folder / _CHECKPOINT, framework="pt") as file:
+            words = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+        self.step, self.skipped = int(words["step"]), int(words["skipped"])
+        self.curve = json.loads(words["curve"])
+        with torch.no_grad():
+            for k, p in self.parameters.items():
+                p.copy_(tensors[f"parameter.{k}"])
+                if self.average:
+                    self.average[k].copy_(tensors[f"average.{k}"])
+                if f"exp_avg.{k}" in tensors:
+                    self.optimizer.state[p] = {
+                        "step": tensors[f"step.{k}"],
+                        **{name: tensors[f"{name}.{k}"].to(p.device) for name in ("exp_avg", "exp_avg_sq")},
+                    }
+        self.replay.restore(tensors)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put the averages where averages are kept."""
+        for k, value in self.average.items():
+            self.parameters[k].copy_(value)
+
+
+def finetune(
+    teacher: Teacher,
+    files: Mapping[Entry, Path],
+    samples: Samples,
+    settings: Finetuning,
+    sampling_steps: int,
+    mesh: Mesh,
+    folder: Path,
+    checkpoints: Path,
+    seed: int,
+    device: str,
+    report: Callable[[int, int, dict[str, float]], None],
+) -> None:
+    """Train all replacements and write them to `folder`, with `finetuning.json`: the curve, and plans before and after.
+
+    `report(step, steps, losses)` is called after every step. Continues from what lies in `checkpoints`.
+    """
+    bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
+    trainer = _Trainer(teacher, files, samples, settings, mesh, seed, sampling_steps, device, bfloat16)
+    plans = [trainer.plan] if trainer.plan is not None else random_plans(list(files), settings.measured, seed)
+    before = trainer.errors(plans) if mesh.replica == 0 else []
+    found = (checkpoints / _CHECKPOINT).exists()
+    mesh.barrier()
+    if found:
+        trainer.load_checkpoint(checkpoints)
+    every = max(1, settings.steps // _CURVE_POINTS)
+    while trainer.step < settings.steps:
+        told = trainer.learn()
+        step = trainer.step
+        if (step - 1) % every == 0 or step == settings.steps:
+            trainer.curve.append({"step": step - 1, **{k: round(v, 6) for k, v in told.items()}})
+        if mesh.replica == 0 and (step % settings.checkpoint_every == 0 or step == settings.steps):
+            trainer.save_checkpoint(checkpoints)
+        report(step, settings.steps, {"velocity": told["loss"]})
+    trainer.finish()
+    if mesh.replica == 0:
+        after = trainer.errors(plans)
+        for entry in files:
+            save(trainer.modules[entry], entry, teacher.architecture, folder / f"{entry.name}.safetensors")
+        rows = [
+            {"plan": [str(entry) for entry in plan], "before": b, "after": a}
+            for plan, b, a in zip(plans, before, after, strict=True)
+        ]
+        record = {"steps": settings.steps, "curve": trainer.curve, "skipped_steps": trainer.skipped, "plans": rows}
+        (folder / "finetuning.json").write_text(json.dumps(record))
+    mesh.barrier()

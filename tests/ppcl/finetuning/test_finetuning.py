@@ -1,0 +1,153 @@
+"""Fine-tuning over drawn plans: what improves, what is left alone, and that neither a stop nor the ranks change it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ppcl.config import Distillation, Finetuning
+from ppcl.distillation.mesh import Mesh
+from ppcl.distillation.run import distil
+from ppcl.errors import UserError
+from ppcl.finetuning.plans import fixed_plan, random_plan, random_plans
+from ppcl.finetuning.replay import Replay
+from ppcl.finetuning.run import finetune
+from ppcl.plan import Ffn, Interval, TextRun, clash
+from ppcl.replacements import files_in, load
+from ppcl.teacher import Teacher
+from tests import ranks, tiny
+from tests.samples import MemorySamples
+
+PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), Ffn(0), Ffn(2)]
+SETTINGS = Finetuning(
+    steps=120, batch_size=16, learning_rate=1e-3, warmup=2, own_states=0.25, measured=12, checkpoint_every=10
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.qwen_pipeline(tmp_path_factory.mktemp("teacher") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def students(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("students")
+    # Poor starts, so that there is something to improve.
+    settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, start="first", ridge=1.0)
+    with torch.enable_grad():
+        distil(
+            Teacher(folder), MemorySamples(256), PLAN, settings, Mesh.join(1, 1), out, out / "c", 0, "cpu", lambda *_: None
+        )
+    return out
+
+
+def tune(folder, students, out, settings=SETTINGS, stop_after=None):
+    def report(done, total, losses):
+        if done == stop_after:
+            raise KeyboardInterrupt
+
+    out.mkdir(exist_ok=True)
+    mesh = Mesh.join(1, settings.replicas)
+    with torch.enable_grad():
+        finetune(
+            Teacher(folder), files_in(students), MemorySamples(256), settings, 8, mesh, out, out / "checkpoints", 0, "cpu", report
+        )
+    return json.loads((out / "finetuning.json").read_text()) if mesh.replica == 0 else None
+
+
+@pytest.fixture(scope="module")
+def tuned(folder, students, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tuned")
+    tune(folder, students, out)
+    return out
+
+
+def states(folder, out):
+    return {entry: load(path, Teacher(folder)).state_dict() for entry, path in files_in(out).items()}
+
+
+def assert_same(one, two, tolerance):
+    assert one.keys() == two.keys()
+    for entry in one:
+        for name in one[entry]:
+            difference = (one[entry][name] - two[entry][name]).norm() / one[entry][name].norm().clamp_min(1e-6)
+            assert difference <= tolerance, f"{entry} {name}: {difference:.2e}"
+
+
+def test_drawn_plans_do_not_clash_and_reach_everything():
+    plans = random_plans(PLAN, 200, seed=0)
+    assert len({tuple(plan) for plan in plans}) == len(plans) > 12
+    assert all(plan and not any(clash(a, b) for a in plan for b in plan if a is not b) for plan in plans)
+    assert {entry for plan in plans for entry in plan} == set(PLAN)
+    again = random_plan(PLAN, np.random.default_rng([3, 4]))
+    assert again == random_plan(PLAN, np.random.default_rng([3, 4]))
+
+
+def test_a_state_moves_on_by_an_euler_step_and_ends_at_the_last_timestep():
+    replay = Replay(3, np.linspace(0.1, 1.0, 10), 10)
+    x, v = torch.randn(2, 4), torch.randn(2, 4)
+    replay.add(np.array([7, 8]), x, np.array([1.0, 0.1]), v)
+    assert replay.ids == [7] and replay.timesteps == pytest.approx([0.9])
+    assert torch.allclose(replay.latents[0], x[0] - 0.1 * v[0])
+    replay.add(np.arange(3), torch.zeros(3, 4), np.array([0.5, 0.6, 0.7]), torch.full((3, 4), torch.nan))
+    assert len(replay) == 1
+    replay.add(np.arange(3), torch.zeros(3, 4), np.array([0.5, 0.6, 0.7]), torch.zeros(3, 4))
+    assert replay.ids == [0, 1, 2]
+    other = Replay(3, np.linspace(0.1, 1.0, 10), 10)
+    other.restore(replay.tensors())
+    assert (other.ids, other.timesteps) == (replay.ids, replay.timesteps)
+
+
+def test_plans_improve_and_the_files_say_so(folder, students, tuned):
+    rows = json.loads((tuned / "finetuning.json").read_text())["plans"]
+    assert len(rows) == 12
+    ratios = [row["after"] / row["before"] for row in rows]
+    assert np.median(ratios) < 0.9 and sum(r < 1 for r in ratios) >= 10
+    assert files_in(tuned).keys() == files_in(students).keys() == set(PLAN)
+
+
+def test_a_stopped_run_continues_to_the_same(folder, students, tuned, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tune(folder, students, tmp_path, stop_after=25)
+    assert not files_in(tmp_path)
+    tune(folder, students, tmp_path)
+    assert_same(states(folder, tuned), states(folder, tmp_path), 1e-5)
+
+
+def test_replicas_do_not_change_the_result(folder, students, tmp_path):
+    # Each replica replays states of its own, so the result can be the same only without them.
+    settings = SETTINGS.model_copy(update={"steps": 6, "own_states": 0.0})
+    tune(folder, students, tmp_path / "one", settings)
+    ranks.run(2, tune, folder, students, tmp_path / "two", settings.model_copy(update={"replicas": 2}))
+    assert_same(states(folder, tmp_path / "one"), states(folder, tmp_path / "two"), 2e-5)
+
+
+def test_recomputed_activations_give_the_same(folder, students, tmp_path):
+    settings = SETTINGS.model_copy(update={"steps": 4})
+    tune(folder, students, tmp_path / "kept", settings)
+    tune(folder, students, tmp_path / "again", settings.model_copy(update={"recompute": True}))
+    assert_same(states(folder, tmp_path / "kept"), states(folder, tmp_path / "again"), 1e-5)
+
+
+def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
+    record = tune(folder, students, tmp_path, SETTINGS.model_copy(update={"plan": "0-1,3-5"}))
+    (row,) = record["plans"]
+    assert row["plan"] == ["0-1", "3-5"] and row["after"] < 0.9 * row["before"]
+    before, after = states(folder, students), states(folder, tmp_path)
+    for entry in PLAN:
+        same = all(torch.equal(before[entry][name], after[entry][name]) for name in before[entry])
+        assert same == (entry not in (Interval(0, 1), Interval(3, 5)))
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ("half", "'half' is no plan; write it as"),
+        ("0-1,1-2", "overlap"),
+        ("0-2", "there is no replacement 0-2; there are 0-1, 3-5"),
+    ],
+)
+def test_a_fixed_plan_that_cannot_be(plan, sentence):
+    with pytest.raises(UserError, match=sentence):
+        fixed_plan(Finetuning(plan=plan), PLAN, [range(6)])
