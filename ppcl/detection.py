@@ -17,7 +17,7 @@ from ppcl.artifacts import write_atomically
 from ppcl.config import Detection, Width
 from ppcl.errors import UserError
 from ppcl.intervals import Table, differences, first_difference
-from ppcl.plan import Ffn, TextRun
+from ppcl.plan import Ffn, Interval, TextRun
 from ppcl.probes.probe import Probe
 from ppcl.probes.run import ffn_error, has_text, probe_file, tokens_file
 from ppcl.similarity import FEWEST_TOKENS, centred, hsic, ratio
@@ -123,9 +123,8 @@ def detect(
     errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
     errors = {block: error for block, error in errors.items() if error is not None}
     ffns = sorted(errors, key=errors.get)[: width.ffns]
-    # A block that has no FFN of its own for the text has no text stream of its own.
     text_map = stream_map(probes_folder, blocks, "txt", finite["txt"]) if width.text else None
-    runs = text_runs(text_map, _with_text(probes_folder, spans), width.text_similarity) if width.text else []
+    runs = text_runs(text_map, _apart(_with_text(probes_folder, spans), intervals), width.text_similarity) if width.text else []
     return {
         "blocks": blocks,
         "spans": [[span.start, span.stop] for span in spans],
@@ -143,8 +142,19 @@ def detect(
     }
 
 
+def _apart(spans: list[range], intervals: list[Interval]) -> list[range]:
+    """The spans cut at the borders of the intervals: a run across one would leave no place there to cut the teacher into
+    the segments of a pipeline, since everything that is learnt lies within one rank's segment."""
+    borders = {border for interval in intervals for border in (interval.first, interval.last + 1)}
+    parts = []
+    for span in spans:
+        cuts = [span.start, *sorted(b for b in borders if span.start < b < span.stop), span.stop]
+        parts += [range(a, b) for a, b in zip(cuts, cuts[1:])]
+    return parts
+
+
 def _with_text(probes_folder: Path, spans: list[range]) -> list[range]:
-    """The runs of blocks whose text stream has parts of its own."""
+    """The runs of blocks whose text stream has parts of its own: not single-stream ones, nor one that drops its text."""
     found = []
     for span in spans:
         own = [b for b in span if has_text(probe_file(probes_folder, b))]

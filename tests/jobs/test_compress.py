@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STAGES = ["calibration", "probes", "detection", "students", "variants", "evaluation"]
+STAGES = ["calibration", "probes", "detection", "students", "finetuning", "variants", "evaluation"]
 
 
 def ppcl(*arguments, stop_at=None):
@@ -54,6 +54,7 @@ def job(tmp_path_factory, teacher_folder):
         "calibration": {"states_per_prompt": 2, "held_out": 0.3},
         "probes": {"workers": 2},
         "distillation": {"steps": 30, "batch_size": 4, "warmup": 2, "pipeline": 2, "checkpoint_every": 5},
+        "finetuning": {"steps": 20, "batch_size": 4, "warmup": 2, "measured": 5, "checkpoint_every": 5},
         "variants": {"budgets": [0.9], "custom": {}},
         "evaluation": {"limit": 3},
     }
@@ -68,8 +69,8 @@ def entries(job):
 
 @pytest.fixture(scope="module")
 def finished(job):
-    """The job's result, interrupted in two stages on the way: in Ray Data's and in Ray Train's."""
-    for stage in ("calibration", "students"):
+    """The job's result, interrupted in three stages on the way: in Ray Data's and in both of Ray Train's."""
+    for stage in ("calibration", "students", "finetuning"):
         code, said, error = ppcl("compress", job, stop_at=f"{stage}: ")
         assert code == 130, said + error
         assert error == "ppcl: stopped; the same command continues from what is complete\n"
@@ -81,9 +82,9 @@ def finished(job):
 
 def test_an_interrupted_job_continues_from_what_is_complete(finished):
     _, said = finished
-    for stage in STAGES[:3]:
+    for stage in STAGES[:4]:
         assert f"{stage}: complete, skipped" in said
-    for stage in STAGES[3:]:
+    for stage in STAGES[4:]:
         assert f"{stage}: done" in said
 
 
@@ -101,7 +102,7 @@ def test_the_same_command_again_computes_nothing(finished, job):
     before = entries(job)
     code, said, _ = ppcl("compress", job)
     assert code == 0 and entries(job) == before
-    assert [f"{stage}: complete, skipped" in said for stage in STAGES] == [True] * 6
+    assert [f"{stage}: complete, skipped" in said for stage in STAGES] == [True] * len(STAGES)
 
 
 def test_a_damaged_artifact_is_found_by_its_hash_and_made_again(finished, job):
