@@ -24,7 +24,7 @@ from ppcl.artifacts import CONFIG, LOG, Artifacts, key_of, write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError
 from ppcl.finetuning.plans import fixed_plan
-from ppcl.plan import Ffn, Interval, TextRun, entry_of
+from ppcl.plan import Ffn, Fold, Interval, TextRun, entry_of
 from ppcl.teacher import Teacher, file_sha256
 
 # Keys that say how a stage is run and not what comes out of it.
@@ -162,7 +162,7 @@ class Job:
         )
 
     def _tell(self, plan: list[Any], blocks: int) -> None:
-        kinds = {"intervals": Interval, "text runs": TextRun, "FFNs": Ffn}
+        kinds = {"intervals": Interval, "text runs": TextRun, "FFNs": Ffn, "for all blocks": Fold}
         for what, kind in kinds.items():
             entries = [entry for entry in plan if isinstance(entry, kind)]
             if entries:

@@ -32,6 +32,7 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
         seed=config.seed,
         device=arguments["device"],
         report=report,
+        modulation_error=config.width.modulation_error,
     )
 
 

@@ -78,6 +78,10 @@ class Width(Section):
     text_similarity: float = Field(
         0.95, gt=0, le=1, description="CKA that the text stream behind a run's first block keeps up to its last one"
     )
+    modulations: bool = Field(True, description="compute all modulations in the few directions the timestep moves them in")
+    modulation_error: float = Field(
+        1e-4, gt=0, lt=1, description="share of the modulations' input that may be lost by it, of its variance over timesteps"
+    )
     ffns: int | None = Field(
         None, ge=0, description="replace so many FFNs, those of the smallest error of the closed-form fit; null: all; 0: none"
     )

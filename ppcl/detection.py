@@ -17,7 +17,7 @@ from ppcl.artifacts import write_atomically
 from ppcl.config import Detection, Width
 from ppcl.errors import UserError
 from ppcl.intervals import Table, differences, first_difference
-from ppcl.plan import Ffn, Interval, TextRun
+from ppcl.plan import Ffn, Fold, Interval, TextRun
 from ppcl.probes.probe import Probe
 from ppcl.probes.run import ffn_error, has_text, probe_file, tokens_file
 from ppcl.similarity import FEWEST_TOKENS, centred, hsic, ratio
@@ -138,7 +138,7 @@ def detect(
         "intervals": [list(i) for i in intervals],
         "text_map": text_map,
         "ffn_errors": errors,
-        "plan": [str(entry) for entry in [*intervals, *runs, *map(Ffn, sorted(ffns))]],
+        "plan": [str(entry) for entry in [*intervals, *runs, *map(Ffn, sorted(ffns)), *([Fold()] if width.modulations else [])]],
     }
 
 

@@ -1,8 +1,9 @@
-"""Plans: which parts of the teacher are replaced. Three kinds of replacement, each switched on or off by itself.
+"""Plans: which parts of the teacher are replaced. Four kinds of replacement, each switched on or off by itself.
 
 - `Interval`: a run of blocks becomes one student block (depth).
 - `TextRun`: in a run of blocks the text stream is replaced by linear projectors (width).
 - `Ffn`: a block's FFNs become residual linear maps (width).
+- `Fold`: all modulations are computed in the few directions the timestep moves them in (width, nearly without loss).
 """
 
 from __future__ import annotations
@@ -88,12 +89,30 @@ class Ffn:
         return f"ffn:{self.block}"
 
 
-Entry = Interval | TextRun | Ffn
+@dataclass(frozen=True)
+class Fold:
+    """The modulations of all blocks, of students too, in low rank. Goes with everything."""
 
-_KINDS = (Interval, TextRun, Ffn)
+    first = 0
+    last = 0
+    removed = 0
+    name = "modulations"
+
+    @property
+    def blocks(self) -> range:
+        """None of its own."""
+        return range(0)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Entry = Interval | TextRun | Ffn | Fold
+
+_KINDS = (Interval, TextRun, Ffn, Fold)
 _FILE = re.compile(r"(?:(?P<kind>text|ffn)-)?(?P<first>\d+)(?:-(?P<last>\d+))?")
 _WRITTEN = re.compile(r"(?:(?P<kind>text|ffn):)?(?P<first>\d+)(?:-(?P<last>\d+))?")
-HOW_WRITTEN = "intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, with commas between"
+HOW_WRITTEN = "intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, all modulations as modulations, with commas between"
 
 
 def order(entry: Entry) -> tuple[int, int]:
@@ -114,12 +133,12 @@ def _entry(match: re.Match | None) -> Entry | None:
 
 def named(name: str) -> Entry | None:
     """The entry whose `name` this is; None where it is none."""
-    return _entry(_FILE.fullmatch(name))
+    return Fold() if name == Fold.name else _entry(_FILE.fullmatch(name))
 
 
 def written(text: str) -> list[Entry] | None:
     """The entries of a text such as `3-5,text:6-8,ffn:9`, as people write them; None where it is none."""
-    entries = [_entry(_WRITTEN.fullmatch(part)) for part in text.split(",")]
+    entries = [Fold() if part == Fold.name else _entry(_WRITTEN.fullmatch(part)) for part in text.split(",")]
     return None if None in entries else entries
 
 
@@ -139,6 +158,8 @@ def clash(a: Entry, b: Entry) -> bool:
     """Whether two entries cannot be on together. An FFN can be replaced within a text run, where its text part is gone."""
     if {type(a), type(b)} == {TextRun, Ffn}:
         return False
+    if isinstance(a, Fold) or isinstance(b, Fold):
+        return type(a) is type(b)
     return a.first <= b.last and b.first <= a.last
 
 
@@ -146,6 +167,8 @@ def checked(entries: Iterable[Entry | str | Sequence[int]], spans: list[range]) 
     """A sorted plan. Raises `UserError` where an entry is empty, out of range, crosses lists or clashes with another."""
     plan = sorted(map(entry_of, entries), key=order)
     for entry in plan:
+        if isinstance(entry, Fold):
+            continue
         if not isinstance(entry, Ffn) and entry.first >= entry.last:
             raise UserError(f"{_called(entry)} holds no two blocks; the first must be less than the last")
         if not any(entry.first in span and entry.last in span for span in spans):
@@ -159,5 +182,7 @@ def checked(entries: Iterable[Entry | str | Sequence[int]], spans: list[range]) 
 
 
 def _called(entry: Entry) -> str:
+    if isinstance(entry, Fold):
+        return "the modulations"
     kind = {Interval: "the interval", TextRun: "the text run", Ffn: "the FFN"}[type(entry)]
     return f"{kind} {entry.block}" if isinstance(entry, Ffn) else f"{kind} [{entry.first}, {entry.last}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 
 from ppcl.architecture import swap
-from ppcl.plan import Entry
+from ppcl.plan import Entry, order
 from ppcl.replacements import Replacement, load, placed
 from ppcl.teacher import Teacher
+
+# Plans of a transformer whose views are kept, so that going back to one is no work.
+_REMEMBERED = 64
 
 
 class Switch:
@@ -26,6 +30,9 @@ class Switch:
         self.teacher = teacher
         self.files = dict(files)
         self._loaded: dict[tuple[Entry, str, torch.dtype], Replacement] = {}
+        self._standing: WeakKeyDictionary[nn.Module, OrderedDict[tuple[Entry, ...], dict[int, nn.Module]]] = (
+            WeakKeyDictionary()
+        )
         self._teachers_blocks: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
 
     def module(self, entry: Entry, device: str, dtype: torch.dtype) -> Replacement:
@@ -42,9 +49,15 @@ class Switch:
 
     def entries(self, transformer: nn.Module, plan: Iterable[Entry]) -> dict[int, nn.Module]:
         """What stands at which block number with a plan on."""
-        plan = list(plan)
-        modules = {entry: self.module(entry, transformer.device, transformer.dtype) for entry in plan}
-        return placed(self.teacher.architecture, transformer, self.blocks(transformer), modules, plan)
+        key = tuple(sorted(plan, key=order))
+        known = self._standing.setdefault(transformer, OrderedDict())
+        if key not in known:
+            modules = {entry: self.module(entry, transformer.device, transformer.dtype) for entry in key}
+            known[key] = placed(self.teacher.architecture, transformer, self.blocks(transformer), modules, key)
+            if len(known) > _REMEMBERED:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        return known[key]
 
     def __call__(self, transformer: nn.Module, plan: Iterable[Entry]) -> None:
         """Leave the transformer with exactly this plan on; an empty one is the teacher itself."""

@@ -17,14 +17,14 @@ from torch import nn
 
 from ppcl.architecture import Architecture, PassThrough, Streams
 from ppcl.errors import UserError
-from ppcl.plan import Entry, Ffn, Interval, TextRun, named, order, written
+from ppcl.plan import Entry, Ffn, Fold, Interval, TextRun, named, order, written
 from ppcl.students import Student
 from ppcl.teacher import Teacher
-from ppcl.width import FfnMaps, TextProjectors, text_run, without_ffn
+from ppcl.width import Basis, FfnMaps, RunBlock, RunStart, TextProjectors, text_run, without_ffn
 
 _FORMAT = "ppcl-replacement-1"
 
-Replacement = Student | TextProjectors | FfnMaps
+Replacement = Student | TextProjectors | FfnMaps | Basis
 
 
 def placed(
@@ -54,7 +54,20 @@ def placed(
             inside = {number: maps for number, maps in ffns.items() if number in own}
             parts = architecture.parts_of(transformer, entry.first, blocks[entry.first])
             standing |= text_run(architecture, own, parts, modules[entry], inside)
+    if any(isinstance(entry, Fold) for entry in plan):
+        for number, block in enumerate(blocks):
+            here = standing.get(number, block)
+            if not isinstance(here, PassThrough):
+                standing[number] = modules[Fold()].folded(here, _modulations(architecture, transformer, number, block, here))
     return standing
+
+
+def _modulations(
+    architecture: Architecture, transformer: nn.Module, number: int, block: nn.Module, here: nn.Module
+) -> list[str]:
+    """Where the modulations are of what stands at a block's number."""
+    inside = "block." if isinstance(here, Student | RunStart | RunBlock) else ""
+    return [inside + where.modulation for where in architecture.parts_of(transformer, number, block).values()]
 
 
 def files_in(folder: Path) -> dict[Entry, Path]:
@@ -112,10 +125,12 @@ def _empty(entry: Entry, words: Mapping[str, str], tensors: Mapping[str, torch.T
             if f"affine.{stream}.weight" in tensors
         }
         return Student(teacher.architecture, entry, source, block, affine)
-    width = next(t.shape[0] for name, t in tensors.items() if name.endswith("weight"))
+    width = next((t.shape[0] for name, t in tensors.items() if name.endswith("weight")), 0)
     with torch.device("meta"):
         if isinstance(entry, TextRun):
             return TextProjectors(entry, width, "h.weight" in tensors)
+        if isinstance(entry, Fold):
+            return Basis(*tensors["directions"].shape)
         return FfnMaps({stream: nn.Linear(width, width) for stream in Streams._fields if f"{stream}.weight" in tensors})
 
 

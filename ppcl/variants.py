@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.plan import Entry, Ffn, Interval, TextRun, checked, entry_of, order, written
+from ppcl.plan import Entry, Ffn, Fold, Interval, TextRun, checked, entry_of, order, written
 from ppcl.replacements import stored_sizes
 from ppcl.teacher import Teacher
 
@@ -43,7 +43,8 @@ class Sizes:
     """Parameter counts: of the whole transformer, of each block, of what each replacement takes away and brings.
 
     `replacements`: by entry, the numbers each tensor of its file holds. `ffns`: by block and stream, parameters that the
-    FFN's replacement takes away; `texts`: by block, those that a text run takes away.
+    FFN's replacement takes away; `texts`: by block, those that a text run takes away. `rows`: by block and stream, what
+    its modulation gives, of which folding makes each `width` parameters cheaper; `chunk`: rows of an FFN's part of it.
     """
 
     total: int
@@ -51,17 +52,43 @@ class Sizes:
     replacements: Mapping[Entry, Mapping[str, int]]
     ffns: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     texts: Mapping[int, int] = field(default_factory=dict)
+    rows: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    width: int = 0
 
-    def saved(self, entry: Entry, within: TextRun | None = None) -> int:
-        """Parameters fewer with an entry on; of an FFN `within` a text run that is on, where its text part is gone."""
+    def saved(self, entry: Entry, within: TextRun | None = None, folded: bool = False) -> int:
+        """Parameters fewer with an entry on; of an FFN `within` a text run that is on, where its text part is gone.
+
+        `folded`: with the modulations folded, of which what is replaced needs none.
+        """
+        if isinstance(entry, Fold):
+            every_row = sum(sum(rows.values()) for rows in self.rows.values())
+            return every_row * self._folding() - sum(self.replacements[entry].values())
+        saved = self._unfolded(entry, within)
+        return saved - self._rows(entry, within) * self._folding() if folded else saved
+
+    def _folding(self) -> int:
+        """Parameters fewer for each row of a modulation that is folded."""
+        directions = self.replacements[Fold()]["directions"]
+        return self.width - directions // self.width
+
+    def _rows(self, entry: Entry, within: TextRun | None) -> int:
+        """Rows of modulations that an entry takes away."""
+        if isinstance(entry, Interval):
+            return sum(sum(self.rows[block].values()) for block in entry.blocks) - sum(self.rows[entry.first].values())
+        if isinstance(entry, TextRun):
+            return sum(self.rows[block]["txt"] for block in entry.blocks[1:])
+        return 3 * self.width * len(self._streams(entry, within))
+
+    def _streams(self, entry: Ffn, within: TextRun | None) -> set[str]:
+        return {"img"} if within is not None and entry.block != within.first else set(self.ffns[entry.block])
+
+    def _unfolded(self, entry: Entry, within: TextRun | None) -> int:
         brought = self.replacements[entry]
         if isinstance(entry, Interval):
             return sum(self.blocks[block] for block in entry.blocks) - sum(brought.values())
         if isinstance(entry, TextRun):
             return sum(self.texts[block] for block in entry.blocks[1:]) - sum(brought.values())
-        streams = set(self.ffns[entry.block])
-        if within is not None and entry.block != within.first:
-            streams = {"img"}
+        streams = self._streams(entry, within)
         return sum(self.ffns[entry.block][stream] for stream in streams) - sum(
             size for name, size in brought.items() if name.split(".")[0] in streams
         )
@@ -69,7 +96,8 @@ class Sizes:
     def parameters(self, plan: Iterable[Entry]) -> int:
         """What is left with a plan on, whose entries do not clash."""
         plan = list(plan)
-        return self.total - sum(self.saved(entry, _run_around(entry, plan)) for entry in plan)
+        folded = Fold() in plan
+        return self.total - sum(self.saved(entry, _run_around(entry, plan), folded) for entry in plan)
 
     def variant(self, name: str, plan: Iterable[Entry], budget: float | None = None) -> Variant:
         on = tuple(sorted(plan, key=order))
@@ -95,17 +123,21 @@ def sizes(teacher: Teacher, files: Mapping[Entry, Path]) -> Sizes:
     blocks = architecture.blocks(model)
     ffns: dict[int, dict[str, int]] = {}
     texts: dict[int, int] = {}
+    rows: dict[int, dict[str, int]] = {}
+    width = 0
     for number, block in enumerate(blocks):
         for stream, where in architecture.parts_of(model, number, block).items():
             modulation, ffn = block.get_submodule(where.modulation), count(block.get_submodule(where.ffn))
             width = modulation.in_features
+            rows.setdefault(number, {})[stream] = modulation.out_features
             # Shift, scale and gate of the FFN: three chunks of the modulation.
             ffns.setdefault(number, {})[stream] = ffn + 3 * width * (modulation.in_features + (modulation.bias is not None))
             if stream == "txt":
                 texts[number] = ffn + count(modulation) + count(block.get_submodule(where.out))
     return Sizes(
-        count(model), tuple(map(count, blocks)), {entry: stored_sizes(path) for entry, path in files.items()}, ffns, texts
-    )
+        count(model), tuple(map(count, blocks)), {entry: stored_sizes(path) for entry, path in files.items()}, ffns, texts,
+        rows, width,
+    )  # fmt: skip
 
 
 def trained(plan: Iterable[Entry | str | Sequence[int]], known: Iterable[Entry], spans: list[range]) -> list[Entry]:
@@ -127,6 +159,15 @@ def front(sizes: Sizes, damage: Mapping[Entry, float]) -> list[Row]:
     what is beaten stays beaten whatever is added to both. The rows number at most the distinct sums of parameters, which
     are few since blocks are alike.
     """
+    fold = Fold()
+    if fold not in damage:
+        return _front(sizes, damage, folded=False)
+    others = {entry: value for entry, value in damage.items() if entry != fold}
+    row = sizes.saved(fold), damage[fold], (fold,)
+    return _pareto(_front(sizes, others, folded=False) + _added(_front(sizes, others, folded=True), row))
+
+
+def _front(sizes: Sizes, damage: Mapping[Entry, float], folded: bool) -> list[Row]:
     starting: dict[int, list[Entry]] = {}
     for entry in sorted(damage, key=order):
         starting.setdefault(entry.first, []).append(entry)
@@ -134,12 +175,12 @@ def front(sizes: Sizes, damage: Mapping[Entry, float]) -> list[Row]:
     for block in range(len(sizes.blocks) - 1, -1, -1):
         rows = list(best[block + 1])
         for entry in starting.get(block, ()):
-            alone = [(sizes.saved(entry), damage[entry], (entry,))]
+            alone = [(sizes.saved(entry, None, folded), damage[entry], (entry,))]
             if isinstance(entry, TextRun):
                 for number in entry.blocks:
                     ffn = Ffn(number)
                     if ffn in damage:
-                        alone = _pareto(alone + _added(alone, (sizes.saved(ffn, entry), damage[ffn], (ffn,))))
+                        alone = _pareto(alone + _added(alone, (sizes.saved(ffn, entry, folded), damage[ffn], (ffn,))))
             rows += chain.from_iterable(_added(best[entry.last + 1], row) for row in alone)
         best[block] = _pareto(rows)
     return best[0]

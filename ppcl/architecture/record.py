@@ -51,6 +51,7 @@ class Architecture:
     `parts`: by block list and stream, where the parts of a block are that width pruning replaces; a list that is not
     named has none (a single-stream block's FFN shares its output projection with the attention). `attention`: the joint
     attention inside a block, which is called with the two streams by the arguments `img` and `txt`.
+    `temb`: the argument of a block that its modulations are computed from, by a SiLU and a linear map.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Architecture:
     timestep_scale: float
     text_mask: str | None = None
     attention: str = "attn"
+    temb: str = "temb"
     img: str = "hidden_states"
     txt: str = "encoder_hidden_states"
     latents: str = "hidden_states"

@@ -25,10 +25,11 @@ from ppcl.distillation.lessons import Seen, Wanted, new_lesson
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import Pupil
 from ppcl.distillation.start import fit_starts
-from ppcl.plan import Entry, Ffn, Interval
+from ppcl.plan import Entry, Ffn, Fold, Interval
 from ppcl.replacements import save
 from ppcl.segments import Chain, segments
 from ppcl.teacher import Teacher
+from ppcl.width.folding import fit_basis
 from ppcl.width.surgery import at
 
 # What training costs beside a teacher block's forward: a student its own forward and a backward of twice that, a block
@@ -143,15 +144,18 @@ def distil(
     seed: int,
     device: str,
     report: Callable[[int, int, dict[str, float]], None],
+    modulation_error: float = 0.0,
 ) -> None:
     """Train the replacements of this rank and write them to `folder/<entry>.safetensors`, their curves beside them.
 
-    `report(step, steps, losses)` is called after every step. Continues from what lies in `checkpoints`; what is further
+    `report(step, steps, losses)` is called after every step. `modulation_error`: see `ppcl.config.Width`. Continues from what lies in `checkpoints`; what is further
     on than others waits for them without being trained again.
     """
     architecture = teacher.architecture
     count = architecture.spans(teacher.empty_transformer())[-1].stop
     bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
+    fold = next((entry for entry in plan if isinstance(entry, Fold)), None)
+    plan = [entry for entry in plan if entry is not fold]
     part = segment_of(mesh.stage, mesh.pp, count, plan)
     segment = Segment(teacher, part, plan, device, torch.bfloat16 if bfloat16 else torch.float32)
     chain = Chain(mesh.stage, mesh.pp, mesh.rank)
@@ -199,6 +203,10 @@ def distil(
         report(step + 1, settings.steps, losses)
     chain.flush()
     seconds = time.monotonic() - begun
+    if fold and mesh.rank == 0:
+        basis = fit_basis(segment.transformer, samples, ids, settings.batch_size, modulation_error)
+        save(basis, fold, architecture, _file(folder, fold))
+        _write(folder / f"{fold.name}.json", {"curve": [], "skipped_steps": 0, "seconds": 0.0})
     if mesh.replica == 0:
         for entry, pupil in pupils.items():
             if pupil.step == settings.steps and first < settings.steps:

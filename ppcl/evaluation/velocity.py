@@ -70,8 +70,8 @@ def damages(transformer: nn.Module, switch: Switch, inputs: Mapping[str, Any]) -
     for block in range(len(blocks)):
         for entry in starting.get(block, ()):
             standing = switch.entries(transformer, [entry])
-            branch = run_blocks(architecture, [standing[b] for b in entry.blocks], streams, context)
-            branch = run_blocks(architecture, blocks[entry.last + 1 :], branch, context)
+            behind = [standing.get(b, blocks[b]) for b in range(block, len(blocks))]
+            branch = run_blocks(architecture, behind, streams, context)
             velocities[entry] = head(transformer, branch, inputs)
         streams = run_blocks(architecture, blocks[block : block + 1], streams, context)
     teachers = head(transformer, streams, inputs)

@@ -27,7 +27,7 @@ from ppcl.distillation.pupil import learning_rate
 from ppcl.distillation.run import Samples, batch_of
 from ppcl.finetuning.plans import fixed_plan, random_plan, random_plans
 from ppcl.finetuning.replay import Replay
-from ppcl.plan import Entry
+from ppcl.plan import Entry, Fold
 from ppcl.plug import Switch
 from ppcl.replacements import save
 from ppcl.teacher import Teacher
@@ -63,7 +63,8 @@ class _Trainer:
         self.model = teacher.transformer(device=device, dtype=self.dtype)
         self.switch = Switch(teacher, files)
         self.plan = fixed_plan(settings, files, self.architecture.spans(self.model))
-        self.entries = list(files) if self.plan is None else self.plan
+        # What folding loses is not learnt: nothing of it could be told from rounding.
+        self.entries = [e for e in (self.plan or files) if not isinstance(e, Fold)]
         self.modules = {entry: self.switch.module(entry, self.model.device, self.dtype) for entry in files}
         for entry in self.entries:
             # Trained in float32 whatever the teacher runs in; autocast brings both together.
@@ -224,7 +225,7 @@ def finetune(
     """
     bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
     trainer = _Trainer(teacher, files, samples, settings, mesh, seed, sampling_steps, device, bfloat16)
-    plans = [trainer.plan] if trainer.plan is not None else random_plans(list(files), settings.measured, seed)
+    plans = [trainer.plan] if trainer.plan is not None else random_plans(trainer.entries, settings.measured, seed)
     before = trainer.errors(plans) if mesh.replica == 0 else []
     found = (checkpoints / _CHECKPOINT).exists()
     mesh.barrier()

@@ -16,7 +16,7 @@ from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ppcl import plan as plans
-from ppcl.plan import Ffn, entry_of
+from ppcl.plan import Ffn, Fold, entry_of
 from ppcl.report import numbers
 from ppcl.report.summary import finite
 from ppcl.report.svg import COLOURS, SERIES, canvas, inline
@@ -87,6 +87,8 @@ def block_map(rows: list[dict[str, Any]], blocks: int, spans: list[Interval]) ->
             for block in sorted(set(range(blocks)) - inside):
                 axes.add_patch(Rectangle((block + 0.08, y - 0.32), 0.84, 0.64, color=COLOURS["faint"], linewidth=0))
             for entry in plan:
+                if isinstance(entry, Fold):
+                    continue
                 if isinstance(entry, Ffn):
                     axes.plot([entry.block + 0.5], [y - 0.06], "o", color=COLOURS["mark"], markersize=5, markeredgewidth=0)
                     continue

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ppcl.artifacts import write_atomically
-from ppcl.plan import Ffn, Interval, TextRun, entry_of, order
+from ppcl.plan import Ffn, Fold, Interval, TextRun, entry_of, order
 from ppcl.report import figures, numbers
 from ppcl.report.pictures import picture_rows
 from ppcl.report.results import Results, read_results
@@ -19,7 +19,7 @@ from ppcl.variants import TEACHER
 
 REPORT = "report.html"
 
-KINDS = {Interval: "interval", TextRun: "text run", Ffn: "FFN"}
+KINDS = {Interval: "interval", TextRun: "text run", Ffn: "FFN", Fold: "modulations"}
 STREAMS = {"img": "image stream", "txt": "text stream", "mean": "mean of both"}
 
 # Columns whose best variant is hinted at; what follows from the size alone is not.
@@ -198,12 +198,16 @@ def _text_map(detection: dict[str, Any]) -> figures.Drawing | None:
 def _losses(training: dict[str, Any]) -> figures.Drawing | None:
     """Of the FFNs no curve is drawn: they are many, and start at the optimum of their own loss."""
     trained = training.get("replacements", {})
-    drawn = {text: told for text, told in trained.items() if not isinstance(entry_of(text), Ffn)}
+    drawn = {text: told for text, told in trained.items() if not isinstance(entry_of(text), Ffn | Fold)}
     return figures.loss_curves(drawn) if drawn else None
 
 
 def _deltas(detection: dict[str, Any]) -> figures.Drawing | None:
     return figures.delta_curves(detection["delta"], detection["intervals"], detection["spans"]) if detection else None
+
+
+def _blocks(entry: Ffn | Fold) -> str:
+    return "all" if isinstance(entry, Fold) else str(entry.block)
 
 
 def _students(results: Results) -> list[dict[str, Any]]:
@@ -216,7 +220,7 @@ def _students(results: Results) -> list[dict[str, Any]]:
         students.append(
             {
                 "kind": KINDS[type(entry)],
-                "blocks": str(entry.first) if isinstance(entry, Ffn) else figures.interval_name((entry.first, entry.last)),
+                "blocks": _blocks(entry) if isinstance(entry, Ffn | Fold) else figures.interval_name((entry.first, entry.last)),
                 "removed": entry.removed,
                 "first": finite(curve[0]["loss"]) if curve else None,
                 "last": finite(curve[-1]["loss"]) if curve else None,

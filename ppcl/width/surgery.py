@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 
 def view(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -65,7 +64,7 @@ class Modulation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(…, p)` to `(…, chunks · d)`, as the linear map itself."""
-        computed = iter([c for part in self.kept for c in F.linear(x, part.weight, part.bias).split(self.width, -1)])
+        computed = iter([c for part in self.kept for c in part(x).split(self.width, -1)])
         constant = x.new_zeros(*x.shape[:-1], self.width)
         return torch.cat(
             [constant + self.constants[c] if c in self.constants else next(computed) for c in range(self.chunks)], -1

@@ -1,11 +1,12 @@
 """The choice of variants against trying every subset."""
 
+import dataclasses
 import itertools
 
 import pytest
 
 from ppcl.errors import UserError
-from ppcl.plan import Ffn, Interval, TextRun, checked, clash, entry_of, named, written
+from ppcl.plan import Ffn, Fold, Interval, TextRun, checked, clash, entry_of, named, written
 from ppcl.variants import Family, Sizes, choose, front, make_variants
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]
@@ -87,7 +88,7 @@ def test_plans_as_people_write_them():
     assert all(written(text) is None for text in wrong)
 
 
-@pytest.mark.parametrize("entry", [Interval(3, 11), TextRun(0, 2), Ffn(7)])
+@pytest.mark.parametrize("entry", [Interval(3, 11), TextRun(0, 2), Ffn(7), Fold()])
 def test_an_entry_is_found_again_by_its_name_and_its_text(entry):
     assert named(entry.name) == entry_of(str(entry)) == entry
     assert type(named(entry.name)) is type(entry_of(str(entry))) is type(entry)
@@ -139,6 +140,24 @@ def test_the_front_over_depth_and_width_holds_what_no_plan_beats():
         assert 1000 - WIDE.parameters(plan) == saved and len(checked(plan, [range(8)])) == len(plan)
         assert damage == pytest.approx(min(d for s, d in all_of_them if s >= saved))
     assert rows[-1][0] == max(s for s, _ in all_of_them)
+
+
+FOLDED = dataclasses.replace(
+    WIDE, replacements={**WIDE.replacements, Fold(): {"directions": 4 * 2, "mean": 4}},
+    rows={b: {"img": 6, "txt": 6} for b in range(8)}, width=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cost", [0.0001, 0.05, 5.0])
+def test_the_front_with_folding_holds_what_no_plan_beats(cost):
+    damage = WIDE_DAMAGE | {Fold(): cost}
+    plans = [plan + fold for plan in wide_plans() for fold in ((), (Fold(),))]
+    every = [(1000 - FOLDED.parameters(plan), sum(damage[e] for e in plan)) for plan in plans]
+    rows = front(FOLDED, damage)
+    for saved, total, plan in rows:
+        assert 1000 - FOLDED.parameters(plan) == saved
+        assert total == pytest.approx(min(d for s, d in every if s >= saved))
+    assert rows[-1][0] == max(s for s, _ in every)
 
 
 def test_an_ffn_within_a_text_run_saves_its_image_part_alone():
