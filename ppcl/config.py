@@ -55,7 +55,7 @@ class Calibration(Section):
 class Probes(Section):
     """Linear probes, one residual affine map a block and stream (Eq. 1, 2)."""
 
-    ridge: float = Field(1e-6, ge=0, description="ridge, as a share of the mean diagonal of the scaled Gram matrix")
+    ridge: float = Field(1e-4, ge=0, description="ridge, as a share of the mean diagonal of the scaled Gram matrix")
     batch_size: int = Field(32, ge=1, description="samples a forward")
     tokens_per_sample: int = Field(
         64, ge=1, description="tokens of each stream kept of a sample for CKA; the fit takes them all"
