@@ -98,8 +98,8 @@ class Distillation(Section):
     weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay (the paper's)")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm, of each student alone")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average of the students; 0 turns it off")
-    loss: Literal["normalized", "relative"] = Field(
-        "normalized", description="normalized: Eq. 6; relative: squared error over the target's variance, keeps magnitude"
+    loss: Literal["relative", "normalized"] = Field(
+        "relative", description="relative: squared error over the target's energy, keeps magnitude; normalized: Eq. 6"
     )
     start: Literal["affine", "first", "middle"] = Field(
         "affine",

@@ -10,6 +10,9 @@ import torch
 from torch.nn import functional as F
 
 
+_LEAST_ENERGY = 1e-12
+
+
 def normalized(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
     """`Σ ‖norm(s) - norm(t)‖²` over tokens, with `norm` the L2 norm over features, and the number of tokens (Eq. 6).
 
@@ -20,9 +23,13 @@ def normalized(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor 
 
 
 def relative(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
-    """`Σ ‖s - t‖²` over tokens, and the divisor `Σ ‖t‖²`: keeps magnitude, which directions alone let drift."""
+    """`Σ ‖s - t‖²` over tokens, and the divisor `Σ ‖t‖²`: keeps magnitude, which directions alone let drift.
+
+    A target that is nothing at all, such as what a last block adds to a text stream nobody reads, counts as a tiny one.
+    """
     error = (student.float() - teacher.float()).square().sum(-1)
-    return _masked_sum(error, mask), float(_masked_sum(teacher.float().square().sum(-1), mask))
+    energy = float(_masked_sum(teacher.float().square().sum(-1), mask))
+    return _masked_sum(error, mask), max(energy, _LEAST_ENERGY)
 
 
 def _masked_sum(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ppcl.architecture import architecture_of, embed, run_blocks
 from ppcl.config import Distillation
 from ppcl.distillation.lessons import new_lesson
+from ppcl.distillation.loss import normalized, relative
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import Segment, distil, segment_of
 from ppcl.plan import Ffn, Fold, Interval, TextRun
@@ -144,8 +145,6 @@ def test_the_losses_are_those_written_out(folder, started):
     samples = MemorySamples()
     seen = segment.run(samples.batch(samples.ids(held_out=False)), Chain(0, 1), lesson.wanted)
     heard = Heard(folder)
-    from ppcl.distillation.loss import normalized
-
     parts = {name: float(total / n) for name, (total, n) in lesson.losses(seen, normalized).items()}
     g, h = (torch.tensor(heard.tokens(x[2, "txt"], True)).float() for x in (heard.g, heard.h))
     added = lesson.module["txt"](g)
@@ -198,6 +197,11 @@ def test_a_plan_counts_what_the_plugged_transformer_holds(folder, trained, plan)
     assert made.shape == before.shape and not torch.allclose(made, before)
     switch(model, [])
     assert torch.equal(model(**MemorySamples().batch([0, 1]), return_dict=False)[0], before)
+
+
+def test_a_target_that_is_nothing_leaves_the_loss_finite():
+    total, divisor = relative(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+    assert float(total) / divisor == 0.0
 
 
 def test_a_cut_never_falls_into_a_text_run():
