@@ -116,7 +116,7 @@ class Distillation(Section):
 class Finetuning(Section):
     """Fine-tuning of all replacements end to end on the velocity, over plans drawn anew at every step."""
 
-    steps: int = Field(1000, ge=0, description="optimizer steps; 0 leaves fine-tuning out")
+    steps: int = Field(0, ge=0, description="optimizer steps; 0 leaves fine-tuning out; the paper takes 1000")
     batch_size: int = Field(16, ge=1, description="samples a step, over all replicas")
     learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak rate, cosine schedule to zero")
     warmup: int = Field(50, ge=0, description="steps of linear warm-up")
