@@ -110,7 +110,7 @@ def choose_variants(
     damage = {i: Squares.joined(part[i] for part in parts).overall() for i in parts[0]}
     counted = sizes(teacher, files_in(students))
     spans = teacher.architecture.spans(teacher.empty_transformer())
-    made = make_variants(config.variants.budgets, config.variants.custom, counted, damage, spans)
+    made = make_variants(config.variants.budgets, config.variants.blocks, config.variants.custom, counted, damage, spans)
     family = Family(counted.total, len(counted.blocks), spans, damage, made, students.name)
     write_atomically(folder / "variants.json", json.dumps(family.to_json(), indent=1))
     for actor in actors:

@@ -141,6 +141,9 @@ class Variants(Section):
     """The named variants of the result."""
 
     budgets: list[Share] = Field([0.9, 0.8, 0.7], description="shares of the transformer's parameters, one variant each")
+    blocks: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="numbers of blocks that run, one variant each, by intervals alone: blocks are what a step's time goes into"
+    )
     custom: dict[str, list[tuple[int, int] | str]] = Field(
         default_factory=dict,
         description="name: list of what is on: intervals [u, v], blocks from 0, inclusive; text runs 'text:u-v'; FFNs 'ffn:u'",

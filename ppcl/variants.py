@@ -215,6 +215,21 @@ def choose(budget: float, sizes: Sizes, damage: Mapping[Entry, float]) -> tuple[
     )
 
 
+def choose_blocks(most: int, sizes: Sizes, damage: Mapping[Entry, float]) -> tuple[Entry, ...]:
+    """The intervals of least summed damage that leave at most so many blocks running.
+
+    Raises `UserError`, with the smallest number that can be met, where all intervals together do not meet it.
+    """
+    rows: list[Row] = [(0, 0.0, ())]
+    for interval in sorted(entry for entry in damage if isinstance(entry, Interval)):
+        rows = _pareto(rows + _added(rows, (interval.removed, damage[interval], (interval,))))
+    for removed, _, plan in rows:
+        if len(sizes.blocks) - removed <= most:
+            return tuple(sorted(plan))
+    smallest = len(sizes.blocks) - rows[-1][0]
+    raise UserError(f"variants.blocks: {most} blocks cannot be met; with every interval on {smallest} run, so give {smallest} or more")
+
+
 def budget_name(budget: float) -> str:
     """`p75` for 0.75."""
     return f"p{budget * 100:g}"
@@ -222,17 +237,24 @@ def budget_name(budget: float) -> str:
 
 def make_variants(
     budgets: Sequence[float],
+    blocks: Sequence[int],
     custom: Mapping[str, Sequence[str | Sequence[int]]],
     sizes: Sizes,
     damage: Mapping[Entry, float],
     spans: list[range],
 ) -> dict[str, Variant]:
-    """The named variants: the teacher, one a budget, the smallest, and the custom ones. Raises `UserError`."""
+    """The named variants: the teacher, one a budget, one a number of blocks, all intervals on, and the custom ones.
+
+    Raises `UserError`.
+    """
     made = {TEACHER: sizes.variant(TEACHER, ())}
     for budget in budgets:
         name = budget_name(budget)
         made[name] = sizes.variant(name, choose(budget, sizes, damage), budget)
-    made[ALL] = sizes.variant(ALL, front(sizes, damage)[-1][2])
+    for most in blocks:
+        made[f"b{most}"] = sizes.variant(f"b{most}", choose_blocks(most, sizes, damage))
+    if intervals := [entry for entry in damage if isinstance(entry, Interval)]:
+        made[ALL] = sizes.variant(ALL, intervals)
     for name, plan in custom.items():
         if name in made:
             raise UserError(f"variants.custom: the name {name!r} is taken by a variant made anyway; choose another")

@@ -44,7 +44,7 @@ def result(root: Path, teacher_folder: Path) -> Path:
     artifacts.commit("students", "0")
     counted = sizes(teacher, files_in(artifacts.path("students")))
     spans = [range(6)]
-    made = make_variants([0.9, 0.75], {"ends": [[0, 1], [4, 5]]}, counted, DAMAGE, spans)
+    made = make_variants([0.9, 0.75], [], {"ends": [[0, 1], [4, 5]]}, counted, DAMAGE, spans)
     artifacts.path("variants").mkdir()
     family = Family(counted.total, len(counted.blocks), spans, DAMAGE, made)
     artifacts.path("variants", "variants.json").write_text(json.dumps(family.to_json()))

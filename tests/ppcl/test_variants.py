@@ -7,7 +7,7 @@ import pytest
 
 from ppcl.errors import UserError
 from ppcl.plan import Ffn, Fold, Interval, TextRun, checked, clash, entry_of, named, written
-from ppcl.variants import Family, Sizes, choose, front, make_variants
+from ppcl.variants import Family, Sizes, choose, choose_blocks, front, make_variants
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]
 # Blocks of two sizes, as FLUX.1 has; students that are larger and smaller than a block.
@@ -49,10 +49,25 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_can():
     choose(smallest, SIZES, DAMAGE)
 
 
+@pytest.mark.parametrize("most", [14, 13, 12, 9, 6])
+def test_a_number_of_blocks_is_met_with_the_least_damage(most):
+    def left(plan):
+        return 14 - sum(i.removed for i in plan)
+
+    plan = choose_blocks(most, SIZES, DAMAGE | {Ffn(1): 0.0})
+    assert left(plan) <= most
+    assert worth(plan)[1] == pytest.approx(min(worth(s)[1] for s in subsets() if left(s) <= most))
+
+
+def test_a_number_of_blocks_that_cannot_be_met_names_the_smallest_that_can():
+    with pytest.raises(UserError, match="5 blocks cannot be met; with every interval on 6 run, so give 6 or more"):
+        choose_blocks(5, SIZES, DAMAGE)
+
+
 def test_named_variants_and_their_way_through_json():
     spans = [range(9), range(9, 14)]
-    made = make_variants([0.9, 0.755], {"mine": [(3, 4)]}, SIZES, DAMAGE, spans)
-    assert list(made) == ["teacher", "p90", "p75.5", "all", "mine"]
+    made = make_variants([0.9, 0.755], [13], {"mine": [(3, 4)]}, SIZES, DAMAGE, spans)
+    assert list(made) == ["teacher", "p90", "p75.5", "b13", "all", "mine"]
     assert (made["teacher"].share, made["teacher"].blocks, made["mine"].blocks) == (1.0, 14, 13)
     assert made["mine"].parameters == 1000 - 75
     family = Family(1000, 14, spans, DAMAGE, made)
@@ -74,7 +89,7 @@ def test_named_variants_and_their_way_through_json():
 )
 def test_custom_variants_that_cannot_be(custom, sentence):
     with pytest.raises(UserError, match=sentence):
-        make_variants([], custom, SIZES, DAMAGE, [range(9), range(9, 14)])
+        make_variants([], [], custom, SIZES, DAMAGE, [range(9), range(9, 14)])
 
 
 def test_a_plan_is_sorted():
