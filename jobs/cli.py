@@ -34,7 +34,8 @@ app = typer.Typer(
     add_completion=False,
     help="Turn a multi-modal diffusion transformer into a family of smaller ones.",
 )
-out = Console()
+# Where there is no terminal to ask, rich takes 80 columns, into which the table of variants does not go.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 @app.command()
