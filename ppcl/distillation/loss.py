@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-
 _LEAST_ENERGY = 1e-12
 
 

@@ -10,7 +10,6 @@ from ppcl.config import Finetuning
 from ppcl.errors import UserError
 from ppcl.plan import Entry, checked, clash, entry_of, order, written
 
-
 # How often a drawn plan has none of a kind of replacement.
 _WITHOUT = 0.4
 

@@ -25,19 +25,14 @@ _PLACES = 2048
 
 
 class Folded(nn.Module):
-    """A linear map `(…, d) → (…, q)` restricted to a basis: `weight (q, k)`, `bias (q,)`."""
+    """A map behind a basis: `inner` reads the `k` coordinates of what is given, `(…, d) → (…, q)`."""
 
-    def __init__(self, linear: nn.Linear, basis: Basis):
+    def __init__(self, inner: nn.Module, basis: Basis):
         super().__init__()
-        weight = linear.weight.float()
-        directions, mean = basis.directions.to(weight), basis.mean.to(weight)
-        bias = weight @ mean + (0 if linear.bias is None else linear.bias.float())
-        self.weight = nn.Parameter((weight @ directions).to(linear.weight.dtype), requires_grad=False)
-        self.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
-        self.basis = basis
+        self.inner, self.basis = inner, basis
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.basis.coordinates(x), self.weight, self.bias)
+        return self.inner(self.basis.coordinates(x))
 
 
 class Basis(nn.Module):
@@ -56,13 +51,25 @@ class Basis(nn.Module):
         """A view of a block, or of what stands for one, with the modulations at `paths` folded."""
         return view(module, {path: self._fold(at(module, path)) for path in paths})
 
-    def _fold(self, modulation: nn.Module) -> nn.Module:
+    def _fold(self, modulation: nn.Module) -> Folded:
         if isinstance(modulation, Modulation):
-            return view(modulation, {f"kept.{i}": Folded(part, self) for i, part in enumerate(modulation.kept)})
+            whole = self._fold(modulation.source).inner
+            return Folded(Modulation(whole, modulation.width, modulation.constants), self)
         # The products are the costly part, and the same in every variant.
         if modulation not in self._folded:
-            self._folded[modulation] = Folded(modulation, self)
+            self._folded[modulation] = Folded(self.restricted(modulation), self)
         return self._folded[modulation]
+
+    @torch.no_grad()
+    def restricted(self, linear: nn.Linear) -> nn.Linear:
+        """A linear map as one of the coordinates."""
+        weight = linear.weight.float()
+        directions, mean = self.directions.to(weight), self.mean.to(weight)
+        inner = nn.Linear(directions.shape[1], weight.shape[0], device="meta")
+        inner.weight = nn.Parameter((weight @ directions).to(linear.weight.dtype), requires_grad=False)
+        bias = weight @ mean + (0 if linear.bias is None else linear.bias.float())
+        inner.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+        return inner
 
 
 class Samples(Protocol):

@@ -52,6 +52,8 @@ class Modulation(nn.Module):
 
     def __init__(self, linear: nn.Linear, width: int, constants: Mapping[int, float]):
         super().__init__()
+        # Not a sub-module: its other rows are what is saved here.
+        self.__dict__["source"] = linear
         self.width, self.chunks = width, linear.weight.shape[0] // width
         self.constants = dict(constants)
         self.kept = nn.ModuleList()
