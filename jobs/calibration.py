@@ -89,14 +89,14 @@ class _Work:
         device = device_of(config)
         settings, sampling = config.calibration, config.sampling
         prompts = check_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.limit)
-        hashes = _file_hashes(teacher.folder)
-        encoders = {k: v for k, v in hashes.items() if k.split("/")[0] not in ("transformer", "vae", "scheduler")}
+        hashes = teacher.part_hashes()
+        encoders = {k: v for k, v in hashes.items() if k.split("/")[0] not in ("vae", "scheduler")}
         embeddings = key_of(
             "embeddings", encoders, prompts, settings.prompt_column, settings.limit, settings.batch_size, device,
             sampling.arguments.get("negative_prompt"), sampling.arguments.get("max_sequence_length"),
         )  # fmt: skip
         states = key_of(
-            "states", embeddings, hashes, sampling.model_dump(mode="json"), settings.source, settings.image_column,
+            "states", embeddings, hashes, teacher.sha256(), sampling.model_dump(mode="json"), settings.source, settings.image_column,
             settings.states_per_prompt, config.seed,
         )  # fmt: skip
         return cls(
@@ -344,10 +344,6 @@ def _texts(work: _Work, number: int) -> list[dict[str, Any]]:
 
 def _image_column(config: Config) -> str | None:
     return config.calibration.image_column if config.calibration.source == "images" else None
-
-
-def _file_hashes(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _name(number: int) -> str:

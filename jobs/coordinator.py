@@ -89,7 +89,8 @@ class Job:
         calibration = path("calibration")
         sampling = _settings(config, "sampling")
         # The states are the teacher's own, in the precision of the device that makes them.
-        base = [self.teacher_hash, self.prompts_hash, config.seed, sampling, _settings(config, "calibration"), device]
+        teacher = [self.teacher_hash, self.teacher.part_hashes()]
+        base = [*teacher, self.prompts_hash, config.seed, sampling, _settings(config, "calibration"), device]
         yield Stage(
             "calibration",
             "prompts are encoded and the teacher's states on their trajectories kept",

@@ -75,6 +75,13 @@ class Teacher:
             digest.update(file_sha256(path).encode())
         return digest.hexdigest()
 
+    def part_hashes(self) -> dict[str, str]:
+        """The sha256 of every file of the pipeline's other parts (text encoders, tokenizers, VAE, scheduler), by its path."""
+        index = _read_json(self.folder / "model_index.json", self.folder)
+        parts = [name for name, value in index.items() if isinstance(value, list) and name != "transformer"]
+        files = [path for part in sorted(parts) for path in sorted((self.folder / part).rglob("*")) if path.is_file()]
+        return {str(path.relative_to(self.folder)): file_sha256(path) for path in files}
+
     def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
         """The stock diffusers pipeline, loaded whole."""
         import diffusers

@@ -82,3 +82,14 @@ def test_truncated_weights_are_refused(folder):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot be read as safetensors"):
         Teacher(folder).transformer()
+
+
+def test_the_other_parts_are_hashed_file_by_file(folder):
+    teacher = Teacher(folder)
+    before, transformer = teacher.part_hashes(), teacher.sha256()
+    assert {name.split("/")[0] for name in before} == {"scheduler", "text_encoder", "tokenizer", "vae"}
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(path.read_text() + "\n")
+    after = Teacher(folder).part_hashes()
+    assert {name for name in before if before[name] != after[name]} == {"text_encoder/config.json"}
+    assert Teacher(folder).sha256() == transformer
