@@ -18,7 +18,7 @@ from ppcl.config import Config
 from ppcl.errors import UserError
 from ppcl.replacements import files_in
 from ppcl.teacher import Teacher
-from ppcl.variants import TEACHER, Family, make_variants, sizes
+from ppcl.variants import TEACHER, Family, candidates, make_variants, sizes
 
 Progress = Callable[[int, int], None]
 
@@ -98,19 +98,26 @@ def _chunks(values: Any, size: int) -> list[Any]:
 def choose_variants(
     config: Config, teacher: Teacher, calibration: Path, students: Path, folder: Path, device: str, progress: Progress
 ) -> dict[str, Any]:
-    """Measure what each entry of the plan alone costs, choose the variants, and write `variants.json`."""
+    """Measure what each entry of the plan costs alone, and some plans a budget as a whole; write `variants.json`."""
     from ppcl.calibration.store import CalibrationSet
     from ppcl.evaluation.velocity import Squares
 
     actors = _pool(config, teacher, students, folder, device)
     chunks = _chunks(CalibrationSet(calibration).ids(held_out=True), config.evaluation.batch_size)
-    parts = _all(
-        actors, lambda a, ids: a.damages.remote(calibration, ids), chunks, lambda done: progress(done, len(chunks))
-    )
+    total = 2 * len(chunks)
+    parts = _all(actors, lambda a, ids: a.damages.remote(calibration, ids), chunks, lambda done: progress(done, total))
     damage = {i: Squares.joined(part[i] for part in parts).overall() for i in parts[0]}
     counted = sizes(teacher, files_in(students))
     spans = teacher.architecture.spans(teacher.empty_transformer())
-    made = make_variants(config.variants.budgets, config.variants.blocks, config.variants.custom, counted, damage, spans)
+    plans = dict.fromkeys(plan for budget in config.variants.budgets for plan in candidates(budget, counted, damage))
+    named = {str(number): plan for number, plan in enumerate(plans)}
+    parts = _all(
+        actors, lambda a, ids: a.errors.remote(calibration, ids, named), chunks, lambda done: progress(len(chunks) + done, total)
+    )
+    errors = {plan: Squares.joined(part[number] for part in parts).overall() for number, plan in named.items()}
+    made = make_variants(
+        config.variants.budgets, config.variants.blocks, config.variants.custom, counted, damage, spans, errors
+    )
     family = Family(counted.total, len(counted.blocks), spans, damage, made, students.name)
     write_atomically(folder / "variants.json", json.dumps(family.to_json(), indent=1))
     for actor in actors:

@@ -215,6 +215,24 @@ def choose(budget: float, sizes: Sizes, damage: Mapping[Entry, float]) -> tuple[
     )
 
 
+def candidates(budget: float, sizes: Sizes, damage: Mapping[Entry, float]) -> list[tuple[Entry, ...]]:
+    """Plans for a budget that are worth measuring as a whole: the sum of the damages, of their square roots, and kinds left out.
+
+    Damages do not simply add: those of neighbours grow together, so a plan of many small entries, FFNs above all, looks
+    better than it is. The square roots prefer few entries. The first one is that of the plain sum. Raises `UserError`
+    where the budget cannot be met.
+    """
+    found = {choose(budget, sizes, damage): None}
+    for kinds in ((Interval, TextRun, Ffn, Fold), (Interval, TextRun, Fold), (Interval, Fold), (Interval,)):
+        some = {entry: value for entry, value in damage.items() if isinstance(entry, kinds)}
+        for costs in (some, {entry: value**0.5 for entry, value in some.items()}):
+            try:
+                found[choose(budget, sizes, costs)] = None
+            except UserError:  # not with these kinds alone
+                continue
+    return list(found)
+
+
 def choose_blocks(most: int, sizes: Sizes, damage: Mapping[Entry, float]) -> tuple[Entry, ...]:
     """The intervals of least summed damage that leave at most so many blocks running.
 
@@ -242,15 +260,18 @@ def make_variants(
     sizes: Sizes,
     damage: Mapping[Entry, float],
     spans: list[range],
+    errors: Mapping[tuple[Entry, ...], float] | None = None,
 ) -> dict[str, Variant]:
     """The named variants: the teacher, one a budget, one a number of blocks, all intervals on, and the custom ones.
 
-    Raises `UserError`.
+    `errors`: of the `candidates` measured as a whole, by which a budget's plan is chosen among them. Raises `UserError`.
     """
     made = {TEACHER: sizes.variant(TEACHER, ())}
     for budget in budgets:
         name = budget_name(budget)
-        made[name] = sizes.variant(name, choose(budget, sizes, damage), budget)
+        plans = candidates(budget, sizes, damage)
+        best = min(plans, key=errors.__getitem__) if errors else plans[0]
+        made[name] = sizes.variant(name, best, budget)
     for most in blocks:
         made[f"b{most}"] = sizes.variant(f"b{most}", choose_blocks(most, sizes, damage))
     if intervals := [entry for entry in damage if isinstance(entry, Interval)]:

@@ -7,7 +7,7 @@ import pytest
 
 from ppcl.errors import UserError
 from ppcl.plan import Ffn, Fold, Interval, TextRun, checked, clash, entry_of, named, written
-from ppcl.variants import Family, Sizes, choose, choose_blocks, front, make_variants
+from ppcl.variants import Family, Sizes, candidates, choose, choose_blocks, front, make_variants
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]
 # Blocks of two sizes, as FLUX.1 has; students that are larger and smaller than a block.
@@ -62,6 +62,15 @@ def test_a_number_of_blocks_is_met_with_the_least_damage(most):
 def test_a_number_of_blocks_that_cannot_be_met_names_the_smallest_that_can():
     with pytest.raises(UserError, match="5 blocks cannot be met; with every interval on 6 run, so give 6 or more"):
         choose_blocks(5, SIZES, DAMAGE)
+
+
+def test_of_the_candidates_the_one_that_measures_best_is_taken():
+    plans = candidates(0.75, WIDE, WIDE_DAMAGE)
+    assert plans[0] == choose(0.75, WIDE, WIDE_DAMAGE) and len(set(plans)) == len(plans) > 1
+    assert all(WIDE.parameters(plan) <= 750 for plan in plans)
+    errors = dict(zip(plans, reversed(range(len(plans)))))
+    made = make_variants([0.75], [], {}, WIDE, WIDE_DAMAGE, [range(8)], errors)
+    assert made["p75"].plan == plans[-1]
 
 
 def test_named_variants_and_their_way_through_json():
