@@ -1,6 +1,6 @@
 """The coordinator: the stages of a compression job, in order, each run only when its result is not there and intact.
 
-    calibration → probes → detection → students → finetuning → variants → evaluation → report
+    calibration → probes → detection → students → variants → finetuning → evaluation → report
 
 Every stage has a key, a hash of the configuration it reads and of the keys of the stages before it. See
 `ppcl.artifacts` for what makes a stage complete.
@@ -23,9 +23,10 @@ from jobs.progress import Reporter, Update
 from ppcl.artifacts import CONFIG, LOG, Artifacts, key_of, write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError
-from ppcl.finetuning.plans import fixed_plan
+from ppcl.finetuning.plans import draws_of
 from ppcl.plan import Ffn, Fold, Interval, TextRun, entry_of
 from ppcl.teacher import Teacher, file_sha256
+from ppcl.variants import names_of
 
 # Keys that say how a stage is run and not what comes out of it.
 _OPERATIONAL = {
@@ -118,7 +119,10 @@ class Job:
             raise UserError(
                 "nothing redundant was found: no interval, text run or FFN of this teacher can be replaced; nothing to compress"
             )
-        fixed_plan(config.finetuning, plan, [range(*span) for span in found["spans"]])
+        if config.finetuning.steps:
+            # Which plans the variants have is not known yet; that they have one is all that can be looked at here.
+            names = dict.fromkeys(names_of(config.variants), plan)
+            draws_of(config.finetuning, plan, names, [range(*span) for span in found["spans"]])
         base = [*base, found["plan"], _settings(config, "distillation")]
         yield Stage(
             "students",
@@ -129,28 +133,33 @@ class Job:
             ),
             keeps_checkpoints=True,
         )
-        replacements = path("students")
-        if config.finetuning.steps:
-            base = [*base, _settings(config, "finetuning")]
-            yield Stage(
-                "finetuning",
-                f"all replacements end to end, {config.finetuning.steps} steps",
-                base,
-                lambda folder, update, key: finetune_replacements(
-                    config, self.teacher, calibration, path("students"), folder, device, key, update
-                ),
-                keeps_checkpoints=True,
-            )
-            replacements = path("finetuning")
         base = [*base, _settings(config, "variants")]
         yield Stage(
             "variants",
             "the damage of every replacement, and the variants of the budgets",
             base,
             lambda folder, update, key: choose_variants(
-                config, self.teacher, calibration, replacements, folder, device, update
+                config, self.teacher, calibration, path("students"), folder, device, update
             ),
         )
+        replacements = path("students")
+        if config.finetuning.steps:
+            variants = self.artifacts.entry("variants").key
+            base = [*base, _settings(config, "finetuning")]
+            yield Stage(
+                "finetuning",
+                f"replacements end to end, {config.finetuning.steps} steps",
+                base,
+                lambda folder, update, key: finetune_replacements(
+                    config, self.teacher, calibration, path("students"), path("variants"), folder, device, key, update
+                )
+                | {"variants": variants},
+                keeps_checkpoints=True,
+            )
+            replacements = path("finetuning")
+        else:
+            # One from before would go on being the result's.
+            self.artifacts.forget("finetuning")
         asked = config.evaluation.prompts
         base = [*base, _settings(config, "evaluation"), asked and file_sha256(asked)]
         yield Stage(

@@ -118,7 +118,7 @@ def choose_variants(
     made = make_variants(
         config.variants.budgets, config.variants.blocks, config.variants.custom, counted, damage, spans, errors
     )
-    family = Family(counted.total, len(counted.blocks), spans, damage, made, students.name)
+    family = Family(counted.total, len(counted.blocks), spans, damage, made)
     write_atomically(folder / "variants.json", json.dumps(family.to_json(), indent=1))
     for actor in actors:
         ray.kill(actor)

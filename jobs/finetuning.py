@@ -18,11 +18,14 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
     from ppcl.distillation.mesh import Mesh
     from ppcl.finetuning.run import finetune
     from ppcl.replacements import files_in
+    from ppcl.variants import Family
 
     config = Config.model_validate(arguments["config"])
+    family = Family.from_json(json.loads(Path(arguments["variants"]).read_text()))
     finetune(
         teacher=Teacher(arguments["teacher"]),
         files=files_in(Path(arguments["students"])),
+        variants={name: variant.plan for name, variant in family.variants.items()},
         samples=CalibrationSet(Path(arguments["calibration"])),
         settings=config.finetuning,
         sampling_steps=config.sampling.steps,
@@ -40,12 +43,13 @@ def finetune_replacements(
     teacher: Teacher,
     calibration: Path,
     students: Path,
+    variants: Path,
     folder: Path,
     device: str,
     key: str,
     progress: Callable[[int, int, dict[str, float]], None],
 ) -> dict[str, Any]:
-    """Fine-tune what lies in `students` into `folder`; gives what the manifest tells of the stage.
+    """Fine-tune what lies in `students`, for what lies in `variants`, into `folder`; gives what the manifest tells of the stage.
 
     Checkpoints lie under `folder/checkpoints/<key>` until all is written.
     """
@@ -55,6 +59,7 @@ def finetune_replacements(
         "config": config.model_dump(mode="json"),
         "teacher": str(teacher.folder),
         "students": str(students),
+        "variants": str(variants / "variants.json"),
         "calibration": str(calibration),
         "folder": str(folder),
         "checkpoints": str(checkpoints),

@@ -82,8 +82,11 @@ class Width(Section):
     modulation_error: float = Field(
         1e-4, gt=0, lt=1, description="share of the modulations' input that may be lost by it, of its variance over timesteps"
     )
+    hidden: list[Annotated[int, Field(ge=1, le=99)]] = Field(
+        [50, 25], description="percent of their hidden units that FFNs keep, one replacement a block and number; []: none"
+    )
     ffns: int | None = Field(
-        None, ge=0, description="replace so many FFNs, those of the smallest error of the closed-form fit; null: all; 0: none"
+        None, ge=0, description="replace so many whole FFNs by linear maps, those of the smallest error of the closed-form fit; null: all; 0: none"
     )
 
 
@@ -114,7 +117,7 @@ class Distillation(Section):
 
 
 class Finetuning(Section):
-    """Fine-tuning of all replacements end to end on the velocity, over plans drawn anew at every step."""
+    """Fine-tuning of the replacements end to end on the velocity, over plans drawn anew at every step."""
 
     steps: int = Field(0, ge=0, description="optimizer steps; 0 leaves fine-tuning out; the paper takes 1000")
     batch_size: int = Field(16, ge=1, description="samples a step, over all replicas")
@@ -127,13 +130,15 @@ class Finetuning(Section):
     own_states: float = Field(
         0.25, ge=0, le=1, description="share of a batch that comes from the variants' own trajectories instead of the teacher's"
     )
-    plan: str | None = Field(
-        None, description="train this one plan alone, such as 3-5,ffn:7; null: draw one at every step, so that any stays usable"
+    plan: str = Field(
+        "variants",
+        description="variants: every step trains a named variant or a part of one; any: any plan at all; a variant's name or a "
+        "plan such as 3-5,ffn:7: this one alone",
     )
     recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
     replicas: int = Field(1, ge=1, description="data-parallel replicas")
-    measured: int = Field(50, ge=0, description="random plans measured before and after")
+    measured: int = Field(50, ge=0, description="drawn plans measured before and after, beside the variants")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 
 

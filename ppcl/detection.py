@@ -125,6 +125,8 @@ def detect(
     ffns = sorted(errors, key=errors.get)[: width.ffns]
     text_map = stream_map(probes_folder, blocks, "txt", finite["txt"]) if width.text else None
     runs = text_runs(text_map, _apart(_with_text(probes_folder, spans), intervals), width.text_similarity) if width.text else []
+    narrow = [Ffn(block, kept) for block in errors for kept in sorted(set(width.hidden), reverse=True)]
+    folds = [Fold()] if width.modulations else []
     return {
         "blocks": blocks,
         "spans": [[span.start, span.stop] for span in spans],
@@ -138,7 +140,7 @@ def detect(
         "intervals": [list(i) for i in intervals],
         "text_map": text_map,
         "ffn_errors": errors,
-        "plan": [str(entry) for entry in [*intervals, *runs, *map(Ffn, sorted(ffns)), *([Fold()] if width.modulations else [])]],
+        "plan": [str(entry) for entry in [*intervals, *runs, *map(Ffn, sorted(ffns)), *narrow, *folds]],
     }
 
 

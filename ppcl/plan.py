@@ -2,7 +2,7 @@
 
 - `Interval`: a run of blocks becomes one student block (depth).
 - `TextRun`: in a run of blocks the text stream is replaced by linear projectors (width).
-- `Ffn`: a block's FFNs become residual linear maps (width).
+- `Ffn`: a block's FFNs become residual linear maps, or keep a part of their hidden units (width).
 - `Fold`: all modulations are computed in the few directions the timestep moves them in (width, nearly without loss).
 """
 
@@ -63,9 +63,13 @@ class TextRun:
 
 @dataclass(frozen=True)
 class Ffn:
-    """Block `block`, whose image and text FFN become one residual linear map each (PPCL: Eq. 9)."""
+    """Block `block`, whose image and text FFN are replaced.
+
+    `kept`: percent of their hidden units that stay, 1 to 99; 0 for one residual linear map each (PPCL: Eq. 9).
+    """
 
     block: int
+    kept: int = 0
 
     @property
     def first(self) -> int:
@@ -77,7 +81,7 @@ class Ffn:
 
     @property
     def name(self) -> str:
-        return f"ffn-{self.block:02d}"
+        return f"ffn-{self.block:02d}" + (f"-{self.kept:02d}" if self.kept else "")
 
     @property
     def blocks(self) -> range:
@@ -86,7 +90,7 @@ class Ffn:
     removed = 0
 
     def __str__(self) -> str:
-        return f"ffn:{self.block}"
+        return f"ffn:{self.block}" + (f"/{self.kept}" if self.kept else "")
 
 
 @dataclass(frozen=True)
@@ -110,25 +114,27 @@ class Fold:
 Entry = Interval | TextRun | Ffn | Fold
 
 _KINDS = (Interval, TextRun, Ffn, Fold)
-_FILE = re.compile(r"(?:(?P<kind>text|ffn)-)?(?P<first>\d+)(?:-(?P<last>\d+))?")
-_WRITTEN = re.compile(r"(?:(?P<kind>text|ffn):)?(?P<first>\d+)(?:-(?P<last>\d+))?")
-HOW_WRITTEN = "intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, all modulations as modulations, with commas between"
+_FILE = re.compile(r"ffn-(?P<block>\d+)(?:-(?P<kept>\d+))?|(?P<text>text-)?(?P<first>\d+)-(?P<last>\d+)")
+_WRITTEN = re.compile(r"ffn:(?P<block>\d+)(?:/(?P<kept>\d+))?|(?P<text>text:)?(?P<first>\d+)-(?P<last>\d+)")
+HOW_WRITTEN = (
+    "intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, or ffn:3/50 for half of their hidden units, all modulations as "
+    "modulations, with commas between"
+)
 
 
-def order(entry: Entry) -> tuple[int, int]:
-    """The key plans are sorted by: the first block, then the kind."""
-    return entry.first, _KINDS.index(type(entry))
+def order(entry: Entry) -> tuple[int, int, int]:
+    """The key plans are sorted by: the first block, then the kind, then what is kept."""
+    return entry.first, _KINDS.index(type(entry)), getattr(entry, "kept", 0)
 
 
 def _entry(match: re.Match | None) -> Entry | None:
     if match is None:
         return None
-    kind, first, last = match["kind"], int(match["first"]), match["last"]
-    if kind == "ffn":
-        return Ffn(first) if last is None else None
-    if last is None:
-        return None
-    return (TextRun if kind else Interval)(first, int(last))
+    if match["block"] is not None:
+        kept = int(match["kept"] or 0)
+        # What keeps none of its units or all of them is written otherwise.
+        return Ffn(int(match["block"]), kept) if kept < 100 and (kept or match["kept"] is None) else None
+    return (TextRun if match["text"] else Interval)(int(match["first"]), int(match["last"]))
 
 
 def named(name: str) -> Entry | None:
@@ -185,4 +191,4 @@ def _called(entry: Entry) -> str:
     if isinstance(entry, Fold):
         return "the modulations"
     kind = {Interval: "the interval", TextRun: "the text run", Ffn: "the FFN"}[type(entry)]
-    return f"{kind} {entry.block}" if isinstance(entry, Ffn) else f"{kind} [{entry.first}, {entry.last}]"
+    return f"{kind} {str(entry).removeprefix('ffn:')}" if isinstance(entry, Ffn) else f"{kind} [{entry.first}, {entry.last}]"

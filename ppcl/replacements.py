@@ -20,11 +20,11 @@ from ppcl.errors import UserError
 from ppcl.plan import Entry, Ffn, Fold, Interval, TextRun, named, order, written
 from ppcl.students import Student
 from ppcl.teacher import Teacher
-from ppcl.width import Basis, FfnMaps, RunBlock, RunStart, TextProjectors, text_run, without_ffn
+from ppcl.width import Basis, FfnMaps, NarrowFfn, RunBlock, RunStart, TextProjectors, text_run, other_ffn
 
 _FORMAT = "ppcl-replacement-1"
 
-Replacement = Student | TextProjectors | FfnMaps | Basis
+Replacement = Student | TextProjectors | FfnMaps | NarrowFfn | Basis
 
 
 def placed(
@@ -44,7 +44,7 @@ def placed(
     through = PassThrough(architecture)
     standing: dict[int, nn.Module] = {}
     for number, maps in ffns.items():
-        standing[number] = without_ffn(blocks[number], architecture.parts_of(transformer, number, blocks[number]), maps)
+        standing[number] = other_ffn(architecture, blocks[number], architecture.parts_of(transformer, number, blocks[number]), maps)
     for entry in plan:
         if isinstance(entry, Interval):
             standing |= dict.fromkeys(entry.blocks[1:], through)
@@ -131,6 +131,9 @@ def _empty(entry: Entry, words: Mapping[str, str], tensors: Mapping[str, torch.T
             return TextProjectors(entry, width, "h.weight" in tensors)
         if isinstance(entry, Fold):
             return Basis(*tensors["directions"].shape)
+        if entry.kept:
+            shapes = {stream: tensors[f"up.{stream}.weight"].shape for stream in Streams._fields if f"up.{stream}.weight" in tensors}
+            return NarrowFfn({stream: (nn.Linear(d, k), nn.Linear(k, d)) for stream, (k, d) in shapes.items()})
         return FfnMaps({stream: nn.Linear(width, width) for stream in Streams._fields if f"{stream}.weight" in tensors})
 
 

@@ -38,11 +38,12 @@ class Result:
         job = self.artifacts.manifest()["job"]
         self._check("variants")
         self.family = Family.from_json(json.loads(self.artifacts.path("variants", "variants.json").read_text()))
-        self._check(self.family.stage)
+        stage = replacements_stage(self.artifacts)
+        self._check(stage)
         self.teacher = _teacher(Path(teacher or job["teacher"]), job["teacher_sha256"])
         # What the manifest does not name was not verified.
-        verified = {self.artifacts.path(name) for name in self.artifacts.entry(self.family.stage).files}
-        found = files_in(self.artifacts.path(self.family.stage))
+        verified = {self.artifacts.path(name) for name in self.artifacts.entry(stage).files}
+        found = files_in(self.artifacts.path(stage))
         self.replacements = {entry: path for entry, path in found.items() if path in verified}
         self._switch = Switch(self.teacher, self.replacements)
 
@@ -112,6 +113,12 @@ class Result:
         Not while the pipeline is running. `UserError` leaves it as it was.
         """
         self._switch(pipeline.transformer, self.variant(variant).plan)
+
+
+def replacements_stage(artifacts: Artifacts) -> str:
+    """The stage whose replacements are the result's: fine-tuning where it was done for the variants as they are."""
+    tuned, variants = artifacts.entry("finetuning"), artifacts.entry("variants")
+    return "finetuning" if tuned and variants and tuned.info.get("variants") == variants.key else "students"
 
 
 def _teacher(folder: Path, sha256: str) -> Teacher:

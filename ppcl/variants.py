@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ppcl.config import Variants
 from ppcl.errors import UserError
 from ppcl.plan import Entry, Ffn, Fold, Interval, TextRun, checked, entry_of, order, written
 from ppcl.replacements import stored_sizes
@@ -42,15 +43,16 @@ class Variant:
 class Sizes:
     """Parameter counts: of the whole transformer, of each block, of what each replacement takes away and brings.
 
-    `replacements`: by entry, the numbers each tensor of its file holds. `ffns`: by block and stream, parameters that the
-    FFN's replacement takes away; `texts`: by block, those that a text run takes away. `rows`: by block and stream, what
-    its modulation gives, of which folding makes each `width` parameters cheaper; `chunk`: rows of an FFN's part of it.
+    `replacements`: by entry, the numbers each tensor of its file holds. `ffns`: by block and stream, parameters of the FFN,
+    and `chunks` of its part of the modulation, which a linear map takes away too; `texts`: by block, those that a text run takes away. `rows`: by block and stream, what
+    its modulation gives, of which folding makes each `width` parameters cheaper.
     """
 
     total: int
     blocks: tuple[int, ...]
     replacements: Mapping[Entry, Mapping[str, int]]
     ffns: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    chunks: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     texts: Mapping[int, int] = field(default_factory=dict)
     rows: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     width: int = 0
@@ -77,7 +79,7 @@ class Sizes:
             return sum(sum(self.rows[block].values()) for block in entry.blocks) - sum(self.rows[entry.first].values())
         if isinstance(entry, TextRun):
             return sum(self.rows[block]["txt"] for block in entry.blocks[1:])
-        return 3 * self.width * len(self._streams(entry, within))
+        return 0 if entry.kept else 3 * self.width * len(self._streams(entry, within))
 
     def _streams(self, entry: Ffn, within: TextRun | None) -> set[str]:
         return {"img"} if within is not None and entry.block != within.first else set(self.ffns[entry.block])
@@ -89,9 +91,9 @@ class Sizes:
         if isinstance(entry, TextRun):
             return sum(self.texts[block] for block in entry.blocks[1:]) - sum(brought.values())
         streams = self._streams(entry, within)
-        return sum(self.ffns[entry.block][stream] for stream in streams) - sum(
-            size for name, size in brought.items() if name.split(".")[0] in streams
-        )
+        gone = sum(self.ffns[entry.block][s] + (0 if entry.kept else self.chunks[entry.block][s]) for s in streams)
+        # Tensors are called `img.weight`, or `up.img.weight`.
+        return gone - sum(size for name, size in brought.items() if streams & set(name.split(".")))
 
     def parameters(self, plan: Iterable[Entry]) -> int:
         """What is left with a plan on, whose entries do not clash."""
@@ -122,6 +124,7 @@ def sizes(teacher: Teacher, files: Mapping[Entry, Path]) -> Sizes:
     model, architecture = teacher.empty_transformer(), teacher.architecture
     blocks = architecture.blocks(model)
     ffns: dict[int, dict[str, int]] = {}
+    chunks: dict[int, dict[str, int]] = {}
     texts: dict[int, int] = {}
     rows: dict[int, dict[str, int]] = {}
     width = 0
@@ -131,12 +134,13 @@ def sizes(teacher: Teacher, files: Mapping[Entry, Path]) -> Sizes:
             width = modulation.in_features
             rows.setdefault(number, {})[stream] = modulation.out_features
             # Shift, scale and gate of the FFN: three chunks of the modulation.
-            ffns.setdefault(number, {})[stream] = ffn + 3 * width * (modulation.in_features + (modulation.bias is not None))
+            ffns.setdefault(number, {})[stream] = ffn
+            chunks.setdefault(number, {})[stream] = 3 * width * (modulation.in_features + (modulation.bias is not None))
             if stream == "txt":
                 texts[number] = ffn + count(modulation) + count(block.get_submodule(where.out))
     return Sizes(
-        count(model), tuple(map(count, blocks)), {entry: stored_sizes(path) for entry, path in files.items()}, ffns, texts,
-        rows, width,
+        count(model), tuple(map(count, blocks)), {entry: stored_sizes(path) for entry, path in files.items()}, ffns, chunks,
+        texts, rows, width,
     )  # fmt: skip
 
 
@@ -178,9 +182,9 @@ def _front(sizes: Sizes, damage: Mapping[Entry, float], folded: bool) -> list[Ro
             alone = [(sizes.saved(entry, None, folded), damage[entry], (entry,))]
             if isinstance(entry, TextRun):
                 for number in entry.blocks:
-                    ffn = Ffn(number)
-                    if ffn in damage:
-                        alone = _pareto(alone + _added(alone, (sizes.saved(ffn, entry, folded), damage[ffn], (ffn,))))
+                    ways = [e for e in starting.get(number, ()) if isinstance(e, Ffn)]
+                    more = [_added(alone, (sizes.saved(ffn, entry, folded), damage[ffn], (ffn,))) for ffn in ways]
+                    alone = _pareto([*alone, *chain.from_iterable(more)])
             rows += chain.from_iterable(_added(best[entry.last + 1], row) for row in alone)
         best[block] = _pareto(rows)
     return best[0]
@@ -215,6 +219,22 @@ def choose(budget: float, sizes: Sizes, damage: Mapping[Entry, float]) -> tuple[
     )
 
 
+def _kind(entry: Entry) -> str:
+    return "narrow" if isinstance(entry, Ffn) and entry.kept else type(entry).__name__
+
+
+_KINDS_TOGETHER = (
+    {"Interval", "TextRun", "Ffn", "narrow", "Fold"},
+    {"Interval", "TextRun", "narrow", "Fold"},
+    {"TextRun", "narrow", "Fold"},
+    {"Interval", "narrow", "Fold"},
+    {"narrow", "Fold"},
+    {"Interval", "TextRun", "Fold"},
+    {"Interval", "Fold"},
+    {"Interval"},
+)
+
+
 def candidates(budget: float, sizes: Sizes, damage: Mapping[Entry, float]) -> list[tuple[Entry, ...]]:
     """Plans for a budget that are worth measuring as a whole: the sum of the damages, of their square roots, and kinds left out.
 
@@ -223,8 +243,8 @@ def candidates(budget: float, sizes: Sizes, damage: Mapping[Entry, float]) -> li
     where the budget cannot be met.
     """
     found = {choose(budget, sizes, damage): None}
-    for kinds in ((Interval, TextRun, Ffn, Fold), (Interval, TextRun, Fold), (Interval, Fold), (Interval,)):
-        some = {entry: value for entry, value in damage.items() if isinstance(entry, kinds)}
+    for wanted in _KINDS_TOGETHER:
+        some = {entry: value for entry, value in damage.items() if _kind(entry) in wanted}
         for costs in (some, {entry: value**0.5 for entry, value in some.items()}):
             try:
                 found[choose(budget, sizes, costs)] = None
@@ -253,6 +273,16 @@ def budget_name(budget: float) -> str:
     return f"p{budget * 100:g}"
 
 
+def blocks_name(blocks: int) -> str:
+    """`b40` for 40 blocks that run."""
+    return f"b{blocks}"
+
+
+def names_of(settings: Variants) -> list[str]:
+    """What the variants of a configuration will be called, but for the teacher."""
+    return [*map(budget_name, settings.budgets), *map(blocks_name, settings.blocks), ALL, *settings.custom]
+
+
 def make_variants(
     budgets: Sequence[float],
     blocks: Sequence[int],
@@ -273,7 +303,7 @@ def make_variants(
         best = min(plans, key=errors.__getitem__) if errors else plans[0]
         made[name] = sizes.variant(name, best, budget)
     for most in blocks:
-        made[f"b{most}"] = sizes.variant(f"b{most}", choose_blocks(most, sizes, damage))
+        made[blocks_name(most)] = sizes.variant(blocks_name(most), choose_blocks(most, sizes, damage))
     if intervals := [entry for entry in damage if isinstance(entry, Interval)]:
         made[ALL] = sizes.variant(ALL, intervals)
     for name, plan in custom.items():
@@ -294,7 +324,7 @@ def make_variants(
 class Family:
     """What `variants.json` says: the teacher's size, what each entry alone costs, and the named variants.
 
-    `damage`: relative squared error of the velocity with that one entry on. `stage`: the one that made the replacements.
+    `damage`: relative squared error of the velocity with that one entry on, before any fine-tuning.
     """
 
     parameters: int
@@ -302,7 +332,6 @@ class Family:
     spans: list[range]
     damage: dict[Entry, float]
     variants: dict[str, Variant]
-    stage: str = "students"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -311,7 +340,6 @@ class Family:
                 "blocks": self.blocks,
                 "spans": [[span.start, span.stop] for span in self.spans],
             },
-            "stage": self.stage,
             "damage": {str(entry): self.damage[entry] for entry in sorted(self.damage, key=order)},
             "variants": {
                 v.name: {
@@ -329,7 +357,6 @@ class Family:
     def from_json(cls, values: Mapping[str, Any]) -> Family:
         teacher = values["teacher"]
         return cls(
-            stage=values["stage"],
             parameters=teacher["parameters"],
             blocks=teacher["blocks"],
             spans=[range(*span) for span in teacher["spans"]],

@@ -51,7 +51,8 @@ class Architecture:
     `parts`: by block list and stream, where the parts of a block are that width pruning replaces; a list that is not
     named has none (a single-stream block's FFN shares its output projection with the attention). `attention`: the joint
     attention inside a block, which is called with the two streams by the arguments `img` and `txt`.
-    `temb`: the argument of a block that its modulations are computed from, by a SiLU and a linear map.
+    `temb`: the argument of a block that its modulations are computed from, by a SiLU and a linear map. `ffn_up`, `ffn_down`:
+    the two linear maps inside of an FFN, with its hidden units between them.
     """
 
     name: str
@@ -66,6 +67,8 @@ class Architecture:
     text_mask: str | None = None
     attention: str = "attn"
     temb: str = "temb"
+    ffn_up: str = "net.0.proj"
+    ffn_down: str = "net.2"
     img: str = "hidden_states"
     txt: str = "encoder_hidden_states"
     latents: str = "hidden_states"

@@ -17,8 +17,10 @@ from torch import nn
 from ppcl.architecture import Architecture, Streams, run_blocks
 from ppcl.distillation.loss import relative
 from ppcl.plan import Entry, Ffn, Interval, TextRun
+from ppcl.probes import Statistics, affine_fit
 from ppcl.students import Student, affine_map
-from ppcl.width import FfnMaps, TextProjectors, text_run
+from ppcl.width import FfnMaps, NarrowFfn, TextProjectors, eliminate, text_run
+from ppcl.width.surgery import at
 
 # A loss as a sum over tokens, and what it is divided by, see `ppcl.distillation.loss`.
 Part = tuple[torch.Tensor, float]
@@ -30,12 +32,14 @@ class Seen:
     """What one batch left of the teacher: streams by boundary, and what its blocks were doing inside.
 
     Boundary `b` is the input of block `b`. `text_inputs`: by block, the modulated text input of its attention. `residuals`:
-    by block and stream, the stream after the attention's residual. `text_mask`: `(B, T)`, true where a token is no padding.
+    by block and stream, the stream after the attention's residual. `hidden`: by block and stream, the FFN's hidden units
+    `(B, T, h)`. `text_mask`: `(B, T)`, true where a token is no padding.
     """
 
     boundaries: dict[int, Streams] = field(default_factory=dict)
     text_inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     residuals: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    hidden: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     context: dict[str, Any] = field(default_factory=dict)
     text_mask: torch.Tensor | None = None
 
@@ -55,36 +59,79 @@ class Wanted:
     boundaries: frozenset[int] = frozenset()
     text_inputs: frozenset[int] = frozenset()
     residuals: frozenset[int] = frozenset()
+    hidden: frozenset[int] = frozenset()
 
     def __or__(self, other: Wanted) -> Wanted:
         return Wanted(
-            self.boundaries | other.boundaries, self.text_inputs | other.text_inputs, self.residuals | other.residuals
+            self.boundaries | other.boundaries,
+            self.text_inputs | other.text_inputs,
+            self.residuals | other.residuals,
+            self.hidden | other.hidden,
         )
 
 
-# The name of a map to be fitted, the tokens it reads `(n, p)` and those it shall give `(n, q)`.
+# What sums are called, the tokens `(n, p)`, and those that shall come of them `(n, q)`.
 Fit = tuple[str, torch.Tensor, torch.Tensor]
 
 
 class Lesson(Protocol):
+    """`wanted`: what it trains on; `wanted_to_start`: what its closed-form start is computed from."""
+
     entry: Entry
     module: nn.Module
     wanted: Wanted
+    wanted_to_start: Wanted
 
-    def linears(self) -> dict[str, nn.Linear]:
-        """The maps that start in closed form, by name."""
+    def sums(self) -> dict[str, tuple[int, int]]:
+        """The sums its start is computed from: by name, `p` and `q`. Lessons may name the same ones."""
         ...
 
     def fits(self, seen: Seen) -> Iterator[Fit]:
-        """What each of them is fitted to."""
+        """What one batch adds to them."""
         ...
+
+    def start(self, sums: Mapping[str, Statistics], ridge: float) -> None:
+        """Set the module to its closed-form start."""
+        ...
+
+
+class Trained(Lesson, Protocol):
+    """A lesson that goes on from its start by gradient."""
 
     def losses(self, seen: Seen, loss_of: Loss) -> Mapping[str, Part]:
         """The losses by name, which add up; `loss_of` compares a block's output with the teacher's."""
         ...
 
 
-class Depth:
+class _Linear:
+    """The start of a lesson whose closed form is one least-squares fit a linear map."""
+
+    entry: Entry
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The maps that start in closed form, by name."""
+        raise NotImplementedError
+
+    def _pairs(self, seen: Seen) -> Iterator[Fit]:
+        """By the maps' names."""
+        raise NotImplementedError
+
+    def sums(self) -> dict[str, tuple[int, int]]:
+        return {f"{self.entry.name}.{n}": (linear.in_features, linear.out_features) for n, linear in self.linears().items()}
+
+    def fits(self, seen: Seen) -> Iterator[Fit]:
+        for name, x, y in self._pairs(seen):
+            yield f"{self.entry.name}.{name}", x, y
+
+    @torch.no_grad()
+    def start(self, sums: Mapping[str, Statistics], ridge: float) -> None:
+        for name, linear in self.linears().items():
+            solved = affine_fit(sums[f"{self.entry.name}.{name}"], ridge)
+            linear.weight.copy_(solved.weight)
+            linear.bias.copy_(solved.bias)
+
+
+class Depth(_Linear):
     """A student block for an interval (Eq. 6)."""
 
     def __init__(self, architecture: Architecture, blocks: Mapping[int, nn.Module], entry: Interval, start: str):
@@ -98,12 +145,12 @@ class Depth:
             streams = [n for n in Streams._fields if n == "img" or not getattr(last, "context_pre_only", False)]
             affine = {name: affine_map(_width(block)) for name in streams}
         self.module = Student(architecture, entry, source, block, affine)
-        self.wanted = Wanted(frozenset({entry.first, entry.last + 1} | ({entry.first + 1} if affine else set())))
+        self.wanted = self.wanted_to_start = Wanted(frozenset({entry.first, entry.last + 1} | ({entry.first + 1} if affine else set())))
 
     def linears(self) -> dict[str, nn.Linear]:
         return dict(self.module.affine)
 
-    def fits(self, seen: Seen) -> Iterator[Fit]:
+    def _pairs(self, seen: Seen) -> Iterator[Fit]:
         """Block `u` on `X_{u-1}` gives the teacher's own `X_u`: the map is a fit between two boundaries."""
         before, after = seen.boundaries[self.entry.first + 1], seen.boundaries[self.entry.last + 1]
         for name in self.module.affine:
@@ -118,18 +165,18 @@ class Depth:
         }
 
 
-class FfnLesson:
+class FfnLesson(_Linear):
     """Residual linear maps for a block's FFNs (Eq. 9): the block's output, and the maps' own (plain squared error)."""
 
     def __init__(self, architecture: Architecture, transformer: nn.Module, block: nn.Module, entry: Ffn):
         self.entry = entry
         self.module = FfnMaps.new(architecture.parts_of(transformer, entry.block, block), _width(block))
-        self.wanted = Wanted(frozenset({entry.block + 1}), residuals=frozenset({entry.block}))
+        self.wanted = self.wanted_to_start = Wanted(frozenset({entry.block + 1}), residuals=frozenset({entry.block}))
 
     def linears(self) -> dict[str, nn.Linear]:
         return dict(self.module)
 
-    def fits(self, seen: Seen) -> Iterator[Fit]:
+    def _pairs(self, seen: Seen) -> Iterator[Fit]:
         for name in self.module:
             g, h = self._ends(seen, name)
             x = seen.tokens(g, name)
@@ -148,7 +195,42 @@ class FfnLesson:
         return seen.residuals[self.entry.block, name], getattr(seen.boundaries[self.entry.block + 1], name)
 
 
-class TextLesson:
+class NarrowLesson:
+    """Fewer hidden units for a block's FFNs, in closed form alone: the least-squares choice of them, see `ppcl.width.narrow`.
+
+    What is gained by training them is gained end to end, in fine-tuning.
+    """
+
+    def __init__(self, architecture: Architecture, transformer: nn.Module, block: nn.Module, entry: Ffn):
+        self.entry, self.block = entry, block
+        self.architecture = architecture
+        self.parts = architecture.parts_of(transformer, entry.block, block)
+        self.module = NarrowFfn.new(architecture, block, self.parts, entry.kept)
+        self.wanted = Wanted()
+        self.wanted_to_start = Wanted(hidden=frozenset({entry.block}))
+
+    def sums(self) -> dict[str, tuple[int, int]]:
+        # One Gram matrix for all widths of the block.
+        return {f"hidden-{self.entry.block}-{stream}": (self._maps(stream)[1].in_features, 0) for stream in self.parts}
+
+    def fits(self, seen: Seen) -> Iterator[Fit]:
+        for stream in self.parts:
+            x = seen.tokens(seen.hidden[self.entry.block, stream], stream)
+            yield f"hidden-{self.entry.block}-{stream}", x, x[:, :0]
+
+    def start(self, sums: Mapping[str, Statistics], ridge: float) -> None:
+        for stream in self.parts:
+            up, down = self._maps(stream)
+            width = self.module.up[stream].out_features
+            made = eliminate(sums[f"hidden-{self.entry.block}-{stream}"], down.weight, down.bias, [width], ridge)
+            self.module.set(stream, up, made[width])
+
+    def _maps(self, stream: str) -> tuple[nn.Linear, nn.Linear]:
+        ffn = at(self.block, self.parts[stream].ffn)
+        return at(ffn, self.architecture.ffn_up), at(ffn, self.architecture.ffn_down)
+
+
+class TextLesson(_Linear):
     """Projectors for a run of text streams (Eq. 7, 8): every block's image output, and the projectors' own outputs."""
 
     def __init__(
@@ -162,13 +244,13 @@ class TextLesson:
         self.architecture = architecture
         self.placed = text_run(architecture, own, architecture.parts_of(transformer, entry.first, first), self.module)
         numbers = frozenset(entry.blocks)
-        self.wanted = Wanted(frozenset(b + 1 for b in numbers), text_inputs=numbers)
+        self.wanted = self.wanted_to_start = Wanted(frozenset(b + 1 for b in numbers), text_inputs=numbers)
 
     def linears(self) -> dict[str, nn.Linear]:
         maps = {f"z.{number}": linear for number, linear in self.module.z.items()}
         return maps if self.module.h is None else maps | {"h": self.module.h}
 
-    def fits(self, seen: Seen) -> Iterator[Fit]:
+    def _pairs(self, seen: Seen) -> Iterator[Fit]:
         z = seen.tokens(seen.text_inputs[self.entry.first], "txt")
         for number in self.module.z:
             yield f"z.{number}", z, seen.tokens(seen.text_inputs[int(number)], "txt")
@@ -203,6 +285,8 @@ def new_lesson(
     """`blocks`: the teacher's own, of the entry at least, by number; `count`: how many the teacher has."""
     if isinstance(entry, Interval):
         return Depth(architecture, blocks, entry, start)
+    if isinstance(entry, Ffn) and entry.kept:
+        return NarrowLesson(architecture, transformer, blocks[entry.block], entry)
     if isinstance(entry, Ffn):
         return FfnLesson(architecture, transformer, blocks[entry.block], entry)
     return TextLesson(architecture, transformer, blocks, entry, count)

@@ -9,10 +9,11 @@ which its own rank has just computed, so it does not matter which lessons there 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from ppcl.architecture import Architecture, embed, run_blocks
+from ppcl.artifacts import write_atomically
 from ppcl.config import Distillation
 from ppcl.distillation.lessons import Seen, Wanted, new_lesson
 from ppcl.distillation.mesh import Mesh
@@ -62,7 +64,7 @@ def segment_of(stage: int, pp: int, blocks: int, plan: Sequence[Entry]) -> range
     costs = [1.0] * blocks
     for entry in plan:
         if isinstance(entry, Ffn):
-            costs[entry.block] += FFN_COST
+            costs[entry.block] += 0.0 if entry.kept else FFN_COST
         elif isinstance(entry, Interval):
             costs[entry.last] += STUDENT_COST
         else:
@@ -126,6 +128,13 @@ class Segment:
                         seen.residuals[key] = args[0]
 
                     listen(at(block, parts.norm2), residual)
+            if number in wanted.hidden:
+                for stream, parts in self.architecture.parts_of(self.transformer, number, block).items():
+
+                    def hidden(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
+                        seen.hidden[key] = args[0]
+
+                    listen(at(block, f"{parts.ffn}.{self.architecture.ffn_down}"), hidden)
         try:
             yield
         finally:
@@ -168,19 +177,23 @@ def distil(
         entry: new_lesson(architecture, segment.transformer, segment.blocks, entry, settings.start, count)
         for entry in segment.plan
     }
-    wanted = Wanted()
     for lesson in lessons.values():
         lesson.module.to(device)
-        wanted |= lesson.wanted
 
-    def seen(rows: np.ndarray) -> Seen:
+    def seen(rows: np.ndarray, wanted: Wanted) -> Seen:
         return segment.run(samples.batch(rows, device, segment.dtype), chain, wanted)
 
+    closed = {entry: lesson for entry, lesson in lessons.items() if not hasattr(lesson, "losses")}
     if _has_closed_start(plan, settings) and not all(found.values()):
         fresh = [lesson for entry, lesson in lessons.items() if not found[entry]]
-        fit_starts(fresh, seen, ids, settings.batch_size, settings.ridge, mesh)
+        wanted = reduce(or_, (lesson.wanted_to_start for lesson in fresh), Wanted())
+        fit_starts(fresh, lambda rows: seen(rows, wanted), ids, settings.batch_size, settings.ridge, mesh)
         chain.flush()
-    pupils = {entry: Pupil(lesson, settings, mesh) for entry, lesson in lessons.items()}
+        for entry, lesson in closed.items():
+            if mesh.replica == 0 and not found[entry]:
+                save(lesson.module, entry, architecture, _file(checkpoints, entry))
+    pupils = {entry: Pupil(lesson, settings, mesh) for entry, lesson in lessons.items() if entry not in closed}
+    wanted = reduce(or_, (pupil.lesson.wanted for pupil in pupils.values()), Wanted())
     for entry, pupil in pupils.items():
         if found[entry]:
             pupil.load(_file(checkpoints, entry))
@@ -189,7 +202,7 @@ def distil(
     every = max(1, settings.steps // _CURVE_POINTS)
     begun = time.monotonic()
     for step in range(first, settings.steps):
-        now = seen(batch_of(step, ids, settings.batch_size, seed)[mesh.replica :: mesh.dp])
+        now = seen(batch_of(step, ids, settings.batch_size, seed)[mesh.replica :: mesh.dp], wanted)
         losses = {}
         for entry, pupil in pupils.items():
             if pupil.step > step:
@@ -214,6 +227,10 @@ def distil(
             save(pupil.trained(), entry, architecture, _file(folder, entry))
             record = {"curve": pupil.curve, "skipped_steps": pupil.skipped, "seconds": round(seconds, 2)}
             _write(folder / f"{entry.name}.json", record)
+        for entry in closed:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(_file(folder, entry), _file(checkpoints, entry).read_bytes())
+            _write(folder / f"{entry.name}.json", {"curve": [], "skipped_steps": 0, "seconds": 0.0})
     mesh.barrier()
 
 
@@ -235,6 +252,4 @@ def _first_step(mesh: Mesh, steps: list[int], last: int) -> int:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record))
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(record))

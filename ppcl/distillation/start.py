@@ -1,4 +1,4 @@
-"""The closed-form start of everything that is a linear map: a least-squares fit between tensors of the teacher.
+"""The closed-form start of everything that has one: a least-squares problem between tensors of the teacher.
 
 It needs only sums, so it comes from one pass over the samples, whatever their number.
 """
@@ -12,32 +12,33 @@ import torch
 
 from ppcl.distillation.lessons import Lesson, Seen
 from ppcl.distillation.mesh import Mesh
-from ppcl.probes import Statistics, affine_fit
+from ppcl.probes import Statistics
 
 
 def fit_starts(
     lessons: Sequence[Lesson], seen: Callable[[np.ndarray], Seen], ids: np.ndarray, batch_size: int, ridge: float, mesh: Mesh
 ) -> None:
-    """Set the linear maps of `lessons`, from one pass of the whole pipeline over the samples `ids`.
+    """Set `lessons` to their closed-form starts, from one pass of the whole pipeline over the samples `ids`.
 
     `seen(rows)` runs the teacher on some of them. Every rank takes part, also one without lessons, since the streams pass
     through it.
     """
-    maps = {(index, name): linear for index, lesson in enumerate(lessons) for name, linear in lesson.linears().items()}
-    sums = {key: Statistics(linear.in_features, linear.out_features) for key, linear in maps.items()}
+    shapes = {name: shape for lesson in lessons for name, shape in lesson.sums().items()}
+    sums = {name: Statistics(*shape) for name, shape in shapes.items()}
     for start in range(0, len(ids), batch_size):
         rows = ids[start : start + batch_size][mesh.replica :: mesh.dp]
         if not len(rows):
             continue
         now = seen(rows)
-        for index, lesson in enumerate(lessons):
+        counted = set()
+        for lesson in lessons:
             for name, x, y in lesson.fits(now):
-                sums[index, name].update(x, y)
-    for key, linear in maps.items():
-        solved = affine_fit(_merged(sums[key], mesh), ridge)
-        with torch.no_grad():
-            linear.weight.copy_(solved.weight)
-            linear.bias.copy_(solved.bias)
+                if name not in counted:
+                    sums[name].update(x, y)
+                    counted.add(name)
+    merged = {name: _merged(statistics, mesh) for name, statistics in sums.items()}
+    for lesson in lessons:
+        lesson.start(merged, ridge)
 
 
 def _merged(statistics: Statistics, mesh: Mesh) -> Statistics:

@@ -1,8 +1,9 @@
 """Fine-tuning the replacements end to end on the velocity, over plans drawn anew at every step.
 
-The paper fine-tunes one fixed configuration, which is no longer freely pluggable. Here every step draws a plan, plugs it
-in, and trains the replacements that are on to give the teacher's velocity; the teacher itself is never changed. So each
-replacement learns to work with and without the others. A fixed plan is the special case.
+The paper fine-tunes one fixed configuration, which is no longer freely pluggable. Here every step draws a plan, by default
+a named variant or a part of one, plugs it in, and trains the replacements that are on to give the teacher's velocity; the
+teacher itself is never changed. So each replacement learns to work with and without the others. A fixed plan is the
+special case.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from ppcl.config import Finetuning
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import learning_rate
 from ppcl.distillation.run import Samples, batch_of
-from ppcl.finetuning.plans import fixed_plan, random_plan, random_plans
+from ppcl.finetuning.plans import One, draws_of, random_plans, trainable
 from ppcl.finetuning.replay import Replay
-from ppcl.plan import Entry, Fold
+from ppcl.plan import Entry
 from ppcl.plug import Switch
 from ppcl.replacements import save
 from ppcl.teacher import Teacher
@@ -54,17 +55,16 @@ class _Trainer:
     """One replica: the teacher, the replacements in training, and the optimizer."""
 
     def __init__(
-        self, teacher: Teacher, files: Mapping[Entry, Path], samples: Samples, settings: Finetuning, mesh: Mesh, seed: int,
-        steps: int, device: str, bfloat16: bool,
+        self, teacher: Teacher, files: Mapping[Entry, Path], variants: Mapping[str, Sequence[Entry]], samples: Samples,
+        settings: Finetuning, mesh: Mesh, seed: int, steps: int, device: str, bfloat16: bool,
     ):  # fmt: skip
         self.architecture = teacher.architecture
         self.samples, self.settings, self.mesh, self.seed, self.device = samples, settings, mesh, seed, device
         self.bfloat16, self.dtype = bfloat16, torch.bfloat16 if bfloat16 else torch.float32
         self.model = teacher.transformer(device=device, dtype=self.dtype)
         self.switch = Switch(teacher, files)
-        self.plan = fixed_plan(settings, files, self.architecture.spans(self.model))
-        # What folding loses is not learnt: nothing of it could be told from rounding.
-        self.entries = [e for e in (self.plan or files) if not isinstance(e, Fold)]
+        self.draws = draws_of(settings, files, variants, self.architecture.spans(self.model))
+        self.entries = trainable(self.draws.entries)
         self.modules = {entry: self.switch.module(entry, self.model.device, self.dtype) for entry in files}
         for entry in self.entries:
             # Trained in float32 whatever the teacher runs in; autocast brings both together.
@@ -112,7 +112,7 @@ class _Trainer:
         """One optimizer step; the relative squared error of the drawn plan's velocity."""
         step = self.step
         # The same plan on all replicas; their own states differ.
-        plan = self.plan or random_plan(self.entries, np.random.default_rng([self.seed, step]))
+        plan = self.draws.draw(np.random.default_rng([self.seed, step]))
         ids, inputs = self.batch(step, np.random.default_rng([self.seed, step, self.mesh.replica]))
         with torch.no_grad():
             target = self.velocity((), inputs, training=False).float()
@@ -209,6 +209,7 @@ class _Trainer:
 def finetune(
     teacher: Teacher,
     files: Mapping[Entry, Path],
+    variants: Mapping[str, Sequence[Entry]],
     samples: Samples,
     settings: Finetuning,
     sampling_steps: int,
@@ -219,13 +220,16 @@ def finetune(
     device: str,
     report: Callable[[int, int, dict[str, float]], None],
 ) -> None:
-    """Train all replacements and write them to `folder`, with `finetuning.json`: the curve, and plans before and after.
+    """Train replacements and write all to `folder`, with `finetuning.json`: the curve, and plans before and after.
 
+    `variants`: the named ones; they and `settings.measured` drawn plans are measured.
     `report(step, steps, losses)` is called after every step. Continues from what lies in `checkpoints`.
     """
     bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
-    trainer = _Trainer(teacher, files, samples, settings, mesh, seed, sampling_steps, device, bfloat16)
-    plans = [trainer.plan] if trainer.plan is not None else random_plans(trainer.entries, settings.measured, seed)
+    trainer = _Trainer(teacher, files, variants, samples, settings, mesh, seed, sampling_steps, device, bfloat16)
+    named = {tuple(plan): name for name, plan in variants.items() if trainable(plan)}
+    plans = [list(plan) for plan in named]
+    plans += [p for p in random_plans(trainer.draws, settings.measured, seed) if tuple(p) not in named]
     before = trainer.errors(plans) if mesh.replica == 0 else []
     found = (checkpoints / _CHECKPOINT).exists()
     mesh.barrier()
@@ -246,9 +250,10 @@ def finetune(
         for entry in files:
             save(trainer.modules[entry], entry, teacher.architecture, folder / f"{entry.name}.safetensors")
         rows = [
-            {"plan": [str(entry) for entry in plan], "before": b, "after": a}
+            {"plan": [str(e) for e in plan], "variant": named.get(tuple(plan)), "before": b, "after": a}
             for plan, b, a in zip(plans, before, after, strict=True)
         ]
-        record = {"steps": settings.steps, "curve": trainer.curve, "skipped_steps": trainer.skipped, "plans": rows}
+        fixed = isinstance(trainer.draws, One)
+        record = {"steps": settings.steps, "fixed": fixed, "curve": trainer.curve, "skipped_steps": trainer.skipped, "plans": rows}
         (folder / "finetuning.json").write_text(json.dumps(record))
     mesh.barrier()

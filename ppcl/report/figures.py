@@ -90,7 +90,8 @@ def block_map(rows: list[dict[str, Any]], blocks: int, spans: list[Interval]) ->
                 if isinstance(entry, Fold):
                     continue
                 if isinstance(entry, Ffn):
-                    axes.plot([entry.block + 0.5], [y - 0.06], "o", color=COLOURS["mark"], markersize=5, markeredgewidth=0)
+                    inner = "none" if entry.kept else COLOURS["mark"]
+                    axes.plot([entry.block + 0.5], [y - 0.06], "o", color=COLOURS["mark"], markersize=5, markerfacecolor=inner)
                     continue
                 bar = isinstance(entry, plans.Interval)
                 at, height = (y - 0.32, 0.64) if bar else (y + 0.2, 0.12)

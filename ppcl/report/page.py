@@ -207,7 +207,9 @@ def _deltas(detection: dict[str, Any]) -> figures.Drawing | None:
 
 
 def _blocks(entry: Ffn | Fold) -> str:
-    return "all" if isinstance(entry, Fold) else str(entry.block)
+    if isinstance(entry, Fold):
+        return "all"
+    return f"{entry.block}, {entry.kept} % kept" if entry.kept else str(entry.block)
 
 
 def _students(results: Results) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ppcl.architecture import Parts
+from ppcl.architecture import Architecture, Parts
+from ppcl.width.narrow import NarrowFfn, narrow_parts
 from ppcl.width.surgery import GATE2, SCALE2, SHIFT2, Modulation, at, view
 
 
@@ -22,8 +23,12 @@ class FfnMaps(nn.ModuleDict):
         return cls({stream: nn.Linear(width, width) for stream in parts})
 
 
-def ffn_parts(block: nn.Module, parts: Mapping[str, Parts], maps: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
+def ffn_parts(
+    architecture: Architecture, block: nn.Module, parts: Mapping[str, Parts], maps: FfnMaps | NarrowFfn
+) -> dict[str, nn.Module]:
     """What to put where in a block, for the streams of `parts`."""
+    if isinstance(maps, NarrowFfn):
+        return narrow_parts(architecture, parts, maps)
     placed: dict[str, nn.Module] = {}
     for stream, where in parts.items():
         modulation = at(block, where.modulation)
@@ -35,6 +40,8 @@ def ffn_parts(block: nn.Module, parts: Mapping[str, Parts], maps: Mapping[str, n
     return placed
 
 
-def without_ffn(block: nn.Module, parts: Mapping[str, Parts], maps: Mapping[str, nn.Linear]) -> nn.Module:
+def other_ffn(
+    architecture: Architecture, block: nn.Module, parts: Mapping[str, Parts], maps: FfnMaps | NarrowFfn
+) -> nn.Module:
     """The block with its FFNs replaced, as a view of it."""
-    return view(block, ffn_parts(block, parts, maps))
+    return view(block, ffn_parts(architecture, block, parts, maps))

@@ -19,7 +19,8 @@ from torch import nn
 
 from ppcl.architecture import Architecture, Parts, Streams
 from ppcl.plan import TextRun
-from ppcl.width.ffn import ffn_parts
+from ppcl.width.ffn import FfnMaps, ffn_parts
+from ppcl.width.narrow import NarrowFfn
 from ppcl.width.surgery import Modulation, at, view
 
 
@@ -116,22 +117,22 @@ def text_run(
     blocks: Mapping[int, nn.Module],
     parts: Mapping[str, Parts],
     projectors: TextProjectors,
-    ffn: Mapping[int, Mapping[str, nn.Linear]] | None = None,
+    ffn: Mapping[int, FfnMaps | NarrowFfn] | None = None,
 ) -> dict[int, nn.Module]:
     """What stands at the block numbers of a run, from the teacher's own `blocks` by number.
 
-    `ffn`: the maps of those of its blocks whose FFNs are replaced too; of the later blocks only the image's is left.
+    `ffn`: what stands for the FFNs of those of its blocks where they are replaced too; of the later blocks only the image's is left.
     """
     run, ffn = projectors.run, ffn or {}
     placed: dict[int, nn.Module] = {}
     for number in run.blocks:
         block, maps = blocks[number], ffn.get(number)
         if number == run.first:
-            whole = view(block, ffn_parts(block, parts, maps)) if maps else block
+            whole = view(block, ffn_parts(architecture, block, parts, maps)) if maps else block
             placed[number] = RunStart(architecture, whole)
             continue
         exchanged = text_parts(block, parts["txt"], projectors.z[str(number)])
         if maps:
-            exchanged |= ffn_parts(block, {"img": parts["img"]}, maps)
+            exchanged |= ffn_parts(architecture, block, {"img": parts["img"]}, maps)
         placed[number] = RunBlock(architecture, view(block, exchanged), number == run.last, projectors)
     return placed

@@ -140,11 +140,13 @@ WIDE = Sizes(
     {
         Interval(0, 2): {"w": 100}, Interval(4, 5): {"w": 110}, TextRun(1, 3): {"z.2.w": 5, "z.3.w": 5, "h.w": 5},
         TextRun(6, 7): {"z.7.w": 5}, **{Ffn(b): {"img.w": 5, "txt.w": 4} for b in (0, 2, 3, 5, 7)},
+        **{Ffn(b, 50): {"up.img.w": 6, "up.txt.w": 5, "down.img.w": 6, "down.txt.w": 5} for b in (3, 5)},
     },
-    {b: {"img": 30, "txt": 25} for b in range(8)},
+    {b: {"img": 24, "txt": 19} for b in range(8)},
+    {b: {"img": 6, "txt": 6} for b in range(8)},
     dict.fromkeys(range(8), 40),
 )  # fmt: skip
-WIDE_DAMAGE = dict(zip(WIDE.replacements, (0.31, 0.12, 0.09, 0.05, 0.04, 0.021, 0.08, 0.015, 0.033), strict=True))
+WIDE_DAMAGE = dict(zip(WIDE.replacements, (0.31, 0.12, 0.09, 0.05, 0.04, 0.021, 0.08, 0.015, 0.033, 0.012, 0.007), strict=True))
 
 
 def wide_plans():
@@ -188,3 +190,7 @@ def test_an_ffn_within_a_text_run_saves_its_image_part_alone():
     assert WIDE.saved(Ffn(3)) == 30 + 25 - 9
     assert WIDE.saved(Ffn(3), TextRun(1, 3)) == 30 - 5
     assert WIDE.parameters([TextRun(1, 3), Ffn(3)]) == 1000 - (80 - 15) - 25
+    # With half of its units the modulation stays.
+    assert WIDE.saved(Ffn(3, 50)) == 24 + 19 - 22
+    assert WIDE.saved(Ffn(3, 50), TextRun(1, 3)) == 24 - 12
+    assert FOLDED.saved(Ffn(3, 50), folded=True) == 24 + 19 - 22

@@ -10,7 +10,7 @@ from ppcl.config import Distillation, Finetuning
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import distil
 from ppcl.errors import UserError
-from ppcl.finetuning.plans import fixed_plan, random_plan, random_plans
+from ppcl.finetuning.plans import Any, One, Within, draws_of, random_plans
 from ppcl.finetuning.replay import Replay
 from ppcl.finetuning.run import finetune
 from ppcl.plan import Ffn, Interval, TextRun, clash

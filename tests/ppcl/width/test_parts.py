@@ -6,7 +6,7 @@ from torch import nn
 
 from ppcl.architecture import Streams, architecture_of, embed, run_blocks
 from ppcl.plan import TextRun
-from ppcl.width import FfnMaps, TextProjectors, text_run, without_ffn
+from ppcl.width import FfnMaps, TextProjectors, other_ffn, text_run
 from tests import tiny
 
 MODELS = {"qwen": tiny.qwen_transformer, "flux": tiny.flux_transformer, "sd3": tiny.sd3_transformer}
@@ -45,7 +45,7 @@ def test_a_replaced_ffn_is_the_residual_map_behind_the_attention(model):
     parts = architecture.parts_of(model, 1, block)
     maps = randomised(FfnMaps.new(parts, WIDTH))
     streams, context = embed(model, tiny.inputs(model))
-    made = run_blocks(architecture, [without_ffn(block, parts, maps)], streams, context)
+    made = run_blocks(architecture, [other_ffn(architecture, block, parts, maps)], streams, context)
     for stream in Streams._fields:
         norm2 = block.get_submodule(parts[stream].norm2)
         g, _ = heard(norm2, lambda: run_blocks(architecture, [block], streams, context))
@@ -101,7 +101,7 @@ def test_an_ffn_replaced_within_a_text_run_is_the_images(model):
         blocks[1].get_submodule(parts["img"].norm2), lambda: run_blocks(architecture, [text_only[1]], start, context)
     )
     assert torch.allclose(made.img, g + maps["img"](g), atol=1e-5)
-    first = run_blocks(architecture, [without_ffn(blocks[0], parts, maps)], streams, context)
+    first = run_blocks(architecture, [other_ffn(architecture, blocks[0], parts, maps)], streams, context)
     assert torch.allclose(made.txt, first.txt + projectors.h(first.txt), atol=1e-5)
 
 
