@@ -1,4 +1,4 @@
-"""The command line: `ppcl compress`, `variants`, `generate`, `report`, `config`."""
+"""The command line: `ppcl compress`, `ablate`, `variants`, `generate`, `report`, `config`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,29 @@ def compress(
     with connected(address, settings) as device:
         report = job.run(device)
     out.print(summary_table(settings.output))
+    job.reporter.say(f"report: {report}")
+
+
+@app.command()
+def ablate(
+    config: Annotated[Path, typer.Argument(help="the job's configuration; its section `ablation` says how long and how often")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as ablation.seeds=5")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder of the job; what it holds already is used")] = None,
+    address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
+) -> None:
+    """Measure what each part of the method adds on a teacher, and other ways to choose the blocks that go."""
+    from jobs.cluster import connected
+    from jobs.coordinator import Job
+    from ppcl.config import load_config
+    from ppcl.report.terminal import ablation_table
+
+    settings = load_config(config, set_, output)
+    job = Job(settings, out)
+    with connected(address, settings) as device:
+        report = job.run(device, ablation=True)
+    out.print(ablation_table(settings.output))
     job.reporter.say(f"report: {report}")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +15,11 @@ from ppcl.errors import UserError
 
 # The embedded Ray's logical CPUs: enough for a small pipeline beside Ray Data, even on a machine with fewer cores.
 _LEAST_LOGICAL_CPUS = 4
+
+# What Ray looks up by itself.
+_BY_NAME = ("auto", "local")
+_CONNECT_SECONDS = 5
+_ANSWER_SECONDS = 30
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -53,6 +61,7 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
             cpus = max(os.cpu_count() or 1, _LEAST_LOGICAL_CPUS)
             ray.init(num_cpus=cpus, include_dashboard=False, **common)
         else:
+            _check_reachable(address)
             ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -61,6 +70,32 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
         yield device_of(config)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises `UserError` where nothing, or something else than a Ray, is at `host:port` or `ray://host:port`.
+
+    Ray itself would go on trying for minutes, with a page of warnings.
+    """
+    if address in _BY_NAME:
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--address {address!r} is no address; give host:port, ray://host:port or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"no Ray cluster could be reached at {address}: {reason}; check the address of the head node") from None
+    if address.startswith("ray://"):
+        return
+    asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check", "--address", address]
+    try:
+        answered = subprocess.run(asked, capture_output=True, timeout=_ANSWER_SECONDS).returncode == 0
+    except subprocess.TimeoutExpired:
+        answered = False
+    if not answered:
+        raise UserError(f"what listens at {address} is not the head of a Ray cluster; give the address ray start printed there")
 
 
 def device_of(config: Config) -> str:

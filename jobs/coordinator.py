@@ -35,6 +35,7 @@ _OPERATIONAL = {
     "distillation": {"pipeline", "replicas", "checkpoint_every"},
     "finetuning": {"replicas", "checkpoint_every", "recompute"},
     "evaluation": {"workers"},
+    "ablation": {"workers"},
 }
 
 
@@ -78,8 +79,12 @@ class Job:
         self.artifacts.start(identity)
         self.reporter = Reporter(console, self.artifacts.path(LOG))
 
-    def stages(self, device: str) -> Iterator[Stage]:
-        """The stages in order. Later ones read what earlier ones left, so they are made one at a time."""
+    def stages(self, device: str, ablation: bool = False) -> Iterator[Stage]:
+        """The stages in order. Later ones read what earlier ones left, so they are made one at a time.
+
+        `ablation`: it stands in the place of everything behind the detection.
+        """
+        from jobs.ablation import ablate
         from jobs.calibration import calibrate
         from jobs.distillation import distil_plan
         from jobs.evaluation import choose_variants, evaluate
@@ -112,6 +117,18 @@ class Job:
             base,
             lambda folder, update, key: detect(config, self.teacher, path("probes"), folder, update),
         )
+        if ablation:
+            yield Stage(
+                "ablation",
+                f"{config.ablation.seeds} seeds, {config.ablation.steps} distillation steps each",
+                [*base, *(_settings(config, section) for section in ("distillation", "finetuning", "evaluation", "ablation"))],
+                lambda folder, update, key: ablate(
+                    config, self.teacher, calibration, path("probes"), path("detection", "detection.json"), folder, device, key,
+                    update,
+                ),
+                keeps_checkpoints=True,
+            )  # fmt: skip
+            return
         found = json.loads(path("detection", "detection.json").read_text())
         plan = [entry_of(text) for text in found["plan"]]
         self._tell(plan, found["blocks"])
@@ -180,15 +197,15 @@ class Job:
                 gone = f", {removed} of {blocks} blocks can go" if kind is Interval else ""
                 self.reporter.say(f"detection: {len(entries)} {what}{gone}: {' '.join(map(str, entries))}")
 
-    def run(self, device: str) -> Path:
-        """Run what is missing; gives the report's path. The same call again skips what is complete and intact."""
+    def run(self, device: str, ablation: bool = False) -> Path:
+        """Run what is missing, for the result or for the ablation; gives the report's path. The same call again skips what is complete and intact."""
         from ppcl.report import write_report
 
         artifacts = self.artifacts
         with _alone(artifacts.path(".lock")):
             self._check_resources(device)
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
-            for stage in self.stages(device):
+            for stage in self.stages(device, ablation):
                 self._run_stage(stage)
             return write_report(artifacts.root)
 
@@ -203,6 +220,7 @@ class Job:
             "distillation.pipeline × distillation.replicas": config.distillation.pipeline * config.distillation.replicas,
             "finetuning.replicas": config.finetuning.replicas if config.finetuning.steps else 1,
             "evaluation.workers": config.evaluation.workers,
+            "ablation.workers": config.ablation.workers,
         }.items():
             check_resources(workers, device, key)
 

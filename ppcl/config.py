@@ -83,7 +83,7 @@ class Width(Section):
         1e-4, gt=0, lt=1, description="share of the modulations' input that may be lost by it, of its variance over timesteps"
     )
     hidden: list[Annotated[int, Field(ge=1, le=99)]] = Field(
-        [50, 25], description="percent of their hidden units that FFNs keep, one replacement a block and number; []: none"
+        [50, 25, 12], description="percent of their hidden units that FFNs keep, one replacement a block and number; []: none"
     )
     ffns: int | None = Field(
         None, ge=0, description="replace so many whole FFNs by linear maps, those of the smallest error of the closed-form fit; null: all; 0: none"
@@ -168,6 +168,19 @@ class Evaluation(Section):
     workers: int = Field(1, ge=1, description="actors that make pictures")
 
 
+class Ablation(Section):
+    """`ppcl ablate`: what each part of the method adds, and other ways to choose the blocks that go."""
+
+    removed: int | None = Field(None, ge=1, description="blocks that go; null: two fifths, at most what Algorithm 1 finds")
+    seeds: int = Field(3, ge=1, description="runs with seeds of their own, for intervals of confidence")
+    steps: int = Field(1000, ge=1, description="distillation steps of every row")
+    batch_size: int = Field(16, ge=1, description="samples a distillation step")
+    finetuning_steps: int = Field(300, ge=1, description="steps of the rows with fine-tuning")
+    gate_steps: int = Field(200, ge=1, description="steps of the learned gates")
+    ffns: int = Field(3, ge=0, description="FFNs that become linear maps in the row that has them")
+    workers: int = Field(1, ge=1, description="seeds at once")
+
+
 class Config(Section):
     """A compression job."""
 
@@ -185,6 +198,7 @@ class Config(Section):
     finetuning: Finetuning = Finetuning()
     variants: Variants = Variants()
     evaluation: Evaluation = Evaluation()
+    ablation: Ablation = Ablation()
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, output: str | Path | None = None) -> Config:

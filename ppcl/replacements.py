@@ -20,7 +20,7 @@ from ppcl.errors import UserError
 from ppcl.plan import Entry, Ffn, Fold, Interval, TextRun, named, order, written
 from ppcl.students import Student
 from ppcl.teacher import Teacher
-from ppcl.width import Basis, FfnMaps, NarrowFfn, RunBlock, RunStart, TextProjectors, text_run, other_ffn
+from ppcl.width import Basis, FfnMaps, NarrowFfn, RunBlock, RunStart, TextProjectors, other_ffn, text_run
 
 _FORMAT = "ppcl-replacement-1"
 

@@ -222,6 +222,23 @@ def before_and_after(plans: list[dict[str, Any]]) -> Drawing | None:
         return Drawing(inline(figure, "before-after", label), "")
 
 
+def ablation_bars(rows: list[dict[str, Any]]) -> Drawing:
+    """The velocity error of every row of the ablation, with its interval of confidence; smaller is better."""
+    with canvas(640, 30 * len(rows) + 60) as figure:
+        axes = figure.add_subplot()
+        roles = {group: role for group, role in zip(dict.fromkeys(row["group"] for row in rows), ("mark", "soft", "ink"))}
+        for y, row in enumerate(rows):
+            mean, low, high = row["velocity_error"]
+            axes.plot([max(low, mean / 10), high], [y, y], color=COLOURS[roles[row["group"]]], linewidth=2)
+            axes.plot([mean], [y], "o", color=COLOURS[roles[row["group"]]], markersize=6, markeredgewidth=0)
+        axes.set(xscale="log", ylim=(len(rows) - 0.5, -0.5), xlabel="velocity error")
+        axes.set_yticks(range(len(rows)), [row["label"].strip() for row in rows], color=COLOURS["ink"])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x")
+        told = "; ".join(f"{row['label'].strip()}: {numbers.mean_between(row['velocity_error'])}" for row in rows)
+        return Drawing(inline(figure, "ablation", f"Velocity error by row of the ablation. {told}."), "")
+
+
 def velocity_curves(measured: dict[str, Any], looks: dict[str, Series]) -> Drawing | None:
     """Velocity error by timestep, the noise at the left as in sampling. The teacher's own is zero and not drawn."""
     names = [name for name in looks if name != TEACHER and measured.get(name, {}).get("velocity_by_timestep")]

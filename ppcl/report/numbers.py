@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MISSING = "–"
 
 
@@ -35,6 +37,12 @@ def percent(value: float | None, places: int = 1, scale: float = 100) -> str:
 def between(low: float | None, high: float | None, places: int = 1, scale: float = 100) -> str:
     """An interval of confidence in per cent, `70.2 to 78.0`; empty where there is none. `scale` as for `percent`."""
     return "" if low is None or high is None else f"{_signed(scale * low, places)} to {_signed(scale * high, places)}"
+
+
+def mean_between(values: Sequence[float]) -> str:
+    """A mean with both ends of its interval: `0.120 (0.101 to 0.139)`; the mean alone where they are the same."""
+    mean, low, high = values
+    return significant(mean) if low == high else f"{significant(mean)} ({significant(max(low, 0.0))} to {significant(high)})"
 
 
 def seconds(value: float | None) -> str:

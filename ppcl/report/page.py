@@ -72,6 +72,8 @@ def _context(results: Results) -> dict[str, Any]:
         "text_map": _text_map(detection),
         "finetuning": _finetuning(results.stage("finetuning")),
         "students": _students(results),
+        "ablation": results.stage("ablation"),
+        "ablation_drawing": figures.ablation_bars(results.stage("ablation")["rows"]) if results.stage("ablation") else None,
         "velocity": figures.velocity_curves(measured, looks),
         "quality": [drawing for drawing in quality if drawing],
         "categories": figures.category_scores(measured, looks),
@@ -174,6 +176,8 @@ def _finetuning(tuned: dict[str, Any]) -> dict[str, Any] | None:
     ratios = sorted(row["after"] / row["before"] for row in plans if row["before"])
     return {
         "steps": tuned["steps"],
+        "fixed": tuned["fixed"],
+        "variants": [row for row in plans if row["variant"]],
         "plans": len(plans),
         "better": sum(row["after"] < row["before"] for row in plans),
         "median": ratios[len(ratios) // 2] if ratios else None,

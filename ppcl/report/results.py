@@ -15,6 +15,7 @@ STAGE_FILES = {
     "finetuning": "finetuning.json",
     "variants": "variants.json",
     "evaluation": "evaluation.json",
+    "ablation": "ablation.json",
 }
 
 

@@ -1,4 +1,4 @@
-"""The summary table for the terminal."""
+"""The tables for the terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppcl.report import numbers
+from ppcl.report.results import read_results
 from ppcl.report.summary import summary_rows
 
 
@@ -27,6 +28,29 @@ def summary_table(root: Path) -> Table:
             numbers.significant(row["velocity_error"]),
             _with_interval(row["world"], row["world_low"], row["world_high"]),
             _with_interval(row["R"], row["R_low"], row["R_high"], scale=1),
+        )
+    return table
+
+
+def ablation_table(root: Path) -> Table:
+    """The rows of the ablation in `root`, the means over seeds with their intervals, beside the paper's scores."""
+    made = read_results(root).stage("ablation")
+    title = f"Ablation: {made['removed']} of {made['blocks']} blocks gone, {made['steps']} steps, {made['seeds']} seeds"
+    table = Table(title=title, title_justify="left")
+    table.add_column("row")
+    for heading in ("parameters", "velocity error", "R", "paper's score"):
+        table.add_column(heading, justify="right")
+    group = None
+    for row in made["rows"]:
+        if group not in (None, row["group"]):
+            table.add_section()
+        group = row["group"]
+        table.add_row(
+            Text(row["label"]),
+            numbers.percent(row["share"]),
+            numbers.mean_between(row["velocity_error"]),
+            _with_interval(*row["R"], scale=1) if row["R"] else numbers.MISSING,
+            numbers.significant(row["paper"]),
         )
     return table
 

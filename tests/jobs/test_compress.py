@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-STAGES = ["calibration", "probes", "detection", "students", "finetuning", "variants", "evaluation"]
+STAGES = ["calibration", "probes", "detection", "students", "variants", "finetuning", "evaluation"]
 
 
 def ppcl(*arguments, stop_at=None):
@@ -82,9 +83,9 @@ def finished(job):
 
 def test_an_interrupted_job_continues_from_what_is_complete(finished):
     _, said = finished
-    for stage in STAGES[:4]:
+    for stage in STAGES[:5]:
         assert f"{stage}: complete, skipped" in said
-    for stage in STAGES[4:]:
+    for stage in STAGES[5:]:
         assert f"{stage}: done" in said
 
 
@@ -158,3 +159,34 @@ def test_a_disk_that_fills_up_is_told_and_the_job_goes_on_when_there_is_space(jo
         assert code == 130 and "calibration: done" in said
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_the_ablation_uses_what_the_job_has_and_ends_with_a_table(finished, job):
+    result, _ = finished
+    settings = {"seeds": 2, "steps": 3, "batch_size": 4, "finetuning_steps": 2, "gate_steps": 2, "ffns": 1}
+    overrides = [part for key, value in settings.items() for part in ("--set", f"ablation.{key}={value}")]
+    code, said, error = ppcl("ablate", job, *overrides)
+    assert code == 0, said + error
+    assert "detection: complete, skipped" in said and "Ablation: " in said and "2 seeds" in said
+    made = json.loads((result / "ablation" / "ablation.json").read_text())
+    rows = {row["name"]: row for row in made["rows"]}
+    for row in ("sensitivity", "probes", "nonsequential", "finetuned", "uniform", "gates", "hidden"):
+        mean, low, high = rows[row]["velocity_error"]
+        assert low <= mean <= high and mean > 0 and row in rows and rows[row]["label"].strip() in said
+    assert rows["ffn"]["share"] < rows["text"]["share"] <= rows["nonsequential"]["share"] < 1
+    assert not (result / "ablation" / "runs").exists()
+    assert "Ablation</h2>" in (result / "report.html").read_text()
+    code, said, _ = ppcl("ablate", job, *overrides)
+    assert code == 0 and "ablation: complete, skipped" in said
+
+
+def test_an_address_where_no_ray_is(job):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        # Bound but not listening: the connection is refused.
+        code, _, error = ppcl("compress", job, "--address", f"127.0.0.1:{port}")
+        assert code == 2 and f"no Ray cluster could be reached at 127.0.0.1:{port}: Connection refused" in error
+        assert error.count("\n") == 1
+    code, _, error = ppcl("compress", job, "--address", "somewhere")
+    assert code == 2 and error == "ppcl: --address 'somewhere' is no address; give host:port, ray://host:port or auto\n"

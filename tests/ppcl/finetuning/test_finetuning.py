@@ -13,15 +13,16 @@ from ppcl.errors import UserError
 from ppcl.finetuning.plans import Any, One, Within, draws_of, random_plans
 from ppcl.finetuning.replay import Replay
 from ppcl.finetuning.run import finetune
-from ppcl.plan import Ffn, Interval, TextRun, clash
+from ppcl.plan import Ffn, Fold, Interval, TextRun, clash, order
 from ppcl.replacements import files_in, load
 from ppcl.teacher import Teacher
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 
-PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), Ffn(0), Ffn(2)]
+PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), Ffn(0), Ffn(2), Ffn(2, 50)]
+VARIANTS = {"teacher": [], "small": [Interval(0, 1), Ffn(2)], "half": [Interval(3, 5), Ffn(0), Ffn(2, 50)]}
 SETTINGS = Finetuning(
-    steps=120, batch_size=16, learning_rate=1e-3, warmup=2, own_states=0.25, measured=12, checkpoint_every=10
+    steps=120, batch_size=16, learning_rate=1e-3, warmup=2, own_states=0.25, measured=12, checkpoint_every=10, plan="any"
 )
 
 
@@ -51,7 +52,8 @@ def tune(folder, students, out, settings=SETTINGS, stop_after=None):
     mesh = Mesh.join(1, settings.replicas)
     with torch.enable_grad():
         finetune(
-            Teacher(folder), files_in(students), MemorySamples(256), settings, 8, mesh, out, out / "checkpoints", 0, "cpu", report
+            Teacher(folder), files_in(students), VARIANTS, MemorySamples(256), settings, 8, mesh, out, out / "checkpoints", 0,
+            "cpu", report,
         )
     return json.loads((out / "finetuning.json").read_text()) if mesh.replica == 0 else None
 
@@ -75,13 +77,32 @@ def assert_same(one, two, tolerance):
             assert difference <= tolerance, f"{entry} {name}: {difference:.2e}"
 
 
-def test_drawn_plans_do_not_clash_and_reach_everything():
-    plans = random_plans(PLAN, 200, seed=0)
+def test_any_plan_is_drawn_without_a_clash_and_reaches_everything():
+    draws = Any(PLAN)
+    plans = random_plans(draws, 200, seed=0)
     assert len({tuple(plan) for plan in plans}) == len(plans) > 12
     assert all(plan and not any(clash(a, b) for a in plan for b in plan if a is not b) for plan in plans)
     assert {entry for plan in plans for entry in plan} == set(PLAN)
-    again = random_plan(PLAN, np.random.default_rng([3, 4]))
-    assert again == random_plan(PLAN, np.random.default_rng([3, 4]))
+    assert draws.draw(np.random.default_rng([3, 4])) == draws.draw(np.random.default_rng([3, 4]))
+
+
+def test_variants_are_drawn_whole_and_in_part_and_nothing_else_is():
+    draws = Within(plan for plan in VARIANTS.values() if plan)
+    rng = np.random.default_rng(0)
+    drawn = [draws.draw(rng) for _ in range(400)]
+    whole = [plan for plan in drawn if plan in (VARIANTS["small"], VARIANTS["half"])]
+    assert 200 < len(whole) < 300 and all(plan in whole for plan in (VARIANTS["small"], VARIANTS["half"]))
+    assert all(any(set(plan) <= set(variant) for variant in VARIANTS.values()) and plan for plan in drawn)
+    assert TextRun(1, 3) not in draws.entries and set(draws.entries) == {e for plan in drawn for e in plan}
+
+
+def test_folded_modulations_are_never_all_that_is_trained():
+    draws = Within([[Fold(), Ffn(0)]])
+    assert all(Ffn(0) in plan for plan in random_plans(draws, 2, 0))
+    with pytest.raises(UserError, match="no variant has anything to train"):
+        draws_of(Finetuning(), [Fold()], {"p70": [Fold()]}, [range(6)])
+    with pytest.raises(UserError, match="has nothing to train"):
+        draws_of(Finetuning(plan="modulations"), [Fold()], {}, [range(6)])
 
 
 def test_a_state_moves_on_by_an_euler_step_and_ends_at_the_last_timestep():
@@ -101,9 +122,9 @@ def test_a_state_moves_on_by_an_euler_step_and_ends_at_the_last_timestep():
 
 def test_plans_improve_and_the_files_say_so(folder, students, tuned):
     rows = json.loads((tuned / "finetuning.json").read_text())["plans"]
-    assert len(rows) == 12
+    assert [row["variant"] for row in rows[:2]] == ["small", "half"] and len(rows) >= 12
     ratios = [row["after"] / row["before"] for row in rows]
-    assert np.median(ratios) < 0.9 and sum(r < 1 for r in ratios) >= 10
+    assert np.median(ratios) < 0.9 and np.mean([r < 1 for r in ratios]) > 0.8
     assert files_in(tuned).keys() == files_in(students).keys() == set(PLAN)
 
 
@@ -132,8 +153,8 @@ def test_recomputed_activations_give_the_same(folder, students, tmp_path):
 
 def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
     record = tune(folder, students, tmp_path, SETTINGS.model_copy(update={"plan": "0-1,3-5"}))
-    (row,) = record["plans"]
-    assert row["plan"] == ["0-1", "3-5"] and row["after"] < 0.9 * row["before"]
+    row = record["plans"][-1]
+    assert record["fixed"] and row["plan"] == ["0-1", "3-5"] and row["after"] < 0.9 * row["before"]
     before, after = states(folder, students), states(folder, tmp_path)
     for entry in PLAN:
         same = all(torch.equal(before[entry][name], after[entry][name]) for name in before[entry])
@@ -143,11 +164,16 @@ def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "sentence"),
     [
-        ("half", "'half' is no plan; write it as"),
+        ("most", r"'most' is neither variants nor any, no variant \(small, half\) and no plan; write"),
         ("0-1,1-2", "overlap"),
         ("0-2", "there is no replacement 0-2; there are 0-1, 3-5"),
     ],
 )
 def test_a_fixed_plan_that_cannot_be(plan, sentence):
     with pytest.raises(UserError, match=sentence):
-        fixed_plan(Finetuning(plan=plan), PLAN, [range(6)])
+        draws_of(Finetuning(plan=plan), PLAN, VARIANTS, [range(6)])
+
+
+def test_a_variants_name_is_its_plan():
+    draws = draws_of(Finetuning(plan="half"), PLAN, VARIANTS, [range(6)])
+    assert isinstance(draws, One) and draws.entries == sorted(VARIANTS["half"], key=order)

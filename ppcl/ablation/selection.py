@@ -1,0 +1,164 @@
+"""Ways to choose which blocks go: the paper's, and those it is held against, all as intervals of the same kind.
+
+A way that names single blocks gives a set of them; each run of those joins the block before it, which becomes the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ppcl.architecture import PassThrough, architecture_of, swapped
+from ppcl.errors import UserError
+from ppcl.intervals import Table, first_difference
+from ppcl.plan import Interval
+from ppcl.similarity import cka
+
+
+def contracted(removed: Iterable[int], spans: Sequence[range]) -> list[Interval]:
+    """Intervals that take these blocks away: each run of them joins the block before it, at a list's start the one behind.
+
+    Raises `UserError` where a whole list of blocks would go.
+    """
+    gone, found = set(removed), []
+    for span in spans:
+        if set(span) <= gone:
+            raise UserError(f"all blocks from {span.start} to {span.stop - 1} would go; remove fewer")
+        block = span.start
+        while block < span.stop:
+            first = block
+            while block < span.stop and block in gone:
+                block += 1
+            if block == first:
+                block += 1
+            elif first > span.start:
+                # Behind an interval that took its own next block, the run makes that interval longer.
+                before = found.pop() if found and found[-1].last == first - 1 else Interval(first - 1, first - 1)
+                found.append(Interval(before.first, block - 1))
+            else:
+                found.append(Interval(first, block))
+                block += 1
+    return found
+
+
+def adjacent_similarity(boundaries: Sequence[Sequence[torch.Tensor]]) -> list[float]:
+    """CKA between what goes into each block and what comes out of it, the mean of the streams.
+
+    `boundaries`: by boundary, the streams' held-out tokens, each `(n, d)`.
+    """
+    return [
+        sum(cka(x, y) for x, y in zip(before, after, strict=False)) / min(len(before), len(after))
+        for before, after in zip(boundaries, boundaries[1:])
+    ]
+
+
+def influence(boundaries: Sequence[Sequence[torch.Tensor]]) -> list[float]:
+    """Block influence of ShortGPT (arXiv 2403.03853): 1 less the mean cosine between a token before and behind the block."""
+    return [
+        1 - sum(float(F.cosine_similarity(x, y, dim=-1).mean()) for x, y in zip(before, after, strict=False)) / min(len(before), len(after))
+        for before, after in zip(boundaries, boundaries[1:])
+    ]
+
+
+def cheapest(scores: Sequence[float], count: int, spans: Sequence[range]) -> list[Interval]:
+    """The `count` blocks of the smallest scores, one of each list at least staying."""
+    chosen: list[int] = []
+    for block in sorted(range(len(scores)), key=scores.__getitem__):
+        span = next(span for span in spans if block in span)
+        if len(chosen) < count and sum(b in span for b in chosen) < len(span) - 1:
+            chosen.append(block)
+    if len(chosen) < count:
+        raise UserError(f"{count} blocks cannot go; {len(chosen)} can")
+    return contracted(chosen, spans)
+
+
+def algorithm1(delta: Table, count: int, spans: Sequence[range]) -> list[Interval]:
+    """Algorithm 1's intervals, cut short where they would take more than `count` blocks: the last steps of the largest Δ go.
+
+    Raises `UserError` where they take fewer.
+    """
+    found = [interval for interval in first_difference(delta, spans) if interval.removed]
+    most = sum(interval.removed for interval in found)
+    if most < count:
+        raise UserError(f"{count} blocks cannot go by Algorithm 1, which finds {most}; ask for {most} or fewer")
+    while sum(interval.removed for interval in found) > count:
+        worst = max(range(len(found)), key=lambda i: delta[found[i].first][found[i].last])
+        found[worst] = Interval(found[worst].first, found[worst].last - 1)
+        found = [interval for interval in found if interval.removed]
+    return found
+
+
+def threshold(table: Table, count: int, spans: Sequence[range]) -> list[Interval]:
+    """From each block on, as far as `cka(u, k)` stays above a threshold: the highest that takes `count` blocks or more.
+
+    Then cut short to `count`, from the least similar end.
+    """
+    values = sorted({v for row in table for v in row if v is not None}, reverse=True)
+    for least in values:
+        found = []
+        for span in spans:
+            first = span.start
+            while first < span.stop:
+                last = first
+                while last + 1 < span.stop and (table[first][last + 1] or -1.0) >= least:
+                    last += 1
+                found.append(Interval(first, last))
+                first = last + 1
+        found = [interval for interval in found if interval.removed]
+        if sum(interval.removed for interval in found) >= count:
+            while sum(interval.removed for interval in found) > count:
+                worst = min(range(len(found)), key=lambda i: table[found[i].first][found[i].last])
+                found[worst] = Interval(found[worst].first, found[worst].last - 1)
+                found = [interval for interval in found if interval.removed]
+            return found
+    raise UserError(f"{count} blocks cannot go at any threshold of CKA")
+
+
+def evenly(count: int, spans: Sequence[range]) -> list[Interval]:
+    """Blocks spread evenly over all, never the first or the last of a list where that can be helped."""
+    inner = [block for span in spans for block in range(span.start + 1, span.stop - 1)]
+    if count > len(inner):
+        return cheapest([0.0] * spans[-1].stop, count, spans)
+    return contracted({inner[int((i + 0.5) * len(inner) / count)] for i in range(count)}, spans)
+
+
+def equal_lengths(count: int, spans: Sequence[range]) -> list[Interval]:
+    """Intervals of one length, one behind the other through the lists: the fewest blocks each that take `count` in all."""
+    for length in range(2, max(map(len, spans)) + 1):
+        places = [(span, first) for span in spans for first in range(span.start, span.stop - length + 1, length)]
+        if len(places) * (length - 1) >= count:
+            wanted = -(-count // (length - 1))
+            chosen = [places[int((i + 0.5) * len(places) / wanted)][1] for i in range(wanted)]
+            found = [Interval(first, first + length - 1) for first in chosen]
+            extra = wanted * (length - 1) - count
+            if extra:
+                found[-1] = Interval(found[-1].first, found[-1].last - extra)
+            return [interval for interval in found if interval.removed]
+    raise UserError(f"{count} blocks cannot go in intervals of one length")
+
+
+@torch.no_grad()
+def skip_errors(transformer: nn.Module, batches: Iterable[dict], tell: Callable[[int], None]) -> list[float]:
+    """The velocity error with one block left out, by block."""
+    architecture = architecture_of(transformer)
+    count = len(architecture.blocks(transformer))
+    error, energy = torch.zeros(count, dtype=torch.float64), 0.0
+    for inputs in batches:
+        target = transformer(**{**inputs, "return_dict": False})[0].double()
+        energy += float(target.square().sum())
+        for block in range(count):
+            with swapped(transformer, {block: PassThrough(architecture)}):
+                made = transformer(**{**inputs, "return_dict": False})[0].double()
+            error[block] += (made - target).square().sum().cpu()
+            tell(block)
+    return (error / energy).tolist()
+
+
+def by_position(errors: Sequence[float]) -> list[float]:
+    """After HierarchicalPrune (arXiv 2508.04663): the error of leaving a block out, weighted by its position, since early
+    blocks lay the picture out and late ones refine it. The weight falls from 1 at the first block to 1 / M at the last."""
+    count = len(errors)
+    return [error * (count - block) / count for block, error in enumerate(errors)]

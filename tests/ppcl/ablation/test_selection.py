@@ -1,0 +1,121 @@
+"""Ways to choose the blocks that go, on small tables worked out by hand, and on a stack whose useless blocks are known."""
+
+import pytest
+import torch
+
+from ppcl.ablation import selection
+from ppcl.ablation.gates import learned_gates
+from ppcl.ablation.summary import interval
+from ppcl.architecture import architecture_of
+from ppcl.errors import UserError
+from ppcl.intervals import differences
+from ppcl.plan import Interval
+from tests import tiny
+from tests.samples import MemorySamples
+
+ONE, TWO = [range(8)], [range(4), range(4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("removed", "spans", "expected"),
+    [
+        ({3}, ONE, [(2, 3)]),
+        ({3, 4}, ONE, [(2, 4)]),
+        ({2, 4}, ONE, [(1, 2), (3, 4)]),
+        ({0}, ONE, [(0, 1)]),
+        ({0, 1}, ONE, [(0, 2)]),
+        ({0, 2}, ONE, [(0, 2)]),
+        ({4}, TWO, [(4, 5)]),
+        ({3, 4}, TWO, [(2, 3), (4, 5)]),
+        (set(), ONE, []),
+    ],
+)
+def test_removed_blocks_join_the_block_before_them(removed, spans, expected):
+    found = selection.contracted(removed, spans)
+    assert found == [Interval(*pair) for pair in expected]
+    assert sum(i.removed for i in found) == len(removed)
+
+
+def test_a_whole_list_cannot_go():
+    with pytest.raises(UserError, match="all blocks from 4 to 7 would go"):
+        selection.contracted({4, 5, 6, 7}, TWO)
+
+
+def test_every_way_takes_as_many_blocks_as_asked():
+    scores = [0.3, 0.1, 0.9, 0.2, 0.05, 0.06, 0.07, 0.08]
+    table = [[None if k < u else 1 - 0.02 * (k - u) - 0.001 * u * (k - u) ** 2 for k in range(8)] for u in range(8)]
+    for spans in (ONE, TWO):
+        for count in range(1, 5):
+            for found in (
+                selection.cheapest(scores, count, spans),
+                selection.evenly(count, spans),
+                selection.equal_lengths(count, spans),
+                selection.threshold(table, count, spans),
+            ):
+                assert sum(i.removed for i in found) == count, found
+                assert all(any(i.first in s and i.last in s for s in spans) for i in found)
+                assert all(a.last < b.first for a, b in zip(found, found[1:]))
+    # Of the second list one block stays, though all of its scores are the smallest.
+    assert selection.cheapest(scores, 4, TWO) == [Interval(0, 1), Interval(4, 7)]
+
+
+def test_algorithm_1_gives_its_worst_steps_back():
+    cka = [[None] * 6 for _ in range(6)]
+    for u, row in {0: [1, 0.9, 0.85, 0.6], 3: [1, 0.97, 0.95]}.items():
+        cka[u][u : u + len(row)] = row
+    delta = differences(cka)
+    spans = [range(6)]
+    assert selection.algorithm1(delta, 4, spans) == [Interval(0, 2), Interval(3, 5)]
+    assert selection.algorithm1(delta, 3, spans) == [Interval(0, 1), Interval(3, 5)]
+    assert selection.algorithm1(delta, 2, spans) == [Interval(3, 5)]
+    with pytest.raises(UserError, match="which finds 4; ask for 4 or fewer"):
+        selection.algorithm1(delta, 5, spans)
+
+
+def test_a_threshold_stops_where_the_similarity_falls_below_it():
+    table = [[None] * 4 for _ in range(4)]
+    table[0] = [1, 0.99, 0.8, 0.7]
+    table[1][1:] = [1, 0.9, 0.5]
+    table[2][2:] = [1, 0.95]
+    table[3][3] = 1
+    assert selection.threshold(table, 1, [range(4)]) == [Interval(0, 1)]
+    assert selection.threshold(table, 2, [range(4)]) == [Interval(0, 1), Interval(2, 3)]
+
+
+def test_influence_and_similarity_of_a_block_that_does_nothing():
+    x = torch.randn(200, 8)
+    turned = torch.randn(200, 8)
+    boundaries = [[x, x], [x, x], [turned, turned]]
+    assert selection.influence(boundaries) == pytest.approx([0, 1], abs=0.1)
+    assert selection.adjacent_similarity(boundaries) == pytest.approx([1, 0], abs=0.1)
+
+
+@pytest.fixture
+def model_with_idle_blocks():
+    """Blocks 1 and 3 of five change next to nothing."""
+    model = tiny.qwen_transformer()
+    for number, block in enumerate(architecture_of(model).blocks(model)):
+        for name, parameter in block.named_parameters():
+            if number in (1, 3) and ("_mod." in name):
+                parameter.data.zero_()
+    return model
+
+
+def test_measured_errors_and_learned_gates_find_idle_blocks(model_with_idle_blocks):
+    model = model_with_idle_blocks
+    count = len(architecture_of(model).blocks(model))
+    samples = MemorySamples(64)
+    errors = selection.skip_errors(model, [samples.batch(samples.ids(False)[:16], "cpu", torch.float32)], lambda _: None)
+    assert len(errors) == count and sorted(range(count), key=errors.__getitem__)[:2] == [1, 3] and errors[0] > 10 * errors[1]
+    before = [p.clone() for p in model.parameters()]
+    logits = learned_gates(model, samples, 2, 60, 8, 0, lambda _: None)
+    assert set(sorted(range(count), key=logits.__getitem__)[:2]) == {1, 3}
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    position = selection.by_position([1.0] * 4)
+    assert position == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_the_interval_of_three_seeds_is_students():
+    mean, low, high = interval([1.0, 2.0, 3.0], 0.95)
+    assert mean == 2.0 and high - mean == pytest.approx(4.302653 / 3**0.5) and mean - low == pytest.approx(high - mean)
+    assert interval([0.5], 0.95) == (0.5, 0.5, 0.5)
