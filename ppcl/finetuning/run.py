@@ -27,7 +27,7 @@ from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import learning_rate
 from ppcl.distillation.run import Samples, batch_of
 from ppcl.finetuning.plans import One, draws_of, random_plans, trainable
-from ppcl.finetuning.replay import Replay
+from ppcl.finetuning.trajectories import Trajectories, visited
 from ppcl.plan import Entry
 from ppcl.plug import Switch
 from ppcl.replacements import save
@@ -36,6 +36,8 @@ from ppcl.teacher import Teacher
 _CHECKPOINT = "checkpoint.safetensors"
 _CURVE_POINTS = 200
 _MEASURED_BATCH = 32
+# Trajectories that run, in batches.
+_POOL = 8
 
 
 class _Recomputed(nn.Module):
@@ -77,29 +79,36 @@ class _Trainer:
         )
         self.average = {k: p.detach().clone() for k, p in self.parameters.items()} if settings.ema else {}
         self.ids = samples.ids(held_out=False)
-        probe = samples.batch(self.ids[:: max(1, len(self.ids) // 512)], "cpu", torch.float32)
-        timesteps = probe[self.architecture.timestep].numpy() / self.architecture.timestep_scale
-        self.replay = Replay(8 * settings.batch_size, timesteps, steps)
+        self.trajectories = self._begun(steps) if settings.own_states else None
         self.step, self.skipped = 0, 0
         self.curve: list[dict[str, float]] = []
 
+    def _begun(self, steps: int) -> Trajectories:
+        """Trajectories of `steps` steps, begun on the teacher's states, so that from the start they are at all timesteps."""
+        inputs = self.samples.batch(self.ids[:: max(1, len(self.ids) // 512)], "cpu", torch.float32)
+        grid = visited(self._shares(inputs), steps)
+        # More than one step learns on, so that those of one step are no neighbours of those of the step before.
+        ids = np.random.default_rng([self.seed, self.mesh.replica]).permutation(self.ids)[: _POOL * self.settings.batch_size]
+        inputs = self.samples.batch(ids, "cpu", torch.float32)
+        return Trajectories(ids, self._shares(inputs), inputs[self.architecture.latents], grid, self.ids)
+
+    def _shares(self, inputs: dict[str, Any]) -> np.ndarray:
+        """The timesteps of a batch as shares of noise."""
+        return inputs[self.architecture.timestep].double().cpu().numpy() / self.architecture.timestep_scale
+
     def batch(self, step: int, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, Any]]:
-        """The teacher's states, and the variants' own in place of some; ids and the transformer's arguments."""
-        size = self.settings.batch_size
-        ids = batch_of(step, self.ids, size, self.seed)[self.mesh.replica :: self.mesh.dp]
-        own = self.replay.draw(round(self.settings.own_states * len(ids)), rng)
-        ids = np.array([*ids[: len(ids) - len(own)], *(self.replay.ids[place] for place in own)])
+        """The teacher's states, and behind them the variants' own; the places of those, and the transformer's arguments."""
+        ids = batch_of(step, self.ids, self.settings.batch_size, self.seed)[self.mesh.replica :: self.mesh.dp]
+        if self.trajectories is None:
+            return np.array([], dtype=np.int64), self.samples.batch(ids, self.device, self.dtype)
+        own = self.trajectories.draw(round(self.settings.own_states * len(ids)), rng)
+        ids = np.array([*ids[: len(ids) - len(own)], *self.trajectories.ids[own]])
         inputs = self.samples.batch(ids, self.device, self.dtype)
-        if own:
-            latents, timestep = self.architecture.latents, self.architecture.timestep
-            shape = inputs[latents].shape[1:]
-            inputs[latents][-len(own) :] = torch.stack(
-                [self.replay.latents[place].view(shape) for place in own]
-            ).to(inputs[latents])  # fmt: skip
-            inputs[timestep][-len(own) :] = torch.tensor(
-                [self.replay.timesteps[place] * self.architecture.timestep_scale for place in own]
-            ).to(inputs[timestep])  # fmt: skip
-        return ids, inputs
+        latents, timestep = inputs[self.architecture.latents], inputs[self.architecture.timestep]
+        latents[len(ids) - len(own) :] = self.trajectories.latents[own].to(latents)
+        shares = torch.from_numpy(self.trajectories.timesteps[own])
+        timestep[len(ids) - len(own) :] = (shares * self.architecture.timestep_scale).to(timestep)
+        return own, inputs
 
     def velocity(self, plan: Sequence[Entry], inputs: dict[str, Any], training: bool) -> torch.Tensor:
         self.switch(self.model, plan)
@@ -113,7 +122,8 @@ class _Trainer:
         step = self.step
         # The same plan on all replicas; their own states differ.
         plan = self.draws.draw(np.random.default_rng([self.seed, step]))
-        ids, inputs = self.batch(step, np.random.default_rng([self.seed, step, self.mesh.replica]))
+        rng = np.random.default_rng([self.seed, step, self.mesh.replica])
+        own, inputs = self.batch(step, rng)
         with torch.no_grad():
             target = self.velocity((), inputs, training=False).float()
         made = self.velocity(plan, inputs, training=True).float()
@@ -136,9 +146,8 @@ class _Trainer:
                 torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], weight)
         else:
             self.skipped += 1
-        if self.settings.own_states:
-            timesteps = inputs[self.architecture.timestep].float().cpu().numpy() / self.architecture.timestep_scale
-            self.replay.add(ids, inputs[self.architecture.latents], timesteps, made.detach())
+        if len(own):
+            self.trajectories.advance(own, made.detach()[-len(own) :], rng)
         self.step += 1
         self.switch(self.model, ())
         return {"loss": whole / energy, "entries": len(plan)}
@@ -174,7 +183,8 @@ class _Trainer:
         for k, p in self.parameters.items():
             if state := self.optimizer.state.get(p):
                 tensors |= {f"{name}.{k}": torch.as_tensor(state[name]) for name in ("exp_avg", "exp_avg_sq", "step")}
-        tensors |= self.replay.tensors()
+        if self.trajectories:
+            tensors |= self.trajectories.tensors()
         words = {"step": str(self.step), "skipped": str(self.skipped), "curve": json.dumps(self.curve)}
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{_CHECKPOINT}.partial"
@@ -197,7 +207,8 @@ class _Trainer:
                         "step": tensors[f"step.{k}"],
                         **{name: tensors[f"{name}.{k}"].to(p.device) for name in ("exp_avg", "exp_avg_sq")},
                     }
-        self.replay.restore(tensors)
+        if self.trajectories:
+            self.trajectories.restore(tensors)
 
     @torch.no_grad()
     def finish(self) -> None:

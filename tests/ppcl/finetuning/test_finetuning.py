@@ -11,8 +11,8 @@ from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import distil
 from ppcl.errors import UserError
 from ppcl.finetuning.plans import Any, One, Within, draws_of, random_plans
-from ppcl.finetuning.replay import Replay
 from ppcl.finetuning.run import finetune
+from ppcl.finetuning.trajectories import Trajectories, visited
 from ppcl.plan import Ffn, Fold, Interval, TextRun, clash, order
 from ppcl.replacements import files_in, load
 from ppcl.teacher import Teacher
@@ -106,19 +106,35 @@ def test_folded_modulations_are_never_all_that_is_trained():
         draws_of(Finetuning(plan="modulations"), [Fold()], {}, [range(6)])
 
 
-def test_a_state_moves_on_by_an_euler_step_and_ends_at_the_last_timestep():
-    replay = Replay(3, np.linspace(0.1, 1.0, 10), 10)
-    x, v = torch.randn(2, 4), torch.randn(2, 4)
-    replay.add(np.array([7, 8]), x, np.array([1.0, 0.1]), v)
-    assert replay.ids == [7] and replay.timesteps == pytest.approx([0.9])
-    assert torch.allclose(replay.latents[0], x[0] - 0.1 * v[0])
-    replay.add(np.arange(3), torch.zeros(3, 4), np.array([0.5, 0.6, 0.7]), torch.full((3, 4), torch.nan))
-    assert len(replay) == 1
-    replay.add(np.arange(3), torch.zeros(3, 4), np.array([0.5, 0.6, 0.7]), torch.zeros(3, 4))
-    assert replay.ids == [0, 1, 2]
-    other = Replay(3, np.linspace(0.1, 1.0, 10), 10)
-    other.restore(replay.tensors())
-    assert (other.ids, other.timesteps) == (replay.ids, replay.timesteps)
+def test_a_trajectory_moves_on_by_euler_steps_and_begins_again_from_noise_at_its_end():
+    grid = visited(np.linspace(0.1, 1.0, 10), 10)
+    assert grid == pytest.approx(np.linspace(0.1, 1.0, 10))
+    x, rng = torch.randn(3, 40, 50), np.random.default_rng(0)
+    own = Trajectories([7, 8, 9], [1.0, 0.1, 0.5], x, grid, np.array([3]))
+    v = torch.randn(3, 40, 50)
+    v[2, 0, 0] = torch.nan
+    own.advance(np.array([0, 1, 2]), v, rng)
+    assert own.ids.tolist() == [7, 3, 3] and own.timesteps == pytest.approx([0.9, 1.0, 1.0])
+    assert torch.allclose(own.latents[0], x[0] - 0.1 * v[0])
+    noise = own.latents[1:].clone()
+    assert noise.std().item() == pytest.approx(1, abs=0.05) and noise.mean().item() == pytest.approx(0, abs=0.05)
+    assert not torch.equal(noise[0], noise[1])
+    own.advance(np.array([2]), v[:1], rng)
+    assert own.timesteps == pytest.approx([0.9, 1.0, 0.9]) and torch.equal(own.latents[1], noise[0])
+    other = Trajectories([0, 0, 0], [1.0, 1.0, 1.0], torch.zeros(3, 40, 50), grid, np.array([3]))
+    other.restore(own.tensors())
+    assert (other.ids.tolist(), other.timesteps.tolist()) == (own.ids.tolist(), own.timesteps.tolist())
+    assert torch.equal(other.latents, own.latents)
+
+
+def test_a_trajectory_reaches_its_end_in_as_many_steps_as_there_are_timesteps():
+    grid = visited(np.linspace(0.05, 1.0, 20), 20)
+    own = Trajectories([7], [1.0], torch.zeros(1, 2), grid, np.array([3]))
+    for _ in range(19):
+        own.advance(np.array([0]), torch.ones(1, 2), np.random.default_rng(0))
+    assert own.ids[0] == 7 and torch.allclose(own.latents, torch.tensor(0.05 - 1.0))
+    own.advance(np.array([0]), torch.ones(1, 2), np.random.default_rng(0))
+    assert own.ids[0] == 3 and own.timesteps[0] == 1.0
 
 
 def test_plans_improve_and_the_files_say_so(folder, students, tuned):
@@ -138,7 +154,7 @@ def test_a_stopped_run_continues_to_the_same(folder, students, tuned, tmp_path):
 
 
 def test_replicas_do_not_change_the_result(folder, students, tmp_path):
-    # Each replica replays states of its own, so the result can be the same only without them.
+    # Each replica has trajectories of its own, so the result can be the same only without them.
     settings = SETTINGS.model_copy(update={"steps": 6, "own_states": 0.0})
     tune(folder, students, tmp_path / "one", settings)
     ranks.run(2, tune, folder, students, tmp_path / "two", settings.model_copy(update={"replicas": 2}))
