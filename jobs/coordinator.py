@@ -64,6 +64,7 @@ class Job:
         from ppcl.calibration.prompts import check_prompts
 
         self.config = config
+        names_of(config.variants)
         self.artifacts = Artifacts(config.output)
         self.artifacts.check()
         column = config.calibration.prompt_column

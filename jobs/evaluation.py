@@ -17,10 +17,14 @@ from ppcl.artifacts import write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError
 from ppcl.replacements import files_in
+from ppcl.sizes import sizes
 from ppcl.teacher import Teacher
-from ppcl.variants import TEACHER, Family, candidates, make_variants, sizes
+from ppcl.variants import TEACHER, Family, best_plans, make_variants, plans_to_measure
 
 Progress = Callable[[int, int], None]
+
+# Held-out samples on which plans are compared as a whole.
+_CHOSEN_ON = 192
 
 
 @ray.remote
@@ -47,6 +51,20 @@ class _Evaluator:
 
         inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
         return damages(self.pipeline.transformer, self.switch, inputs)
+
+    def times(self, calibration: Path, ids: np.ndarray) -> Any:
+        from ppcl.calibration.store import CalibrationSet
+        from ppcl.evaluation.timing import measure_times
+
+        inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
+        return measure_times(self.pipeline.transformer, self.switch, inputs)
+
+    def forward_seconds(self, calibration: Path, ids: np.ndarray, plans: list[Any]) -> list[float]:
+        from ppcl.calibration.store import CalibrationSet
+        from ppcl.evaluation.timing import forward_seconds
+
+        inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
+        return forward_seconds(self.pipeline.transformer, self.switch, plans, inputs)
 
     def errors(self, calibration: Path, ids: np.ndarray, variants: dict[str, Any]) -> Any:
         from ppcl.calibration.store import CalibrationSet
@@ -103,21 +121,34 @@ def choose_variants(
     from ppcl.evaluation.velocity import Squares
 
     actors = _pool(config, teacher, students, folder, device)
-    chunks = _chunks(CalibrationSet(calibration).ids(held_out=True), config.evaluation.batch_size)
-    total = 2 * len(chunks)
-    parts = _all(actors, lambda a, ids: a.damages.remote(calibration, ids), chunks, lambda done: progress(done, total))
+    ids, size = CalibrationSet(calibration).ids(held_out=True), config.evaluation.batch_size
+    chunks = _chunks(ids, size)
+    # A plan is chosen on part of them; what is told of it later is measured on all.
+    some = _chunks(ids[:: max(1, len(ids) // _CHOSEN_ON)], size)
+    total = len(chunks) + len(some) + 2
+    parts = _all(actors, lambda a, c: a.damages.remote(calibration, c), chunks, lambda done: progress(done, total))
     damage = {i: Squares.joined(part[i] for part in parts).overall() for i in parts[0]}
-    counted = sizes(teacher, files_in(students))
+    counted, settings = sizes(teacher, files_in(students)), config.variants
     spans = teacher.architecture.spans(teacher.empty_transformer())
-    plans = dict.fromkeys(plan for budget in config.variants.budgets for plan in candidates(budget, counted, damage))
-    named = {str(number): plan for number, plan in enumerate(plans)}
+    # By one actor alone, and nothing else runs.
+    times = None
+    if settings.targets:
+        (times,) = _all(actors[:1], lambda a, c: a.times.remote(calibration, c), [ids[:size]], lambda _: None)
+    plans = plans_to_measure(settings, counted, times, damage)
+    every = list(dict.fromkeys(plan for some_plans in plans.values() for plan in some_plans))
+    progress(len(chunks) + 1, total)
+    speedups: dict[Any, float] = {}
+    if timed := [plan for name in settings.targets for plan in plans[name]]:
+        on = [(), *timed]
+        (seconds,) = _all(actors[:1], lambda a, c: a.forward_seconds.remote(calibration, c, on), [ids[:size]], lambda _: None)
+        speedups = {plan: seconds[0] / taken for plan, taken in zip(timed, seconds[1:], strict=True)}
+    progress(len(chunks) + 2, total)
+    named = {str(number): plan for number, plan in enumerate(every)}
     parts = _all(
-        actors, lambda a, ids: a.errors.remote(calibration, ids, named), chunks, lambda done: progress(len(chunks) + done, total)
+        actors, lambda a, c: a.errors.remote(calibration, c, named), some, lambda done: progress(len(chunks) + 2 + done, total)
     )
     errors = {plan: Squares.joined(part[number] for part in parts).overall() for number, plan in named.items()}
-    made = make_variants(
-        config.variants.budgets, config.variants.blocks, config.variants.custom, counted, damage, spans, errors
-    )
+    made = make_variants(settings, counted, damage, spans, best_plans(settings, plans, errors, speedups))
     family = Family(counted.total, len(counted.blocks), spans, damage, made)
     write_atomically(folder / "variants.json", json.dumps(family.to_json(), indent=1))
     for actor in actors:

@@ -142,12 +142,24 @@ class Finetuning(Section):
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 
 
+class Target(Section):
+    """What a variant must keep to; it is the least damaging plan that does."""
+
+    parameters: Share | None = Field(None, description="share of the transformer's parameters, at most")
+    speedup: float | None = Field(
+        None, gt=1, description="times the teacher's speed at least, of a step, measured where the job runs on a batch of evaluation"
+    )
+
+
 class Variants(Section):
     """The named variants of the result."""
 
     budgets: list[Share] = Field([0.9, 0.8, 0.7], description="shares of the transformer's parameters, one variant each")
     blocks: list[Annotated[int, Field(ge=1)]] = Field(
         [], description="numbers of blocks that run, one variant each, by intervals alone: blocks are what a step's time goes into"
+    )
+    targets: dict[str, Target] = Field(
+        default_factory=dict, description="name: {parameters: share at most, speedup: times the teacher's speed at least}"
     )
     custom: dict[str, list[tuple[int, int] | str]] = Field(
         default_factory=dict,

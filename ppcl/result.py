@@ -17,8 +17,9 @@ from ppcl.errors import UserError
 from ppcl.plan import HOW_WRITTEN, Entry, written
 from ppcl.plug import Switch
 from ppcl.replacements import files_in
+from ppcl.sizes import Sizes, sizes
 from ppcl.teacher import Teacher
-from ppcl.variants import TEACHER, Family, Sizes, Variant, sizes, trained
+from ppcl.variants import TEACHER, Family, Variant, trained
 
 CUSTOM = "custom"
 
@@ -78,7 +79,7 @@ class Result:
         if isinstance(choice, str) and choice in self.variants:
             return self.variants[choice]
         plan = trained(self._entries(choice), self.replacements, self.family.spans)
-        return self._sizes.variant(CUSTOM, plan)
+        return Variant.of(CUSTOM, plan, self._sizes)
 
     @cached_property
     def _sizes(self) -> Sizes:

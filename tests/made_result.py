@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 from ppcl.artifacts import CONFIG, Artifacts
-from ppcl.config import Config
+from ppcl.choice import choose
+from ppcl.config import Config, Variants
 from ppcl.plan import Interval
 from ppcl.replacements import files_in, save
+from ppcl.sizes import sizes
 from ppcl.students import Student, affine_map
 from ppcl.teacher import Teacher
-from ppcl.variants import Family, make_variants, sizes
+from ppcl.variants import Family, budget_name, make_variants
 
 INTERVALS = [Interval(0, 1), Interval(2, 3), Interval(4, 5)]
 DAMAGE = dict(zip(INTERVALS, (0.3, 0.1, 0.2), strict=True))
@@ -44,7 +46,9 @@ def result(root: Path, teacher_folder: Path) -> Path:
     artifacts.commit("students", "0")
     counted = sizes(teacher, files_in(artifacts.path("students")))
     spans = [range(6)]
-    made = make_variants([0.9, 0.75], [], {"ends": [[0, 1], [4, 5]]}, counted, DAMAGE, spans)
+    settings = Variants(budgets=[0.9, 0.75], custom={"ends": [(0, 1), (4, 5)]})
+    chosen = {budget_name(budget): choose(budget, counted, DAMAGE) for budget in settings.budgets}
+    made = make_variants(settings, counted, DAMAGE, spans, chosen)
     artifacts.path("variants").mkdir()
     family = Family(counted.total, len(counted.blocks), spans, DAMAGE, made)
     artifacts.path("variants", "variants.json").write_text(json.dumps(family.to_json()))

@@ -30,8 +30,8 @@ from ppcl.plan import Entry, Ffn, Fold, Interval, TextRun, clash, entry_of, orde
 from ppcl.plug import Switch
 from ppcl.probes.run import tokens_file
 from ppcl.replacements import files_in
+from ppcl.sizes import sizes
 from ppcl.teacher import Teacher
-from ppcl.variants import sizes
 
 # Held-out samples that choices by a measured error look at.
 _LOOKED_AT = 64

@@ -17,8 +17,8 @@ from ppcl.plan import Ffn, Fold, Interval, TextRun
 from ppcl.plug import Switch
 from ppcl.replacements import files_in, load
 from ppcl.segments import Chain
+from ppcl.sizes import sizes
 from ppcl.teacher import Teacher
-from ppcl.variants import sizes
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 
