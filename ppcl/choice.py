@@ -146,36 +146,41 @@ class _Mixed:
         return round(self.total * (self.share * parameters + (1 - self.share) * time))
 
 
-# How much of a mixture is parameters, and how much faster than wanted a plan is predicted to be: what is measured may differ.
+# How much of a mixture is parameters.
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-_MARGINS = (1.0, 1.05, 1.1)
+# Of the wanted speed, what a plan is predicted to have: times add up roughly, and what counts is measured of each plan as a whole.
+_MARGINS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
+# Plans that are measured for each of them.
+_A_MARGIN = 4
 
 
 def target_candidates(name: str, target: Target, sizes: Sizes, times: Times, damage: Mapping[Entry, float]) -> list[Plan]:
-    """Plans that should meet a target, worth measuring as a whole: of least damage for mixtures of what they save.
+    """Plans that may meet a target, worth measuring as a whole: of least damage for mixtures of what they save.
 
-    See `candidates` for why the least sum is not enough. Raises `UserError` where no plan is predicted to meet it.
+    See `candidates` for why the least sum is not enough. Raises `UserError` where no plan is predicted to come near.
     """
-    found: dict[Plan, None] = {}
+    # By margin, the plans and the sums of their damages.
+    found: dict[float, dict[Plan, float]] = {margin: {} for margin in _MARGINS}
     fastest, smallest = 1.0, 1.0
-    for wanted in (_KINDS_TOGETHER if target.parameters or target.speedup else ()):
+    for wanted in _KINDS_TOGETHER:
         some = {entry: value for entry, value in damage.items() if _kind(entry) in wanted}
         for costs in (some, {entry: value**0.5 for entry, value in some.items()}):
             for share in _SHARES:
-                rows = [(sizes.parameters(plan) / sizes.total, times.speedup(plan), plan) for _, _, plan in front(_Mixed(sizes, times, share), costs)]
-                fits = [(speed, plan) for left, speed, plan in rows if target.parameters is None or left <= target.parameters]
-                smallest = min(smallest, *(left for left, _, _ in rows))
-                fastest = max([fastest, *(speed for speed, _ in fits)])
-                for margin in _MARGINS:
-                    meeting = (plan for speed, plan in fits if target.speedup is None or speed >= margin * target.speedup)
+                plans = [plan for _, _, plan in front(_Mixed(sizes, times, share), costs)]
+                left = {plan: sizes.parameters(plan) / sizes.total for plan in plans}
+                speed = {plan: times.speedup(plan) for plan in plans if target.parameters is None or left[plan] <= target.parameters}
+                smallest, fastest = min(smallest, *left.values()), max([fastest, *speed.values()])
+                for margin, known in found.items():
+                    meeting = (plan for plan in speed if target.speedup is None or speed[plan] >= margin * target.speedup)
                     if (plan := next(meeting, None)) is not None:
-                        found[tuple(sorted(plan, key=order))] = None
-    if not found:
+                        known[tuple(sorted(plan, key=order))] = sum(damage[entry] for entry in plan)
+    best = [plan for known in found.values() for plan in sorted(known, key=known.__getitem__)[:_A_MARGIN]]
+    if not best:
         raise UserError(
             f"variants.targets.{name} cannot be met: the smallest plan leaves {smallest:.4f} of the parameters, and the fastest "
             f"that is small enough is about {fastest:.2f} times as fast as the teacher; ask for less or train more replacements"
         )
-    return list(found)
+    return list(dict.fromkeys(best))
 
 
 def choose_blocks(most: int, sizes: Sizes, damage: Mapping[Entry, float]) -> Plan:

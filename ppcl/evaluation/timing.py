@@ -50,15 +50,16 @@ def _synchronized() -> float:
     return time.perf_counter()
 
 
-def _medians(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """The median seconds of each call; they take turns, so that a drift of the machine's speed falls on all alike."""
+def _least(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """The least seconds each call took, which is what it takes when nothing else disturbs it. The calls take turns, so that a
+    drift of the machine's speed falls on all alike."""
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS + 1):
         for index, call in enumerate(calls):
             begun = _synchronized()
             call()
             taken[index].append(_synchronized() - begun)
-    return [statistics.median(seconds[1:]) for seconds in taken]
+    return [min(seconds[1:]) for seconds in taken]
 
 
 @torch.no_grad()
@@ -71,12 +72,12 @@ def measure_times(transformer: nn.Module, switch: Switch, inputs: Mapping[str, A
     blocks, spans = switch.blocks(transformer), architecture.spans(transformer)
     switch(transformer, ())
     streams, context = embed(transformer, inputs)
-    (total,) = _medians([lambda: transformer(**{**inputs, "return_dict": False})])
+    (total,) = _least([lambda: transformer(**{**inputs, "return_dict": False})])
 
     def saving(numbers: range, before: Sequence[Entry], after: Sequence[Entry]) -> float:
         ways = [switch.entries(transformer, plan) for plan in (before, after)]
         standing = [[way.get(number, blocks[number]) for number in numbers] for way in ways]
-        one, other = _medians([lambda mods=mods: _run(architecture, mods, streams, context) for mods in standing])
+        one, other = _least([lambda mods=mods: _run(architecture, mods, streams, context) for mods in standing])
         return one - other
 
     groups: dict[Any, list[Entry]] = {}
@@ -110,13 +111,13 @@ def _run(architecture: Architecture, modules: Sequence[nn.Module], streams: Stre
 def forward_seconds(
     transformer: nn.Module, switch: Switch, plans: Sequence[Sequence[Entry]], inputs: Mapping[str, Any]
 ) -> list[float]:
-    """The median seconds of one forward with each plan on. The teacher is left plugged in."""
+    """The least seconds of one forward with each plan on. The teacher is left plugged in."""
 
     def forward(plan: Sequence[Entry]) -> None:
         switch(transformer, plan)
         transformer(**{**inputs, "return_dict": False})
 
     try:
-        return _medians([lambda plan=plan: forward(plan) for plan in plans])
+        return _least([lambda plan=plan: forward(plan) for plan in plans])
     finally:
         switch(transformer, ())

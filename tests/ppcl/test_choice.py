@@ -159,16 +159,18 @@ def test_a_plans_time_is_what_its_entries_leave():
 
 @pytest.mark.parametrize("target", [Target(speedup=1.3), Target(parameters=0.7), Target(parameters=0.65, speedup=1.45)])
 def test_a_targets_candidates_meet_it_and_hold_the_least_sum(target):
-    def meets(plan):
-        small = target.parameters is None or WIDE.parameters(plan) <= 1000 * target.parameters
-        return small and (target.speedup is None or target.speedup * times_left(plan) <= 8000)
+    def small(plan):
+        return target.parameters is None or WIDE.parameters(plan) <= 1000 * target.parameters
+
+    def fast(plan):
+        return target.speedup is None or target.speedup * times_left(plan) <= TIMES.total
 
     plans = target_candidates("x", target, WIDE, TIMES, WIDE_DAMAGE)
-    assert all(map(meets, plans)) and len(set(plans)) == len(plans)
-    least = min(sum(WIDE_DAMAGE[e] for e in plan) for plan in wide_plans() if meets(plan))
-    found = min(sum(WIDE_DAMAGE[e] for e in plan) for plan in plans)
-    # Along one resource the choice is exact but for rounding; with two it is along mixtures of both.
-    assert found <= least * (1.1 if target.parameters and target.speedup else 1.0) + 1e-9
+    assert all(map(small, plans)) and any(map(fast, plans)) and len(set(plans)) == len(plans)
+    least = min(sum(WIDE_DAMAGE[e] for e in plan) for plan in wide_plans() if small(plan) and fast(plan))
+    found = min(sum(WIDE_DAMAGE[e] for e in plan) for plan in plans if fast(plan))
+    # Exact but for the rounding of what is saved, and for the mixtures that are tried where both are wanted.
+    assert least <= found <= 1.1 * least
 
 
 def test_a_target_that_cannot_be_met_says_what_can():
