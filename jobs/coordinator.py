@@ -41,7 +41,8 @@ _OPERATIONAL = {
 
 @dataclass(frozen=True)
 class Stage:
-    """`run(folder, update, key)` fills the stage's folder and gives the manifest's info; `key` is what it depends on."""
+    """`run(folder, update, key)` fills the stage's folder and gives the manifest's info, of which the `notes` are told at its end;
+    `key` is what it depends on."""
 
     name: str
     what: str
@@ -240,6 +241,8 @@ class Job:
         with self.reporter.stage(stage.name, stage.what) as update:
             info = stage.run(folder, update, key)
         artifacts.commit(stage.name, key, time.monotonic() - begun, info)
+        for note in info.get("notes", ()):
+            self.reporter.say(note)
 
 
 @contextmanager

@@ -148,12 +148,19 @@ def choose_variants(
         actors, lambda a, c: a.errors.remote(calibration, c, named), some, lambda done: progress(len(chunks) + 2 + done, total)
     )
     errors = {plan: Squares.joined(part[number] for part in parts).overall() for number, plan in named.items()}
-    made = make_variants(settings, counted, damage, spans, best_plans(settings, plans, errors, speedups))
+    chosen = best_plans(settings, plans, errors, speedups)
+    made = make_variants(settings, counted, damage, spans, chosen)
+    notes = [
+        f"variants: {name} was measured at {speedups[chosen[name]]:.2f} times the teacher's speed, not the {target.speedup:g} that "
+        "variants.targets asks for; no plan measured was faster"
+        for name, target in settings.targets.items()
+        if target.speedup and speedups[chosen[name]] < target.speedup
+    ]
     family = Family(counted.total, len(counted.blocks), spans, damage, made)
     write_atomically(folder / "variants.json", json.dumps(family.to_json(), indent=1))
     for actor in actors:
         ray.kill(actor)
-    return {"variants": list(made)}
+    return {"variants": list(made), "notes": notes}
 
 
 def evaluate(

@@ -9,7 +9,7 @@ from typing import Any
 from jobs.ranks import Report, check_resources, run_ranks
 from ppcl import detection
 from ppcl.config import Config
-from ppcl.probes.run import dropped
+from ppcl.probes.run import dropped, underdetermined
 from ppcl.teacher import Teacher
 
 
@@ -44,7 +44,7 @@ def fit_probes(
 ) -> dict[str, Any]:
     """Fit the probes of all blocks into `folder`; progress counts samples.
 
-    `dropped`: calibration tokens left out for NaN or Inf, at the block that lost most.
+    `dropped`: calibration tokens left out for NaN or Inf, at the block that lost most. `notes`: what the user should know.
     """
     check_resources(config.probes.workers, device, "probes.workers")
     arguments = {
@@ -56,7 +56,14 @@ def fit_probes(
     }
     run_ranks("probes", _rank, arguments, config.probes.workers, device, folder / "ray", progress)
     files = list(folder.glob("block-*.safetensors"))
-    return {"blocks": len(files), "dropped": max(map(dropped, files))}
+    few = [tokens for tokens in map(underdetermined, files) if tokens is not None]
+    notes = []
+    if few:
+        notes.append(
+            f"probes: {len(few)} of {len(files)} blocks had only {min(few)} calibration tokens of a stream, no more than its width, "
+            "and their maps are what the ridge makes of them; use more prompts or more calibration.states_per_prompt"
+        )
+    return {"blocks": len(files), "dropped": max(map(dropped, files)), "notes": notes}
 
 
 def detect(

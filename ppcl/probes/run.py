@@ -178,3 +178,12 @@ def dropped(path: Path) -> int:
     """Tokens of a block, of the stream that lost more, which the fit in this file left out for NaN or Inf."""
     with safe_open(path, "pt") as file:
         return max(int(value) for name, value in file.metadata().items() if name.endswith(".dropped"))
+
+
+def underdetermined(path: Path) -> int | None:
+    """The tokens of the fits in this file that had no more of them than the width, so that the ridge decided; None where
+    all had more."""
+    with safe_open(path, "pt") as file:
+        words = file.metadata()
+    few = [int(words[name.replace(".underdetermined", ".tokens")]) for name, value in words.items() if name.endswith(".underdetermined") and value == "True"]
+    return min(few, default=None)

@@ -61,7 +61,7 @@ def test_two_workers_leave_the_probes_of_one(ray_cluster, teacher_folder, calibr
     together.mkdir()
     two = config(teacher_folder, 2)
     info = fit_probes(two, teacher, calibration, together, "cpu", lambda *told: seen.append(told))
-    assert info == {"blocks": 6, "dropped": 0}
+    assert info == {"blocks": 6, "dropped": 0, "notes": []}
     assert seen[-1][:2] == (COUNT, COUNT) and [told[0] for told in seen] == sorted(told[0] for told in seen)
     names = sorted(os.listdir(together))
     assert names == sorted(os.listdir(alone)) and len(names) == 6 + 7, "and nothing of Ray's is left there"

@@ -13,7 +13,7 @@ from ppcl.config import Detection, Probes, Width
 from ppcl.detection import detect
 from ppcl.distillation.mesh import Mesh
 from ppcl.errors import UserError
-from ppcl.probes.run import dropped, fit, probe_file, tokens_file
+from ppcl.probes.run import dropped, fit, probe_file, tokens_file, underdetermined
 from ppcl.teacher import Teacher
 from tests import ranks
 from tests.ppcl.probes.tokens import least_squares
@@ -152,6 +152,17 @@ def test_a_sample_of_nan_is_left_out_counted_and_changes_nothing_else(teacher_fo
     for u in range(BLOCKS):
         for k in range(u, BLOCKS):
             assert found["cka"]["mean"][u][k] == pytest.approx(whole["cka"]["mean"][u][k], abs=0.1)
+
+
+def test_fits_to_no_more_tokens_than_the_width_are_known(teacher_folder, alone, tmp_path):
+    """Three samples have 48 image tokens and at most 21 text tokens, and the width is between."""
+    few = MemorySamples(4)
+    fit(
+        Teacher(teacher_folder), few, SETTINGS, Mesh.join(1, 1), tmp_path, seed=0, device="cpu", dtype=torch.float32,
+        report=lambda *told: None,
+    )  # fmt: skip
+    assert underdetermined(probe_file(tmp_path, 2)) == int(few.mask[:3].sum())
+    assert underdetermined(probe_file(alone, 2)) is None
 
 
 def test_samples_of_nothing_but_nan_are_refused_by_block_and_stream(teacher_folder, tmp_path):
