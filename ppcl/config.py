@@ -128,13 +128,14 @@ class Finetuning(Section):
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average; 0 turns it off")
     own_states: float = Field(
-        0.25, ge=0, le=1, description="share of a batch that comes from the variants' own trajectories instead of the teacher's"
+        0.5, ge=0, le=1, description="share of a batch that comes from the variants' own trajectories instead of the teacher's"
     )
     plan: str = Field(
         "variants",
         description="variants: every step trains a named variant or a part of one; any: any plan at all; a variant's name or a "
         "plan such as 3-5,ffn:7: this one alone",
     )
+    variants: list[str] = Field([], description="with plan: variants, those that are trained, whole and in part; []: all named ones")
     recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
     replicas: int = Field(1, ge=1, description="data-parallel replicas")

@@ -98,6 +98,9 @@ def random_plans(draws: Draws, count: int, seed: int) -> list[list[Entry]]:
 def draws_of(settings: Finetuning, known: Iterable[Entry], variants: Mapping[str, Sequence[Entry]], spans: list[range]) -> Draws:
     """What `finetuning.plan` says. `variants`: the named ones. Raises `UserError` where it cannot be."""
     named = {name: plan for name, plan in variants.items() if trainable(plan)}
+    for name in settings.variants:
+        if name not in named:
+            raise UserError(f"finetuning.variants: there is no variant {name!r} with anything to train; there are {', '.join(named) or 'none'}")
     if settings.plan == ANY:
         return Any(known)
     if settings.plan == VARIANTS:
@@ -106,7 +109,7 @@ def draws_of(settings: Finetuning, known: Iterable[Entry], variants: Mapping[str
                 "finetuning.plan is 'variants', but no variant has anything to train; give variants.budgets, or set "
                 "finetuning.plan to any"
             )
-        return Within(named.values())
+        return Within(named[name] for name in settings.variants or named)
     if settings.plan in named:
         return One(named[settings.plan])
     return One(_written(settings.plan, known, named, spans))

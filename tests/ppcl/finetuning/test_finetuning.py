@@ -97,6 +97,13 @@ def test_variants_are_drawn_whole_and_in_part_and_nothing_else_is():
     assert TextRun(1, 3) not in draws.entries and set(draws.entries) == {e for plan in drawn for e in plan}
 
 
+def test_some_of_the_variants_can_be_all_that_is_trained():
+    draws = draws_of(Finetuning(variants=["half"]), PLAN, VARIANTS, [range(6)])
+    assert set(draws.entries) == set(VARIANTS["half"])
+    with pytest.raises(UserError, match="finetuning.variants: there is no variant 'teacher' with anything to train; there are small, half"):
+        draws_of(Finetuning(variants=["half", "teacher"]), PLAN, VARIANTS, [range(6)])
+
+
 def test_folded_modulations_are_never_all_that_is_trained():
     draws = Within([[Fold(), Ffn(0)]])
     assert all(Ffn(0) in plan for plan in random_plans(draws, 2, 0))
