@@ -96,13 +96,37 @@ class ModelCard:
     seconds_per_step: float | None
 
 
+@dataclass(frozen=True)
+class PipelineCard:
+    """How the pipeline is called where a request does not say: `steps`, `height`, `width`, those of the result's evaluation.
+
+    `multiple`: pixels of which both sides are a multiple, one token of the transformer. `arguments`: names of the further
+    arguments that `GenerationRequest.arguments` may hold, such as `negative_prompt`.
+    """
+
+    steps: int
+    height: int
+    width: int
+    multiple: int
+    arguments: tuple[str, ...]
+
+
 class Backend(Protocol):
     """What the API stands on: an engine in this process, or replicas of it behind a Ray Serve handle."""
 
-    async def models(self) -> list[ModelCard]: ...
+    async def models(self) -> list[ModelCard]:
+        """The named variants, the largest first; `auto` is the API's own."""
+        ...
+
+    async def pipeline(self) -> PipelineCard: ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """Events in order; raises `Refused`. Closing the iterator cancels what is not done."""
         ...
 
     async def healthy(self) -> bool: ...
+
+    async def metrics(self) -> str:
+        """The engine's metrics in Prometheus' text format, which `/metrics` shows after those of HTTP. They are named
+        `ppcl_*`; HTTP's are named `ppcl_http_*`. On a cluster: of the replica that was asked; Ray's own endpoint has all."""
+        ...
