@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -120,8 +120,8 @@ class Backend(Protocol):
 
     async def pipeline(self) -> PipelineCard: ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
-        """Events in order; raises `Refused`. Closing the iterator cancels what is not done."""
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """`Accepted` first, then the others as they come; raises `Refused`. Closing it (`aclose`) cancels what is not done."""
         ...
 
     async def healthy(self) -> bool: ...
