@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-
 T = TypeVar("T")
 
 

@@ -48,7 +48,7 @@ const seconds = (s) => (s < 0.1 ? `${Math.round(s * 1000)} ms` : `${s.toFixed(s 
 
 function factsOf(model) {
   if (model.variants) return ["the largest that meets the deadline"];
-  const facts = [`${count(model.parameters)} parameters (${Math.round(model.share * 100)} %)`, `${model.blocks} blocks`];
+  const facts = [`${count(model.parameters)} (${Math.round(model.share * 100)} %)`, `${model.blocks} blocks`];
   if (model.quality !== null) facts.push(`score ${Math.round(model.quality * 100)} %`);
   if (model.seconds_per_step !== null) facts.push(`${seconds(model.seconds_per_step)} a step`);
   return facts;
@@ -65,8 +65,11 @@ function showVariants(models, chosen) {
       name.textContent = model.id;
       const note = document.createElement("span");
       note.className = "note";
-      note.textContent = factsOf(model).join(" · ");
-      label.append(box, name, note);
+      // Lines break between facts, not within one.
+      note.textContent = factsOf(model).map((fact) => fact.replaceAll(" ", "\u00a0")).join(" · ");
+      const words = document.createElement("span");
+      words.append(name, note);
+      label.append(box, words);
       return label;
     }),
   );
@@ -244,7 +247,7 @@ class Card {
   preview(event) {
     this.picture(event, `Preview of ${this.variant} after ${event.step} steps`);
     this.part("progress").value = event.step / (this.asked.num_inference_steps || event.step + 1);
-    this.part(".facts").textContent = `step ${event.step}`;
+    this.part(".facts").textContent = `step ${event.step}${this.asked.num_inference_steps ? ` of ${this.asked.num_inference_steps}` : ""}`;
   }
 
   completed(event) {
