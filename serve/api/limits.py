@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import secrets
 
-from serve.api.errors import invalid
+from serve.api.errors import invalid, shown
 from serve.api.schema import LARGEST_SEED, ImageRequest
 from serve.config import Limits
 from serve.requests import GenerationRequest, PipelineCard
 
 
 def generation(asked: ImageRequest, id: str, card: PipelineCard, limits: Limits) -> GenerationRequest:
-    """Raises `Refused` with 422 that names the limit, for a request that is well-formed and too much."""
+    """Raises `Refused`: with 422 that names the limit for a request that is well-formed and too much, with 404 for a model that
+    can be none."""
+    # A variant's name goes into a header, where no other character may stand; none has one.
+    for name in ("model", "min_variant"):
+        value = getattr(asked, name) or ""
+        if not (value.isascii() and value.isprintable()):
+            raise invalid(f"there is no model {shown(value)}", name, "model_not_found", 404)
     for name in ("prompt", "negative_prompt"):
         characters = len(getattr(asked, name) or "")
         if characters > limits.prompt_characters:

@@ -77,7 +77,14 @@ def parse(values: dict[str, Any]) -> ImageRequest:
             near = get_close_matches(key[:60], known, n=1)
             nearest = f"; the nearest is {near[0]}" if near else f"; known are {', '.join(known)}"
             raise invalid(f"unknown parameter {shown(key)}{nearest}", shown(key).strip("'\""), "unknown_parameter")
+        if isinstance(values[key], str) and not _is_text(values[key]):
+            raise invalid(f"{key} is {shown(values[key])}, with half of a surrogate pair; send whole characters", key)
     try:
         return ImageRequest.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
         raise of_validation(error) from None
+
+
+def _is_text(value: str) -> bool:
+    """JSON can write code points that are no characters, which nothing behind the API could encode."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
