@@ -72,6 +72,9 @@ class Elastic(Section):
     patience: float = Field(
         3.0, ge=1, description="without a deadline auto is in time within so many times the seconds the largest variant takes alone"
     )
+    margin: float = Field(
+        0.1, ge=0, description="share of the expected seconds that is added to them before they are held against a deadline"
+    )
     recover_seconds: float = Field(
         5.0, ge=0, description="seconds of little load after which auto goes back up by one variant"
     )

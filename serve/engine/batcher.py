@@ -63,7 +63,7 @@ class Batcher:
         run: Run,
         most_rows: Callable[[Hashable], int],
         gather: float = 0.0,
-        told: Told | None = None,
+        told: Told = lambda group, rows, seconds: None,
     ):
         self._run, self._most_rows, self._gather, self._told = run, most_rows, gather, told
         self._changed = threading.Condition()
@@ -102,6 +102,10 @@ class Batcher:
                     call.answer.set_exception(Cancelled())
             self._changed.notify()
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closed
+
     def close(self) -> None:
         """Waiting calls end with `Cancelled`; a batch that runs ends by itself."""
         with self._changed:
@@ -117,8 +121,7 @@ class Batcher:
             group, rows = calls[0].group, sum(call.rows for call in calls)
             with self._changed:
                 self._turn[group] = self._turn.get(group, self._now) + seconds
-            if self._told is not None:
-                self._told(group, rows, seconds)
+            self._told(group, rows, seconds)
 
     def _next(self) -> list[_Call] | None:
         """The calls of the next batch; None at the end."""

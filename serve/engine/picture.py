@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from serve.engine.batcher import Member
-from serve.engine.pipelines import Plan, SharedPipeline
+from serve.engine.pipelines import Kind, Plan, SharedPipeline
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Order:
     seed: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     previews: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.plan, self.height * self.width)
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,9 @@ class Studio:
 
         Raises `Cancelled` at the next step after the member was cancelled.
         """
-        pipeline = self.shared.copy(order.plan, member)
+        pipeline = self.shared.copy(order.kind, member)
         watch = _Watch(pipeline.scheduler)
-        shown = {round(order.steps * (k + 1) / (order.previews + 1)): k for k in range(order.previews)}
+        shown = _shown(order)
         waiting: list[Future] = []
         began = time.perf_counter()
         times: dict[str, float] = {}
@@ -120,9 +124,15 @@ class Studio:
         self, order: Order, member: Member, clean: torch.Tensor, number: int, step: int, previewed: Callable[[int, int, np.ndarray], None]
     ) -> None:
         """The same call of the pipeline, with the clean latents as they are expected and no step left to do."""
-        pipeline = self.shared.copy(order.plan, member)
+        pipeline = self.shared.copy(order.kind, member)
         pipeline.__dict__["scheduler"] = _no_steps(pipeline.scheduler)
         previewed(number, step, self._called(pipeline, order, latents=clean))
+
+
+def _shown(order: Order) -> dict[int, int]:
+    """The steps after which there is a preview, spread evenly, and the previews' numbers; never more than the steps between."""
+    steps = {max(1, round(order.steps * (k + 1) / (order.previews + 1))) for k in range(order.previews)}
+    return {step: number for number, step in enumerate(sorted(steps - {order.steps}))}
 
 
 class _Watch:

@@ -11,7 +11,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,14 @@ from serve.engine.calls import Digests, group_of, join, rows_of
 
 Plan = tuple[Entry, ...]
 
+
+class Kind(NamedTuple):
+    """What a picture's steps cost depends on: the plan that is on, and the picture's pixels."""
+
+    plan: Plan
+    pixels: int
+
+
 # Prompts whose embeddings are kept.
 _REMEMBERED_PROMPTS = 32
 
@@ -30,11 +38,11 @@ _REMEMBERED_PROMPTS = 32
 class TransformerProxy(nn.Module):
     """Stands in a pipeline's copy where the transformer was: answers what a pipeline asks of it, and hands its calls on."""
 
-    def __init__(self, transformer: nn.Module, plan: Plan, batcher: Batcher, member: Member):
+    def __init__(self, transformer: nn.Module, kind: Kind, batcher: Batcher, member: Member):
         super().__init__()
         self.config, self.dtype, self.device = transformer.config, transformer.dtype, transformer.device
         self._architecture = architecture_of(transformer)
-        self._plan, self._batcher, self._member = plan, batcher, member
+        self._kind, self._batcher, self._member = kind, batcher, member
         self._digests = Digests()
 
     def cache_context(self, name: str) -> contextlib.AbstractContextManager:
@@ -43,7 +51,7 @@ class TransformerProxy(nn.Module):
 
     def forward(self, **arguments: Any) -> tuple[torch.Tensor]:
         arguments["return_dict"] = False
-        group = self._plan, group_of(self._architecture, arguments, self._digests)
+        group = self._kind, group_of(self._architecture, arguments, self._digests)
         rows = rows_of(self._architecture, arguments)
         return (self._batcher.call(group, rows, arguments, self._member),)
 
@@ -65,7 +73,7 @@ class SharedPipeline:
     """One pipeline for many pictures at once. `switch(transformer, plan)` is called between batches, by their thread.
 
     `most_rows`: of a batch of the transformer; `decoded_pixels`: of pictures that are decoded at once. `told`: of every batch of
-    the transformer, with its plan first in its group.
+    the transformer, with its `Kind` first in its group.
     """
 
     def __init__(
@@ -75,7 +83,7 @@ class SharedPipeline:
         most_rows: int,
         gather: float,
         decoded_pixels: int,
-        told: Told | None = None,
+        told: Told,
     ):
         self.stock, self._switch = pipeline, switch
         self.architecture = architecture_of(pipeline.transformer)
@@ -85,17 +93,21 @@ class SharedPipeline:
         self.denoising = Batcher("denoising", self._forward, lambda group: most_rows, gather, told)
         self.decoding = Batcher("decoding", self._decode, lambda group: self._decoded_at_once(group, decoded_pixels))
 
-    def copy(self, plan: Plan, member: Member) -> Any:
-        """The pipeline for one picture, with a plan on."""
+    def copy(self, kind: Kind, member: Member) -> Any:
+        """The pipeline for one picture."""
         made = copy.copy(self.stock)
         # Not by `setattr`, with which a pipeline also changes the configuration that all copies share.
         made.__dict__.update({
-            "transformer": TransformerProxy(self.stock.transformer, plan, self.denoising, member),
+            "transformer": TransformerProxy(self.stock.transformer, kind, self.denoising, member),
             "vae": VaeProxy(self.stock.vae, self.decoding, member),
             "scheduler": copy.deepcopy(self.stock.scheduler),
             "encode_prompt": self._encode_prompt,
         })  # fmt: skip
         return made
+
+    @property
+    def alive(self) -> bool:
+        return self.denoising.alive and self.decoding.alive
 
     def close(self) -> None:
         self.denoising.close()
@@ -109,9 +121,9 @@ class SharedPipeline:
             return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
     @torch.no_grad()
-    def _forward(self, group: tuple[Plan, Hashable], calls: Sequence[dict[str, Any]]) -> Sequence[torch.Tensor]:
-        plan, _ = group
-        self.plug(plan)
+    def _forward(self, group: tuple[Kind, Hashable], calls: Sequence[dict[str, Any]]) -> Sequence[torch.Tensor]:
+        kind, _ = group
+        self.plug(kind.plan)
         output = self.stock.transformer(**join(self.architecture, calls))[0]
         if output.is_cuda:
             # Or the batch would cost nothing, and the next one its time too.
