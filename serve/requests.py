@@ -126,7 +126,7 @@ class Backend(Protocol):
 
     async def healthy(self) -> bool: ...
 
-    async def metrics(self) -> str:
+    async def metrics_text(self) -> str:
         """The engine's metrics in Prometheus' text format, which `/metrics` shows after those of HTTP. They are named
         `ppcl_*`; HTTP's are named `ppcl_http_*`. On a cluster: of the replica that was asked; Ray's own endpoint has all."""
         ...

@@ -79,7 +79,8 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
     async def retrieve_model(model: str) -> Response:
         return JSONResponse(models.one(model, await backend.models(), created))
 
-    @app.api_route("/health", methods=["GET", "HEAD"])
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health")
     async def health() -> Response:
         if not await backend.healthy():
             raise Refused(503, errors.SERVER, "the server is not ready yet; try again soon", "not_ready", retry_after=_NOT_READY_SECONDS)
@@ -87,7 +88,7 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        return Response(metrics.text() + await backend.metrics(), media_type=MEDIA_TYPE)
+        return Response(metrics.text() + await backend.metrics_text(), media_type=MEDIA_TYPE)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def playground(request: Request) -> Response:

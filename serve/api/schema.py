@@ -21,7 +21,7 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     prompt: str = Field(description="what the pictures show")
-    model: str = Field(AUTO, min_length=1, max_length=256, description="a variant, a plan as text, or auto: the largest that meets the deadline")
+    model: str = Field(AUTO, min_length=1, max_length=4096, description="a variant, a plan as text, or auto: the largest that meets the deadline")
     n: int = Field(1, ge=1, le=10, description="number of pictures; picture i has the seed `seed + i`")
     size: str = Field("auto", pattern="^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="WIDTHxHEIGHT in pixels, or auto")
     response_format: Literal["b64_json"] = Field("b64_json", description="pictures come in the answer; there is no store to link to")
