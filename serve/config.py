@@ -1,6 +1,6 @@
 """The configuration of serving: every key, its default and what it means, here and nowhere else.
 
-`ppcl serve --defaults` prints this file's defaults with their descriptions as YAML. Unknown keys and values out of range are
+`ppcl config --serve` prints this file's defaults with their descriptions as YAML. Unknown keys and values out of range are
 errors that name the key, the value seen and what would be right.
 """
 
@@ -23,6 +23,7 @@ class Http(Section):
         "PPCL_API_KEYS", description="environment variable that holds the API keys, separated by commas; unset: no key from it"
     )
     api_keys_file: Path | None = Field(None, description="file that holds API keys, one a line; read when the server starts")
+    replicas: int = Field(1, ge=1, description="replicas of the HTTP API, which need little each")
     body_seconds: float = Field(30.0, gt=0, description="seconds a client has to send a request's body")
     ping_seconds: float = Field(
         15.0, gt=0, description="seconds without an event after which a stream sends a comment, so that nothing between closes it"
@@ -58,7 +59,9 @@ class EngineSettings(Section):
         0.02, ge=0, description="wait between steps for pictures of the last batch, so that they stay one batch"
     )
     decoded_pixels: int = Field(1024 * 1024, ge=1, description="pixels of the pictures that the VAE decodes at once, at least one picture")
-    cpus: float = Field(1, ge=0, description="CPUs of a replica, and threads of its arithmetic")
+    cpus: float | None = Field(
+        None, gt=0, description="CPUs of a replica, and threads of its arithmetic; null: 1 beside a GPU, else the machine's, shared by max_replicas"
+    )
     gpus: float = Field(1, gt=0, description="GPUs of a replica where it runs on one; a share lets several replicas use one GPU")
 
 
@@ -99,8 +102,9 @@ class Autoscaling(Section):
     shutdown_seconds: float = Field(
         600.0, gt=0, description="how long a replica that is to go may take to finish what it accepted; longer than any request takes"
     )
-    attempts: int = Field(
-        3, ge=1, description="replicas that are tried for a request whose replica died before its first picture"
+    attempts: int = Field(3, ge=1, description="replicas that are tried for a request, where they die before it is done")
+    assign_seconds: float = Field(
+        30.0, gt=0, description="how long a request waits for a replica that takes it, where none is ready"
     )
 
 
@@ -128,7 +132,7 @@ def load_settings(
 
     Raises `UserError` that names the key, the value seen and what would be right.
     """
-    values = {} if path is None else read_values(Served, path, "ppcl serve --defaults")
+    values = {} if path is None else read_values(Served, path, "ppcl config --serve")
     for override in overrides or []:
         put(values, override, "engine.batch=4")
     for key, value in (http or {}).items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import math
 import threading
 import time
@@ -21,6 +20,7 @@ import torch
 
 from ppcl.errors import UserError
 from ppcl.variants import Variant
+from serve.api.logs import tell_failure
 from serve.config import Served
 from serve.engine import metrics as counted
 from serve.engine.backlog import Backlog, Work
@@ -37,8 +37,6 @@ from serve.requests import AUTO, Accepted, Event, GenerationRequest, ModelCard, 
 _ARGUMENTS = ("negative_prompt", "guidance_scale", "true_cfg_scale")
 _WARM_UP_PROMPT = "a picture"
 _WARM_UP_STEPS = 2
-
-logger = logging.getLogger("ppcl.engine")
 
 
 @dataclass(eq=False)
@@ -148,7 +146,7 @@ class Engine:
             backlog = self._backlog.undegraded_seconds() + sum(seconds for _, seconds in self._refused)
             return {"backlog_seconds": backlog, "pictures": float(len(self._backlog.pictures))}
 
-    async def metrics(self) -> str:
+    async def metrics_text(self) -> str:
         return self.counters.text()
 
     def close(self) -> None:
@@ -308,8 +306,8 @@ class Engine:
         except torch.OutOfMemoryError:
             message = "the server ran out of memory for these pictures; ask for smaller ones"
             told = Refused(503, "server_error", message, "out_of_memory")
-        except Exception:
-            logger.exception("request %s: picture %d could not be drawn", job.request.id, index)
+        except Exception as error:
+            tell_failure(job.request.id, error)
             told = Refused(500, "server_error", "the pictures could not be drawn; the server's log says why", "engine_error")
         with self._lock:
             self._backlog.remove(work)

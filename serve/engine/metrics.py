@@ -34,7 +34,7 @@ PICTURE_SECONDS = Instrument("histogram", "ppcl_picture_seconds", "Seconds of a 
 INSTRUMENTS = (REQUESTS, ACCEPTED, IMAGES, QUEUED, RUNNING, BACKLOG, BATCH_ROWS, STEP_SECONDS, PICTURE_SECONDS)
 
 
-_VERBS = {"counter": "inc", "gauge": "set", "histogram": "observe"}
+VERBS = {"counter": "inc", "gauge": "set", "histogram": "observe"}
 
 
 class Metrics:
@@ -51,7 +51,7 @@ class Metrics:
     def record(self, instrument: Instrument, value: float = 1, **labels: str) -> None:
         """Add to a counter, set a gauge, observe a value."""
         kept = self._kept[instrument].labels(**labels) if labels else self._kept[instrument]
-        getattr(kept, _VERBS[instrument.kind])(value)
+        getattr(kept, VERBS[instrument.kind])(value)
 
     def text(self) -> str:
         """In Prometheus' text format."""
