@@ -11,33 +11,29 @@ from dataclasses import dataclass
 
 from serve.config import Elastic
 
-# A variant that is not faster than that by more than the noise of a profile is not worth degrading to.
-_FASTER = 0.95
+# A variant that is not cheaper by more than the noise of a profile is not worth degrading to.
+_CHEAPER = 0.95
 
 
 def ladder(costs: Mapping[str, float], qualities: Mapping[str, float | None]) -> list[str]:
     """The variants worth taking, from large to small. `costs`: device-seconds of one picture, by variant, the largest first.
 
-    The first is the best one. A smaller one follows if it gives more score a second than those before it: with one that gives
-    less, the device makes more pictures and yet less quality, and refusing would be better. Where the scores are not known,
-    every faster one follows.
+    The first is the largest. A cheaper one follows if it gives more score a second than those before it: with one that gives
+    less, the device makes more pictures and yet less quality, and refusing some would be better. Where scores are not known,
+    every cheaper one follows that is smaller too.
     """
-    if any(qualities.get(name) is None for name in costs):
-        steps: list[str] = []
-        for name in costs:
-            if not steps or costs[name] <= _FASTER * costs[steps[-1]]:
-                steps.append(name)
-        return steps
-    best = min(costs, key=lambda name: (-qualities[name], costs[name]))
-    steps = [best]
-    for name in sorted(costs, key=lambda name: (-costs[name], -qualities[name])):
+    steps = [next(iter(costs))]
+    known = all(qualities.get(name) is not None for name in costs)
+    for name in sorted(costs, key=lambda name: -costs[name]) if known else costs:
         last = steps[-1]
-        if costs[name] > _FASTER * costs[last]:
+        if costs[name] > _CHEAPER * costs[last]:
             continue
-        if qualities[name] / costs[name] > qualities[last] / costs[last]:
+        if known:
+            if qualities[name] / costs[name] <= qualities[last] / costs[last]:
+                continue
             while len(steps) > 1 and qualities[steps[-1]] <= qualities[name]:
                 steps.pop()
-            steps.append(name)
+        steps.append(name)
     return steps
 
 
