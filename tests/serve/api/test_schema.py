@@ -86,7 +86,7 @@ def test_without_a_seed_every_request_draws_another():
         ({"seed": -1}, "seed", "seed is -1"),
         ({"seed": 2**32}, "seed", "seed is 4294967296"),
         ({"model": ""}, "model", "model is ''"),
-        ({"model": "m" * 257}, "model", "model is 'mmm"),
+        ({"model": "m" * 4097}, "model", "model is 'mmm"),
         ({"model": "p75", "min_variant": "all"}, "min_variant", "min_variant goes with the model auto"),
         ({"deadline_ms": 0}, "deadline_ms", "deadline_ms is 0"),
         ({"sizes": "64x64"}, "sizes", "unknown parameter 'sizes'; the nearest is size"),
