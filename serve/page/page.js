@@ -28,7 +28,8 @@ async function wordsOf(response) {
 }
 
 function sentence(words) {
-  const text = words.charAt(0).toUpperCase() + words.slice(1);
+  // A parameter's name stays as it is written.
+  const text = /^[a-z]+\b(?!_)/.test(words) ? words.charAt(0).toUpperCase() + words.slice(1) : words;
   return /[.!?]$/.test(text) ? text : `${text}.`;
 }
 

@@ -87,6 +87,10 @@ class Browser:
         """Click into a field, and write over what is in it."""
         self.click(selector)
         self.run(f"document.querySelector({json.dumps(selector)}).select()")
+        self.insert(text)
+
+    def insert(self, text: str) -> None:
+        """Where the focus is."""
         self._send("Input.insertText", text=text)
 
     def press(self, key: str, shift: bool = False) -> None:
