@@ -98,7 +98,7 @@ class Ingress:
         from serve.backend import RayBackend
 
         log_as_json()
-        return create_app(RayBackend(self.handle, self.settings.autoscaling), self.settings)
+        return create_app(RayBackend(self.handle, self.settings.autoscaling), self.settings, behind_ray=True)
 
 
 def cpus(settings: Served) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from typing import Any
@@ -38,11 +39,23 @@ _NO_CONTENT = "default-src 'none'; frame-ancestors 'none'"
 _DRAINED = 64
 
 
-class Guard:
-    """ASGI middleware. `scope["state"]` gets `request_id`, and `told`, a dict for what the log shall say of the request."""
+REQUEST_ID = "x-request-id"
+_PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: HttpMetrics):
-        self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
+
+class Guard:
+    """ASGI middleware. `scope["state"]` gets `request_id`, and `told`, a dict for what the log shall say of the request.
+
+    `behind_ray`: requests have an id already, which Ray Serve's proxy also puts into the answer.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: HttpMetrics, behind_ray: bool):
+        self.app, self.settings, self.keys, self.metrics, self.behind_ray = app, settings, keys, metrics, behind_ray
+
+    def request_id(self, headers: Headers) -> str:
+        given = headers.get(REQUEST_ID, "") if self.behind_ray else ""
+        # A client can choose it there.
+        return given if _PLAIN_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,7 +68,7 @@ class _Exchange:
 
     def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send):
         self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
-        self.id = f"req_{secrets.token_hex(12)}"
+        self.id = guard.request_id(Headers(scope=scope))
         self.told: dict[str, Any] = {}
         self.status: int | None = None
         self.body_read = False
@@ -107,7 +120,8 @@ class _Exchange:
             if self.status >= 400 and self.status not in (408, CLIENT_GONE):
                 await self._drain()
             headers = MutableHeaders(scope=message)
-            headers["x-request-id"] = self.id
+            if not self.guard.behind_ray:
+                headers[REQUEST_ID] = self.id
             for name, value in _HEADERS.items():
                 headers[name] = value
             headers.setdefault("content-security-policy", _NO_CONTENT)

@@ -167,6 +167,22 @@ def test_an_engine_that_stops_is_told_in_the_stream_and_to_whoever_comes_later(s
         stopping.close()
 
 
+def test_behind_ray_the_id_is_the_one_that_rays_proxy_gave_the_request(engine, lines):
+    behind = Server(engine, Settings(), behind_ray=True)
+    try:
+        for given in ("1bc87b29-6ac0-467a", "not an id"):
+            answer = behind.ask("GET", "/health", headers={"x-request-id": given})
+            assert "x-request-id" not in answer.headers
+    finally:
+        behind.close()
+    first, second = (line["id"] for line in lines())
+    assert first == "1bc87b29-6ac0-467a" and second.startswith("req_")
+
+
+def test_a_client_cannot_choose_the_id_of_its_request(server):
+    assert server.ask("GET", "/health", headers={"x-request-id": "mine"}).headers["x-request-id"].startswith("req_")
+
+
 def test_the_log_has_a_line_a_request_and_neither_prompts_nor_keys(locked_server, lines):
     secret = "the secret wish of somebody"
     answers = [
