@@ -88,6 +88,7 @@ def create_app(backend: Backend, settings: Settings, behind_ray: bool = False) -
             raise Refused(503, errors.SERVER, "the server is not ready yet; try again soon", "not_ready", retry_after=_NOT_READY_SECONDS)
         return JSONResponse({"status": "ready"})
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics")
     async def show_metrics() -> Response:
         return Response(metrics.text() + await backend.metrics_text(), media_type=MEDIA_TYPE)

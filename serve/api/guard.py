@@ -99,6 +99,10 @@ class _Exchange:
             if self.status is None:
                 await Response(status_code=CLIENT_GONE)(self.scope, self.receive, self.send)
             self.status = CLIENT_GONE
+        except asyncio.CancelledError:
+            # How Ray tells of a client that has gone, and any server of its own end.
+            self.told["error"], self.status = "cancelled", CLIENT_GONE
+            raise
         except Exception as error:
             tell_failure(self.id, error)
             await self._refuse(errors.unexpected())
@@ -144,7 +148,6 @@ class _Exchange:
         seconds = time.monotonic() - self.scope["state"]["started"]
         # The route rather than the path, which may hold anything.
         route = getattr(self.scope.get("route"), "path", "unmatched")
-        # What ends without an answer was cancelled from outside, as a server does that stops.
         status = self.status or CLIENT_GONE
         self.guard.metrics.answered(self.scope["method"], route, status, seconds)
         tell_request(
