@@ -24,6 +24,8 @@ _ENVIRONMENT = {
     # Or the autoscaler would learn of the load only every ten seconds.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+    # Or whatever else runs on this machine goes first: Ray's workers are nice by 15.
+    "RAY_worker_niceness": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
