@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncGenerator
@@ -12,7 +13,7 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve.config import Autoscaling
+from serve.config import Http
 from serve.requests import Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
 
 # Seconds that a replica may take to say what does not depend on its load.
@@ -23,7 +24,7 @@ _RETRY_AFTER = 2.0
 class RayBackend:
     """`handle`: of the deployment of `serve.deployment.Replica`."""
 
-    def __init__(self, handle: DeploymentHandle, settings: Autoscaling):
+    def __init__(self, handle: DeploymentHandle, settings: Http):
         self._handle, self._settings = handle, settings
         self._models: list[ModelCard] | None = None
         self._pipeline: PipelineCard | None = None
@@ -52,7 +53,6 @@ class RayBackend:
         try:
             return await asyncio.wait_for(response, _PATIENCE)
         except TimeoutError:
-            response.cancel()
             raise _unavailable("no replica answers yet; try again soon", "not_ready") from None
         except BackPressureError as error:
             raise _full(error) from None
@@ -101,8 +101,9 @@ class RayBackend:
                 wait = None
                 yield event
         finally:
-            # Of no effect where it is done.
-            response.cancel()
+            # Of no effect where it is done; where no replica took it, the reason is raised again.
+            with contextlib.suppress(RayError, RayServeException):
+                response.cancel()
 
 
 class _ReplicaLost(Exception):

@@ -23,7 +23,9 @@ class Http(Section):
         "PPCL_API_KEYS", description="environment variable that holds the API keys, separated by commas; unset: no key from it"
     )
     api_keys_file: Path | None = Field(None, description="file that holds API keys, one a line; read when the server starts")
-    replicas: int = Field(1, ge=1, description="replicas of the HTTP API, which need little each")
+    replicas: int = Field(1, ge=1, description="replicas of the HTTP API, each of which needs little")
+    attempts: int = Field(3, ge=1, description="replicas of the engine that are tried for a request, where they die before it is done")
+    assign_seconds: float = Field(30.0, gt=0, description="how long a request waits for a replica that takes it, where none is ready")
     body_seconds: float = Field(30.0, gt=0, description="seconds a client has to send a request's body")
     ping_seconds: float = Field(
         15.0, gt=0, description="seconds without an event after which a stream sends a comment, so that nothing between closes it"
@@ -101,10 +103,6 @@ class Autoscaling(Section):
     look_back_seconds: float = Field(10.0, gt=0, description="time over which the load is averaged")
     shutdown_seconds: float = Field(
         600.0, gt=0, description="how long a replica that is to go may take to finish what it accepted; longer than any request takes"
-    )
-    attempts: int = Field(3, ge=1, description="replicas that are tried for a request, where they die before it is done")
-    assign_seconds: float = Field(
-        30.0, gt=0, description="how long a request waits for a replica that takes it, where none is ready"
     )
 
 

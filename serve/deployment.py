@@ -45,14 +45,13 @@ class RayMetrics(Metrics):
 class Replica:
     """One engine: ready once it has loaded, warmed up and profiled."""
 
-    def __init__(self, settings: dict[str, Any]):
+    def __init__(self, settings: dict[str, Any], threads: int):
         import torch
 
         from serve.engine.engine import Engine
 
-        served = Served.model_validate(settings)
-        torch.set_num_threads(max(1, int(cpus(served))))
-        self.engine = Engine(served, RayMetrics())
+        torch.set_num_threads(threads)
+        self.engine = Engine(Served.model_validate(settings), RayMetrics())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event | Refused, None]:
         """The engine's events. A refusal is the last one of them: exceptions lose their fields on Ray's way."""
@@ -81,8 +80,11 @@ class Replica:
         if not await self.engine.healthy():
             raise RuntimeError("a thread of the engine has ended")
 
+    def load(self) -> dict[str, float]:
+        return self.engine.load()
+
     def record_autoscaling_stats(self) -> dict[str, float]:
-        return {BACKLOG: self.engine.load()["backlog_seconds"]}
+        return {BACKLOG: self.load()["backlog_seconds"]}
 
 
 @serve.deployment(name=INGRESS)
@@ -98,7 +100,7 @@ class Ingress:
         from serve.backend import RayBackend
 
         log_as_json()
-        return create_app(RayBackend(self.handle, self.settings.autoscaling), self.settings, behind_ray=True)
+        return create_app(RayBackend(self.handle, self.settings.http), self.settings, behind_ray=True)
 
 
 def cpus(settings: Served) -> float:
@@ -121,24 +123,29 @@ def application(settings: Served) -> serve.Application:
     from serve.api import Keys, check_exposure
 
     check_exposure(settings.http, Keys(settings.http))
-    values, scaling = settings.model_dump(mode="json"), settings.autoscaling
+    scaling = settings.autoscaling
     gpus = settings.engine.gpus if uses_gpu(settings) else 0
     graceful = {"graceful_shutdown_timeout_s": scaling.shutdown_seconds, "graceful_shutdown_wait_loop_s": 0.5}
     engine = Replica.options(
         ray_actor_options={"num_cpus": cpus(settings), "num_gpus": gpus},
         # The engine itself refuses what is too much for it, and says when to come back.
         max_ongoing_requests=2 * settings.engine.queue,
-        max_queued_requests=scaling.max_replicas * settings.engine.queue,
+        max_queued_requests=2 * scaling.max_replicas * settings.engine.queue,
         autoscaling_config=_autoscaling(settings),
         health_check_period_s=5,
         **graceful,
-    ).bind(values)
+    ).bind(_part(settings, {"result", "teacher", "limits", "engine", "elastic"}), max(1, int(cpus(settings))))
     return Ingress.options(
         num_replicas=settings.http.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_INGRESS_REQUESTS,
         **graceful,
-    ).bind(engine, values)
+    ).bind(engine, _part(settings, {"result", "http", "limits"}))
+
+
+def _part(settings: Served, names: set[str]) -> dict[str, Any]:
+    """What a deployment is made from: plain values, so that Ray can tell whether they changed."""
+    return settings.model_dump(mode="json", include=names)
 
 
 def _autoscaling(settings: Served) -> dict[str, Any]:

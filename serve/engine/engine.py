@@ -37,6 +37,8 @@ from serve.requests import AUTO, Accepted, Event, GenerationRequest, ModelCard, 
 _ARGUMENTS = ("negative_prompt", "guidance_scale", "true_cfg_scale")
 _WARM_UP_PROMPT = "a picture"
 _WARM_UP_STEPS = 2
+# Seconds for which what was refused counts as demand.
+_LATELY = 10.0
 
 
 @dataclass(eq=False)
@@ -139,9 +141,9 @@ class Engine:
 
     def load(self) -> dict[str, float]:
         """`backlog_seconds`: of what is accepted and of what was lately refused, at undegraded quality. `pictures`: accepted."""
-        now, window = time.monotonic(), self.settings.autoscaling.look_back_seconds
+        now = time.monotonic()
         with self._lock:
-            while self._refused and self._refused[0][0] < now - window:
+            while self._refused and self._refused[0][0] < now - _LATELY:
                 self._refused.popleft()
             backlog = self._backlog.undegraded_seconds() + sum(seconds for _, seconds in self._refused)
             return {"backlog_seconds": backlog, "pictures": float(len(self._backlog.pictures))}
