@@ -47,12 +47,13 @@ function show(element, words) {
 const count = (n) => (n >= 1e9 ? `${(n / 1e9).toPrecision(3)} B` : n >= 1e6 ? `${(n / 1e6).toPrecision(3)} M` : `${Math.round(n / 1e3)} k`);
 const seconds = (s) => (s < 0.1 ? `${Math.round(s * 1000)} ms` : `${s.toFixed(s < 10 ? 2 : 1)} s`);
 
+/** What is told of a model, in lines. */
 function factsOf(model) {
-  if (model.variants) return ["the largest that meets the deadline"];
-  const facts = [`${count(model.parameters)} (${Math.round(model.share * 100)} %)`, `${model.blocks} blocks`];
-  if (model.quality !== null) facts.push(`score ${Math.round(model.quality * 100)} %`);
-  if (model.seconds_per_step !== null) facts.push(`${seconds(model.seconds_per_step)} a step`);
-  return facts;
+  if (model.variants) return [["the largest that meets the deadline"]];
+  const measured = [];
+  if (model.quality !== null) measured.push(`score ${Math.round(model.quality * 100)} %`);
+  if (model.seconds_per_step !== null) measured.push(`${seconds(model.seconds_per_step)} a step`);
+  return [[`${count(model.parameters)} (${Math.round(model.share * 100)} %)`, `${model.blocks} blocks`], measured];
 }
 
 function showVariants(models, chosen) {
@@ -66,8 +67,7 @@ function showVariants(models, chosen) {
       name.textContent = model.id;
       const note = document.createElement("span");
       note.className = "note";
-      // Lines break between facts, not within one.
-      note.textContent = factsOf(model).map((fact) => fact.replaceAll(" ", "\u00a0")).join(" · ");
+      note.textContent = factsOf(model).map((line) => line.join(" · ")).join("\n");
       const words = document.createElement("span");
       words.append(name, note);
       label.append(box, words);

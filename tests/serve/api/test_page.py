@@ -48,7 +48,7 @@ def test_the_form_starts_as_the_pipeline_is_called_and_shows_every_variant(brows
     assert browser.run("['steps', 'width', 'height', 'seed'].map((id) => document.getElementById(id).value)") == ["2", "32", "32", "0"]
     shown = browser.text("#variants")
     for name, variant in engine.weights.variants.items():
-        assert name in shown and f"{variant.blocks}\xa0blocks" in shown and f"({round(variant.share * 100)}\xa0%)" in shown
+        assert name in shown and f"({round(variant.share * 100)} %) · {variant.blocks} blocks" in shown
     assert browser.run("document.querySelector('#key-field').hidden") is True
     assert browser.run("document.querySelector('[data-argument=negative_prompt]').hidden") is False
 
