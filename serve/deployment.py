@@ -1,6 +1,6 @@
 """Ray Serve: replicas of the engine, and the ingress that speaks HTTP.
 
-`serve deploy` and KubeRay build the application from `serve.deployment:application` and the settings under `args`.
+`serve deploy` and KubeRay build the application by `serve.deployment:from_args`, with the settings under `args`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from ray import serve
 from ray.serve import metrics as ray_metrics
 from ray.serve.handle import DeploymentHandle
 
+from ppcl.errors import UserError
+from ppcl.settings import validated
 from serve.autoscaling import BACKLOG
 from serve.config import Served
 from serve.engine.metrics import INSTRUMENTS, VERBS, Instrument, Metrics
@@ -118,11 +120,23 @@ def uses_gpu(settings: Served) -> bool:
     return device == "cuda" or (device == "auto" and bool(ray.cluster_resources().get("GPU", 0)))
 
 
-def application(settings: Served) -> serve.Application:
-    """The application, for the cluster that this process is connected to. Raises `UserError` where it would be open to all."""
-    from serve.api import Keys, check_exposure
+def from_args(args: dict[str, Any]) -> serve.Application:
+    """The application of a cluster, from the settings of a file. Raises `UserError`.
 
-    check_exposure(settings.http, Keys(settings.http))
+    A cluster's proxies listen where others reach them, whatever `http.host` says, so there have to be API keys.
+    """
+    from serve.api import Keys
+
+    settings = validated(Served, args, "args")
+    if not Keys(settings.http):
+        raise UserError(
+            f"a cluster that serves needs API keys; set {settings.http.api_keys_env} on its nodes, or http.api_keys_file under args"
+        )
+    return application(settings)
+
+
+def application(settings: Served) -> serve.Application:
+    """The application, for the cluster that this process is connected to."""
     scaling = settings.autoscaling
     gpus = settings.engine.gpus if uses_gpu(settings) else 0
     graceful = {"graceful_shutdown_timeout_s": scaling.shutdown_seconds, "graceful_shutdown_wait_loop_s": 0.5}

@@ -9,11 +9,13 @@ import asyncio
 import base64
 import io
 import json
+import re
 import socket
 import time
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
@@ -27,6 +29,7 @@ from tests import made_result
 # Generous: a busy machine starts a replica in a minute.
 PATIENCE = 180.0
 APP = "ppcl"
+DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "grafana.json"
 # So many that a picture is still under way when a test does something to its replica.
 LONG, SHORT = 400, 4
 
@@ -145,6 +148,19 @@ def test_health_and_metrics_answer(site):
     with urllib.request.urlopen(f"{site.address}/metrics", timeout=PATIENCE) as answer:
         text = answer.read().decode()
     assert "ppcl_http_requests_total" in text and 'ppcl_images_total{variant="teacher"}' in text
+
+
+def test_rays_own_metrics_have_the_names_of_the_dashboard(site):
+    import ray
+
+    asked = set(re.findall(r"ray_ppcl_\w+", DASHBOARD.read_text()))
+    port = ray.nodes()[0]["MetricsExportPort"]
+
+    def exported():
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+            return asked <= set(re.findall(r"^ray_ppcl_\w+", answer.read().decode(), re.MULTILINE))
+
+    until(exported, "Ray exports them")
 
 
 def test_a_client_that_goes_away_frees_the_engine(site):

@@ -140,7 +140,7 @@ def _too_much(draw: random.Random) -> Wrong:
     much = draw.choice((
         {"size": "99999x99999"}, {"size": "4096x32"}, {"size": "33x32"}, {"num_inference_steps": 10**6}, {"num_inference_steps": 2001},
         {"n": 10, "size": "2048x2048", "num_inference_steps": 100}, {"prompt": "a" * 32_001}, {"negative_prompt": "b " * 16_001},
-        {"prompt": "circle " * 4000},
+        {"prompt": "circle " * 4000}, {"guidance_scale": 1.0},
     ))  # fmt: skip
     return Wrong("too much", body=json.dumps(VALID | much).encode())
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from serve.api import log_as_json
-from serve.api.logs import log
+from serve.logs import log
 from serve.config import Settings
 from tests.serve.api.test_client import waiting
 from tests.serve.served import Server, until
@@ -250,7 +250,7 @@ def test_the_schema_is_there_to_read(server):
 
 
 def test_a_failure_is_logged_by_its_place_without_its_words(lines):
-    from serve.api.logs import tell_failure
+    from serve.logs import tell_failure
 
     try:
         raise ValueError("the prompt was a secret wish")
