@@ -18,6 +18,7 @@ from ppcl.settings import validated
 from serve.autoscaling import BACKLOG
 from serve.config import Served
 from serve.engine.metrics import INSTRUMENTS, VERBS, Instrument, Metrics
+from serve.logs import log_as_json
 from serve.requests import Event, GenerationRequest, ModelCard, PipelineCard, Refused
 
 ENGINE = "engine"
@@ -52,6 +53,7 @@ class Replica:
 
         from serve.engine.engine import Engine
 
+        log_as_json()
         torch.set_num_threads(threads)
         self.engine = Engine(Served.model_validate(settings), RayMetrics())
 
@@ -98,7 +100,7 @@ class Ingress:
         self.handle, self.settings = engine, Served.model_validate(settings)
 
     def __serve_build_asgi_app__(self) -> Any:
-        from serve.api import create_app, log_as_json
+        from serve.api import create_app
         from serve.backend import RayBackend
 
         log_as_json()

@@ -2,6 +2,5 @@
 
 from serve.api.app import create_app
 from serve.api.keys import Keys, check_exposure
-from serve.api.logs import log_as_json
 
-__all__ = ["Keys", "check_exposure", "create_app", "log_as_json"]
+__all__ = ["Keys", "check_exposure", "create_app"]

@@ -15,9 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.api import errors
 from serve.api.disconnect import ClientGone
 from serve.api.keys import Keys, check_host
-from serve.api.logs import tell_failure, tell_request
 from serve.api.metrics import HttpMetrics
 from serve.config import Settings
+from serve.logs import tell_failure, tell_request
 from serve.requests import Refused
 
 # Needed before a key can be asked for, and without anything to tell of what is served.

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve.api import errors
 from serve.api.disconnect import unless_gone
-from serve.api.logs import tell_failure
+from serve.logs import tell_failure
 from serve.requests import Refused
 
 

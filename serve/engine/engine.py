@@ -20,7 +20,6 @@ import torch
 
 from ppcl.errors import UserError
 from ppcl.variants import Variant
-from serve.api.logs import tell_failure
 from serve.config import Served
 from serve.engine import metrics as counted
 from serve.engine.backlog import Backlog, Work
@@ -31,6 +30,7 @@ from serve.engine.metrics import Metrics
 from serve.engine.picture import Order, Studio, calls_per_step
 from serve.engine.pipelines import Kind, SharedPipeline
 from serve.engine.weights import Weights, load, qualities
+from serve.logs import tell_failure
 from serve.requests import AUTO, Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
 
 # Arguments of a pipeline's call that clients may give, where it takes them.
@@ -105,7 +105,9 @@ class Engine:
         parameters = inspect.signature(stock.__call__).parameters
         # Latents are cut into patches of 2 × 2.
         multiple = stock.vae_scale_factor * 2
-        named = tuple(name for name in _ARGUMENTS if name in parameters)
+        # A pipeline that has both takes this one for models that were distilled for it, and drops it for the others.
+        deaf = "true_cfg_scale" in parameters and not stock.transformer.config.get("guidance_embeds", False)
+        named = tuple(name for name in _ARGUMENTS if name in parameters and not (deaf and name == "guidance_scale"))
         return PipelineCard(sampling.steps, sampling.height, sampling.width, multiple, named)
 
     def _ladder(self) -> list[str]:

@@ -9,9 +9,8 @@ import time
 import openai
 import pytest
 
-from serve.api import log_as_json
-from serve.logs import log
 from serve.config import Settings
+from serve.logs import log, log_as_json, tell_failure
 from tests.serve.api.test_client import waiting
 from tests.serve.served import Server, until
 
@@ -250,8 +249,6 @@ def test_the_schema_is_there_to_read(server):
 
 
 def test_a_failure_is_logged_by_its_place_without_its_words(lines):
-    from serve.logs import tell_failure
-
     try:
         raise ValueError("the prompt was a secret wish")
     except ValueError as error:

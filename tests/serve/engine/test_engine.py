@@ -73,7 +73,8 @@ def test_models_are_the_variants_from_large_to_small(engine):
     assert all(card.seconds_per_step > 0 for card in cards)
     card = run(engine.pipeline())
     assert (card.steps, card.height, card.width, card.multiple) == (2, 32, 32, 8)
-    assert card.arguments == ("negative_prompt", "guidance_scale", "true_cfg_scale")
+    # The tiny Qwen-Image was not distilled for a guidance scale.
+    assert card.arguments == ("negative_prompt", "true_cfg_scale")
 
 
 def test_a_plan_as_text_is_a_model_too(engine):
