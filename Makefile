@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/ppcl compress demo/demo.yaml
 
 test: setup
-	$(BIN)/ruff check ppcl jobs tests
+	$(BIN)/ruff check ppcl jobs serve tests
 	$(BIN)/python -m pytest -q
 
 clean:

@@ -1,4 +1,4 @@
-"""The command line: `ppcl compress`, `ablate`, `variants`, `generate`, `report`, `config`."""
+"""The command line: `ppcl compress`, `ablate`, `variants`, `generate`, `report`, `serve`, `config`."""
 
 from __future__ import annotations
 
@@ -149,9 +149,31 @@ def report(result: Annotated[Path, typer.Argument(help="folder written by ppcl c
 
 
 @app.command()
-def config() -> None:
+def serve(
+    result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
+    host: Annotated[str | None, typer.Option(help="address to listen at; default: http.host")] = None,
+    port: Annotated[int | None, typer.Option(help="port to listen at; default: http.port")] = None,
+    config: Annotated[Path | None, typer.Option(help="settings, YAML; `ppcl config --serve` prints the default")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as engine.batch=4")
+    ] = None,
+) -> None:
+    """Serve the variants of a result behind the OpenAI Images API, with a page to try them on."""
+    from serve.config import load_settings
+    from serve.local import run
+
+    run(load_settings(result, config, set_, {"host": host, "port": port}), lambda text: out.print(text, highlight=False, markup=False))
+
+
+@app.command()
+def config(
+    serve: Annotated[bool, typer.Option("--serve", help="that of ppcl serve instead of a job's")] = False,
+) -> None:
     """Print the full default configuration, every key described."""
-    from ppcl.config import commented_defaults
+    if serve:
+        from serve.config import commented_defaults
+    else:
+        from ppcl.config import commented_defaults
 
     typer.echo(commented_defaults(), nl=False)
 

@@ -6,21 +6,15 @@ errors that name the key, the value seen and what would be right.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from ppcl.errors import UserError
+from ppcl.settings import Section, commented, put, read_values, validated
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Sampling(Section):
@@ -220,27 +214,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None, output: st
     Raises `UserError` that names the key, the value seen and what would be right.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"the configuration {path} does not exist; `ppcl config` prints one to start from") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the configuration {path} cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"the configuration {path} is not a mapping of keys to values; `ppcl config` prints one")
-    # A section whose keys are all commented out reads as None.
-    values = {key: value for key, value in values.items() if value is not None or key not in _sections()}
+    values = read_values(Config, path, "ppcl config")
     _resolve_paths(values, path.absolute().parent)
     for override in overrides or []:
-        _override(values, override)
+        put(values, override, "distillation.steps=100")
     if output is not None:
         values["output"] = str(output)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_sentence(error)}") from None
+    return validated(Config, values, str(path))
 
 
 def _resolve_paths(values: dict[str, Any], base: Path) -> None:
@@ -250,61 +230,6 @@ def _resolve_paths(values: dict[str, Any], base: Path) -> None:
             section[key] = str(base / section[key])
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise UserError(f"--set {override!r} is not of the form key=value, such as distillation.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: the value is not valid YAML") from None
-    *sections, last = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise UserError(f"--set {override!r}: {section} is a value, not a section")
-    values[last] = value
-
-
-def _sections() -> dict[str, type[Section]]:
-    return {name: type(field.default) for name, field in Config.model_fields.items() if isinstance(field.default, Section)}
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first of pydantic's complaints as one sentence."""
-    first = error.errors()[0]
-    *sections, last = (str(part) for part in first["loc"])
-    key = ".".join([*sections, last])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = list((_sections()[sections[0]] if sections else Config).model_fields)
-        near = get_close_matches(last, known, n=1)
-        nearest = f"; the nearest is {'.'.join([*sections, *near])}" if near else ""
-        return f"unknown key {key}{nearest}; known here: {', '.join(known)}{more}"
-    if first["type"] == "missing" or (first["input"] is None and first["type"] == "path_type"):
-        return f"the key {key} is missing{more}"
-    if first["type"] == "model_type":
-        return f"{key} is {first['input']!r}: it is a section, with the keys {', '.join(_sections()[key].model_fields)}{more}"
-    message = "input should be a path" if first["type"] == "path_type" else first["msg"]
-    return f"{key} is {first['input']!r}: {message[0].lower() + message[1:]}{more}"
-
-
 def commented_defaults() -> str:
     """The full default configuration as YAML, every key described."""
-    lines = [f"# {Config.__doc__}"]
-    for name, field in Config.model_fields.items():
-        if isinstance(field.default, Section):
-            lines += ["", f"# {field.default.__doc__.strip()}", f"{name}:"]
-            for key, sub in type(field.default).model_fields.items():
-                lines += _described(key, sub.get_default(call_default_factory=True), sub.description, indent="  ")
-        else:
-            lines += _described(name, None if field.is_required() else field.default, field.description, indent="")
-            if field.is_required():
-                lines[-1] = f"{name}: # required"
-    return "\n".join(lines) + "\n"
-
-
-def _described(key: str, value: Any, description: str | None, indent: str) -> list[str]:
-    value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
-    return [f"{indent}# {description}", f"{indent}{key}: {text}"]
+    return commented(Config)

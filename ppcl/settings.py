@@ -1,0 +1,107 @@
+"""Settings as pydantic models: read from YAML, changed by `key=value`, printed with their descriptions.
+
+Unknown keys and values out of range are errors of one sentence that name the key, the value seen and what would be right.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ppcl.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=Section)
+
+
+def read_values(model: type[Section], path: Path, command: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds, not validated yet. `command` prints one to start from. Raises `UserError`."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"the configuration {path} does not exist; `{command}` prints one to start from") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the configuration {path} cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"the configuration {path} is not a mapping of keys to values; `{command}` prints one")
+    # A section whose keys are all commented out reads as None.
+    return {key: value for key, value in values.items() if value is not None or key not in sections(model)}
+
+
+def put(values: dict[str, Any], override: str, example: str) -> None:
+    """Apply `key.sub=value`, with a YAML value. Raises `UserError`."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {override!r} is not of the form key=value, such as {example}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: the value is not valid YAML") from None
+    *above, last = key.split(".")
+    for section in above:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override!r}: {section} is a value, not a section")
+    values[last] = value
+
+
+def validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
+    """Raises `UserError` that begins with where the values come from."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_sentence(model, error)}") from None
+
+
+def sections(model: type[Section]) -> dict[str, type[Section]]:
+    return {name: type(field.default) for name, field in model.model_fields.items() if isinstance(field.default, Section)}
+
+
+def _sentence(model: type[Section], error: ValidationError) -> str:
+    """The first of pydantic's complaints as one sentence."""
+    first = error.errors()[0]
+    *above, last = (str(part) for part in first["loc"])
+    key = ".".join([*above, last])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = list((sections(model)[above[0]] if above else model).model_fields)
+        near = get_close_matches(last, known, n=1)
+        nearest = f"; the nearest is {'.'.join([*above, *near])}" if near else ""
+        return f"unknown key {key}{nearest}; known here: {', '.join(known)}{more}"
+    if first["type"] == "missing" or (first["input"] is None and first["type"] == "path_type"):
+        return f"the key {key} is missing{more}"
+    if first["type"] == "model_type":
+        return f"{key} is {first['input']!r}: it is a section, with the keys {', '.join(sections(model)[key].model_fields)}{more}"
+    message = "input should be a path" if first["type"] == "path_type" else first["msg"]
+    return f"{key} is {first['input']!r}: {message[0].lower() + message[1:]}{more}"
+
+
+def commented(model: type[Section]) -> str:
+    """The full default configuration as YAML, every key described."""
+    lines = [f"# {model.__doc__}"]
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, Section):
+            lines += ["", f"# {field.default.__doc__.strip()}", f"{name}:"]
+            for key, sub in type(field.default).model_fields.items():
+                lines += _described(key, sub.get_default(call_default_factory=True), sub.description, indent="  ")
+        else:
+            lines += _described(name, None if field.is_required() else field.default, field.description, indent="")
+            if field.is_required():
+                lines[-1] = f"{name}: # required"
+    return "\n".join(lines) + "\n"
+
+
+def _described(key: str, value: Any, description: str | None, indent: str) -> list[str]:
+    value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+    return [f"{indent}# {description}", f"{indent}{key}: {text}"]

@@ -1,0 +1,189 @@
+"""One thread that runs waiting calls in batches, fairly.
+
+A *group* is what can run as one batch. Which group is next follows start-time fair queueing (Goyal, Vin and Cheng 1996) over
+device-seconds: every group that has calls waiting gets an equal share of the device, however large its calls are and however
+many they are, and one that was idle has no credit from it. Within a group the calls that wait longest go first. A call that
+must run now for its picture's deadline to hold goes before, the most urgent one first.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+class Cancelled(Exception):
+    """The picture is not wanted any more."""
+
+
+@dataclass(eq=False)
+class Member:
+    """A picture as batchers see it. `due`: at which time of `time.monotonic()` its next call must run for its deadline to hold."""
+
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    due: float | None = None
+
+    def check(self) -> None:
+        """Raises `Cancelled` where the picture is not wanted any more."""
+        if self.cancelled.is_set():
+            raise Cancelled
+
+
+@dataclass(eq=False)
+class _Call:
+    group: Hashable
+    rows: int
+    arguments: Any
+    member: Member
+    answer: Future = field(default_factory=Future)
+
+
+# Runs calls of one group together; gives one answer each, in their order.
+Run = Callable[[Hashable, Sequence[Any]], Sequence[Any]]
+# Told of every batch: its group, its rows, its seconds.
+Told = Callable[[Hashable, int, float], None]
+
+
+class Batcher:
+    """`most_rows` of a group's batch. `gather`: seconds to wait, after a batch, for the next calls of the pictures that were in
+    it, so that they stay together.
+
+    An error of a batch is that of its calls alone. A batch that is too large for the memory is run again call by call.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Run,
+        most_rows: Callable[[Hashable], int],
+        gather: float = 0.0,
+        told: Told = lambda group, rows, seconds: None,
+    ):
+        self._run, self._most_rows, self._gather, self._told = run, most_rows, gather, told
+        self._changed = threading.Condition()
+        self._waiting: list[_Call] = []
+        # Pictures whose last call was answered and whose next is expected.
+        self._away: set[Member] = set()
+        # By group, the device-seconds after which its next batch is its turn; `_now` is that of the batch that ran last.
+        self._turn: dict[Hashable, float] = {}
+        self._now = 0.0
+        # Rows a group was found to have memory for.
+        self._fits: dict[Hashable, int] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
+        self._thread.start()
+
+    def call(self, group: Hashable, rows: int, arguments: Any, member: Member) -> Any:
+        """Wait for the answer; raises what the batch raised, or `Cancelled`."""
+        member.check()
+        call = _Call(group, rows, arguments, member)
+        with self._changed:
+            if self._closed:
+                raise Cancelled
+            self._away.discard(member)
+            self._turn[group] = max(self._turn.get(group, 0.0), self._now)
+            self._waiting.append(call)
+            self._changed.notify()
+        return call.answer.result()
+
+    def leave(self, member: Member) -> None:
+        """No further call of a picture is to be expected; those that wait end with `Cancelled` where it was cancelled."""
+        with self._changed:
+            self._away.discard(member)
+            if member.cancelled.is_set():
+                for call in [call for call in self._waiting if call.member is member]:
+                    self._waiting.remove(call)
+                    call.answer.set_exception(Cancelled())
+            self._changed.notify()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._closed
+
+    def close(self) -> None:
+        """Waiting calls end with `Cancelled`; a batch that runs ends by itself."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while (calls := self._next()) is not None:
+            began = time.perf_counter()
+            self._answer(calls)
+            seconds = time.perf_counter() - began
+            group, rows = calls[0].group, sum(call.rows for call in calls)
+            with self._changed:
+                self._turn[group] = self._turn.get(group, self._now) + seconds
+            self._told(group, rows, seconds)
+
+    def _next(self) -> list[_Call] | None:
+        """The calls of the next batch; None at the end."""
+        with self._changed:
+            while not self._closed:
+                self._changed.wait_for(lambda: self._closed or self._waiting)
+                if self._gather:
+                    self._changed.wait_for(lambda: self._closed or not self._away, self._gather)
+                    self._away.clear()
+                if self._waiting and not self._closed:
+                    return self._taken(self._chosen())
+            for call in self._waiting:
+                call.answer.set_exception(Cancelled())
+            self._waiting.clear()
+            return None
+
+    def _taken(self, group: Hashable) -> list[_Call]:
+        """As many calls of a group as are one batch, which do not wait any more."""
+        most = self._most_rows(group)
+        most = min(most, self._fits.get(group, most))
+        calls, rows = [], 0
+        for call in [call for call in self._waiting if call.group == group]:
+            if not calls or rows + call.rows <= most:
+                calls.append(call)
+                rows += call.rows
+                self._waiting.remove(call)
+        self._now = self._turn[group]
+        kept = {call.group for call in self._waiting} | {group}
+        self._turn = {known: turn for known, turn in self._turn.items() if known in kept or turn > self._now}
+        return calls
+
+    def _chosen(self) -> Hashable:
+        now = time.monotonic()
+        urgent = [call for call in self._waiting if call.member.due is not None and call.member.due <= now]
+        if urgent:
+            return min(urgent, key=lambda call: call.member.due).group
+        # Of equal turns that of the call that waits longest: `min` takes the first.
+        return min(self._waiting, key=lambda call: self._turn[call.group]).group
+
+    def _answer(self, calls: list[_Call]) -> None:
+        alone = False
+        try:
+            answers = self._run(calls[0].group, [call.arguments for call in calls])
+        except torch.OutOfMemoryError as error:
+            if len(calls) == 1:
+                calls[0].answer.set_exception(error)
+                return
+            # Not again as many at once, at every step.
+            self._fits[calls[0].group] = max(1, sum(call.rows for call in calls) // 2)
+            alone = True
+        except Exception as error:
+            for call in calls:
+                call.answer.set_exception(error)
+            return
+        if alone:
+            # Out of the handler, where the error would still hold the batch's tensors.
+            torch.cuda.empty_cache()
+            for call in calls:
+                self._answer([call])
+            return
+        if self._gather:
+            with self._changed:
+                self._away.update(call.member for call in calls)
+        for call, answer in zip(calls, answers, strict=True):
+            call.answer.set_result(answer)

@@ -1,0 +1,99 @@
+"""What a picture costs the device, in seconds: profiled at the start, corrected by every batch since.
+
+A forward's seconds are taken to grow linearly with its rows, between the two numbers of rows that were profiled of every variant
+at the default size; another size costs by its pixels. Both are a little wrong for real pictures (attention is not linear in the
+pixels, other programs run), so every kind of picture has a factor that follows what its batches really took.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from serve.engine.batcher import Member
+from serve.engine.calls import join, rows_of
+from serve.engine.picture import Order, Studio
+from serve.engine.pipelines import Kind, Plan
+
+# Share of a kind's factor that one batch changes.
+_LEARNT = 0.1
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of a forward of `few` rows, and of `many`, at the default size."""
+
+    few: int
+    few_seconds: float
+    many: int
+    many_seconds: float
+
+    def seconds(self, rows: int) -> float:
+        if self.many == self.few:
+            return self.few_seconds * rows / self.few
+        slope = (self.many_seconds - self.few_seconds) / (self.many - self.few)
+        return max(self.few_seconds + (rows - self.few) * slope, 0.1 * self.few_seconds)
+
+
+class Costs:
+    """`profiles` by plan; `around`: seconds a picture of `pixels`, the default size, takes besides its steps."""
+
+    def __init__(self, profiles: dict[Plan, Profile], around: float, pixels: int):
+        self.profiles, self.around, self.pixels = dict(profiles), around, pixels
+        self._factors: dict[Kind, float] = {}
+        self._lock = threading.Lock()
+
+    def forward(self, kind: Kind, rows: int) -> float:
+        """Seconds of one forward. A plan that was not profiled is taken for the slowest one that was."""
+        profile = self.profiles.get(kind.plan) or max(self.profiles.values(), key=lambda known: known.many_seconds)
+        return profile.seconds(rows) * kind.pixels / self.pixels * self._factors.get(kind, 1.0)
+
+    def besides(self, kind: Kind) -> float:
+        """Seconds for a picture's text and its decoding."""
+        return self.around * kind.pixels / self.pixels
+
+    def observe(self, group: tuple[Kind, Hashable], rows: int, seconds: float) -> None:
+        kind, _ = group
+        with self._lock:
+            factor = self._factors.get(kind, 1.0)
+            ratio = seconds / (self.forward(kind, rows) / factor)
+            self._factors[kind] = factor + _LEARNT * (ratio - factor)
+
+
+@torch.no_grad()
+def profile(studio: Studio, order: Order, plans: Iterable[Plan], rows: int) -> Costs:
+    """Warm every plan up and measure it. Variants take turns, so that a drift of the machine's speed falls on all alike."""
+    shared = studio.shared
+    transformer, architecture = shared.stock.transformer, shared.architecture
+    calls: list[dict] = []
+    hook = transformer.register_forward_pre_hook(lambda module, args, arguments: calls.append(arguments), with_kwargs=True)
+    try:
+        studio.draw(order, Member())
+        # Another prompt: that of the first is remembered.
+        again = studio.draw(Order(**{**vars(order), "prompt": f"{order.prompt} again"}), Member())
+    finally:
+        hook.remove()
+    few = rows_of(architecture, calls[0])
+    times = max(1, rows // few)
+    taken: dict[tuple[Plan, int], list[float]] = {}
+    plans = list(plans)
+    for turn in range(1 + _ROUNDS):
+        for plan in plans:
+            for copies in dict.fromkeys((1, times)):
+                shared.plug(plan)
+                arguments = join(architecture, [calls[0]] * copies)
+                began = time.perf_counter()
+                output = transformer(**arguments)[0]
+                if output.is_cuda:
+                    torch.cuda.synchronize()
+                if turn:
+                    taken.setdefault((plan, copies), []).append(time.perf_counter() - began)
+    # The least: whatever else runs only adds to it.
+    seconds = {key: min(values) for key, values in taken.items()}
+    profiles = {plan: Profile(few, seconds[plan, 1], few * times, seconds[plan, times]) for plan in plans}
+    return Costs(profiles, again.seconds["encoding"] + again.seconds["decoding"], order.height * order.width)

@@ -1,0 +1,351 @@
+"""The engine: one process, one set of weights, many requests. It implements `serve.requests.Backend`.
+
+Requests come on an event loop; pictures are drawn in threads; the two meet in one place, a queue of events a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ppcl.errors import UserError
+from ppcl.variants import Variant
+from serve.config import Served
+from serve.engine import metrics as counted
+from serve.engine.backlog import Backlog, Work
+from serve.engine.batcher import Cancelled
+from serve.engine.costs import profile
+from serve.engine.elastic import ElasticQuality, ladder
+from serve.engine.metrics import Metrics
+from serve.engine.picture import Order, Studio, calls_per_step
+from serve.engine.pipelines import Kind, SharedPipeline
+from serve.engine.weights import Weights, load, qualities
+from serve.logs import tell_failure
+from serve.requests import AUTO, Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
+
+# Arguments of a pipeline's call that clients may give, where it takes them.
+_ARGUMENTS = ("negative_prompt", "guidance_scale", "true_cfg_scale")
+_WARM_UP_PROMPT = "a picture"
+_WARM_UP_STEPS = 2
+# Seconds for which what was refused counts as demand.
+_LATELY = 10.0
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request that was accepted."""
+
+    request: GenerationRequest
+    variant: str
+    prompt_tokens: int
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    works: list[Work] = field(default_factory=list)
+
+    def tell(self, event: Event | Exception) -> None:
+        """From any thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            return
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Picture `index` of a job, and when it was accepted, of `time.monotonic()`."""
+
+    job: _Job
+    index: int
+    order: Order
+    accepted: float
+
+
+class Engine:
+    """Loads, warms up and profiles when it is made; blocking, minutes for a large model. Raises `UserError`."""
+
+    def __init__(self, settings: Served, counters: Metrics | None = None):
+        engine = settings.engine
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if engine.device == "auto" else engine.device
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("engine.device is 'cuda', but there is no GPU here; set engine.device: cpu")
+        precision = {"cuda": "bfloat16", "cpu": "float32"}[device] if engine.precision == "auto" else engine.precision
+        self.settings, self.counters = settings, counters or Metrics()
+        self.weights: Weights = load(settings.result, settings.teacher, engine.variants, device, getattr(torch, precision))
+        self._lock = threading.Lock()
+        self._names: dict[Any, str] = {variant.plan: name for name, variant in self.weights.variants.items()}
+        self._backlog: Backlog | None = None
+        shared = SharedPipeline(
+            self.weights.pipeline, self.weights.switch, engine.batch, engine.gather_seconds, engine.decoded_pixels, self._batch_done
+        )
+        self.studio = Studio(shared)
+        self.card = self._card()
+        sampling, variants = self.weights.result.sampling, list(self.weights.variants.values())
+        usual = Order(variants[0].plan, _WARM_UP_PROMPT, self.card.height, self.card.width, _WARM_UP_STEPS, 0, sampling.arguments)
+        self.costs = profile(self.studio, usual, [variant.plan for variant in variants], engine.batch)
+        self._threads = ThreadPoolExecutor(engine.queue, thread_name_prefix="picture")
+        self._backlog = Backlog(self.costs, engine.batch, lambda work: self._threads.submit(self._draw, work))
+        self._qualities = qualities(settings.result, self.weights.variants)
+        self.elastic = ElasticQuality(self._ladder(), settings.elastic)
+        # Device-seconds refused lately: demand that a backlog does not show.
+        self._refused: deque[tuple[float, float]] = deque()
+        self._closed = False
+
+    def _card(self) -> PipelineCard:
+        sampling, stock = self.weights.result.sampling, self.weights.pipeline
+        parameters = inspect.signature(stock.__call__).parameters
+        # Latents are cut into patches of 2 × 2.
+        multiple = stock.vae_scale_factor * 2
+        # A pipeline that has both takes this one for models that were distilled for it, and drops it for the others.
+        deaf = "true_cfg_scale" in parameters and not stock.transformer.config.get("guidance_embeds", False)
+        named = tuple(name for name in _ARGUMENTS if name in parameters and not (deaf and name == "guidance_scale"))
+        return PipelineCard(sampling.steps, sampling.height, sampling.width, multiple, named)
+
+    def _ladder(self) -> list[str]:
+        chosen, known = self.settings.elastic.variants, self.weights.variants
+        for name in chosen or ():
+            if name not in known:
+                raise UserError(f"elastic.variants: {name!r} is not served; served are {', '.join(known)}")
+        by_size = sorted(known.values(), key=lambda variant: -variant.parameters)
+        costs = {variant.name: self._usual_seconds(variant.name, self.settings.engine.batch) for variant in by_size}
+        return list(chosen) if chosen else ladder(costs, self._qualities)
+
+    def _usual_seconds(self, variant: str, rows: int) -> float:
+        """Device-seconds of one picture of the default kind in a batch of so many rows."""
+        kind = Kind(self.weights.variants[variant].plan, self.card.height * self.card.width)
+        per_step = calls_per_step(self.weights.pipeline.__call__, self.weights.result.sampling.arguments)
+        return self.card.steps * per_step * self.costs.forward(kind, rows) / rows + self.costs.besides(kind)
+
+    async def models(self) -> list[ModelCard]:
+        usual = self.card.height * self.card.width
+        return [
+            ModelCard(
+                variant.name, variant.parameters, variant.share, variant.blocks, self._qualities[variant.name],
+                self.costs.forward(Kind(variant.plan, usual), 1),
+            )
+            for variant in sorted(self.weights.variants.values(), key=lambda variant: -variant.parameters)
+        ]  # fmt: skip
+
+    async def pipeline(self) -> PipelineCard:
+        return self.card
+
+    async def healthy(self) -> bool:
+        return not self._closed and self.studio.shared.alive
+
+    def load(self) -> dict[str, float]:
+        """`backlog_seconds`: of what is accepted and of what was lately refused, at undegraded quality. `pictures`: accepted."""
+        now = time.monotonic()
+        with self._lock:
+            while self._refused and self._refused[0][0] < now - _LATELY:
+                self._refused.popleft()
+            backlog = self._backlog.undegraded_seconds() + sum(seconds for _, seconds in self._refused)
+            return {"backlog_seconds": backlog, "pictures": float(len(self._backlog.pictures))}
+
+    async def metrics_text(self) -> str:
+        return self.counters.text()
+
+    def close(self) -> None:
+        """Nothing more is accepted; what is not done ends with an error."""
+        with self._lock:
+            self._closed = True
+            for work in list(self._backlog.pictures):
+                work.member.cancelled.set()
+        self.studio.close()
+        self._threads.shutdown()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        variant = self._named(request.model)
+        tokens = await asyncio.to_thread(self._tokens, request)
+        job, accepted = self._admit(request, variant, tokens)
+        outcome = "cancelled"
+        try:
+            yield accepted
+            left = request.count
+            while left:
+                event = await job.events.get()
+                if isinstance(event, Exception):
+                    outcome = "failed"
+                    raise event
+                left -= isinstance(event, Picture)
+                yield event
+            outcome = "done"
+        finally:
+            self._end(job)
+            self.counters.record(counted.REQUESTS, outcome=outcome)
+
+    def _named(self, model: str) -> Variant | None:
+        """The variant of a request, None for `auto`."""
+        if model == AUTO:
+            return None
+        variant = self.weights.variant(model)
+        if variant is None:
+            known = ", ".join([AUTO, *self.weights.variants])
+            raise Refused(404, "invalid_request_error", f"the model {model[:80]!r} does not exist; there are {known}", "model_not_found", "model")
+        return variant
+
+    def _tokens(self, request: GenerationRequest) -> int:
+        """The prompt's tokens. Raises `Refused` where it, or the negative prompt, has too many."""
+        most, counts = self.settings.limits.prompt_tokens, {}
+        for name, text in (("prompt", request.prompt), ("negative_prompt", request.arguments.get("negative_prompt"))):
+            if text is None:
+                continue
+            counts[name] = self.studio.shared.prompt_tokens(text)
+            if counts[name] > most:
+                message = f"the {name} has {counts[name]} tokens; at most {most} are taken"
+                raise Refused(422, "invalid_request_error", message, "string_too_long", name)
+        return counts["prompt"]
+
+    def _admit(self, request: GenerationRequest, named: Variant | None, tokens: int) -> tuple[_Job, Accepted]:
+        """Accept a request, or raise `Refused`: a full queue, a deadline that cannot be met, no such smallest variant."""
+        arguments = {**self.weights.result.sampling.arguments, **request.arguments}
+        per_step = calls_per_step(self.weights.pipeline.__call__, arguments)
+        pixels, now = request.height * request.width, time.monotonic()
+
+        def of(variant: Variant | str) -> tuple[Kind, int, int, int]:
+            plan = (variant if isinstance(variant, Variant) else self.weights.variants[variant]).plan
+            return Kind(plan, pixels), request.steps, per_step, request.count
+
+        with self._lock:
+            backlog, queue = self._backlog, self.settings.engine.queue
+            if self._closed:
+                raise Refused(503, "server_error", "the server is shutting down; try again soon", "shutting_down", retry_after=1.0)
+            allowed = self._allowed(request.min_variant)
+            undegraded = of(named or self.elastic.steps[0])
+            waiting = backlog.seconds()
+            self.elastic.watch(now, waiting, self.settings.elastic.patience * self._usual_seconds(self.elastic.steps[0], 1))
+            if len(backlog.pictures) + request.count > queue:
+                self._turned_away(now, undegraded)
+                each = waiting / max(1, len(backlog.pictures))
+                wait = max(1, len(backlog.pictures) + request.count - queue) * each
+                message = f"the server has {len(backlog.pictures)} pictures to draw, of at most {queue}; try again later"
+                raise self._busy(message, "queue_full", wait)
+            if named is None:
+                patience = self.settings.elastic.patience * backlog.alone(*undegraded)
+                choice = self.elastic.choose(
+                    patience if request.deadline is None else request.deadline,
+                    lambda name: backlog.expected(*of(name)), lambda name: backlog.alone(*of(name)), allowed.__contains__,
+                )  # fmt: skip
+                variant, expected, degraded = self.weights.variants[choice.variant], choice.expected, choice.degraded
+                name, in_time = choice.variant, choice.in_time
+            else:
+                variant, degraded = named, False
+                expected = backlog.expected(*of(variant))
+                name = self._names.get(variant.plan) or ",".join(map(str, variant.plan))
+                in_time = request.deadline is None or expected * (1 + self.settings.elastic.margin) <= request.deadline
+            if request.deadline is not None and not in_time:
+                alone = backlog.alone(*of(variant))
+                if alone > request.deadline:
+                    message = f"deadline_ms is {1000 * request.deadline:g}; the pictures take {1000 * alone:.0f} ms where nothing else waits"
+                    raise Refused(422, "invalid_request_error", message, "deadline_too_short", "deadline_ms")
+                self._turned_away(now, undegraded)
+                message = f"the pictures would take {expected:.2f} s and are wanted within {request.deadline:g} s; try again later"
+                raise self._busy(message, "deadline_unmet", expected - request.deadline)
+            job = _Job(request, name, tokens, asyncio.get_running_loop())
+            deadline = None if request.deadline is None else now + request.deadline
+            kind, steps, _, _ = of(variant)
+            for index in range(request.count):
+                order = Order(
+                    variant.plan, request.prompt, request.height, request.width, request.steps, request.seed + index,
+                    arguments, request.previews,
+                )  # fmt: skip
+                work = Work(kind, undegraded[0], steps, per_step, deadline, _Turn(job, index, order, now))
+                job.works.append(work)
+            for work in job.works:
+                backlog.add(work)
+            self._show_queue()
+        self.counters.record(counted.ACCEPTED, variant=self._label(name), degraded=str(degraded).lower())
+        return job, Accepted(name, degraded, expected)
+
+    def _allowed(self, smallest: str | None) -> set[str]:
+        """The variants that `auto` may take."""
+        if smallest is None:
+            return set(self.elastic.steps)
+        if smallest not in self.weights.variants:
+            message = f"min_variant is {smallest[:80]!r}; there are {', '.join(self.weights.variants)}"
+            raise Refused(404, "invalid_request_error", message, "model_not_found", "min_variant")
+        floor = self.weights.variants[smallest].parameters
+        return {name for name in self.elastic.steps if self.weights.variants[name].parameters >= floor}
+
+    def _turned_away(self, now: float, undegraded: tuple[Kind, int, int, int]) -> None:
+        kind, steps, per_step, count = undegraded
+        self._refused.append((now, count * self._backlog.left(kind, steps * per_step, self._backlog.batch)))
+
+    def _busy(self, message: str, code: str, wait: float) -> Refused:
+        self.counters.record(counted.REQUESTS, outcome="refused")
+        return Refused(429, "rate_limit_error", message, code, retry_after=float(max(1, math.ceil(wait))))
+
+    def _draw(self, work: Work) -> None:
+        """In a thread of its own: one picture, from its turn to its event."""
+        job, index, order, began = work.what.job, work.what.index, work.what.order, time.monotonic()
+        try:
+            work.member.check()
+            if work.deadline is not None and began + self._alone(work) > work.deadline:
+                raise Refused(504, "server_error", "the deadline passed while the pictures waited", "deadline_exceeded")
+
+            def stepped(step: int) -> None:
+                with self._lock:
+                    work.steps = order.steps - step
+                    work.member.due = self._backlog.due(work)
+
+            stepped(0)
+            drawn = self.studio.draw(order, work.member, stepped, lambda number, step, image: job.tell(Preview(index, number, step, image)))
+            seconds = {"queued": began - work.what.accepted, **drawn.seconds}
+            for phase, value in seconds.items():
+                self.counters.record(counted.PICTURE_SECONDS, value, phase=phase)
+            self.counters.record(counted.IMAGES, variant=self._label(job.variant))
+            told: Event | Exception = Picture(index, drawn.image, order.seed, job.prompt_tokens, seconds)
+        except Cancelled:
+            told = Refused(503, "server_error", "the server was shut down before the pictures were drawn", "shutting_down", retry_after=1.0)
+        except Refused as error:
+            told = error
+        except torch.OutOfMemoryError:
+            message = "the server ran out of memory for these pictures; ask for smaller ones"
+            told = Refused(503, "server_error", message, "out_of_memory")
+        except Exception as error:
+            tell_failure(job.request.id, error)
+            told = Refused(500, "server_error", "the pictures could not be drawn; the server's log says why", "engine_error")
+        with self._lock:
+            self._backlog.remove(work)
+            self._show_queue()
+        job.tell(told)
+
+    def _alone(self, work: Work) -> float:
+        return self._backlog.alone(work.kind, work.steps, work.per_step, 1)
+
+    def _end(self, job: _Job) -> None:
+        """Cancel what is left of a request. A picture under way notices at its next step."""
+        with self._lock:
+            for work in job.works:
+                work.member.cancelled.set()
+                if not work.running:
+                    self._backlog.remove(work)
+            self._show_queue()
+        for work in job.works:
+            self.studio.shared.denoising.leave(work.member)
+
+    def _batch_done(self, group: tuple[Kind, Hashable], rows: int, seconds: float) -> None:
+        if self._backlog is None:  # warming up
+            return
+        self.costs.observe(group, rows, seconds)
+        variant = self._label(self._names.get(group[0].plan, ""))
+        self.counters.record(counted.BATCH_ROWS, rows, variant=variant)
+        self.counters.record(counted.STEP_SECONDS, seconds, variant=variant)
+
+    def _label(self, name: str) -> str:
+        """What clients invent must not make new series."""
+        return name if name in self.weights.variants else "plan"
+
+    def _show_queue(self) -> None:
+        queued = self._backlog.queued
+        self.counters.record(counted.QUEUED, queued)
+        self.counters.record(counted.RUNNING, len(self._backlog.pictures) - queued)
+        self.counters.record(counted.BACKLOG, self._backlog.undegraded_seconds())

@@ -1,0 +1,204 @@
+"""The batcher alone, with calls that only sleep: who goes together, who is next, and who pays for an error."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from serve.engine.batcher import Batcher, Cancelled, Member
+
+# Long enough that a thread which is to come back does, however busy the machine.
+GATHER = 5.0
+
+
+class Ran(list):
+    """What ran, in order: (group, arguments) of each batch; a group's name says how many milliseconds one takes."""
+
+    def __call__(self, group, arguments):
+        time.sleep(int(group.split()[-1]) / 1000)
+        self.append((group, list(arguments)))
+        return [f"{argument}!" for argument in arguments]
+
+
+@pytest.fixture
+def made():
+    batchers = []
+
+    def make(run, most=8, gather=0.0):
+        batchers.append(Batcher("test", run, lambda group: most, gather))
+        return batchers[-1]
+
+    yield make
+    for batcher in batchers:
+        batcher.close()
+
+
+def calls(batcher, group, count, name="call"):
+    """A picture: `count` calls one after the other."""
+    member = Member()
+    for number in range(count):
+        assert batcher.call(group, 1, f"{name} {number}", member) == f"{name} {number}!"
+    batcher.leave(member)
+
+
+def held(batcher, ran, group="held 50"):
+    """Keeps the batcher busy until other calls wait."""
+    thread = threading.Thread(target=calls, args=(batcher, group, 1))
+    thread.start()
+    return thread
+
+
+def test_pictures_that_began_together_stay_together(made):
+    ran = Ran()
+    batcher = made(ran, gather=GATHER)
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(4):
+            pool.submit(calls, batcher, "steps 2", 10, str(number))
+    sizes = [len(arguments) for _, arguments in ran]
+    assert sum(sizes) == 40 and sizes.count(4) >= 8
+    assert all(len(set(number for number, _ in map(str.split, arguments))) == len(arguments) for _, arguments in ran)
+
+
+def test_a_batch_holds_at_most_so_many_rows_and_the_longest_waiting_first(made):
+    ran = Ran()
+    batcher = made(ran, most=3)
+    first = held(batcher, ran)
+    with ThreadPoolExecutor(5) as pool:
+        time.sleep(0.01)
+        for number in range(5):
+            pool.submit(batcher.call, "steps 1", 1, number, Member())
+            time.sleep(0.003)
+    first.join()
+    assert [arguments for group, arguments in ran if group == "steps 1"] == [[0, 1, 2], [3, 4]]
+
+
+def test_a_crowd_of_long_calls_does_not_hold_a_short_one_up(made):
+    """Sixteen pictures of 40 ms a batch against one of 2 ms: 19 of its calls are worth one of theirs."""
+    ran = Ran()
+    batcher = made(ran, gather=GATHER)
+    with ThreadPoolExecutor(17) as pool:
+        large = [pool.submit(calls, batcher, "large 40", 8) for _ in range(16)]
+        while not ran:
+            time.sleep(0.001)
+        calls(batcher, "small 2", 19)
+        between = [group for group, _ in ran]
+        for one in large:
+            one.result()
+    last = len(between) - between[::-1].index("small 2")
+    assert between[:last].count("large 40") <= 4, between
+    assert 16 <= [group for group, _ in ran].count("large 40") <= 18, "the large ones did not stay together"
+
+
+def test_an_idle_group_comes_back_without_credit(made):
+    """Two equal groups, of which one was idle for long: they take turns from then on."""
+    ran = Ran()
+    batcher = made(ran, gather=GATHER)
+    calls(batcher, "idle 5", 1)
+    calls(batcher, "busy 5", 20)
+    ran.clear()
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(calls, batcher, "busy 5", 10)
+        pool.submit(calls, batcher, "idle 5", 10)
+    turns = [group for group, _ in ran]
+    assert "busy 5" in turns[:4] and turns[:12].count("busy 5") >= 4
+
+
+def test_what_must_run_now_for_its_deadline_goes_first(made):
+    ran = Ran()
+    batcher = made(ran, most=1)
+    first = held(batcher, ran)
+    with ThreadPoolExecutor(3) as pool:
+        time.sleep(0.01)
+        pool.submit(batcher.call, "a 1", 1, "calm", Member())
+        time.sleep(0.005)
+        pool.submit(batcher.call, "b 1", 1, "late", Member(due=time.monotonic() - 1))
+        pool.submit(batcher.call, "c 1", 1, "latest", Member(due=time.monotonic() - 2))
+    first.join()
+    assert [arguments[0] for _, arguments in ran[1:]] == ["latest", "late", "calm"]
+
+
+def test_a_cancelled_picture_neither_waits_nor_runs(made):
+    ran = Ran()
+    batcher = made(ran)
+    first, member = held(batcher, ran, "held 300"), Member()
+    with ThreadPoolExecutor(1) as pool:
+        time.sleep(0.05)
+        waiting = pool.submit(batcher.call, "steps 1", 1, "unwanted", member)
+        time.sleep(0.05)
+        member.cancelled.set()
+        batcher.leave(member)
+        with pytest.raises(Cancelled):
+            waiting.result(timeout=10)
+        assert not ran, "it waited for the batch before it"
+        with pytest.raises(Cancelled):
+            batcher.call("steps 1", 1, "unwanted", member)
+    first.join()
+    assert [group for group, _ in ran] == ["held 300"]
+
+
+def test_an_error_is_that_of_its_batch_alone(made):
+    def run(group, arguments):
+        if group == "bad":
+            raise ValueError("broken")
+        return arguments
+
+    batcher = made(run)
+    with ThreadPoolExecutor(4) as pool:
+        bad = [pool.submit(batcher.call, "bad", 1, n, Member()) for n in range(2)]
+        good = [pool.submit(batcher.call, "good", 1, n, Member()) for n in range(2)]
+        assert [one.result() for one in good] == [0, 1]
+        for one in bad:
+            with pytest.raises(ValueError, match="broken"):
+                one.result()
+    assert batcher.alive
+
+
+def test_what_does_not_fit_into_memory_is_run_alone_and_remembered(made):
+    sizes = []
+
+    def run(group, arguments):
+        sizes.append(len(arguments))
+        time.sleep(0.02)
+        if len(arguments) > 2 or "huge" in arguments:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return arguments
+
+    batcher = made(run, gather=GATHER)
+
+    def once(group, argument):
+        member = Member()
+        try:
+            return batcher.call(group, 1, argument, member)
+        finally:
+            batcher.leave(member)
+
+    with ThreadPoolExecutor(6) as pool:
+        first = pool.submit(once, "one", "first")
+        time.sleep(0.005)
+        others = [pool.submit(once, "some", n) for n in ("a", "b", "c", "huge")]
+        assert [one.result() for one in others[:3]] == ["a", "b", "c"]
+        with pytest.raises(torch.OutOfMemoryError):
+            others[3].result()
+        first.result()
+        assert sorted(sizes) == [1, 1, 1, 1, 1, 4]
+        sizes.clear()
+        list(pool.map(lambda n: once("some", n), "defg"))
+    assert sum(sizes) == 4 and max(sizes) <= 2
+
+
+def test_nobody_waits_for_a_batcher_that_is_closed(made):
+    ran = Ran()
+    batcher = made(ran)
+    first = held(batcher, ran, "held 100")
+    with ThreadPoolExecutor(1) as pool:
+        time.sleep(0.02)
+        waiting = pool.submit(batcher.call, "steps 1", 1, "unwanted", Member())
+        time.sleep(0.02)
+        batcher.close()
+        with pytest.raises(Cancelled):
+            waiting.result(timeout=10)
+    first.join()
+    with pytest.raises(Cancelled):
+        batcher.call("steps 1", 1, "unwanted", Member())

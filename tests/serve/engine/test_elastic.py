@@ -1,0 +1,106 @@
+"""Which variant `auto` takes, and which are worth taking: decisions on numbers alone."""
+
+import pytest
+
+from serve.config import Elastic
+from serve.engine.elastic import ElasticQuality, ladder
+
+# Device-seconds of a picture, the largest variant first, and scores.
+COSTS = {"teacher": 1.0, "p70": 0.9, "p50": 0.5, "b10": 0.48, "tiny": 0.2}
+
+
+def test_the_ladder_holds_what_gives_more_score_a_second_than_all_above_it():
+    scores = {"teacher": 0.9, "p70": 0.8, "p50": 0.6, "b10": 0.4, "tiny": 0.1}
+    assert ladder(COSTS, scores) == ["teacher", "p50"], "0.89, 1.2, 0.83 and 0.5 a second against 0.9"
+
+
+def test_a_variant_that_a_cheaper_one_beats_is_no_rung():
+    scores = {"teacher": 0.9, "p70": 0.85, "p50": 0.89, "b10": 0.2, "tiny": 0.3}
+    assert ladder(COSTS, scores) == ["teacher", "p50"]
+    assert ladder(COSTS, scores | {"tiny": 0.4}) == ["teacher", "p50", "tiny"]
+
+
+def test_the_largest_stays_first_though_another_scores_as_high():
+    assert ladder(COSTS, dict.fromkeys(COSTS, 0.9)) == ["teacher", "tiny"]
+
+
+def test_a_difference_that_may_be_noise_is_no_rung():
+    assert ladder({"teacher": 1.0, "p90": 0.97}, {"teacher": 0.9, "p90": 0.9}) == ["teacher"]
+
+
+def test_without_scores_every_smaller_and_faster_one_is_a_rung():
+    unknown = dict.fromkeys(COSTS)
+    assert ladder(COSTS, unknown) == ["teacher", "p70", "p50", "tiny"]
+    assert ladder(COSTS, unknown | {"teacher": 1.0}) == ["teacher", "p70", "p50", "tiny"]
+
+
+STEPS = {"large": 4.0, "middle": 2.0, "small": 1.0}
+
+
+@pytest.fixture
+def quality():
+    return ElasticQuality(list(STEPS), Elastic(margin=0.0, recover_seconds=10, low_water=0.5))
+
+
+def choose(quality, budget, waiting=0.0, allowed=lambda name: True):
+    return quality.choose(budget, lambda name: waiting + STEPS[name], STEPS.get, allowed)
+
+
+def test_it_takes_the_largest_that_is_in_time(quality):
+    assert choose(quality, 5).variant == "large" and not choose(quality, 5).degraded
+    choice = choose(quality, 5, waiting=2)
+    assert (choice.variant, choice.degraded, choice.expected, choice.in_time) == ("middle", True, 4.0, True)
+    assert choose(quality, 5, waiting=4).variant == "small"
+
+
+def test_where_none_is_in_time_it_is_the_floor_and_said_so(quality):
+    choice = choose(quality, 5, waiting=4.5)
+    assert (choice.variant, choice.in_time) == ("small", False)
+    choice = choose(quality, 5, waiting=4.5, allowed=lambda name: name != "small")
+    assert (choice.variant, choice.in_time) == ("middle", False)
+
+
+def test_a_margin_is_added_to_what_is_expected():
+    careful = ElasticQuality(list(STEPS), Elastic(margin=0.5))
+    assert choose(careful, 5.9).variant == "middle"
+    assert choose(careful, 6.0).variant == "large"
+
+
+def test_it_degrades_at_once_and_recovers_by_one_after_a_while_of_little_load(quality):
+    assert choose(quality, 5, waiting=4).variant == "small"
+    assert choose(quality, 5, waiting=0).variant == "small", "it recovered at once"
+    quality.watch(100, waiting=1, allowed=10)
+    quality.watch(109, waiting=1, allowed=10)
+    assert choose(quality, 5).variant == "small"
+    quality.watch(111, waiting=1, allowed=10)
+    assert choose(quality, 5).variant == "middle"
+    quality.watch(119, waiting=1, allowed=10)
+    assert choose(quality, 5).variant == "middle"
+    quality.watch(121, waiting=1, allowed=10)
+    assert choose(quality, 5).variant == "large"
+
+
+def test_load_in_between_starts_the_while_again(quality):
+    choose(quality, 5, waiting=4)
+    quality.watch(100, waiting=1, allowed=10)
+    quality.watch(109, waiting=6, allowed=10)
+    quality.watch(110, waiting=1, allowed=10)
+    quality.watch(119, waiting=1, allowed=10)
+    assert choose(quality, 5).variant == "small"
+
+
+def test_a_long_pause_recovers_it_whole(quality):
+    choose(quality, 5, waiting=4)
+    quality.watch(100, waiting=0, allowed=10)
+    quality.watch(500, waiting=0, allowed=10)
+    assert choose(quality, 5).variant == "large"
+
+
+def test_a_deadline_that_is_short_in_itself_degrades_its_own_request_alone(quality):
+    assert choose(quality, 1.5).variant == "small"
+    assert choose(quality, 5).variant == "large"
+
+
+def test_a_floor_above_the_level_is_kept(quality):
+    choose(quality, 5, waiting=4)
+    assert choose(quality, 5, allowed=lambda name: name == "large").variant == "large"
