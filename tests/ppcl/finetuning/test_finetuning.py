@@ -8,12 +8,13 @@ import torch
 
 from ppcl.config import Distillation, Finetuning
 from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.run import distil
+from ppcl.distillation.run import batch_of, distil
 from ppcl.errors import UserError
 from ppcl.finetuning.plans import Any, One, Within, draws_of, random_plans
 from ppcl.finetuning.run import finetune
 from ppcl.finetuning.trajectories import Trajectories, visited
 from ppcl.plan import Ffn, Fold, Interval, TextRun, clash, order
+from ppcl.plug import Switch
 from ppcl.replacements import files_in, load
 from ppcl.teacher import Teacher
 from tests import ranks, tiny
@@ -183,6 +184,23 @@ def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
     for entry in PLAN:
         same = all(torch.equal(before[entry][name], after[entry][name]) for name in before[entry])
         assert same == (entry not in (Interval(0, 1), Interval(3, 5)))
+
+
+@pytest.mark.parametrize("power", [0.0, 2.0])
+def test_a_state_weighs_as_its_share_of_noise(folder, students, tmp_path, power):
+    settings = SETTINGS.model_copy(update={"steps": 1, "plan": "0-1,3-5", "own_states": 0.0, "noise_weight": power})
+    told = tune(folder, students, tmp_path, settings)["curve"][0]["loss"]
+    samples, plan = MemorySamples(256), [Interval(0, 1), Interval(3, 5)]
+    inputs = samples.batch(batch_of(0, samples.ids(held_out=False), settings.batch_size, 0))
+    teacher = Teacher(folder)
+    model = teacher.transformer()
+    with torch.no_grad():
+        target = model(**inputs)[0]
+        Switch(teacher, files_in(students))(model, plan)
+        error = (model(**inputs)[0] - target).square().flatten(1).sum(1)
+    weight = inputs["timestep"] ** power
+    expected = (weight * error).sum() / (weight * target.square().flatten(1).sum(1)).sum()
+    assert told == pytest.approx(expected.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
