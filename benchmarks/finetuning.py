@@ -1,0 +1,119 @@
+"""What fine-tuning learns on: the quality of one variant after equal steps, by share of its own states and by weight of noise.
+
+    python benchmarks/finetuning.py runs/demo --variant half --steps 300 --own 0,0.5 --noise 0,2
+
+Every run starts from the students of a finished job; nothing of the job is changed. R is the mean relative drop of the world
+score against the teacher, over pictures from the same seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ppcl.artifacts import CONFIG
+from ppcl.calibration.store import CalibrationSet
+from ppcl.config import Config
+from ppcl.distillation.mesh import Mesh
+from ppcl.evaluation.pictures import make_pictures
+from ppcl.evaluation.scores import relative_drop
+from ppcl.evaluation.world import load_world, passes, world_prompts
+from ppcl.finetuning.run import finetune
+from ppcl.plan import Entry
+from ppcl.plug import Switch
+from ppcl.replacements import files_in
+from ppcl.teacher import Teacher
+from ppcl.variants import Family
+
+
+class Judge:
+    """The world's score of a plan of the files in a folder."""
+
+    def __init__(self, config: Config, teacher: Teacher, pictures: int):
+        self.config, self.teacher = config, teacher
+        self.pipeline = teacher.pipeline("cpu", torch.float32)
+        self.world = load_world(config.evaluation.world)
+        self.prompts = world_prompts(self.world, pictures, config.seed)
+        self.teachers = self.right(Switch(teacher, {}), ())
+
+    @torch.no_grad()
+    def right(self, switch: Switch, plan: tuple[Entry, ...]) -> dict[str, np.ndarray]:
+        switch(self.pipeline.transformer, plan)
+        right: dict[str, list[bool]] = {}
+        size = self.config.evaluation.batch_size
+        for start in range(0, len(self.prompts), size):
+            some = self.prompts[start : start + size]
+            seeds = [1_000_000 + self.config.seed + start + index for index in range(len(some))]
+            made = make_pictures(self.pipeline, [p.text for p in some], seeds, self.config.sampling)
+            for category, found in passes(self.world, made, some).items():
+                right.setdefault(category, []).extend(found)
+        switch(self.pipeline.transformer, ())
+        return {category: np.asarray(found, np.float64) for category, found in right.items()}
+
+    def drop(self, folder: Path, plan: tuple[Entry, ...]) -> dict[str, float]:
+        right = self.right(Switch(self.teacher, files_in(folder)), plan)
+        return relative_drop(right, self.teachers, self.config.evaluation.confidence, self.config.seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", type=Path, help="folder of a finished job")
+    parser.add_argument("--variant", default="half")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--own", default="0,0.5", help="shares of a batch from the variant's own trajectories")
+    parser.add_argument("--noise", default="0,2", help="powers of the share of noise that a state weighs by")
+    parser.add_argument("--pictures", type=int, default=768)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    options = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    config = Config.model_validate_json((options.job / CONFIG).read_text())
+    family = Family.from_json(json.loads((options.job / "variants" / "variants.json").read_text()))
+    plan, teacher = family.variants[options.variant].plan, Teacher(config.teacher)
+    samples, judge = CalibrationSet(options.job / "calibration"), Judge(config, teacher, options.pictures)
+    files = {entry: path for entry, path in files_in(options.job / "students").items() if entry in plan}
+    rows: list[dict[str, Any]] = [{"steps": 0} | judge.drop(options.job / "students", plan)]
+    for own, noise in itertools.product(map(float, options.own.split(",")), map(float, options.noise.split(","))):
+        settings = config.finetuning.model_copy(
+            update={
+                "steps": options.steps, "own_states": own, "noise_weight": noise, "plan": options.variant, "variants": [],
+                "replicas": 1, "measured": 0,
+            }  # fmt: skip
+        )
+        with tempfile.TemporaryDirectory() as out:
+            with torch.enable_grad():
+                finetune(
+                    teacher, files, {options.variant: plan}, samples, settings, config.sampling.steps, Mesh(), Path(out),
+                    Path(out) / "checkpoints", config.seed, "cpu", lambda *_: None,
+                )  # fmt: skip
+            (told,) = json.loads((Path(out) / "finetuning.json").read_text())["plans"]
+            row = {"steps": options.steps, "own_states": own, "noise_weight": noise, "velocity_error": told["after"]}
+            rows.append(row | judge.drop(Path(out), plan))
+        print(rows[-1], flush=True)
+    table = Table(title=f"{options.variant}: {', '.join(map(str, plan))}; {options.pictures} pictures")
+    for heading in ("steps", "own states", "noise weight", "velocity error", "R, %"):
+        table.add_column(heading)
+    for row in rows:
+        shown = [row["steps"], row.get("own_states"), row.get("noise_weight")]
+        error = f"{row['velocity_error']:.5f}" if "velocity_error" in row else ""
+        drop = f"{row['R']:.1f} ({row['R_low']:.1f} to {row['R_high']:.1f})"
+        table.add_row(*("" if value is None else f"{value:g}" for value in shown), error, drop)
+    Console(width=120).print(table)
+    if options.json:
+        options.json.write_text(json.dumps({"variant": options.variant, "plan": list(map(str, plan)), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
