@@ -156,7 +156,7 @@ def run_seed(
         distil_in_sequence(teacher, samples, plans[name], steps, work / name, seed, device, telling(part))
     for part, name in enumerate(("finetuned", "hidden_finetuned"), 4):
         plan = plans[name]
-        one = tuning.model_copy(update={"plan": _PLAN})
+        one = tuning.model_copy(update={"plan": _PLAN, "variants": []})
         (work / name).mkdir(parents=True, exist_ok=True)
         files = {entry: path for entry, path in files_in(work / "library").items() if entry in plan}
         finetune(
