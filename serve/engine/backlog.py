@@ -94,13 +94,15 @@ class Backlog:
         """Seconds until `count` more pictures are done: the longer of what all of it costs the device, and their own steps."""
         rows = self.rows(kind, count)
         own = count * self.left(kind, steps * per_step, rows)
-        return max(self.seconds(kind, count) + own, self.alone(kind, steps, per_step, count))
+        return max(self.seconds(kind, count) + own, self._alone(self.costs.forward, kind, steps, per_step, count))
 
     def alone(self, kind: Kind, steps: int, per_step: int, count: int) -> float:
-        """The same on an idle device."""
+        """The same on an idle and undisturbed device."""
+        return self._alone(self.costs.undisturbed, kind, steps, per_step, count)
+
+    def _alone(self, forward: Callable[[Kind, int], float], kind: Kind, steps: int, per_step: int, count: int) -> float:
         rows = min(self.batch, count)
-        batches = -(-count // rows)
-        return batches * steps * per_step * self.costs.forward(kind, rows) + count * self.costs.besides(kind)
+        return -(-count // rows) * steps * per_step * forward(kind, rows) + count * self.costs.besides(kind)
 
     def due(self, work: Work) -> float | None:
         """When the picture's next step must run for its deadline to hold."""

@@ -87,12 +87,24 @@ def test_a_step_is_due_when_what_is_left_just_fits(backlog):
     assert backlog.due(work()) is None
 
 
-def test_costs_follow_what_batches_take_kind_by_kind():
-    costs = Costs(COSTS, 1.0, 1000)
+def test_costs_follow_what_batches_take_size_by_size():
+    costs = Costs(COSTS, 1.0, 1000, clock=lambda: 0.0)
     twice = Kind((), 2000)
     assert costs.forward(twice, 4) == pytest.approx(5.0)
     for _ in range(100):
-        costs.observe((twice, "whatever else"), 4, 20.0)
-    assert costs.forward(twice, 4) == pytest.approx(20.0, rel=1e-3)
-    assert costs.forward(LARGE, 4) == pytest.approx(2.5)
+        costs.observe((twice, "whatever else"), 4, 15.0)
+    assert costs.forward(twice, 4) == pytest.approx(15.0, rel=1e-3)
+    assert costs.forward(Kind(SMALL.plan, 2000), 4) == pytest.approx(7.5, rel=1e-3)
+    assert costs.forward(LARGE, 4) == costs.undisturbed(LARGE, 4) == pytest.approx(2.5)
     assert costs.forward(Kind((Interval(2, 3),), 1000), 1) == pytest.approx(1.0), "not profiled: the slowest"
+
+
+def test_a_disturbance_is_forgotten_when_no_batch_tells_of_it_any_more():
+    """Or a server that refuses everything for being slow would do so for ever."""
+    now = [0.0]
+    costs = Costs(COSTS, 1.0, 1000, clock=lambda: now[0])
+    for _ in range(200):
+        costs.observe((LARGE, "whatever else"), 1, 1000.0)
+    assert costs.forward(LARGE, 1) == pytest.approx(4.0, rel=1e-3), "no batch is believed beyond that"
+    now[0] = 30.0
+    assert costs.forward(LARGE, 1) == pytest.approx(1.0, abs=0.01)

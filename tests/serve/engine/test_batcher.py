@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -75,20 +76,36 @@ def test_a_batch_holds_at_most_so_many_rows_and_the_longest_waiting_first(made):
 
 
 def test_a_crowd_of_long_calls_does_not_hold_a_short_one_up(made):
-    """Sixteen pictures of 40 ms a batch against one of 2 ms: 19 of its calls are worth one of theirs."""
+    """Sixteen pictures of 80 ms a batch of eight, 10 ms each, against one of 1 ms: some ten of its calls to one of theirs."""
     ran = Ran()
     batcher = made(ran, gather=GATHER)
     with ThreadPoolExecutor(17) as pool:
-        large = [pool.submit(calls, batcher, "large 40", 8) for _ in range(16)]
+        large = [pool.submit(calls, batcher, "large 80", 6) for _ in range(16)]
         while not ran:
             time.sleep(0.001)
-        calls(batcher, "small 2", 19)
+        calls(batcher, "small 1", 19)
         between = [group for group, _ in ran]
         for one in large:
             one.result()
-    last = len(between) - between[::-1].index("small 2")
-    assert between[:last].count("large 40") <= 4, between
-    assert 16 <= [group for group, _ in ran].count("large 40") <= 18, "the large ones did not stay together"
+    last = len(between) - between[::-1].index("small 1")
+    assert between[:last].count("large 80") <= 6, between
+    assert 12 <= [group for group, _ in ran].count("large 80") <= 15, "the large ones did not stay together"
+
+
+def test_pictures_of_a_batch_share_what_it_takes(made):
+    """Eight together and one alone, all steps as long: each picture gets its share, so the eight run eight times as often."""
+    ran = Ran()
+    batcher = made(ran, gather=GATHER)
+    with ThreadPoolExecutor(9) as pool:
+        many = [pool.submit(calls, batcher, "many 5", 24) for _ in range(8)]
+        while not ran:
+            time.sleep(0.001)
+        alone = pool.submit(calls, batcher, "alone 5", 24)
+        for one in many:
+            one.result()
+        sizes = Counter(group for group, _ in ran)
+        alone.result()
+    assert 1 <= sizes["alone 5"] <= 8, sizes
 
 
 def test_an_idle_group_comes_back_without_credit(made):
