@@ -40,7 +40,7 @@ class Profile:
         if self.many == self.few:
             return self.few_seconds * rows / self.few
         slope = (self.many_seconds - self.few_seconds) / (self.many - self.few)
-        return max(self.few_seconds + (rows - self.few) * slope, 0.1 * self.few_seconds)
+        return self.few_seconds + (rows - self.few) * max(slope, 0.0)
 
 
 class Costs:

@@ -37,6 +37,8 @@ from serve.requests import AUTO, Accepted, Event, GenerationRequest, ModelCard, 
 _ARGUMENTS = ("negative_prompt", "guidance_scale", "true_cfg_scale")
 _WARM_UP_PROMPT = "a picture"
 _WARM_UP_STEPS = 2
+# Steps between looks at how urgent a picture is.
+_DUE_EVERY = 4
 # Seconds for which what was refused counts as demand.
 _LATELY = 10.0
 
@@ -277,7 +279,7 @@ class Engine:
 
     def _turned_away(self, now: float, undegraded: tuple[Kind, int, int, int]) -> None:
         kind, steps, per_step, count = undegraded
-        self._refused.append((now, count * self._backlog.left(kind, steps * per_step, self._backlog.batch)))
+        self._refused.append((now, count * self._backlog.undegraded(kind, steps * per_step)))
 
     def _busy(self, message: str, code: str, wait: float) -> Refused:
         self.counters.record(counted.REQUESTS, outcome="refused")
@@ -294,7 +296,9 @@ class Engine:
             def stepped(step: int) -> None:
                 with self._lock:
                     work.steps = order.steps - step
-                    work.member.due = self._backlog.due(work)
+                    # It only moves back with every step, and takes as long as there are pictures.
+                    if step % _DUE_EVERY == 0:
+                        work.member.due = self._backlog.due(work)
 
             stepped(0)
             drawn = self.studio.draw(order, work.member, stepped, lambda number, step, image: job.tell(Preview(index, number, step, image)))
