@@ -12,6 +12,7 @@ from serve.engine.engine import Engine
 from serve.requests import Accepted, GenerationRequest, Picture, Preview, Refused
 
 PATIENCE = 60.0
+ELASTIC = ("elastic.variants=[teacher,all]", "elastic.patience=1.5", "elastic.recover_seconds=0")
 
 
 def request(**changes):
@@ -23,7 +24,7 @@ def request(**changes):
 
 @pytest.fixture(scope="module")
 def engine(result_folder):
-    made = Engine(load_settings(result_folder, None, ["engine.queue=12", "engine.batch=4", "elastic.recover_seconds=0"]))
+    made = Engine(load_settings(result_folder, None, ["engine.queue=12", "engine.batch=4", *ELASTIC]))
     yield made
     made.close()
 
