@@ -84,7 +84,7 @@ class Elastic(Section):
         5.0, ge=0, description="seconds of little load after which auto goes back up by one variant"
     )
     low_water: float = Field(
-        0.5, gt=0, le=1, description="little load: the work that waits is below this share of the seconds a request may take"
+        0.9, gt=0, le=1, description="little load: what was wanted lately takes less than this share of the device with the next larger variant"
     )
 
 

@@ -1,9 +1,10 @@
 """One thread that runs waiting calls in batches, fairly.
 
 A *group* is what can run as one batch. Which group is next follows start-time fair queueing (Goyal, Vin and Cheng 1996) over
-device-seconds: every group that has calls waiting gets an equal share of the device, however large its calls are and however
-many they are, and one that was idle has no credit from it. Within a group the calls that wait longest go first. A call that
-must run now for its picture's deadline to hold goes before, the most urgent one first.
+device-seconds: every picture gets an equal share of the device, however large its steps are, so a small one is through while a
+large one does a step; pictures of a batch share what it takes, and a group that was idle has no credit from it. Within a group
+the calls that wait longest go first. A call that must run now for its picture's deadline to hold goes before, the most urgent
+one first.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class _Call:
     arguments: Any
     member: Member
     answer: Future = field(default_factory=Future)
+    since: float = field(default_factory=time.perf_counter)
 
 
 # Runs calls of one group together; gives one answer each, in their order.
@@ -70,7 +72,7 @@ class Batcher:
         self._waiting: list[_Call] = []
         # Pictures whose last call was answered and whose next is expected.
         self._away: set[Member] = set()
-        # By group, the device-seconds after which its next batch is its turn; `_now` is that of the batch that ran last.
+        # By group, the device-seconds of each of its pictures after which it is its turn; `_now` is that of the batch that ran last.
         self._turn: dict[Hashable, float] = {}
         self._now = 0.0
         # Rows a group was found to have memory for.
@@ -114,13 +116,16 @@ class Batcher:
         self._thread.join()
 
     def _loop(self) -> None:
+        ended = 0.0
         while (calls := self._next()) is not None:
-            began = time.perf_counter()
+            # Waiting for pictures of the batch before is a part of what a step takes.
+            began = max(ended, min(call.since for call in calls))
             self._answer(calls)
-            seconds = time.perf_counter() - began
+            ended = time.perf_counter()
+            seconds = ended - began
             group, rows = calls[0].group, sum(call.rows for call in calls)
             with self._changed:
-                self._turn[group] = self._turn.get(group, self._now) + seconds
+                self._turn[group] = self._turn.get(group, self._now) + seconds / len(calls)
             self._told(group, rows, seconds)
 
     def _next(self) -> list[_Call] | None:

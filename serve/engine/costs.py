@@ -1,15 +1,16 @@
 """What a picture costs the device, in seconds: profiled at the start, corrected by every batch since.
 
 A forward's seconds are taken to grow linearly with its rows, between the two numbers of rows that were profiled of every variant
-at the default size; another size costs by its pixels. Both are a little wrong for real pictures (attention is not linear in the
-pixels, other programs run), so every kind of picture has a factor that follows what its batches really took.
+at the default size; another size costs by its pixels. That is a little wrong for real pictures (attention is not linear in the
+pixels, other programs run), so every size has a factor that follows what its batches really took. Without batches it goes back to
+one: a server that was slow for a while, and refused everything for that, would never learn that it is not any more.
 """
 
 from __future__ import annotations
 
-import threading
+import math
 import time
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,10 @@ from serve.engine.calls import join, rows_of
 from serve.engine.picture import Order, Studio
 from serve.engine.pipelines import Kind, Plan
 
-# Share of a kind's factor that one batch changes.
+# Share of a size's factor that one batch changes, the farthest it believes one, and seconds after which a third of it is left.
 _LEARNT = 0.1
+_FARTHEST = 4.0
+_FORGOTTEN = 5.0
 _ROUNDS = 3
 
 
@@ -37,32 +40,40 @@ class Profile:
         if self.many == self.few:
             return self.few_seconds * rows / self.few
         slope = (self.many_seconds - self.few_seconds) / (self.many - self.few)
-        return max(self.few_seconds + (rows - self.few) * slope, 0.1 * self.few_seconds)
+        return self.few_seconds + (rows - self.few) * max(slope, 0.0)
 
 
 class Costs:
     """`profiles` by plan; `around`: seconds a picture of `pixels`, the default size, takes besides its steps."""
 
-    def __init__(self, profiles: dict[Plan, Profile], around: float, pixels: int):
-        self.profiles, self.around, self.pixels = dict(profiles), around, pixels
-        self._factors: dict[Kind, float] = {}
-        self._lock = threading.Lock()
+    def __init__(self, profiles: dict[Plan, Profile], around: float, pixels: int, clock: Callable[[], float] = time.monotonic):
+        self.profiles, self.around, self.pixels, self._clock = dict(profiles), around, pixels, clock
+        # By size: the factor, and when it was learnt.
+        self._factors: dict[int, tuple[float, float]] = {}
+
+    def undisturbed(self, kind: Kind, rows: int) -> float:
+        """Seconds of one forward as it was profiled. A plan that was not is taken for the slowest one that was."""
+        profile = self.profiles.get(kind.plan) or max(self.profiles.values(), key=lambda known: known.many_seconds)
+        return profile.seconds(rows) * kind.pixels / self.pixels
 
     def forward(self, kind: Kind, rows: int) -> float:
-        """Seconds of one forward. A plan that was not profiled is taken for the slowest one that was."""
-        profile = self.profiles.get(kind.plan) or max(self.profiles.values(), key=lambda known: known.many_seconds)
-        return profile.seconds(rows) * kind.pixels / self.pixels * self._factors.get(kind, 1.0)
+        """Seconds of one forward as they are now."""
+        return self.undisturbed(kind, rows) * self._factor(kind.pixels)
 
     def besides(self, kind: Kind) -> float:
         """Seconds for a picture's text and its decoding."""
         return self.around * kind.pixels / self.pixels
 
     def observe(self, group: tuple[Kind, Hashable], rows: int, seconds: float) -> None:
+        """Called by one thread alone."""
         kind, _ = group
-        with self._lock:
-            factor = self._factors.get(kind, 1.0)
-            ratio = seconds / (self.forward(kind, rows) / factor)
-            self._factors[kind] = factor + _LEARNT * (ratio - factor)
+        ratio = min(max(seconds / self.undisturbed(kind, rows), 1 / _FARTHEST), _FARTHEST)
+        factor = self._factor(kind.pixels)
+        self._factors[kind.pixels] = factor + _LEARNT * (ratio - factor), self._clock()
+
+    def _factor(self, pixels: int) -> float:
+        factor, learnt = self._factors.get(pixels, (1.0, 0.0))
+        return 1.0 + (factor - 1.0) * math.exp((learnt - self._clock()) / _FORGOTTEN)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Elastic quality: which variant a request of `auto` is drawn with.
 
 It is the largest one with which the request is in time: what waits before it and what it costs itself end before its deadline.
-`auto` degrades at once, and recovers by one variant after some seconds of little load, so that it does not swing.
+`auto` degrades at once, and recovers by one variant after some seconds of little load, so that it does not swing: pictures of
+two variants share no batch, so drawing some with each costs more than drawing all with one.
 """
 
 from __future__ import annotations
@@ -56,17 +57,18 @@ class ElasticQuality:
         self.level = 0
         self._low_since: float | None = None
 
-    def watch(self, now: float, waiting: float, allowed: float) -> None:
-        """Take notice of the load: device-seconds that wait, and the seconds a usual request may take."""
-        if waiting >= self._settings.low_water * allowed:
+    def watch(self, now: float, load: Callable[[str], float]) -> None:
+        """Take notice of the load: `load(variant)` is the share of the device that what was wanted lately takes with that variant.
+
+        It is not what waits: that is little just because it was degraded.
+        """
+        if not self.level or load(self.steps[self.level - 1]) >= self._settings.low_water:
             self._low_since = None
         elif self._low_since is None:
             self._low_since = now
-        elif self.level:
-            every = self._settings.recover_seconds
-            up = self.level if every == 0 else min(self.level, int((now - self._low_since) / every))
-            self.level -= up
-            self._low_since += up * every
+        elif now - self._low_since >= self._settings.recover_seconds:
+            self.level -= 1
+            self._low_since = now
 
     def choose(
         self,

@@ -10,7 +10,6 @@ import inspect
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,9 +25,10 @@ from serve.engine.backlog import Backlog, Work
 from serve.engine.batcher import Cancelled
 from serve.engine.costs import profile
 from serve.engine.elastic import ElasticQuality, ladder
+from serve.engine.lately import Lately, Wanted
 from serve.engine.metrics import Metrics
 from serve.engine.picture import Order, Studio, calls_per_step
-from serve.engine.pipelines import Kind, SharedPipeline
+from serve.engine.pipelines import Kind, Plan, SharedPipeline
 from serve.engine.weights import Weights, load, qualities
 from serve.logs import tell_failure
 from serve.requests import AUTO, Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
@@ -37,7 +37,9 @@ from serve.requests import AUTO, Accepted, Event, GenerationRequest, ModelCard, 
 _ARGUMENTS = ("negative_prompt", "guidance_scale", "true_cfg_scale")
 _WARM_UP_PROMPT = "a picture"
 _WARM_UP_STEPS = 2
-# Seconds for which what was refused counts as demand.
+# Steps between looks at how urgent a picture is.
+_DUE_EVERY = 4
+# Seconds over which demand is looked at.
 _LATELY = 10.0
 
 
@@ -96,8 +98,7 @@ class Engine:
         self._backlog = Backlog(self.costs, engine.batch, lambda work: self._threads.submit(self._draw, work))
         self._qualities = qualities(settings.result, self.weights.variants)
         self.elastic = ElasticQuality(self._ladder(), settings.elastic)
-        # Device-seconds refused lately: demand that a backlog does not show.
-        self._refused: deque[tuple[float, float]] = deque()
+        self._lately = Lately(_LATELY)
         self._closed = False
 
     def _card(self) -> PipelineCard:
@@ -143,11 +144,8 @@ class Engine:
 
     def load(self) -> dict[str, float]:
         """`backlog_seconds`: of what is accepted and of what was lately refused, at undegraded quality. `pictures`: accepted."""
-        now = time.monotonic()
         with self._lock:
-            while self._refused and self._refused[0][0] < now - _LATELY:
-                self._refused.popleft()
-            backlog = self._backlog.undegraded_seconds() + sum(seconds for _, seconds in self._refused)
+            backlog = self._backlog.undegraded_seconds() + self._lately.refused(time.monotonic(), self._undegraded)
             return {"backlog_seconds": backlog, "pictures": float(len(self._backlog.pictures))}
 
     async def metrics_text(self) -> str:
@@ -220,11 +218,12 @@ class Engine:
                 raise Refused(503, "server_error", "the server is shutting down; try again soon", "shutting_down", retry_after=1.0)
             allowed = self._allowed(request.min_variant)
             undegraded = of(named or self.elastic.steps[0])
-            waiting = backlog.seconds()
-            self.elastic.watch(now, waiting, self.settings.elastic.patience * self._usual_seconds(self.elastic.steps[0], 1))
+            wanted = Wanted(now, None if named is None else named.plan, pixels, request.steps * per_step, request.count)
+            self._lately.add(wanted)
+            self.elastic.watch(now, lambda name: self._lately.load(now, lambda one: self._seconds(one, self.weights.variants[name].plan)))
             if len(backlog.pictures) + request.count > queue:
-                self._turned_away(now, undegraded)
-                each = waiting / max(1, len(backlog.pictures))
+                wanted.refused = True
+                each = backlog.seconds() / max(1, len(backlog.pictures))
                 wait = max(1, len(backlog.pictures) + request.count - queue) * each
                 message = f"the server has {len(backlog.pictures)} pictures to draw, of at most {queue}; try again later"
                 raise self._busy(message, "queue_full", wait)
@@ -246,7 +245,7 @@ class Engine:
                 if alone > request.deadline:
                     message = f"deadline_ms is {1000 * request.deadline:g}; the pictures take {1000 * alone:.0f} ms where nothing else waits"
                     raise Refused(422, "invalid_request_error", message, "deadline_too_short", "deadline_ms")
-                self._turned_away(now, undegraded)
+                wanted.refused = True
                 message = f"the pictures would take {expected:.2f} s and are wanted within {request.deadline:g} s; try again later"
                 raise self._busy(message, "deadline_unmet", expected - request.deadline)
             job = _Job(request, name, tokens, asyncio.get_running_loop())
@@ -275,9 +274,13 @@ class Engine:
         floor = self.weights.variants[smallest].parameters
         return {name for name in self.elastic.steps if self.weights.variants[name].parameters >= floor}
 
-    def _turned_away(self, now: float, undegraded: tuple[Kind, int, int, int]) -> None:
-        kind, steps, per_step, count = undegraded
-        self._refused.append((now, count * self._backlog.left(kind, steps * per_step, self._backlog.batch)))
+    def _undegraded(self, wanted: Wanted) -> float:
+        return self._seconds(wanted, self.weights.variants[self.elastic.steps[0]].plan)
+
+    def _seconds(self, wanted: Wanted, plan: Plan) -> float:
+        """Device-seconds of a request in full batches, with a plan if it is one of `auto`."""
+        kind = Kind(plan if wanted.plan is None else wanted.plan, wanted.pixels)
+        return wanted.count * self._backlog.undegraded(kind, wanted.calls)
 
     def _busy(self, message: str, code: str, wait: float) -> Refused:
         self.counters.record(counted.REQUESTS, outcome="refused")
@@ -294,7 +297,9 @@ class Engine:
             def stepped(step: int) -> None:
                 with self._lock:
                     work.steps = order.steps - step
-                    work.member.due = self._backlog.due(work)
+                    # It only moves back with every step, and takes as long as there are pictures.
+                    if step % _DUE_EVERY == 0:
+                        work.member.due = self._backlog.due(work)
 
             stepped(0)
             drawn = self.studio.draw(order, work.member, stepped, lambda number, step, image: job.tell(Preview(index, number, step, image)))

@@ -8,8 +8,8 @@ from serve.engine.costs import Costs, Profile
 from serve.engine.pipelines import Kind
 
 LARGE, SMALL = Kind((), 1000), Kind((Interval(0, 1),), 1000)
-# One row takes 1 s, four rows 2.5 s; the small variant half of it; 1 s for text and decoding.
-COSTS = {LARGE.plan: Profile(1, 1.0, 4, 2.5), SMALL.plan: Profile(1, 0.5, 4, 1.25)}
+# One row takes 1 s, every further one 0.2 s; the small variant half of it; 1 s for text and decoding.
+COSTS = {LARGE.plan: Profile(1, 1.0, 4, 1.6), SMALL.plan: Profile(1, 0.5, 4, 0.8)}
 
 
 @pytest.fixture
@@ -48,21 +48,41 @@ def test_no_lane_waits_for_another(backlog, begun):
     assert begun[-1] is other and len(begun) == 5
 
 
+def test_a_lane_has_as_many_under_way_as_batching_pays_for(begun):
+    """Where a batch takes as long as its pictures one after the other, more of them at once only end later."""
+    linear = Costs({LARGE.plan: Profile(1, 1.0, 8, 8.0), SMALL.plan: Profile(1, 1.0, 8, 2.0)}, 1.0, 1000)
+    backlog = Backlog(linear, 8, begun.append)
+    assert (backlog.together(LARGE), backlog.together(SMALL)) == (2, 7)
+    for _ in range(5):
+        backlog.add(work())
+    assert len(begun) == 2 and backlog.queued == 3
+
+
 def test_alone_a_request_takes_its_steps_and_what_is_around_them(backlog):
     assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(11)
     assert backlog.expected(LARGE, 10, 2, 1) == pytest.approx(21)
-    assert backlog.expected(LARGE, 10, 1, 4) == pytest.approx(25 + 4)
-    assert backlog.expected(LARGE, 10, 1, 8) == pytest.approx(2 * 25 + 8)
+    assert backlog.expected(LARGE, 10, 1, 4) == pytest.approx(16 + 4)
+    assert backlog.expected(LARGE, 10, 1, 8) == pytest.approx(2 * 16 + 8)
+    assert backlog.alone(LARGE, 10, 1, 8) == pytest.approx(2 * 16 + 8)
 
 
 def test_in_company_it_waits_for_what_the_device_has_to_do(backlog):
     for _ in range(3):
         backlog.add(work())
     # All four share batches: ten steps of four rows, and four times what is around them.
-    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(25 + 4)
+    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(16 + 4)
     for _ in range(4):
         backlog.add(work(SMALL))
-    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(25 + 12.5 + 8)
+    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(16 + 8 + 8)
+    assert backlog.alone(LARGE, 10, 1, 1) == pytest.approx(11)
+
+
+def test_batches_get_smaller_as_pictures_end(backlog):
+    """Steps left: 10, 5, 5 and 2 of four places; a fifth begins where the shortest ends. A row more costs 0.2 s."""
+    for steps in (10, 5, 5, 2):
+        backlog.add(work(steps=steps))
+    assert backlog.seconds() == pytest.approx(10 * 0.8 + 22 * 0.2 + 4)
+    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(12 * 0.8 + 32 * 0.2 + 5)
 
 
 def test_what_is_done_does_not_count(backlog):
@@ -75,24 +95,38 @@ def test_what_is_done_does_not_count(backlog):
 
 def test_demand_is_counted_as_if_nothing_had_been_degraded(backlog):
     backlog.add(work(SMALL))
-    assert backlog.undegraded_seconds() == pytest.approx(10 * 2.5 / 4 + 1)
+    assert backlog.undegraded_seconds() == pytest.approx(10 * 1.6 / 4 + 1)
     backlog.add(work(SMALL, undegraded=SMALL))
-    assert backlog.undegraded_seconds() == pytest.approx(10 * (2.5 + 1.25) / 4 + 2)
+    assert backlog.undegraded_seconds() == pytest.approx(10 * (1.6 + 0.8) / 4 + 2)
 
 
-def test_a_step_is_due_when_what_is_left_just_fits(backlog):
-    one = work(deadline=100.0)
-    backlog.add(one)
-    assert backlog.due(one) == pytest.approx(100 - 10 - 1)
+def test_a_step_is_due_when_what_is_before_it_and_what_is_left_of_it_just_fit(backlog):
+    first, second = work(deadline=100.0), work(SMALL, deadline=50.0)
+    for one in (first, second, work(), work(SMALL)):
+        backlog.add(one)
+    assert backlog.due(first) == pytest.approx(100 - 11)
+    assert backlog.due(second) == pytest.approx(50 - 11 - 6)
     assert backlog.due(work()) is None
 
 
-def test_costs_follow_what_batches_take_kind_by_kind():
-    costs = Costs(COSTS, 1.0, 1000)
+def test_costs_follow_what_batches_take_size_by_size():
+    costs = Costs(COSTS, 1.0, 1000, clock=lambda: 0.0)
     twice = Kind((), 2000)
-    assert costs.forward(twice, 4) == pytest.approx(5.0)
+    assert costs.forward(twice, 4) == pytest.approx(3.2)
     for _ in range(100):
-        costs.observe((twice, "whatever else"), 4, 20.0)
-    assert costs.forward(twice, 4) == pytest.approx(20.0, rel=1e-3)
-    assert costs.forward(LARGE, 4) == pytest.approx(2.5)
+        costs.observe((twice, "whatever else"), 4, 9.6)
+    assert costs.forward(twice, 4) == pytest.approx(9.6, rel=1e-3)
+    assert costs.forward(Kind(SMALL.plan, 2000), 4) == pytest.approx(4.8, rel=1e-3)
+    assert costs.forward(LARGE, 4) == costs.undisturbed(LARGE, 4) == pytest.approx(1.6)
     assert costs.forward(Kind((Interval(2, 3),), 1000), 1) == pytest.approx(1.0), "not profiled: the slowest"
+
+
+def test_a_disturbance_is_forgotten_when_no_batch_tells_of_it_any_more():
+    """Or a server that refuses everything for being slow would do so for ever."""
+    now = [0.0]
+    costs = Costs(COSTS, 1.0, 1000, clock=lambda: now[0])
+    for _ in range(200):
+        costs.observe((LARGE, "whatever else"), 1, 1000.0)
+    assert costs.forward(LARGE, 1) == pytest.approx(4.0, rel=1e-3), "no batch is believed beyond that"
+    now[0] = 30.0
+    assert costs.forward(LARGE, 1) == pytest.approx(1.0, abs=0.01)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,14 +11,24 @@ import torch
 from serve.engine.batcher import Batcher, Cancelled, Member
 
 # Long enough that a thread which is to come back does, however busy the machine.
-GATHER = 5.0
+GATHER = 60.0
 
 
 class Ran(list):
-    """What ran, in order: (group, arguments) of each batch; a group's name says how many milliseconds one takes."""
+    """What ran, in order: (group, arguments) of each batch; a group's name says how many milliseconds one takes.
+
+    `held`: the group that takes until `go` is set.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.go = threading.Event()
 
     def __call__(self, group, arguments):
-        time.sleep(int(group.split()[-1]) / 1000)
+        if group == "held":
+            assert self.go.wait(GATHER)
+        else:
+            time.sleep(int(group.split()[-1]) / 1000)
         self.append((group, list(arguments)))
         return [f"{argument}!" for argument in arguments]
 
@@ -43,11 +54,26 @@ def calls(batcher, group, count, name="call"):
     batcher.leave(member)
 
 
-def held(batcher, ran, group="held 50"):
-    """Keeps the batcher busy until other calls wait."""
-    thread = threading.Thread(target=calls, args=(batcher, group, 1))
-    thread.start()
-    return thread
+def held(pool, batcher):
+    """Keeps the batcher busy, so that other calls wait."""
+    one = pool.submit(batcher.call, "held", 1, "first", Member())
+    until(lambda: one.running() and not batcher._waiting and batcher._turn)
+    return one
+
+
+def asked(pool, batcher, *call):
+    """A call that waits, behind those before it."""
+    before = len(batcher._waiting)
+    one = pool.submit(batcher.call, *call)
+    until(lambda: len(batcher._waiting) == before + 1)
+    return one
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 def test_pictures_that_began_together_stay_together(made):
@@ -64,31 +90,45 @@ def test_pictures_that_began_together_stay_together(made):
 def test_a_batch_holds_at_most_so_many_rows_and_the_longest_waiting_first(made):
     ran = Ran()
     batcher = made(ran, most=3)
-    first = held(batcher, ran)
-    with ThreadPoolExecutor(5) as pool:
-        time.sleep(0.01)
+    with ThreadPoolExecutor(6) as pool:
+        held(pool, batcher)
         for number in range(5):
-            pool.submit(batcher.call, "steps 1", 1, number, Member())
-            time.sleep(0.003)
-    first.join()
+            asked(pool, batcher, "steps 1", 1, number, Member())
+        ran.go.set()
     assert [arguments for group, arguments in ran if group == "steps 1"] == [[0, 1, 2], [3, 4]]
 
 
 def test_a_crowd_of_long_calls_does_not_hold_a_short_one_up(made):
-    """Sixteen pictures of 40 ms a batch against one of 2 ms: 19 of its calls are worth one of theirs."""
+    """Sixteen pictures of 80 ms a batch of eight, 10 ms each, against one of 1 ms: some ten of its calls to one of theirs."""
     ran = Ran()
     batcher = made(ran, gather=GATHER)
     with ThreadPoolExecutor(17) as pool:
-        large = [pool.submit(calls, batcher, "large 40", 8) for _ in range(16)]
+        large = [pool.submit(calls, batcher, "large 80", 6) for _ in range(16)]
         while not ran:
             time.sleep(0.001)
-        calls(batcher, "small 2", 19)
+        calls(batcher, "small 1", 19)
         between = [group for group, _ in ran]
         for one in large:
             one.result()
-    last = len(between) - between[::-1].index("small 2")
-    assert between[:last].count("large 40") <= 4, between
-    assert 16 <= [group for group, _ in ran].count("large 40") <= 18, "the large ones did not stay together"
+    last = len(between) - between[::-1].index("small 1")
+    assert between[:last].count("large 80") <= 6, between
+    assert 12 <= [group for group, _ in ran].count("large 80") <= 15, "the large ones did not stay together"
+
+
+def test_pictures_of_a_batch_share_what_it_takes(made):
+    """Eight together and one alone, all steps as long: each picture gets its share, so the eight run eight times as often."""
+    ran = Ran()
+    batcher = made(ran, gather=GATHER)
+    with ThreadPoolExecutor(9) as pool:
+        many = [pool.submit(calls, batcher, "many 5", 24) for _ in range(8)]
+        while not ran:
+            time.sleep(0.001)
+        alone = pool.submit(calls, batcher, "alone 5", 24)
+        for one in many:
+            one.result()
+        sizes = Counter(group for group, _ in ran)
+        alone.result()
+    assert 1 <= sizes["alone 5"] <= 8, sizes
 
 
 def test_an_idle_group_comes_back_without_credit(made):
@@ -108,34 +148,30 @@ def test_an_idle_group_comes_back_without_credit(made):
 def test_what_must_run_now_for_its_deadline_goes_first(made):
     ran = Ran()
     batcher = made(ran, most=1)
-    first = held(batcher, ran)
-    with ThreadPoolExecutor(3) as pool:
-        time.sleep(0.01)
-        pool.submit(batcher.call, "a 1", 1, "calm", Member())
-        time.sleep(0.005)
-        pool.submit(batcher.call, "b 1", 1, "late", Member(due=time.monotonic() - 1))
-        pool.submit(batcher.call, "c 1", 1, "latest", Member(due=time.monotonic() - 2))
-    first.join()
+    with ThreadPoolExecutor(4) as pool:
+        held(pool, batcher)
+        asked(pool, batcher, "a 1", 1, "calm", Member())
+        asked(pool, batcher, "b 1", 1, "late", Member(due=time.monotonic() - 1))
+        asked(pool, batcher, "c 1", 1, "latest", Member(due=time.monotonic() - 2))
+        ran.go.set()
     assert [arguments[0] for _, arguments in ran[1:]] == ["latest", "late", "calm"]
 
 
 def test_a_cancelled_picture_neither_waits_nor_runs(made):
-    ran = Ran()
+    ran, member = Ran(), Member()
     batcher = made(ran)
-    first, member = held(batcher, ran, "held 300"), Member()
-    with ThreadPoolExecutor(1) as pool:
-        time.sleep(0.05)
-        waiting = pool.submit(batcher.call, "steps 1", 1, "unwanted", member)
-        time.sleep(0.05)
+    with ThreadPoolExecutor(2) as pool:
+        held(pool, batcher)
+        waiting = asked(pool, batcher, "steps 1", 1, "unwanted", member)
         member.cancelled.set()
         batcher.leave(member)
         with pytest.raises(Cancelled):
-            waiting.result(timeout=10)
+            waiting.result(timeout=60)
         assert not ran, "it waited for the batch before it"
         with pytest.raises(Cancelled):
             batcher.call("steps 1", 1, "unwanted", member)
-    first.join()
-    assert [group for group, _ in ran] == ["held 300"]
+        ran.go.set()
+    assert [group for group, _ in ran] == ["held"]
 
 
 def test_an_error_is_that_of_its_batch_alone(made):
@@ -156,11 +192,11 @@ def test_an_error_is_that_of_its_batch_alone(made):
 
 
 def test_what_does_not_fit_into_memory_is_run_alone_and_remembered(made):
-    sizes = []
+    sizes, go = [], threading.Event()
 
     def run(group, arguments):
         sizes.append(len(arguments))
-        time.sleep(0.02)
+        assert go.wait(GATHER)
         if len(arguments) > 2 or "huge" in arguments:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return arguments
@@ -176,8 +212,10 @@ def test_what_does_not_fit_into_memory_is_run_alone_and_remembered(made):
 
     with ThreadPoolExecutor(6) as pool:
         first = pool.submit(once, "one", "first")
-        time.sleep(0.005)
+        until(lambda: sizes)
         others = [pool.submit(once, "some", n) for n in ("a", "b", "c", "huge")]
+        until(lambda: len(batcher._waiting) == 4)
+        go.set()
         assert [one.result() for one in others[:3]] == ["a", "b", "c"]
         with pytest.raises(torch.OutOfMemoryError):
             others[3].result()
@@ -191,14 +229,14 @@ def test_what_does_not_fit_into_memory_is_run_alone_and_remembered(made):
 def test_nobody_waits_for_a_batcher_that_is_closed(made):
     ran = Ran()
     batcher = made(ran)
-    first = held(batcher, ran, "held 100")
-    with ThreadPoolExecutor(1) as pool:
-        time.sleep(0.02)
-        waiting = pool.submit(batcher.call, "steps 1", 1, "unwanted", Member())
-        time.sleep(0.02)
-        batcher.close()
+    with ThreadPoolExecutor(3) as pool:
+        held(pool, batcher)
+        waiting = asked(pool, batcher, "steps 1", 1, "unwanted", Member())
+        closing = pool.submit(batcher.close)
+        until(lambda: not batcher.alive)
+        ran.go.set()
+        closing.result(timeout=60)
         with pytest.raises(Cancelled):
-            waiting.result(timeout=10)
-    first.join()
+            waiting.result(timeout=60)
     with pytest.raises(Cancelled):
         batcher.call("steps 1", 1, "unwanted", Member())

@@ -1,6 +1,7 @@
 """Stock pipelines of every family, many at once on one transformer: each picture is the one it is alone."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,8 +22,15 @@ GATHER = 5.0
 
 def share(pipeline, switch=lambda transformer, plan: None, rows=8, gather=GATHER):
     pipeline.set_progress_bar_config(disable=True)
-    batches = []
-    shared = SharedPipeline(pipeline, switch, rows, gather, 2**20, lambda group, rows, seconds: batches.append((group[0].plan, rows)))
+    batches, begun = [], []
+
+    def switch_late(transformer, plan):
+        # The first batch takes as long as the other threads need to come.
+        time.sleep(0 if begun else 0.5)
+        begun.append(plan)
+        switch(transformer, plan)
+
+    shared = SharedPipeline(pipeline, switch_late, rows, gather, 2**20, lambda group, rows, seconds: batches.append((group[0].plan, rows)))
     return shared, batches
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from serve.config import Elastic
 from serve.engine.elastic import ElasticQuality, ladder
+from serve.engine.lately import Lately, Wanted
 
 # Device-seconds of a picture, the largest variant first, and scores.
 COSTS = {"teacher": 1.0, "p70": 0.9, "p50": 0.5, "b10": 0.48, "tiny": 0.2}
@@ -69,31 +70,24 @@ def test_a_margin_is_added_to_what_is_expected():
 def test_it_degrades_at_once_and_recovers_by_one_after_a_while_of_little_load(quality):
     assert choose(quality, 5, waiting=4).variant == "small"
     assert choose(quality, 5, waiting=0).variant == "small", "it recovered at once"
-    quality.watch(100, waiting=1, allowed=10)
-    quality.watch(109, waiting=1, allowed=10)
-    assert choose(quality, 5).variant == "small"
-    quality.watch(111, waiting=1, allowed=10)
-    assert choose(quality, 5).variant == "middle"
-    quality.watch(119, waiting=1, allowed=10)
-    assert choose(quality, 5).variant == "middle"
-    quality.watch(121, waiting=1, allowed=10)
-    assert choose(quality, 5).variant == "large"
+    for now, variant in ((100, "small"), (109, "small"), (111, "middle"), (120, "middle"), (122, "large"), (140, "large")):
+        quality.watch(now, lambda name: 0.3)
+        assert choose(quality, 5).variant == variant, now
 
 
 def test_load_in_between_starts_the_while_again(quality):
     choose(quality, 5, waiting=4)
-    quality.watch(100, waiting=1, allowed=10)
-    quality.watch(109, waiting=6, allowed=10)
-    quality.watch(110, waiting=1, allowed=10)
-    quality.watch(119, waiting=1, allowed=10)
+    for now, load in ((100, 0.3), (109, 0.6), (110, 0.3), (119, 0.3)):
+        quality.watch(now, lambda name: load)  # noqa: B023
     assert choose(quality, 5).variant == "small"
 
 
-def test_a_long_pause_recovers_it_whole(quality):
+def test_it_recovers_only_as_far_as_the_larger_variant_bears_the_load(quality):
+    """However little waits, which is because of the small variant."""
     choose(quality, 5, waiting=4)
-    quality.watch(100, waiting=0, allowed=10)
-    quality.watch(500, waiting=0, allowed=10)
-    assert choose(quality, 5).variant == "large"
+    for now in range(100, 200):
+        quality.watch(now, {"middle": 0.4, "large": 0.8}.__getitem__)
+    assert choose(quality, 5).variant == "middle"
 
 
 def test_a_deadline_that_is_short_in_itself_degrades_its_own_request_alone(quality):
@@ -104,3 +98,13 @@ def test_a_deadline_that_is_short_in_itself_degrades_its_own_request_alone(quali
 def test_a_floor_above_the_level_is_kept(quality):
     choose(quality, 5, waiting=4)
     assert choose(quality, 5, allowed=lambda name: name == "large").variant == "large"
+
+
+def test_demand_is_what_was_wanted_lately_refused_or_not():
+    lately = Lately(10.0)
+    for now, refused in ((0.0, True), (5.0, False), (9.0, True)):
+        lately.add(Wanted(now, None, 1024, 20, 1, refused))
+    assert lately.load(9.0, lambda wanted: 2.0) == pytest.approx(0.6)
+    assert lately.refused(9.0, lambda wanted: wanted.calls / 10) == pytest.approx(4.0)
+    assert lately.load(11.0, lambda wanted: 2.0) == pytest.approx(0.4)
+    assert lately.load(100.0, lambda wanted: 2.0) == lately.refused(100.0, lambda wanted: 2.0) == 0
