@@ -164,7 +164,9 @@ def test_a_disk_that_fills_up_is_told_and_the_job_goes_on_when_there_is_space(jo
 def test_the_ablation_uses_what_the_job_has_and_ends_with_a_table(finished, job):
     result, _ = finished
     settings = {"seeds": 2, "steps": 3, "batch_size": 4, "finetuning_steps": 2, "gate_steps": 2, "ffns": 1}
-    overrides = [part for key, value in settings.items() for part in ("--set", f"ablation.{key}={value}")]
+    # Variants that a job names are none of the ablation's plans.
+    changes = [f"ablation.{key}={value}" for key, value in settings.items()] + ["finetuning.variants=[p90]"]
+    overrides = [part for change in changes for part in ("--set", change)]
     code, said, error = ppcl("ablate", job, *overrides)
     assert code == 0, said + error
     assert "detection: complete, skipped" in said and "Ablation: " in said and "2 seeds" in said
