@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -195,7 +196,7 @@ def loss_curves(trained: dict[str, Any]) -> Drawing:
             axes.plot(steps, losses, linewidth=1.5, **single, **looks[name].line)
         if any((finite(point["loss"]) or 0) > 0 for curve in curves.values() for point in curve):
             axes.set_yscale("log")
-            _plain_log(axes)
+            _plain_log(axes.yaxis)
         axes.grid(axis="y")
         axes.set(xlabel="step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -216,6 +217,8 @@ def before_and_after(plans: list[dict[str, Any]]) -> Drawing | None:
         axes.plot([low, high], [low, high], color=COLOURS["rule"], linewidth=1)
         axes.plot(*zip(*points), "o", color=COLOURS["mark"], markersize=4.5, markeredgewidth=0, alpha=0.8)
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        for axis in (axes.xaxis, axes.yaxis):
+            _plain_log(axis)
         axes.set(xlabel="velocity error before", ylabel="velocity error after")
         better = sum(a < b for b, a in points)
         label = f"Velocity error of {len(points)} plans before and after fine-tuning; {better} of them are better after it."
@@ -232,6 +235,7 @@ def ablation_bars(rows: list[dict[str, Any]]) -> Drawing:
             axes.plot([max(low, mean / 10), high], [y, y], color=COLOURS[roles[row["group"]]], linewidth=2)
             axes.plot([mean], [y], "o", color=COLOURS[roles[row["group"]]], markersize=6, markeredgewidth=0)
         axes.set(xscale="log", ylim=(len(rows) - 0.5, -0.5), xlabel="velocity error")
+        _plain_log(axes.xaxis)
         axes.set_yticks(range(len(rows)), [row["label"].strip() for row in rows], color=COLOURS["ink"])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
@@ -319,13 +323,13 @@ def _span_borders(axes: Axes, spans: list[Interval], offset: float) -> None:
         axes.axvline(start + offset, color=COLOURS["soft"], linewidth=1, linestyle=(0, (4, 3)))
 
 
-def _plain_log(axes: Axes) -> None:
+def _plain_log(axis: Axis) -> None:
     """A logarithmic axis with plain numbers, also where it spans less than a decade."""
-    low, high = axes.get_ylim()
+    low, high = axis.get_view_interval()
     decades = np.log10(high / low)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:

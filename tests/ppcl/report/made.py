@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ppcl.ablation.run import ROWS
 from ppcl.artifacts import CONFIG, Artifacts
 from ppcl.config import Config
 from ppcl.demo import world
+from ppcl.report.results import STAGE_FILES
 
 BLOCKS = 16
 INTERVALS = [(1, 2), (4, 6), (7, 8), (9, 11), (13, 14)]
@@ -27,12 +29,12 @@ def job(root: Path, stages: tuple[str, ...] = ("detection", "students", "variant
     config = Config(teacher="/models/shapes-qwen", prompts="prompts.txt")
     artifacts.path(CONFIG).write_text(config.model_dump_json())
     made = {"detection": detection(), "students": training(rng), "variants": variants(), "evaluation": evaluation(rng)}
-    names = {"detection": "detection.json", "students": "training.json", "variants": "variants.json", "evaluation": "evaluation.json"}
+    made |= {"finetuning": finetuning(rng), "ablation": ablation()}
     for index, stage in enumerate(stages):
         folder = artifacts.path(stage)
         folder.mkdir()
         content = changes.get(stage, lambda same: same)(made[stage])
-        (folder / names[stage]).write_text(json.dumps(content))
+        (folder / STAGE_FILES[stage]).write_text(json.dumps(content))
         if stage == "evaluation":
             pictures(folder / "pictures", content, rng)
         artifacts.commit(stage, key=f"{index:016x}", seconds=41.5 * 4**index)
@@ -71,6 +73,31 @@ def training(rng: np.random.Generator) -> dict[str, Any]:
         curve = [{"step": int(s), "loss": float(1.4 * a), "img": float(a), "txt": float(0.4 * a)} for s, a in zip(steps, img)]
         intervals[f"{first}-{last}"] = {"curve": curve, "seconds": 341.2}
     return {"steps": 2000, "batch_size": 32, "start": "affine", "loss": "normalized", "replacements": intervals}
+
+
+def finetuning(rng: np.random.Generator) -> dict[str, Any]:
+    """Two variants and twenty plans, of which the first is worse behind it."""
+    before = 0.002 * 30 ** rng.random(22)
+    after = before * np.where(np.arange(22) == 0, 1.3, 0.3 + 0.4 * rng.random(22))
+    names = ["p90", "p80", *[None] * 20]
+    plans = [{"plan": ["1-2"], "variant": n, "before": b, "after": a} for n, b, a in zip(names, before, after, strict=True)]
+    curve = [{"step": s, "loss": 0.05 * 0.99**s, "entries": 4} for s in range(0, 300, 3)]
+    return {"steps": 300, "fixed": False, "curve": curve, "skipped_steps": 0, "plans": plans}
+
+
+def ablation() -> dict[str, Any]:
+    """Errors within one decade, as those of a small teacher are."""
+    rows = [
+        {
+            "name": row.name, "label": row.label, "group": row.group, "paper": row.paper, "share": 0.65 - 0.01 * index,
+            "velocity_error": [0.02 + 0.006 * index, 0.019 + 0.005 * index, 0.021 + 0.007 * index],
+            "R": [20.0 + index, 18.0 + index, 22.0 + index], "plans": ["1-2"] * 3,
+        }
+        for index, row in enumerate(ROWS)
+    ]  # fmt: skip
+    return {
+        "seeds": 3, "steps": 200, "finetuning_steps": 100, "removed": 6, "blocks": BLOCKS, "confidence": 0.95, "rows": rows,
+    }  # fmt: skip
 
 
 def variants() -> dict[str, Any]:

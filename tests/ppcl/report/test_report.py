@@ -273,3 +273,24 @@ def test_terminal_table_holds_the_summary(root):
     for heading in ("variant", "blocks", "parameters", "share", "seconds a step", "velocity error", "world score", "R"):
         assert heading in text
     assert re.search(r"p70\s*│\s*10\s*│\s*3\.13 M\s*│\s*65\.1\s%", text)
+
+
+EVERY = ("detection", "students", "variants", "finetuning", "evaluation", "ablation")
+
+
+def test_fine_tuning_and_ablation_are_told_and_drawn(tmp_path):
+    page = read(made.job(tmp_path / "job", EVERY))
+    assert "Of 22 measured plans, 21 have a smaller velocity error after it" in page.said
+    assert "6 of 16 blocks gone, 200 distillation steps a row, 3 seeds" in page.said
+    for row in made.ablation()["rows"]:
+        assert row["label"].strip() in page.said
+    told = [attributes.get("aria-label") or "" for attributes in page.all("svg")]
+    assert any(text.startswith("Velocity error of 22 plans before and after fine-tuning; 21 of them are better") for text in told)
+    assert any(text.startswith("Velocity error by row of the ablation. CKA sensitivity, sequential: 0.02") for text in told)
+
+
+def test_numbers_on_a_logarithmic_axis_are_plain(tmp_path):
+    """Over less than a decade too, where matplotlib writes powers of ten that only TeX can read."""
+    text = write_report(made.job(tmp_path / "job", EVERY)).read_text()
+    assert "mathdefault" not in text and "10^" not in text
+    assert "0.05</text>" in text
