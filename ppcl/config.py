@@ -125,7 +125,7 @@ class Finetuning(Section):
         0.5, ge=0, le=1, description="share of a batch that comes from the variants' own trajectories instead of the teacher's"
     )
     noise_weight: float = Field(
-        2.0, ge=0, description="a state weighs as its share of noise to this power; 2 is the error of the picture that the velocity points to"
+        0.0, ge=0, description="a state weighs as its share of noise to this power; 2 is the error of the picture that the velocity points to"
     )
     plan: str = Field(
         "variants",
