@@ -44,7 +44,7 @@ def compress(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="folder of the result")] = None,
+    output: Annotated[str | None, typer.Option(help="where the result goes: a folder, or s3://bucket/key")] = None,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
 ) -> None:
     """Compress a diffusers pipeline; the same command again continues where it stopped."""
@@ -57,7 +57,7 @@ def compress(
     job = Job(settings, out)
     with connected(address, settings) as device:
         report = job.run(device)
-    out.print(summary_table(settings.output))
+    out.print(summary_table(job.artifacts.root))
     job.reporter.say(f"report: {report}")
 
 
@@ -67,7 +67,7 @@ def ablate(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as ablation.seeds=5")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="folder of the job; what it holds already is used")] = None,
+    output: Annotated[str | None, typer.Option(help="where the job is; what it holds already is used")] = None,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
 ) -> None:
     """Measure what each part of the method adds on a teacher, and other ways to choose the blocks that go."""
@@ -80,13 +80,13 @@ def ablate(
     job = Job(settings, out)
     with connected(address, settings) as device:
         report = job.run(device, ablation=True)
-    out.print(ablation_table(settings.output))
+    out.print(ablation_table(job.artifacts.root))
     job.reporter.say(f"report: {report}")
 
 
 @app.command()
 def variants(
-    result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """List the variants of a result."""
@@ -103,13 +103,13 @@ def variants(
 
 @app.command()
 def generate(
-    result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     prompt: Annotated[str, typer.Argument(help="what the picture shows")],
     variant: Annotated[str, typer.Option(help="a name that `ppcl variants` lists, or a plan as 3-5,text:8-9,ffn:1")] = "teacher",
     output: Annotated[Path, typer.Option("--output", "-o", help="the picture to write, .png")] = Path("out.png"),
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default: those of the job")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="where the teacher is, if it has moved")] = None,
+    teacher: Annotated[str | None, typer.Option(help="where the teacher is, if it has moved")] = None,
 ) -> None:
     """Make a picture with a variant."""
     import torch
@@ -139,13 +139,14 @@ def generate(
 
 
 @app.command()
-def report(result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")]) -> None:
+def report(result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")]) -> None:
     """Write the report of a result anew."""
     from ppcl.artifacts import Artifacts
     from ppcl.report import write_report
 
-    Artifacts(result).manifest()
-    typer.echo(write_report(result))
+    artifacts = Artifacts(result)
+    artifacts.manifest()
+    typer.echo(f"{artifacts.place}/{write_report(result).name}")
 
 
 @app.command()

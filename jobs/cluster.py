@@ -66,6 +66,11 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"no Ray cluster could be reached at {address or 'this machine'}: {first}") from None
+    except Exception as error:
+        # Ray has no class of its own for it.
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError("Ray did not start within 30 s: this machine is too busy; run the same command again") from None
     try:
         yield device_of(config)
     finally:

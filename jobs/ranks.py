@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def run_ranks(
 ) -> None:
     """`function(arguments, report)` on every rank of a torch process group; returns when all have finished.
 
-    `scratch`: a folder all nodes share, for Ray Train's own records; removed at the end. Raises `UserError` with the
+    `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a folder for Ray Train's own records, which no
+    rank reads; removed at the end. Raises `UserError` with the
     sentence of a rank's `UserError`; anything else a rank raises comes through as Ray Train tells it.
     """
     board = _Board.remote()
@@ -97,7 +99,7 @@ def run_ranks(
 
     trainer = TorchTrainer(
         loop,
-        train_loop_config=arguments,
+        train_loop_config=arguments | {"attempt": uuid.uuid4().hex},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"GPU" if device == "cuda" else "CPU": 1}
         ),
