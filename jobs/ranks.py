@@ -19,6 +19,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from jobs.cluster import most
 from ppcl.errors import UserError
 
 # A rank that waits longer than this for its neighbour is taken for dead, seconds.
@@ -48,9 +49,8 @@ class _Board:
 
 def check_resources(workers: int, device: str, key: str) -> None:
     """Refuse at once what the cluster can never run. Raises `UserError` with what it has."""
-    resources = ray.cluster_resources()
     kind = "GPU" if device == "cuda" else "CPU"
-    have = int(resources.get(kind, 0))
+    have = most(kind)
     # Ray Data and the progress actors need a CPU beside the workers, or both would wait for each other.
     usable = have if kind == "GPU" else have - 1
     if workers > usable:
