@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import shutil
 import tempfile
 import time
@@ -54,6 +55,7 @@ class Jobs:
         import requests
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
         if not address.startswith(("http://", "https://")):
             raise UserError(f"--address {address!r} is no address of Ray's job API; give http://HEAD:8265, the head's dashboard")
         self.address = address.rstrip("/")

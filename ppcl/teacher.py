@@ -176,7 +176,8 @@ class Teacher:
                 raise UserError(
                     f"the weight {name} in {self.place}/{self.transformer_files[name]} has NaN or infinite values; get an intact copy of it"
                 )
-            set_module_tensor_to_device(model, name, device, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            # Without being told, accelerate would bring it back to the type the structure was made with.
+            set_module_tensor_to_device(model, name, device, tensor, dtype=dtype if tensor.is_floating_point() else None)
         missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if missing:
             raise UserError(f"{self.place}/transformer lacks {len(missing)} weights, the first being {missing[0]}")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppcl.architecture import Architecture, architecture_of, embed
+from ppcl.architecture import Architecture, Streams, architecture_of, embed
 from ppcl.errors import UserError
 from ppcl.teacher import Teacher
 
@@ -25,18 +25,21 @@ _PIXELS_A_TOKEN = 16  # of the VAE 8, of the patches 2, in every family
 
 @dataclass(frozen=True)
 class Model:
-    """`blocks`: parameters of each block in running order; `rest`: those of embedders and head, which every rank holds.
+    """`blocks`: parameters of each block in running order; `rest`: those of embedders and head, which every rank holds;
+    `affine`: those of the affine maps behind a student. `spans`: the block lists.
 
-    For one sample in bfloat16: `stream_bytes` of the two streams between two blocks, `saved_bytes` that the backward pass
-    of a student like each block keeps, by block. `spans`: the block lists.
+    In bfloat16: `stream_bytes` of the two streams between two blocks, a sample; what the backward pass of a student like each
+    block keeps, `saved_bytes` a sample and `cast_bytes` besides, its weights in bfloat16.
     """
 
     name: str
     blocks: tuple[int, ...]
     rest: int
+    affine: int
     spans: tuple[range, ...]
     stream_bytes: int
     saved_bytes: tuple[int, ...]
+    cast_bytes: tuple[int, ...]
 
     @property
     def parameters(self) -> int:
@@ -53,23 +56,35 @@ class Model:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = getattr(diffusers, transformer).from_config(config).eval()
             blocks = architecture.blocks(model)
-            sizes = tuple(_count(block) for block in blocks)
-            streams, context = embed(model, _call(architecture, model.config, height, width, text_tokens))
-            context = {name: _bfloat16(value) for name, value in context.items()}
-            streams = type(streams)(*map(_bfloat16, streams))
+            one, two = (_at_blocks(model, architecture, n, height, width, text_tokens) for n in (1, 2))
             # Blocks of one list are alike, but for the last one of some and the first few of others.
-            alike: dict[tuple, int] = {}
-            saved = []
-            for block in blocks:
-                kind = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+            alike: dict[tuple, tuple[int, int]] = {}
+            kinds = [tuple((n, tuple(p.shape)) for n, p in block.named_parameters()) for block in blocks]
+            for kind, block in zip(kinds, blocks, strict=True):
                 if kind not in alike:
-                    alike[kind] = saved_for_backward(architecture, block, streams, context)
-                saved.append(alike[kind])
-            between = sum(x.numel() * 2 for x in streams if x is not None)
-            return cls(name, sizes, _count(model) - sum(sizes), tuple(architecture.spans(model)), between, tuple(saved))
+                    alike[kind] = tuple(saved_for_backward(architecture, block, *at) for at in (one, two))
+            sizes, width = tuple(map(_count, blocks)), one[0].img.shape[-1]
+            return cls(
+                name=name,
+                blocks=sizes,
+                rest=_count(model) - sum(sizes),
+                affine=2 * width * (width + 1),
+                spans=tuple(architecture.spans(model)),
+                stream_bytes=sum(x.nbytes for x in one[0]),
+                saved_bytes=tuple(alike[kind][1] - alike[kind][0] for kind in kinds),
+                cast_bytes=tuple(2 * alike[kind][0] - alike[kind][1] for kind in kinds),
+            )
 
 
-def saved_for_backward(architecture: Architecture, block: nn.Module, streams: Any, context: dict[str, Any]) -> int:
+def _at_blocks(
+    model: nn.Module, architecture: Architecture, samples: int, height: int, width: int, text: int
+) -> tuple[Streams, dict[str, Any]]:
+    """What the first block is given, in bfloat16."""
+    streams, context = embed(model, _call(architecture, model.config, samples, height, width, text))
+    return Streams(*map(_bfloat16, streams)), {name: _bfloat16(value) for name, value in context.items()}
+
+
+def saved_for_backward(architecture: Architecture, block: nn.Module, streams: Streams, context: dict[str, Any]) -> int:
     """Bytes that autograd keeps of one forward of a block in training, with bfloat16 autocast, besides its parameters."""
     own = {p.untyped_storage()._cdata for p in block.parameters()}
     kept: dict[int, int] = {}
@@ -92,22 +107,24 @@ def saved_for_backward(architecture: Architecture, block: nn.Module, streams: An
     return sum(kept.values())
 
 
-def _call(architecture: Architecture, config: Any, height: int, width: int, text: int) -> dict[str, Any]:
-    """Arguments of the stock forward for one sample."""
+def _call(architecture: Architecture, config: Any, samples: int, height: int, width: int, text: int) -> dict[str, Any]:
+    """Arguments of the stock forward."""
     rows, columns = height // _PIXELS_A_TOKEN, width // _PIXELS_A_TOKEN
-    call: dict[str, Any] = {"timestep": torch.empty(1), "encoder_hidden_states": torch.empty(1, text, config.joint_attention_dim)}
+    call: dict[str, Any] = {
+        "timestep": torch.empty(samples), "encoder_hidden_states": torch.empty(samples, text, config.joint_attention_dim)
+    }  # fmt: skip
     if architecture.packed_latents:
-        call["hidden_states"] = torch.empty(1, rows * columns, config.in_channels)
+        call["hidden_states"] = torch.empty(samples, rows * columns, config.in_channels)
     else:
-        call["hidden_states"] = torch.empty(1, config.in_channels, 2 * rows, 2 * columns)
+        call["hidden_states"] = torch.empty(samples, config.in_channels, 2 * rows, 2 * columns)
     if "pooled_projections" in architecture.prompt_arguments:
-        call["pooled_projections"] = torch.empty(1, config.pooled_projection_dim)
+        call["pooled_projections"] = torch.empty(samples, config.pooled_projection_dim)
     if "img_shapes" in architecture.shared_arguments:
-        call |= {"img_shapes": [[(1, rows, columns)]], "encoder_hidden_states_mask": None}
+        call |= {"img_shapes": [[(1, rows, columns)]] * samples, "encoder_hidden_states_mask": None}
     if "img_ids" in architecture.shared_arguments:
         call |= {"img_ids": torch.empty(rows * columns, 3), "txt_ids": torch.empty(text, 3)}
     if config.get("guidance_embeds"):
-        call["guidance"] = torch.empty(1)
+        call["guidance"] = torch.empty(samples)
     return call
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ppcl.distillation.run import segment_of
 from ppcl.plan import Interval
@@ -18,9 +18,9 @@ _GRADIENT_BYTES = 4
 FORMULAS = """\
 b = samples a replica has of a step; stream = bytes of both streams between two blocks, of one sample, in bfloat16
 teacher     = 2 × (parameters of embedders and head + of the rank's blocks)
-students    = 16 × parameters of the rank's students (float32 weight, gradient, two moments of AdamW)
+students    = 16 × parameters of the rank's students, each a block and its affine maps (float32 weight, gradient, two moments of AdamW)
 streams     = b × stream × (boundaries its students read + 2 sends under way, on all ranks of a pipeline but the last)
-activations = b × what the backward pass of its largest student keeps (students learn one after another)
+activations = b × what the backward pass of its largest student keeps + its weights in bfloat16 (students learn one after another)
 sent        = b × stream, a step, to the next rank; nothing comes back
 reduced     = 2 (dp − 1) / dp × 4 × parameters of the rank's students, a step, between dp replicas
 FSDP        = 2 (n − 1) / n × parameters of the teacher, a step: what n ranks would gather for its forward instead"""
@@ -69,14 +69,16 @@ def layouts(model: Model, plan: Sequence[Interval], batch: int, gpus: Sequence[i
         dp = count // pp
         samples = -(-batch // dp)
         ranks = [_rank(model, plan, samples, stage, pp, dp) for stage in range(pp)]
-        yield max(ranks, key=lambda rank: rank.memory)
+        # The last rank of a pipeline sends nothing, and may be the fullest.
+        yield replace(max(ranks, key=lambda rank: rank.memory), sent=ranks[0].sent)
 
 
 def _rank(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: int, dp: int) -> Rank:
     part = segment_of(stage, pp, len(model.blocks), list(plan))
     mine = [interval for interval in plan if interval.first in part]
-    students = sum(model.blocks[interval.first] for interval in mine)
-    boundaries = {b for interval in mine for b in (interval.first, interval.last + 1)}
+    students = sum(model.blocks[interval.first] + model.affine for interval in mine)
+    # What goes in, what comes out, and what the first block makes of it, from which the affine maps start.
+    boundaries = {b for interval in mine for b in (interval.first, interval.first + 1, interval.last + 1)}
     last = stage == pp - 1
     stream = samples * model.stream_bytes
     return Rank(
@@ -87,7 +89,7 @@ def _rank(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: 
         teacher=TEACHER_BYTES * (model.rest + sum(model.blocks[b] for b in part)),
         students=STUDENT_BYTES * students,
         streams=stream * (len(boundaries) + (0 if last else IN_FLIGHT)),
-        activations=samples * max((model.saved_bytes[interval.first] for interval in mine), default=0),
+        activations=max((samples * model.saved_bytes[i.first] + model.cast_bytes[i.first] for i in mine), default=0),
         sent=0 if last else stream,
         reduced=round(2 * (dp - 1) / dp * _GRADIENT_BYTES * students),
         fsdp=round(TEACHER_BYTES * (pp * dp - 1) / (pp * dp) * model.parameters),

@@ -1,5 +1,6 @@
 """Jobs sent to a real cluster with a dashboard, by the command line alone."""
 
+import contextlib
 import json
 import os
 import re
@@ -29,9 +30,10 @@ def head(tmp_path_factory):
     """`ray start --head` with a dashboard, from a folder where no ppcl is; gives the job API's address."""
     away, dashboard = tmp_path_factory.mktemp("away"), free_port()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_JOB_START_TIMEOUT_SECONDS": "300"}
+    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     head = subprocess.Popen(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=4",
-         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--ray-client-server-port=0", f"--temp-dir={away}/ray",
+         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={free_port()}", f"--temp-dir={away}/ray",
          "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}",
          "--include-dashboard=true"],
         cwd=away, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -44,10 +46,10 @@ def head(tmp_path_factory):
             time.sleep(1)
         yield address
     finally:
-        os.killpg(head.pid, 15)
-        try:
+        head.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(30)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(head.pid, 9)
 
 
