@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from rich.console import Console
 from jobs.progress import Reporter, Update
 from ppcl.artifacts import CONFIG, LOG, Artifacts, key_of, write_atomically
 from ppcl.config import Config
-from ppcl.errors import UserError
+from ppcl.errors import UserError, cannot_write
 from ppcl.finetuning.plans import draws_of
 from ppcl.plan import Ffn, Fold, Interval, TextRun, entry_of
 from ppcl.storage import file_sha256, local_file, publish
 from ppcl.teacher import Teacher
 from ppcl.variants import names_of
+
+# A stage is tried so often before its failure is the user's.
+_ATTEMPTS = 3
 
 # Keys that say how a stage is run and not what comes out of it.
 _OPERATIONAL = {
@@ -228,21 +232,51 @@ class Job:
         }.items():
             check_resources(workers, device, key)
 
+    def _survived(self, stage: Stage, update: Update, key: str) -> dict[str, Any]:
+        """What the stage tells; one that loses a worker or a node goes on from its checkpoints, or begins again, a few times.
+
+        Raises `UserError`, for what no repetition can mend at once.
+        """
+        artifacts = self.artifacts
+        for attempt in range(1, _ATTEMPTS + 1):
+            if stage.keeps_checkpoints:
+                artifacts.forget_entry(stage.name)
+            else:
+                artifacts.forget(stage.name)
+            folder = artifacts.path(stage.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return stage.run(folder, update, key)
+            except UserError:
+                raise
+            except Exception as error:
+                if cannot_write(error):
+                    raise
+                reason = _reason(error)
+                with open(artifacts.path(LOG), "a", encoding="utf-8") as log:
+                    log.writelines(traceback.format_exception(error))
+            if attempt < _ATTEMPTS:
+                self.reporter.say(f"{stage.name}: failed ({reason}); trying again from what is complete, {attempt} of {_ATTEMPTS - 1} times")
+        raise UserError(
+            f"{stage.name} failed {_ATTEMPTS} times, the last time for {reason}; {LOG} in {artifacts.place} has all of it; what is "
+            "complete is kept, and the same command continues"
+        )
+
     def _run_stage(self, stage: Stage) -> None:
         artifacts, key = self.artifacts, key_of(stage.name, stage.depends)
         if artifacts.state(stage.name, key, self.reporter.say):
             self.reporter.say(f"{stage.name}: complete, skipped")
             return
-        if stage.keeps_checkpoints:
-            artifacts.forget_entry(stage.name)
-        else:
-            artifacts.forget(stage.name)
-        folder = artifacts.path(stage.name)
-        folder.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         with self.reporter.stage(stage.name, stage.what) as update:
-            info = stage.run(folder, update, key)
+            info = self._survived(stage, update, key)
         artifacts.commit(stage.name, key, time.monotonic() - begun, info)
         publish(artifacts.path(LOG))
         for note in info.get("notes", ()):
             self.reporter.say(note)
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of what a worker or Ray says, which is the error itself; what comes before is where it happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -82,4 +82,11 @@ def distil_plan(
         (folder / f"{entry.name}.json").unlink()
     remove(folder / "checkpoints")
     skipped = sum(c["skipped_steps"] for c in curves.values())
-    return {"replacements": len(curves), "skipped_steps": skipped}
+    notes = []
+    if skipped:
+        most = max(curves, key=lambda entry: curves[entry]["skipped_steps"])
+        notes.append(
+            f"students: {skipped} steps were left out, since a batch or a gradient had NaN or infinite values, of "
+            f"{settings.steps} steps the most for {most}: {curves[most]['skipped_steps']}"
+        )
+    return {"replacements": len(curves), "skipped_steps": skipped, "notes": notes}

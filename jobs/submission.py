@@ -55,7 +55,8 @@ class Jobs:
         import requests
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         if not address.startswith(("http://", "https://")):
             raise UserError(f"--address {address!r} is no address of Ray's job API; give http://HEAD:8265, the head's dashboard")
         self.address = address.rstrip("/")

@@ -116,8 +116,8 @@ def _free_port() -> int:
 
 
 @contextmanager
-def served() -> Iterator[Proxy]:
-    """A server with one empty bucket, and the proxy before it."""
+def served(address: str = "127.0.0.1") -> Iterator[Proxy]:
+    """A server with one empty bucket, and the proxy before it, which listens at `address`."""
     port = _free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -135,7 +135,7 @@ def served() -> Iterator[Proxy]:
                 assert time.monotonic() < deadline and server.poll() is None, "the S3 server does not start"
                 time.sleep(0.2)
         handler = type("Handler", (_Handler,), {})
-        front = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        front = ThreadingHTTPServer((address, 0), handler)
         front.daemon_threads = True
         proxy = handler.proxy = Proxy(front.server_address[1], port)
         threading.Thread(target=front.serve_forever, daemon=True).start()
