@@ -152,7 +152,7 @@ def report(result: Annotated[str, typer.Argument(help="what ppcl compress wrote:
 
 @app.command()
 def serve(
-    result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     host: Annotated[str | None, typer.Option(help="address to listen at; default: http.host")] = None,
     port: Annotated[int | None, typer.Option(help="port to listen at; default: http.port")] = None,
     config: Annotated[Path | None, typer.Option(help="settings, YAML; `ppcl config --serve` prints the default")] = None,

@@ -103,13 +103,16 @@ class Store:
 
     def _tried(self, action: Callable[[], T]) -> T:
         """Raises `UserError` with what to do about it, once it is clear that trying again does not help."""
+        from aiohttp import ClientError as ConnectionFailed
+        from botocore.exceptions import BotoCoreError, ClientError
+
         attempts = max(1, int(os.environ.get("AWS_MAX_ATTEMPTS") or _ATTEMPTS))
         for attempt in range(attempts):
             try:
                 return action()
-            except (UserError, FileExistsError):
+            except FileExistsError:
                 raise
-            except Exception as error:
+            except (OSError, BotoCoreError, ClientError, ConnectionFailed) as error:
                 told = self._hopeless(error)
                 if told:
                     raise UserError(told) from None
