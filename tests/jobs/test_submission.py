@@ -65,7 +65,7 @@ def job(tmp_path_factory, teacher_folder):
         "sampling": {"steps": 2, "height": 32, "width": 32},
         "calibration": {"states_per_prompt": 2, "held_out": 0.3},
         "width": {"hidden": [], "text": False, "modulations": False},
-        "distillation": {"steps": 200, "batch_size": 4, "warmup": 2, "checkpoint_every": 5},
+        "distillation": {"steps": 30, "batch_size": 4, "warmup": 2, "checkpoint_every": 5},
         "variants": {"budgets": [0.9]},
         "evaluation": {"limit": 2},
     }
