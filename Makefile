@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test faults clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +22,10 @@ demo: setup
 test: setup
 	$(BIN)/ruff check ppcl jobs serve tests
 	$(BIN)/python -m pytest -q
+
+# Processes killed, stopped and spoilt in whole jobs; root lets it have two hosts, too. About half an hour.
+faults: setup
+	$(BIN)/python -m pytest -q -m faults tests/faults
 
 clean:
 	rm -rf $(VENV) build *.egg-info

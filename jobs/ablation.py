@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from jobs.ranks import Report, run_ranks
-from ppcl.artifacts import write_atomically
+from ppcl.artifacts import complete, write_atomically
 from ppcl.config import Config
+from ppcl.storage import gather, remove, resumable
 from ppcl.teacher import Teacher
 
 
 def _rank(arguments: dict[str, Any], report: Report) -> None:
     import ray.train
 
+    config = Config.model_validate(arguments["config"])
+    with resumable(arguments["runs"], arguments["attempt"]) as runs:
+        _seeds(config, arguments, ray.train.get_context().get_world_rank(), runs, report)
+
+
+def _seeds(config: Config, arguments: dict[str, Any], rank: int, runs: Path, report: Report) -> None:
+    """The seeds of one worker, each with its record in `runs` when it is done."""
     from ppcl.ablation.run import read_detection, run_seed
 
-    config = Config.model_validate(arguments["config"])
-    rank, runs = ray.train.get_context().get_world_rank(), Path(arguments["runs"])
+    calibration, probes = complete(arguments["calibration"]), complete(arguments["probes"])
+    detection = read_detection(complete(Path(arguments["detection"]).parent) / Path(arguments["detection"]).name)
     mine = list(range(config.ablation.seeds))[rank :: config.ablation.workers]
     for index, seed in enumerate(mine):
         done = runs / f"seed-{seed}.json"
@@ -30,9 +38,9 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
         made = run_seed(
             config,
             Teacher(arguments["teacher"]),
-            Path(arguments["calibration"]),
-            Path(arguments["probes"]),
-            read_detection(Path(arguments["detection"])),
+            calibration,
+            probes,
+            detection,
             work,
             config.seed + seed,
             arguments["device"],
@@ -53,10 +61,11 @@ def ablate(
     settings, runs = config.ablation, folder / "runs" / key
     runs.mkdir(parents=True, exist_ok=True)
     arguments = {
-        "config": config.model_dump(mode="json"), "teacher": str(teacher.folder), "calibration": str(calibration),
+        "config": config.model_dump(mode="json"), "teacher": teacher.place, "calibration": str(calibration),
         "probes": str(probes), "detection": str(detection), "runs": str(runs), "device": device,
     }  # fmt: skip
     run_ranks("ablation", _rank, arguments, settings.workers, device, folder / "runs" / "ray", progress)
+    gather(runs)
     seeds = {seed: json.loads((runs / f"seed-{seed}.json").read_text()) for seed in range(settings.seeds)}
     record = {
         "seeds": settings.seeds,
@@ -68,5 +77,5 @@ def ablate(
         "rows": summary(seeds, config.evaluation.confidence),
     }
     write_atomically(folder / "ablation.json", json.dumps(record, indent=1))
-    shutil.rmtree(folder / "runs")
+    remove(folder / "runs")
     return {"seeds": settings.seeds}

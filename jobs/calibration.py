@@ -32,7 +32,8 @@ from ppcl.calibration.draws import held_out
 from ppcl.calibration.prompts import check_prompts, read_prompts
 from ppcl.config import Config
 from ppcl.errors import UserError
-from ppcl.teacher import Teacher, file_sha256
+from ppcl.storage import each, exists, file_sha256, gather, here, local_file, publish, remove, store_of
+from ppcl.teacher import Teacher
 
 # Blocks a pass is cut into at most: each is one task of Ray.
 _MOST_BLOCKS = 1000
@@ -53,9 +54,8 @@ def calibrate(
     wrong in a worker.
     """
     work = _Work.of(config, teacher, folder.parent / "cache")
-    for path in work.states.parent.glob("states-*"):
-        if path != work.states:
-            shutil.rmtree(path)
+    for path in _others(work.states):
+        remove(path)
     count = _cut(config, work.embeddings / _TEXTS)
     numbers = range(math.ceil(count / config.calibration.batch_size))
 
@@ -78,7 +78,7 @@ class _Work:
     """What an actor is given. `embeddings` and `states` are named by a hash of everything that makes their content."""
 
     config: Config
-    teacher: Path
+    teacher: str
     embeddings: Path
     states: Path
     device: str
@@ -101,7 +101,7 @@ class _Work:
         )  # fmt: skip
         return cls(
             config,
-            teacher.folder,
+            teacher.place,
             cache / f"embeddings-{embeddings}",
             cache / f"states-{states}",
             device,
@@ -159,8 +159,8 @@ class _Encoder(_Actor):
 
         work, sampling = self.work, self.work.config.sampling
         check_arguments(type(self.pipeline), sampling)
-        negative = work.embeddings / _NEGATIVE
-        if not negative.exists():
+        negative = here(work.embeddings / _NEGATIVE)
+        if not exists(work.embeddings / _NEGATIVE):
             text = negative_prompt(type(self.pipeline), sampling)
             # An empty prompt stands there where none is used, so that the cache has the same files in any case.
             store.write_embeddings(
@@ -169,10 +169,13 @@ class _Encoder(_Actor):
                 [text or ""],
                 encode(self.pipeline, self.teacher.architecture, [text or ""], sampling),
             )
+            publish(negative)
         rows = _texts(work, number)
         texts = [row["prompt"] for row in rows]
         embeddings = encode(self.pipeline, self.teacher.architecture, texts, sampling)
-        store.write_embeddings(work.embeddings / _name(number), [row["prompt_id"] for row in rows], texts, embeddings)
+        path = here(work.embeddings / _name(number))
+        store.write_embeddings(path, [row["prompt_id"] for row in rows], texts, embeddings)
+        publish(path)
         return len(rows)
 
 
@@ -189,14 +192,16 @@ class _Sampler(_Actor):
 
     def make(self, number: int) -> int:
         work = self.work
-        ids, _, embeddings = store.read_embeddings(work.embeddings / _name(number))
+        ids, _, embeddings = store.read_embeddings(local_file(work.embeddings / _name(number)))
         whole = [row for row, e in enumerate(embeddings) if all(t.isfinite().all() for t in e.values())]
         states, call = [], None
         if whole:
             states, call = self._states(number, [ids[row] for row in whole], [embeddings[row] for row in whole], whole)
         finite = [state for state in states if state.latents.isfinite().all()]
         expected = len(states) * len(ids) // max(len(whole), 1) if whole else len(ids)
-        store.write_states(work.states / _name(number), finite, call, dropped=expected - len(finite))
+        path = here(work.states / _name(number))
+        store.write_states(path, finite, call, dropped=expected - len(finite))
+        publish(path)
         return len(ids)
 
     def _states(self, number: int, ids: list[int], embeddings: list[Any], rows: list[int]) -> Any:
@@ -214,7 +219,7 @@ class _Sampler(_Actor):
             )  # fmt: skip
         negative = None
         if negative_prompt(type(self.pipeline), sampling) is not None:
-            _, _, (negative,) = store.read_embeddings(work.embeddings / _NEGATIVE)
+            _, _, (negative,) = store.read_embeddings(local_file(work.embeddings / _NEGATIVE))
         return record(
             self.pipeline,
             architecture,
@@ -232,6 +237,15 @@ class _Cache:
 
     def __init__(self, folder: Path, names: list[str]):
         self.folder, self.names = folder, names
+        self.there = set(names)
+        if above := store_of(folder):
+            # All is needed on this node in the end; what was damaged on the way is made again.
+            self.there &= set(above.objects())
+            whole = each(lambda name: above.download(name, folder / name), sorted(self.there))
+            for name in [name for name, right in zip(sorted(self.there), whole, strict=True) if not right]:
+                above.remove(name)
+                self.there.remove(name)
+            return
         marker = folder / _COMPLETE
         known = json.loads(marker.read_text()) if marker.exists() else {}
         # A file of the cache may share its disk blocks with one in a job's folder: what was changed there is changed here.
@@ -241,9 +255,12 @@ class _Cache:
                 path.unlink()
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).exists()
+        return name in self.there and (self.folder / name).exists()
 
     def complete(self) -> None:
+        if store_of(self.folder):
+            gather(self.folder)
+            return
         hashes = {name: file_sha256(self.folder / name) for name in self.names}
         write_atomically(self.folder / _COMPLETE, json.dumps(hashes))
 
@@ -306,7 +323,16 @@ def _cut(config: Config, path: Path) -> int:
             writer.write_table(pa.table(columns, schema=schema))
             count += len(batch)
     os.replace(partial, path)
+    publish(path)
     return count
+
+
+def _others(states: Path) -> list[Path]:
+    """The caches of states of other settings."""
+    names = {path.name for path in states.parent.glob("states-*")}
+    if above := store_of(states.parent):
+        names |= {name.split("/")[0] for name in above.objects() if name.startswith("states-")}
+    return [states.with_name(name) for name in sorted(names - {states.name})]
 
 
 def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dict[str, Any]:
@@ -319,7 +345,7 @@ def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dic
         sampled.update(ids)
     if not samples:
         raise UserError(
-            f"all states of the teacher {teacher.folder} are NaN or infinite; check its weights and its precision"
+            f"all states of the teacher {teacher.place} are NaN or infinite; check its weights and its precision"
         )
     ids, texts = [], []
     for path in sorted((folder / store.PROMPTS).glob("*.parquet")):
@@ -338,7 +364,7 @@ def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dic
 
 
 def _texts(work: _Work, number: int) -> list[dict[str, Any]]:
-    with pq.ParquetFile(work.embeddings / _TEXTS) as file:
+    with pq.ParquetFile(local_file(work.embeddings / _TEXTS)) as file:
         return file.read_row_group(number).to_pylist()
 
 

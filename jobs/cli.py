@@ -1,4 +1,5 @@
-"""The command line: `ppcl compress`, `ablate`, `variants`, `generate`, `report`, `serve`, `config`."""
+"""The command line: `ppcl compress`, `ablate`, `variants`, `generate`, `report`, `serve`, `plan`, `config`, and for jobs on a
+cluster `submit`, `status`, `logs`, `stop`, `list`."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def compress(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="folder of the result")] = None,
+    output: Annotated[str | None, typer.Option(help="where the result goes: a folder, or s3://bucket/key")] = None,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
 ) -> None:
     """Compress a diffusers pipeline; the same command again continues where it stopped."""
@@ -57,7 +58,7 @@ def compress(
     job = Job(settings, out)
     with connected(address, settings) as device:
         report = job.run(device)
-    out.print(summary_table(settings.output))
+    out.print(summary_table(job.artifacts.root))
     job.reporter.say(f"report: {report}")
 
 
@@ -67,7 +68,7 @@ def ablate(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as ablation.seeds=5")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="folder of the job; what it holds already is used")] = None,
+    output: Annotated[str | None, typer.Option(help="where the job is; what it holds already is used")] = None,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
 ) -> None:
     """Measure what each part of the method adds on a teacher, and other ways to choose the blocks that go."""
@@ -80,13 +81,13 @@ def ablate(
     job = Job(settings, out)
     with connected(address, settings) as device:
         report = job.run(device, ablation=True)
-    out.print(ablation_table(settings.output))
+    out.print(ablation_table(job.artifacts.root))
     job.reporter.say(f"report: {report}")
 
 
 @app.command()
 def variants(
-    result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """List the variants of a result."""
@@ -103,13 +104,13 @@ def variants(
 
 @app.command()
 def generate(
-    result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     prompt: Annotated[str, typer.Argument(help="what the picture shows")],
     variant: Annotated[str, typer.Option(help="a name that `ppcl variants` lists, or a plan as 3-5,text:8-9,ffn:1")] = "teacher",
     output: Annotated[Path, typer.Option("--output", "-o", help="the picture to write, .png")] = Path("out.png"),
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default: those of the job")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="where the teacher is, if it has moved")] = None,
+    teacher: Annotated[str | None, typer.Option(help="where the teacher is, if it has moved")] = None,
 ) -> None:
     """Make a picture with a variant."""
     import torch
@@ -139,18 +140,19 @@ def generate(
 
 
 @app.command()
-def report(result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")]) -> None:
+def report(result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")]) -> None:
     """Write the report of a result anew."""
     from ppcl.artifacts import Artifacts
     from ppcl.report import write_report
 
-    Artifacts(result).manifest()
-    typer.echo(write_report(result))
+    artifacts = Artifacts(result)
+    artifacts.manifest()
+    typer.echo(f"{artifacts.place}/{write_report(result).name}")
 
 
 @app.command()
 def serve(
-    result: Annotated[Path, typer.Argument(help="folder written by ppcl compress")],
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     host: Annotated[str | None, typer.Option(help="address to listen at; default: http.host")] = None,
     port: Annotated[int | None, typer.Option(help="port to listen at; default: http.port")] = None,
     config: Annotated[Path | None, typer.Option(help="settings, YAML; `ppcl config --serve` prints the default")] = None,
@@ -163,6 +165,158 @@ def serve(
     from serve.local import run
 
     run(load_settings(result, config, set_, {"host": host, "port": port}), lambda text: out.print(text, highlight=False, markup=False))
+
+
+_Api = Annotated[
+    str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray's job API, the head's dashboard, such as http://HEAD:8265")
+]
+_Id = Annotated[str | None, typer.Argument(help="the job's id; default: the last that was sent")]
+_HERE = "http://127.0.0.1:8265"
+
+
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="the job's configuration; what it names must be in reach of the cluster's nodes")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="where the result goes: a folder that the nodes share, or s3://bucket/key")] = None,
+    address: _Api = _HERE,
+    follow: Annotated[bool, typer.Option("--follow", help="say the job's log until it ends")] = False,
+    installed: Annotated[bool, typer.Option("--installed", help="use the ppcl installed on the cluster instead of sending this one")] = False,
+) -> None:
+    """Send a compression to a cluster; the same configuration again continues one that was stopped or failed."""
+    from jobs.submission import Jobs, absolute
+    from ppcl.config import load_config
+
+    settings = absolute(load_config(config, set_, output))
+    jobs = Jobs(address)
+    identity = jobs.submit(settings, installed)
+    typer.echo(f"{identity}: sent to {jobs.address}, its result goes to {settings.output}")
+    if follow:
+        _follow(jobs, identity)
+    else:
+        _tell(jobs.wait_until_begun(identity))
+
+
+@app.command()
+def status(
+    job: _Id = None,
+    address: _Api = _HERE,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """How far a job on a cluster is."""
+    from jobs.submission import Jobs
+
+    found = Jobs(address).status(job)
+    if json_:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+    else:
+        _tell(found)
+
+
+@app.command()
+def logs(
+    job: _Id = None,
+    address: _Api = _HERE,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job ends")] = False,
+) -> None:
+    """What a job on a cluster has said."""
+    from jobs.submission import Jobs
+
+    jobs = Jobs(address)
+    if follow:
+        _follow(jobs, job)
+    else:
+        typer.echo(jobs.logs(job), nl=False)
+
+
+@app.command()
+def stop(job: _Id = None, address: _Api = _HERE) -> None:
+    """Stop a job on a cluster; submitting its configuration again continues it."""
+    from jobs.submission import Jobs
+
+    _tell(Jobs(address).stop(job))
+
+
+@app.command("list")
+def list_(
+    address: _Api = _HERE,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """The jobs of a cluster."""
+    from jobs.submission import Jobs
+
+    found = Jobs(address).all()
+    if json_:
+        typer.echo(json.dumps([one.to_json() for one in found], indent=1))
+        return
+    for one in found:
+        _tell(one)
+    if not found:
+        typer.echo(f"no jobs of ppcl at {address}")
+
+
+def _tell(status: Any) -> None:
+    """One line about a job."""
+    from jobs.progress import duration
+
+    told, parts = status.told, [f"{status.id}: {status.state}"]
+    if told.stage:
+        parts.append(f"{told.stage} {told.done} of {told.total}" if told.total else told.stage)
+    if told.seconds_left is not None:
+        parts.append(f"{duration(told.seconds_left)} left")
+    if told.loss is not None:
+        parts.append(f"mean loss {told.loss:.4f}")
+    parts.append(f"report: {told.report}" if told.report else f"output: {status.output}")
+    if told.error:
+        parts.append(told.error)
+    typer.echo(", ".join(parts))
+
+
+def _follow(jobs: Any, identity: str | None) -> None:
+    """A job's log until it ends; Ctrl-C ends the following alone."""
+    ended = jobs.follow(identity, lambda text: typer.echo(text, nl=False))
+    if ended.state != "SUCCEEDED":
+        raise UserError(f"the job {ended.id} ended as {ended.state}; submitting the same configuration again continues it")
+
+
+@app.command()
+def plan(
+    models: Annotated[
+        list[str] | None, typer.Argument(help="qwen-image, flux.1-dev, sd3.5-large, or a pipeline's folder or URL; default: those three")
+    ] = None,
+    gpus: Annotated[str, typer.Option(help="numbers of GPUs, with commas")] = "1,2,4,8,16,32,64",
+    batch: Annotated[int, typer.Option(min=1, help="samples a step, over all replicas")] = 16,
+    size: Annotated[str, typer.Option(help="of the pictures, WIDTHxHEIGHT in pixels")] = "1024x1024",
+    interval: Annotated[int, typer.Option(min=2, help="blocks that one student stands for")] = 4,
+    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Memory a rank and bytes between ranks of a distillation, computed from the model's configuration."""
+    from dataclasses import asdict
+
+    from ppcl.sizing import FORMULAS, layouts, published
+    from ppcl.sizing.model import model_of
+    from ppcl.sizing.plan import intervals
+    from ppcl.sizing.table import table
+
+    try:
+        counts = [int(n) for n in gpus.split(",")]
+        width, height = (int(n) for n in size.lower().split("x"))
+        if min(*counts, width, height, 1) < 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--gpus {gpus!r}, --size {size!r}: numbers such as 1,2,4,8 and a size such as 1024x1024 are wanted") from None
+    made = {}
+    for name in models or published():
+        model = model_of(name, height, width)
+        made[model] = list(layouts(model, intervals(model, interval), batch, counts))
+    if json_:
+        typer.echo(json.dumps([{"model": m.name, "parameters": m.parameters, "ranks": [asdict(r) for r in rows]} for m, rows in made.items()], indent=1))
+        return
+    for model, rows in made.items():
+        out.print(table(model, rows, interval, batch, size))
+    typer.echo(FORMULAS)
 
 
 @app.command()

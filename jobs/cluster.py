@@ -64,8 +64,15 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
             _check_reachable(address)
             ray.init(address=address, **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no Ray cluster could be reached at {address or 'this machine'}: {first}") from None
+        told = " ".join(str(error).split()) or type(error).__name__
+        if told.startswith("Version mismatch"):
+            raise UserError(f"the cluster at {address} runs another Ray or Python than this ppcl: {told}") from None
+        raise UserError(f"no Ray cluster could be reached at {address or 'this machine'}: {told}") from None
+    except Exception as error:
+        # Ray has no class of its own for it.
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError("Ray did not start within 30 s: this machine is too busy; run the same command again") from None
     try:
         yield device_of(config)
     finally:
@@ -100,9 +107,16 @@ def _check_reachable(address: str) -> None:
 
 def device_of(config: Config) -> str:
     """What the job's workers use. Raises `UserError` where the configuration wants a GPU and the cluster has none."""
-    import ray
-
-    gpus = int(ray.cluster_resources().get("GPU", 0))
+    gpus = most("GPU")
     if config.device == "cuda" and not gpus:
         raise UserError("device is 'cuda', but the cluster has no GPU; set device: cpu or add GPU nodes")
     return "cuda" if gpus and config.device != "cpu" else "cpu"
+
+
+def most(kind: str) -> int:
+    """How many of a resource, such as `GPU`, the cluster has, or can have where it grows by itself."""
+    import ray
+    from ray._private.state import state
+
+    grown = state.get_max_resources_from_cluster_config() or {}
+    return int(max(ray.cluster_resources().get(kind, 0), grown.get(kind, 0)))

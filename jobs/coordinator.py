@@ -8,11 +8,10 @@ Every stage has a key, a hash of the configuration it reads and of the keys of t
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,15 @@ from rich.console import Console
 from jobs.progress import Reporter, Update
 from ppcl.artifacts import CONFIG, LOG, Artifacts, key_of, write_atomically
 from ppcl.config import Config
-from ppcl.errors import UserError
+from ppcl.errors import UserError, cannot_write
 from ppcl.finetuning.plans import draws_of
 from ppcl.plan import Ffn, Fold, Interval, TextRun, entry_of
-from ppcl.teacher import Teacher, file_sha256
+from ppcl.storage import file_sha256, local_file, publish
+from ppcl.teacher import Teacher
 from ppcl.variants import names_of
+
+# A stage is tried so often before its failure is the user's.
+_ATTEMPTS = 3
 
 # Keys that say how a stage is run and not what comes out of it.
 _OPERATIONAL = {
@@ -76,10 +79,10 @@ class Job:
         self.teacher = Teacher(config.teacher)
         self.teacher_hash = self.teacher.sha256()
         identity = {
-            "teacher": str(self.teacher.folder), "teacher_sha256": self.teacher_hash, "prompts": self.prompts_hash
+            "teacher": self.teacher.place, "teacher_sha256": self.teacher_hash, "prompts": self.prompts_hash
         }  # fmt: skip
         self.artifacts.start(identity)
-        self.reporter = Reporter(console, self.artifacts.path(LOG))
+        self.reporter = Reporter(console, self.artifacts.log())
 
     def stages(self, device: str, ablation: bool = False) -> Iterator[Stage]:
         """The stages in order. Later ones read what earlier ones left, so they are made one at a time.
@@ -180,7 +183,7 @@ class Job:
             # One from before would go on being the result's.
             self.artifacts.forget("finetuning")
         asked = config.evaluation.prompts
-        base = [*base, _settings(config, "evaluation"), asked and file_sha256(asked)]
+        base = [*base, _settings(config, "evaluation"), asked and file_sha256(local_file(asked))]
         yield Stage(
             "evaluation",
             "velocity errors and pictures of every variant",
@@ -199,17 +202,20 @@ class Job:
                 gone = f", {removed} of {blocks} blocks can go" if kind is Interval else ""
                 self.reporter.say(f"detection: {len(entries)} {what}{gone}: {' '.join(map(str, entries))}")
 
-    def run(self, device: str, ablation: bool = False) -> Path:
-        """Run what is missing, for the result or for the ablation; gives the report's path. The same call again skips what is complete and intact."""
+    def run(self, device: str, ablation: bool = False) -> str:
+        """Run what is missing, for the result or for the ablation; gives where the report is. The same call again skips what is complete and intact."""
         from ppcl.report import write_report
 
         artifacts = self.artifacts
-        with _alone(artifacts.path(".lock")):
+        with artifacts.alone():
             self._check_resources(device)
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
+            publish(artifacts.path(CONFIG))
             for stage in self.stages(device, ablation):
                 self._run_stage(stage)
-            return write_report(artifacts.root)
+            report = write_report(artifacts.root)
+            publish(artifacts.path(LOG))
+            return f"{artifacts.place}/{report.name}"
 
     def _check_resources(self, device: str) -> None:
         """All stages' workers, before the first stage: not after hours of work."""
@@ -226,31 +232,51 @@ class Job:
         }.items():
             check_resources(workers, device, key)
 
+    def _survived(self, stage: Stage, update: Update, key: str) -> dict[str, Any]:
+        """What the stage tells; one that loses a worker or a node goes on from its checkpoints, or begins again, a few times.
+
+        Raises `UserError`, for what no repetition can mend at once.
+        """
+        artifacts = self.artifacts
+        for attempt in range(1, _ATTEMPTS + 1):
+            if stage.keeps_checkpoints:
+                artifacts.forget_entry(stage.name)
+            else:
+                artifacts.forget(stage.name)
+            folder = artifacts.path(stage.name)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                return stage.run(folder, update, key)
+            except UserError:
+                raise
+            except Exception as error:
+                if cannot_write(error):
+                    raise
+                reason = _reason(error)
+                with open(artifacts.path(LOG), "a", encoding="utf-8") as log:
+                    log.writelines(traceback.format_exception(error))
+            if attempt < _ATTEMPTS:
+                self.reporter.say(f"{stage.name}: failed ({reason}); trying again from what is complete, {attempt} of {_ATTEMPTS - 1} times")
+        raise UserError(
+            f"{stage.name} failed {_ATTEMPTS} times, the last time for {reason}; {LOG} in {artifacts.place} has all of it; what is "
+            "complete is kept, and the same command continues"
+        )
+
     def _run_stage(self, stage: Stage) -> None:
         artifacts, key = self.artifacts, key_of(stage.name, stage.depends)
         if artifacts.state(stage.name, key, self.reporter.say):
             self.reporter.say(f"{stage.name}: complete, skipped")
             return
-        if stage.keeps_checkpoints:
-            artifacts.forget_entry(stage.name)
-        else:
-            artifacts.forget(stage.name)
-        folder = artifacts.path(stage.name)
-        folder.mkdir(parents=True, exist_ok=True)
         begun = time.monotonic()
         with self.reporter.stage(stage.name, stage.what) as update:
-            info = stage.run(folder, update, key)
+            info = self._survived(stage, update, key)
         artifacts.commit(stage.name, key, time.monotonic() - begun, info)
+        publish(artifacts.path(LOG))
         for note in info.get("notes", ()):
             self.reporter.say(note)
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the job's folder; a second job on the same folder is refused instead of mixing with the first."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another ppcl works in {path.parent}; wait for it or choose another --output") from None
-        yield
+def _reason(error: BaseException) -> str:
+    """The last line of what a worker or Ray says, which is the error itself; what comes before is where it happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.ranks import Report, check_resources, run_ranks
+from ppcl.artifacts import complete
 from ppcl.config import Config
 from ppcl.plan import Entry, entry_of
+from ppcl.storage import gather, remove, resumable, writing
 from ppcl.teacher import Teacher
 
 
@@ -21,19 +22,20 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
 
     config = Config.model_validate(arguments["config"])
     settings = config.distillation
-    distil(
-        teacher=Teacher(arguments["teacher"]),
-        samples=CalibrationSet(Path(arguments["calibration"])),
-        plan=[entry_of(text) for text in arguments["plan"]],
-        settings=settings,
-        mesh=Mesh.join(settings.pipeline, settings.replicas),
-        folder=Path(arguments["folder"]),
-        checkpoints=Path(arguments["checkpoints"]),
-        seed=config.seed,
-        device=arguments["device"],
-        report=report,
-        modulation_error=config.width.modulation_error,
-    )
+    with resumable(arguments["checkpoints"], arguments["attempt"]) as checkpoints, writing(arguments["folder"]) as folder:
+        distil(
+            teacher=Teacher(arguments["teacher"]),
+            samples=CalibrationSet(complete(arguments["calibration"])),
+            plan=[entry_of(text) for text in arguments["plan"]],
+            settings=settings,
+            mesh=Mesh.join(settings.pipeline, settings.replicas),
+            folder=folder,
+            checkpoints=checkpoints,
+            seed=config.seed,
+            device=arguments["device"],
+            report=report,
+            modulation_error=config.width.modulation_error,
+        )
 
 
 def distil_plan(
@@ -58,7 +60,7 @@ def distil_plan(
     if plan:
         arguments = {
             "config": config.model_dump(mode="json"),
-            "teacher": str(teacher.folder),
+            "teacher": teacher.place,
             "calibration": str(calibration),
             "plan": [str(entry) for entry in plan],
             "folder": str(folder),
@@ -66,6 +68,7 @@ def distil_plan(
             "device": device,
         }
         run_ranks("distillation", _rank, arguments, workers, device, folder / "checkpoints" / "ray", progress)
+        gather(folder)
     curves = {str(entry): json.loads((folder / f"{entry.name}.json").read_text()) for entry in plan}
     training = {
         "steps": settings.steps,
@@ -77,6 +80,13 @@ def distil_plan(
     (folder / "training.json").write_text(json.dumps(training))
     for entry in plan:
         (folder / f"{entry.name}.json").unlink()
-    shutil.rmtree(folder / "checkpoints")
+    remove(folder / "checkpoints")
     skipped = sum(c["skipped_steps"] for c in curves.values())
-    return {"replacements": len(curves), "skipped_steps": skipped}
+    notes = []
+    if skipped:
+        most = max(curves, key=lambda entry: curves[entry]["skipped_steps"])
+        notes.append(
+            f"students: {skipped} steps were left out, since a batch or a gradient had NaN or infinite values, of "
+            f"{settings.steps} steps the most for {most}: {curves[most]['skipped_steps']}"
+        )
+    return {"replacements": len(curves), "skipped_steps": skipped, "notes": notes}

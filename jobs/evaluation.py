@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import ray
 from ray.util import ActorPool
 
 from jobs.ranks import check_resources
-from ppcl.artifacts import write_atomically
+from ppcl.artifacts import complete, write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError
 from ppcl.replacements import files_in
 from ppcl.sizes import sizes
+from ppcl.storage import gather, writing
 from ppcl.teacher import Teacher
 from ppcl.variants import TEACHER, Family, best_plans, make_variants, plans_to_measure
 
@@ -31,10 +33,11 @@ _CHOSEN_ON = 192
 class _Evaluator:
     """Holds one pipeline and all its students; every measurement is one call."""
 
-    def __init__(self, config: Config, teacher: Path, students: Path, folder: Path, device: str):
+    def __init__(self, config: Config, teacher: str, students: Path, folder: Path, device: str):
         import diffusers
         import torch
 
+        from ppcl.calibration.store import CalibrationSet
         from ppcl.plug import Switch
 
         diffusers.utils.logging.set_verbosity_error()
@@ -43,34 +46,31 @@ class _Evaluator:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.teacher = Teacher(teacher)
         self.pipeline = self.teacher.pipeline(device, self.dtype)
-        self.switch = Switch(self.teacher, files_in(students))
+        self.switch = Switch(self.teacher, files_in(complete(students)))
+        self.samples = lru_cache(lambda calibration: CalibrationSet(complete(calibration)))
 
     def damages(self, calibration: Path, ids: np.ndarray) -> Any:
-        from ppcl.calibration.store import CalibrationSet
         from ppcl.evaluation.velocity import damages
 
-        inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
+        inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return damages(self.pipeline.transformer, self.switch, inputs)
 
     def times(self, calibration: Path, ids: np.ndarray) -> Any:
-        from ppcl.calibration.store import CalibrationSet
         from ppcl.evaluation.timing import measure_times
 
-        inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
+        inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return measure_times(self.pipeline.transformer, self.switch, inputs)
 
     def forward_seconds(self, calibration: Path, ids: np.ndarray, plans: list[Any]) -> list[float]:
-        from ppcl.calibration.store import CalibrationSet
         from ppcl.evaluation.timing import forward_seconds
 
-        inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
+        inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return forward_seconds(self.pipeline.transformer, self.switch, plans, inputs)
 
     def errors(self, calibration: Path, ids: np.ndarray, variants: dict[str, Any]) -> Any:
-        from ppcl.calibration.store import CalibrationSet
         from ppcl.evaluation.velocity import variant_errors
 
-        inputs = CalibrationSet(calibration).batch(ids, self.device, self.dtype)
+        inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return variant_errors(self.pipeline.transformer, self.switch, variants, inputs)
 
     def pictures(self, variant: str, plan: Any, texts: list[str], indices: list[int]) -> None:
@@ -80,7 +80,8 @@ class _Evaluator:
         # Seeds above those of calibration, so that no test picture starts from noise that was fitted on.
         seeds = [1_000_000 + self.config.seed + index for index in indices]
         made = make_pictures(self.pipeline, texts, seeds, self.config.sampling)
-        save_pictures(made, [picture_path(self.folder, variant, index) for index in indices])
+        with writing(self.folder) as folder:
+            save_pictures(made, [picture_path(folder, variant, index) for index in indices])
 
     def seconds(self, variants: dict[str, Any], texts: list[str]) -> dict[str, float]:
         from ppcl.evaluation.pictures import seconds_per_step
@@ -92,7 +93,7 @@ def _pool(config: Config, teacher: Teacher, students: Path, folder: Path, device
     check_resources(config.evaluation.workers, device, "evaluation.workers")
     resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
     actor = _Evaluator.options(**resources)
-    return [actor.remote(config, teacher.folder, students, folder, device) for _ in range(config.evaluation.workers)]
+    return [actor.remote(config, teacher.place, students, folder, device) for _ in range(config.evaluation.workers)]
 
 
 def _all(actors: list[Any], call: Callable[[Any, Any], Any], items: list[Any], done: Callable[[int], None]) -> list[Any]:
@@ -206,6 +207,7 @@ def evaluate(
     for actor in actors:
         ray.kill(actor)
 
+    gather(folder)
     world = load_world(settings.world) if settings.world else None
     reference = load_pictures([picture_path(folder, TEACHER, i) for i in indices])
     teachers = passes(world, reference, prompts) if world else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jobs.ranks import Report, run_ranks
+from ppcl.artifacts import complete
 from ppcl.config import Config
+from ppcl.storage import gather, remove, resumable, writing
 from ppcl.teacher import Teacher
 
 
@@ -21,21 +22,22 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
     from ppcl.variants import Family
 
     config = Config.model_validate(arguments["config"])
-    family = Family.from_json(json.loads(Path(arguments["variants"]).read_text()))
-    finetune(
-        teacher=Teacher(arguments["teacher"]),
-        files=files_in(Path(arguments["students"])),
-        variants={name: variant.plan for name, variant in family.variants.items()},
-        samples=CalibrationSet(Path(arguments["calibration"])),
-        settings=config.finetuning,
-        sampling_steps=config.sampling.steps,
-        mesh=Mesh.join(1, config.finetuning.replicas),
-        folder=Path(arguments["folder"]),
-        checkpoints=Path(arguments["checkpoints"]),
-        seed=config.seed,
-        device=arguments["device"],
-        report=report,
-    )
+    family = Family.from_json(json.loads((complete(arguments["variants"]) / "variants.json").read_text()))
+    with resumable(arguments["checkpoints"], arguments["attempt"]) as checkpoints, writing(arguments["folder"]) as folder:
+        finetune(
+            teacher=Teacher(arguments["teacher"]),
+            files=files_in(complete(arguments["students"])),
+            variants={name: variant.plan for name, variant in family.variants.items()},
+            samples=CalibrationSet(complete(arguments["calibration"])),
+            settings=config.finetuning,
+            sampling_steps=config.sampling.steps,
+            mesh=Mesh.join(1, config.finetuning.replicas),
+            folder=folder,
+            checkpoints=checkpoints,
+            seed=config.seed,
+            device=arguments["device"],
+            report=report,
+        )
 
 
 def finetune_replacements(
@@ -57,15 +59,16 @@ def finetune_replacements(
     checkpoints.mkdir(parents=True, exist_ok=True)
     arguments = {
         "config": config.model_dump(mode="json"),
-        "teacher": str(teacher.folder),
+        "teacher": teacher.place,
         "students": str(students),
-        "variants": str(variants / "variants.json"),
+        "variants": str(variants),
         "calibration": str(calibration),
         "folder": str(folder),
         "checkpoints": str(checkpoints),
         "device": device,
     }
     run_ranks("finetuning", _rank, arguments, config.finetuning.replicas, device, folder / "checkpoints" / "ray", progress)
-    shutil.rmtree(folder / "checkpoints")
+    gather(folder)
+    remove(folder / "checkpoints")
     made = json.loads((folder / "finetuning.json").read_text())
     return {"skipped_steps": made["skipped_steps"]}

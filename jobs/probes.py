@@ -8,8 +8,10 @@ from typing import Any
 
 from jobs.ranks import Report, check_resources, run_ranks
 from ppcl import detection
+from ppcl.artifacts import complete
 from ppcl.config import Config
 from ppcl.probes.run import dropped, underdetermined
+from ppcl.storage import gather, writing
 from ppcl.teacher import Teacher
 
 
@@ -21,17 +23,18 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
     from ppcl.probes.run import fit
 
     config, device = Config.model_validate(arguments["config"]), arguments["device"]
-    fit(
-        teacher=Teacher(arguments["teacher"]),
-        samples=CalibrationSet(Path(arguments["calibration"])),
-        settings=config.probes,
-        mesh=Mesh.join(config.probes.workers, 1),
-        folder=Path(arguments["folder"]),
-        seed=config.seed,
-        device=device,
-        dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-        report=report,
-    )
+    with writing(arguments["folder"]) as folder:
+        fit(
+            teacher=Teacher(arguments["teacher"]),
+            samples=CalibrationSet(complete(arguments["calibration"])),
+            settings=config.probes,
+            mesh=Mesh.join(config.probes.workers, 1),
+            folder=folder,
+            seed=config.seed,
+            device=device,
+            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+            report=report,
+        )
 
 
 def fit_probes(
@@ -49,12 +52,13 @@ def fit_probes(
     check_resources(config.probes.workers, device, "probes.workers")
     arguments = {
         "config": config.model_dump(mode="json"),
-        "teacher": str(teacher.folder),
+        "teacher": teacher.place,
         "calibration": str(calibration),
         "folder": str(folder),
         "device": device,
     }
     run_ranks("probes", _rank, arguments, config.probes.workers, device, folder / "ray", progress)
+    gather(folder)
     files = list(folder.glob("block-*.safetensors"))
     few = [tokens for tokens in map(underdetermined, files) if tokens is not None]
     notes = []

@@ -1,10 +1,15 @@
-"""Progress of long work: a bar on a terminal, a line now and then everywhere else, and always a log file."""
+"""Progress of long work: a bar on a terminal, a line now and then everywhere else, and always a log file.
+
+What the lines say can be read back from them, which is how the state of a job on another machine is known.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -21,6 +26,50 @@ def duration(seconds: float) -> str:
     """`75.2` → `1 min 15 s`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a job has said last: its stage, how far it is in it, `seconds_left` of it, the `loss`; where the `report` is, or the
+    `error` it ended with. None where it has not said so."""
+
+    stage: str | None = None
+    done: int | None = None
+    total: int | None = None
+    seconds_left: float | None = None
+    loss: float | None = None
+    complete: tuple[str, ...] = ()
+    report: str | None = None
+    error: str | None = None
+
+
+STAGES = ("calibration", "probes", "detection", "students", "variants", "finetuning", "evaluation", "ablation")
+_STAGE = re.compile(rf"({'|'.join(STAGES)}): (.*)")
+_PROGRESS = re.compile(r"(\d+)(?: of (\d+))?(?:, (?:(\d+) min )?(\d+) s left)?(?:, mean loss (\S+))?")
+
+
+def told_by(log: str) -> Told:
+    """What the lines of a `Reporter`, and the error behind them, say."""
+    told = Told()
+    for line in log.splitlines():
+        if found := _STAGE.fullmatch(line):
+            told = _after(told, *found.groups())
+        elif line.startswith("report: "):
+            told = Told(complete=told.complete, report=line.removeprefix("report: "))
+        elif line.startswith("ppcl: "):
+            told = replace(told, error=line.removeprefix("ppcl: "))
+    return told
+
+
+def _after(told: Told, stage: str, said: str) -> Told:
+    if said.startswith("done in ") or said == "complete, skipped":
+        return Told(stage, complete=(*told.complete, stage), loss=told.loss)
+    if found := _PROGRESS.fullmatch(said):
+        done, total, minutes, seconds, loss = found.groups()
+        left = None if seconds is None else 60.0 * int(minutes or 0) + int(seconds)
+        return Told(stage, int(done), total and int(total), left, float(loss) if loss else None, told.complete)
+    # Its beginning, or a word about it.
+    return told if told.stage == stage else Told(stage, complete=told.complete)
 
 
 class Reporter:

@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from jobs.cluster import most
 from ppcl.errors import UserError
 
 # A rank that waits longer than this for its neighbour is taken for dead, seconds.
@@ -47,9 +49,8 @@ class _Board:
 
 def check_resources(workers: int, device: str, key: str) -> None:
     """Refuse at once what the cluster can never run. Raises `UserError` with what it has."""
-    resources = ray.cluster_resources()
     kind = "GPU" if device == "cuda" else "CPU"
-    have = int(resources.get(kind, 0))
+    have = most(kind)
     # Ray Data and the progress actors need a CPU beside the workers, or both would wait for each other.
     usable = have if kind == "GPU" else have - 1
     if workers > usable:
@@ -70,7 +71,8 @@ def run_ranks(
 ) -> None:
     """`function(arguments, report)` on every rank of a torch process group; returns when all have finished.
 
-    `scratch`: a folder all nodes share, for Ray Train's own records; removed at the end. Raises `UserError` with the
+    `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a folder for Ray Train's own records, which no
+    rank reads; removed at the end. Raises `UserError` with the
     sentence of a rank's `UserError`; anything else a rank raises comes through as Ray Train tells it.
     """
     board = _Board.remote()
@@ -97,7 +99,7 @@ def run_ranks(
 
     trainer = TorchTrainer(
         loop,
-        train_loop_config=arguments,
+        train_loop_config=arguments | {"attempt": uuid.uuid4().hex},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"GPU" if device == "cuda" else "CPU": 1}
         ),

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ppcl.settings import Section, commented, put, read_values, validated
+from ppcl.storage import Place, is_url
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -168,7 +169,7 @@ class Variants(Section):
 class Evaluation(Section):
     """What is measured of every variant."""
 
-    prompts: Path | None = Field(None, description="prompts of the test pictures; default: those of calibration, held out")
+    prompts: Place | None = Field(None, description="prompts of the test pictures; default: those of calibration, held out")
     limit: int | None = Field(64, ge=1, description="use only the first so many of them")
     batch_size: int = Field(16, ge=1, description="pictures at once")
     world: Literal["shapes"] | None = Field(
@@ -194,9 +195,9 @@ class Ablation(Section):
 class Config(Section):
     """A compression job."""
 
-    teacher: Path = Field(..., description="folder of a diffusers pipeline")
-    prompts: Path = Field(..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet")
-    output: Path = Field(Path("runs/ppcl"), description="folder of the result")
+    teacher: Place = Field(..., description="folder of a diffusers pipeline, or s3://bucket/key")
+    prompts: Place = Field(..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key")
+    output: Place = Field(Path("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn at random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     sampling: Sampling = Sampling()
@@ -229,7 +230,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None, output: st
 def _resolve_paths(values: dict[str, Any], base: Path) -> None:
     """The file's own relative paths are relative to the file; `output` is relative to where the command runs."""
     for section, key in ((values, "teacher"), (values, "prompts"), (values.get("evaluation"), "prompts")):
-        if isinstance(section, dict) and isinstance(section.get(key), str):
+        if isinstance(section, dict) and isinstance(section.get(key), str) and not is_url(section[key]):
             section[key] = str(base / section[key])
 
 

@@ -108,7 +108,7 @@ def load(path: Path, teacher: Teacher, device: str = "cpu", dtype: torch.dtype =
         module.load_state_dict(tensors, strict=True, assign=True)
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError):
         raise UserError(
-            f"the replacement {path} does not fit the teacher in {teacher.folder}: its tensors are not those of one of the "
+            f"the replacement {path} does not fit the teacher in {teacher.place}: its tensors are not those of one of the "
             "teacher's parts; give the teacher it was made from, or run ppcl compress again"
         ) from None
     return module.to(device=device, dtype=dtype).requires_grad_(False).eval()

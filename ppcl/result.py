@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from ppcl.artifacts import CONFIG, Artifacts
 from ppcl.config import Config, Sampling
@@ -18,6 +17,7 @@ from ppcl.plan import HOW_WRITTEN, Entry, written
 from ppcl.plug import Switch
 from ppcl.replacements import files_in
 from ppcl.sizes import Sizes, sizes
+from ppcl.storage import is_url
 from ppcl.teacher import Teacher
 from ppcl.variants import TEACHER, Family, Variant, trained
 
@@ -28,7 +28,7 @@ Choice = str | Sequence[Entry | str | Sequence[int]]
 
 
 class Result:
-    """The folder that `ppcl compress` wrote. Its students and variants are complete and intact, its teacher the same.
+    """What `ppcl compress` wrote, in a folder or at an `s3://` URL. Its students and variants are complete and intact, its teacher the same.
 
     `teacher`: where the teacher's folder is now, if it has moved. Raises `UserError` where a stage is missing, a file
     is damaged, or the teacher is gone or another one.
@@ -41,7 +41,7 @@ class Result:
         self.family = Family.from_json(json.loads(self.artifacts.path("variants", "variants.json").read_text()))
         stage = replacements_stage(self.artifacts)
         self._check(stage)
-        self.teacher = _teacher(Path(teacher or job["teacher"]), job["teacher_sha256"])
+        self.teacher = _teacher(teacher or job["teacher"], job["teacher_sha256"])
         # What the manifest does not name was not verified.
         verified = {self.artifacts.path(name) for name in self.artifacts.entry(stage).files}
         found = files_in(self.artifacts.path(stage))
@@ -51,10 +51,10 @@ class Result:
     def _check(self, stage: str) -> None:
         """Raises `UserError` where a stage is not there or not intact."""
         if self.artifacts.entry(stage) is None:
-            raise UserError(f"{self.artifacts.root} has no {stage} yet; run ppcl compress again, which goes on from there")
+            raise UserError(f"{self.artifacts.place} has no {stage} yet; run ppcl compress again, which goes on from there")
         if damaged := self.artifacts.damaged(stage):
             raise UserError(
-                f"{self.artifacts.path(damaged[0])} is damaged or gone (its sha256 differs from the manifest's); "
+                f"{self.artifacts.place}/{damaged[0]} is damaged or gone (its sha256 differs from the manifest's); "
                 "run ppcl compress again, which makes it anew"
             )
 
@@ -65,11 +65,12 @@ class Result:
     @cached_property
     def sampling(self) -> Sampling:
         """How the job called the pipeline: steps, size and further arguments."""
-        path = self.artifacts.path(CONFIG)
         try:
-            return Config.model_validate_json(path.read_text()).sampling
-        except (OSError, ValidationError):
-            raise UserError(f"{path} is damaged or gone; run ppcl compress again, which makes it anew") from None
+            return Config.model_validate_json(self.artifacts.text(CONFIG)).sampling
+        except (OSError, ValueError):
+            raise UserError(
+                f"{self.artifacts.place}/{CONFIG} is damaged or gone; run ppcl compress again, which makes it anew"
+            ) from None
 
     def variant(self, choice: Choice) -> Variant:
         """A named variant, or any plan of what was trained: a text such as `"3-5,text:8-9,ffn:1"`, or a list of entries.
@@ -122,8 +123,8 @@ def replacements_stage(artifacts: Artifacts) -> str:
     return "finetuning" if tuned and variants and tuned.info.get("variants") == variants.key else "students"
 
 
-def _teacher(folder: Path, sha256: str) -> Teacher:
-    if not folder.is_dir():
+def _teacher(folder: str | Path, sha256: str) -> Teacher:
+    if not is_url(str(folder)) and not Path(folder).is_dir():
         raise UserError(f"the teacher's folder {folder} is gone; give its new place as teacher=")
     teacher = Teacher(folder)
     if teacher.sha256() != sha256:

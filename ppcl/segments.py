@@ -17,7 +17,7 @@ from ppcl.errors import UserError
 from ppcl.plan import Interval
 
 # Sends under way before the oldest is waited for: enough to overlap, and a bound on memory.
-_IN_FLIGHT = 2
+IN_FLIGHT = 2
 
 
 def segments(costs: Sequence[float], pp: int, uncuttable: Sequence[Interval] = ()) -> list[range]:
@@ -85,7 +85,7 @@ class Chain:
         self.bytes_sent += sum(x.nbytes for x in streams if x is not None)
         # The tensors live until their sends are done.
         self._under_way.append((works, streams))
-        while len(self._under_way) > _IN_FLIGHT:
+        while len(self._under_way) > IN_FLIGHT:
             self._finish_oldest()
 
     def flush(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ppcl.settings import Section, commented, put, read_values, validated
+from ppcl.storage import Place
 
 
 class Http(Section):
@@ -119,12 +120,12 @@ class Settings(Section):
 class Served(Settings):
     """What is served, and how."""
 
-    result: Path = Field(..., description="folder written by ppcl compress")
-    teacher: Path | None = Field(None, description="where the teacher is, if it has moved")
+    result: Place = Field(..., description="what ppcl compress wrote: a folder, or s3://bucket/key")
+    teacher: Place | None = Field(None, description="where the teacher is, if it has moved")
 
 
 def load_settings(
-    result: Path, path: Path | None = None, overrides: list[str] | None = None, http: dict[str, Any] | None = None
+    result: Path | str, path: Path | None = None, overrides: list[str] | None = None, http: dict[str, Any] | None = None
 ) -> Served:
     """The settings for a result: defaults, then a YAML file, then `overrides` as `key.sub=value`, then those of `http` that are set.
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 
 from ppcl.errors import UserError
+from ppcl.storage import is_url
 from serve.config import Served
 
 _ENVIRONMENT = {
@@ -58,7 +59,11 @@ def run(settings: Served, say: Callable[[str], None]) -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Replicas have folders of their own.
-    absolute = {name: path.absolute() for name, path in (("result", settings.result), ("teacher", settings.teacher)) if path}
+    absolute = {
+        name: path if is_url(path) else path.absolute()
+        for name, path in (("result", settings.result), ("teacher", settings.teacher))
+        if path
+    }
     settings = settings.model_copy(update=absolute)
     import ray
     from ray import serve

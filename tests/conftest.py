@@ -39,3 +39,26 @@ def teacher_folder(tmp_path_factory) -> Path:
     from tests import tiny
 
     return tiny.qwen_pipeline(tmp_path_factory.mktemp("teacher") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A real S3 server over HTTP, with one bucket; see `tests.bucket`."""
+    from tests import bucket
+
+    with bucket.served() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, tmp_path):
+    """That server in the environment, a URL in its bucket that nothing else uses, and a scratch folder of the test's own."""
+    from tests import bucket
+
+    for name, value in {**bucket.CREDENTIALS, "AWS_ENDPOINT_URL": s3_server.url, "AWS_MAX_ATTEMPTS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PPCL_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr("ppcl.storage._FIRST_PAUSE", 0.05)
+    s3_server.requests.clear()
+    s3_server.bucket = f"s3://{bucket.BUCKET}/{tmp_path.name}"
+    return s3_server

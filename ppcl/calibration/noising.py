@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +16,7 @@ from ppcl.calibration.encoding import Embedding, collate, pipeline_arguments
 from ppcl.calibration.recording import Call, State, call_of, check_arguments
 from ppcl.config import Sampling
 from ppcl.errors import UserError
+from ppcl.storage import local_file
 
 
 def noised(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def noise_pictures(
 
 def _open(path: str) -> Image.Image:
     try:
-        return Image.open(Path(path)).convert("RGB")
+        return Image.open(local_file(path)).convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(
             f"the picture {path} cannot be read ({error}); replace it or take it out of the prompt file"

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ppcl.artifacts import key_of
 from ppcl.errors import UserError
-from ppcl.teacher import file_sha256
+from ppcl.storage import Place, file_sha256, local_file, store_of
 
 _PARQUET_ROWS = 1024
 
@@ -28,14 +28,14 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(
-    path: Path, column: str, image_column: str | None = None, limit: int | None = None
+    path: Place, column: str, image_column: str | None = None, limit: int | None = None
 ) -> Iterator[Prompt]:
     """The first `limit` prompts of a file, in order; blank ones are skipped. Memory does not grow with the file.
 
     `.txt` has one prompt a line; `.jsonl`, `.csv` and `.parquet` have them in `column`, and the pictures' paths,
     relative to the file's folder, in `image_column`. Raises `UserError` that names the line or row.
     """
-    path = Path(path)
+    path = local_file(path)
     if not path.is_file():
         raise UserError(f"the prompt file {path} does not exist; set prompts to a .txt, .jsonl, .csv or .parquet file")
     readers = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -49,7 +49,7 @@ def read_prompts(
     return islice(_prompts(path, readers[path.suffix](path, columns)), limit)
 
 
-def check_prompts(path: Path, column: str, image_column: str | None = None, limit: int | None = None) -> str:
+def check_prompts(path: Place, column: str, image_column: str | None = None, limit: int | None = None) -> str:
     """Read a prompt file once, so that its mistakes are told before any work is done; gives a hash of its content.
 
     Raises `UserError` as `read_prompts` does, for fewer than two different prompts, and for pictures that do not exist.
@@ -61,11 +61,9 @@ def check_prompts(path: Path, column: str, image_column: str | None = None, limi
         if len(texts) < 2:
             texts.add(prompt.text)
         if prompt.image is not None:
-            try:
-                stat = Path(prompt.image).stat()
-            except OSError:
-                raise UserError(f"{path}: the picture {prompt.image} of prompt {count} does not exist") from None
-            pictures.append((prompt.image, stat.st_size, stat.st_mtime_ns))
+            pictures.append(_identity(prompt.image))
+            if pictures[-1] is None:
+                raise UserError(f"{path}: the picture {prompt.image} of prompt {count} does not exist")
     if not count:
         raise UserError(f"the prompt file {path} holds no prompts")
     if len(texts) < 2:
@@ -73,7 +71,20 @@ def check_prompts(path: Path, column: str, image_column: str | None = None, limi
             f"the prompt file {path} gives only 1 different prompt{f' in its first {limit}' if limit else ''}; at least 2 "
             "are needed, since some are held out"
         )
-    return key_of(file_sha256(Path(path)), path.suffix, pictures)
+    path = local_file(path)
+    return key_of(file_sha256(path), path.suffix, pictures)
+
+
+def _identity(picture: str) -> tuple[Any, ...] | None:
+    """What tells a picture from another; None where there is none."""
+    if store := store_of(picture):
+        answer = store.head()
+        return answer and (store.url, answer["ContentLength"], answer["ETag"])
+    try:
+        stat = Path(picture).stat()
+    except OSError:
+        return None
+    return picture, stat.st_size, stat.st_mtime_ns
 
 
 def _prompts(path: Path, rows: Iterable[tuple[str, list[Any]]]) -> Iterator[Prompt]:

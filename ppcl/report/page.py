@@ -9,12 +9,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ppcl.artifacts import write_atomically
+from ppcl.artifacts import Artifacts, write_atomically
 from ppcl.plan import Ffn, Fold, Interval, TextRun, entry_of, order
 from ppcl.report import figures, numbers
 from ppcl.report.pictures import picture_rows
 from ppcl.report.results import Results, read_results
 from ppcl.report.summary import finite, rows_of
+from ppcl.storage import publish
 from ppcl.variants import TEACHER
 
 REPORT = "report.html"
@@ -33,6 +34,10 @@ def write_report(root: Path) -> Path:
 
     Raises `UserError` where `root` is no job's folder or the file cannot be written.
     """
+    artifacts = Artifacts(root)
+    if artifacts.store:
+        # Its pictures come to this node.
+        artifacts.damaged("evaluation")
     results = read_results(root)
     environment = Environment(
         loader=PackageLoader("ppcl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -41,6 +46,7 @@ def write_report(root: Path) -> Path:
     html = environment.get_template("report.html.j2").render(_context(results))
     path = results.root / REPORT
     write_atomically(path, html)
+    publish(path)
     return path
 
 

@@ -47,7 +47,7 @@ def read_results(root: Path) -> Results:
             absent[stage] = f"The stage {stage} has not run yet"
             continue
         try:
-            stages[stage] = json.loads(artifacts.path(stage, name).read_text())
+            stages[stage] = json.loads(artifacts.file(stage, name).read_text())
         except FileNotFoundError:
             absent[stage] = f"The file {stage}/{name} is gone (the job, run again, makes it anew)"
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -57,6 +57,6 @@ def read_results(root: Path) -> Results:
 
 def _config(artifacts: Artifacts) -> dict[str, Any]:
     try:
-        return json.loads(artifacts.path(CONFIG).read_text())
+        return json.loads(artifacts.text(CONFIG))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return {}

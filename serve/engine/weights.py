@@ -68,7 +68,7 @@ def load(
     blocks = frozenset().union(*(_kept(variant.plan, opened.family.blocks) for variant in variants.values()))
     transformer = opened.teacher.transformer(keep=blocks, device=device, dtype=dtype)
     pipeline = getattr(diffusers, opened.teacher.pipeline_class).from_pretrained(
-        opened.teacher.folder, transformer=transformer, dtype=dtype, use_safetensors=True, local_files_only=True
+        opened.teacher.with_weights(transformer=False), transformer=transformer, dtype=dtype, use_safetensors=True, local_files_only=True
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)

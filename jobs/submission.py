@@ -1,0 +1,212 @@
+"""Jobs on a cluster somewhere else, by Ray's job API: sent, looked at, followed, stopped.
+
+The packages travel with the job unless the cluster has them. A job's state is what its log says, in the lines of
+`jobs.progress`, so nothing but the job API has to be reachable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jobs.progress import Told, told_by
+from ppcl.config import Config
+from ppcl.errors import UserError
+
+_PACKAGES = ("ppcl", "jobs")
+_ANSWER_SECONDS = 10
+_ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+_OLDEST_PYTHON = (3, 11)
+# How long a job may take to begin before it is called waiting, and to end after it was told to, seconds.
+_BEGIN_SECONDS, _STOP_SECONDS = 180, 120
+
+
+@dataclass(frozen=True)
+class Status:
+    """A job: `state` as Ray calls it, `told` what it said last, `output` where its result lies."""
+
+    id: str
+    state: str
+    output: str
+    told: Told
+    begun: datetime | None
+    ended: datetime | None
+
+    def to_json(self) -> dict[str, Any]:
+        times = {"begun": self.begun and self.begun.isoformat(), "ended": self.ended and self.ended.isoformat()}
+        return {"id": self.id, "state": self.state, "output": self.output, **vars(self.told), **times}
+
+
+class Jobs:
+    """The jobs of a cluster. Raises `UserError` where nothing answers at the address, or something else than a Ray of our version."""
+
+    def __init__(self, address: str):
+        import ray
+        import requests
+        from ray.job_submission import JobSubmissionClient
+
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if not address.startswith(("http://", "https://")):
+            raise UserError(f"--address {address!r} is no address of Ray's job API; give http://HEAD:8265, the head's dashboard")
+        self.address = address.rstrip("/")
+        try:
+            answer = requests.get(f"{self.address}/api/version", timeout=_ANSWER_SECONDS)
+            version = answer.json().get("ray_version") if answer.ok else None
+        except requests.exceptions.ConnectionError:
+            raise UserError(f"nothing answers at {self.address}; check the address and that the head's dashboard runs") from None
+        except (requests.exceptions.RequestException, ValueError, AttributeError):
+            version, answer = None, None
+        if answer is not None and answer.status_code in (401, 403):
+            # The client sends the token where there is one, and tells how to give it.
+            version = ray.__version__
+        if version is None:
+            raise UserError(f"what answers at {self.address} is not Ray's job API; give http://HEAD:8265, the head's dashboard")
+        if version.split(".")[:2] != ray.__version__.split(".")[:2]:
+            raise UserError(
+                f"the cluster at {self.address} runs Ray {version}, this ppcl Ray {ray.__version__}; use the same on both sides"
+            )
+        with self._asking():
+            self.client = JobSubmissionClient(self.address)
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """What goes wrong in a request, in one sentence."""
+        import requests
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError:
+            raise UserError(
+                f"the cluster at {self.address} wants a token, and none or another was given; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            ) from None
+        except (ConnectionError, requests.exceptions.RequestException) as error:
+            raise UserError(f"the cluster at {self.address} does not answer any more ({type(error).__name__})") from None
+
+    def submit(self, config: Config, installed: bool = False) -> str:
+        """Send a job; gives its id. `installed`: the cluster has ppcl itself.
+
+        Raises `UserError` where a job on the same output is under way already.
+        """
+        output = str(config.output)
+        name = f"ppcl-{hashlib.sha256(output.encode()).hexdigest()[:8]}"
+        before = [job for job in self._details() if job.submission_id.startswith(f"{name}-")]
+        for job in before:
+            if str(job.status.value) not in _ENDED:
+                raise UserError(f"the job {job.submission_id} works on {output} already; `ppcl logs {job.submission_id} -f` follows it")
+        numbers = [int(job.submission_id.rpartition("-")[2]) for job in before]
+        identity = f"{name}-{max(numbers, default=0) + 1}"
+        too_old = f"ppcl: the cluster runs a Python older than {'.'.join(map(str, _OLDEST_PYTHON))}"
+        check = f"python -c 'import sys; sys.version_info >= {_OLDEST_PYTHON} or sys.exit(\"{too_old}\")'"
+        command = "ppcl" if installed else "python -m jobs.cli"
+        with tempfile.TemporaryDirectory() as folder, self._asking():
+            # JSON is YAML.
+            Path(folder, "config.yaml").write_text(config.model_dump_json(indent=1))
+            for package in () if installed else _PACKAGES:
+                source = Path(__file__).resolve().parent.parent / package
+                shutil.copytree(source, Path(folder, package), ignore=shutil.ignore_patterns("__pycache__"))
+            self.client.submit_job(
+                entrypoint=f"{check} && {command} compress config.yaml --address auto",
+                submission_id=identity,
+                metadata={"ppcl": "compress", "output": output, "teacher": str(config.teacher)},
+                runtime_env={
+                    "working_dir": folder,
+                    # A stopped job ends as by Ctrl-C: it gives its output free.
+                    "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60", "COLUMNS": "120"},
+                },
+            )
+        return identity
+
+    def wait_until_begun(self, identity: str) -> Status:
+        """Wait until a job has begun a stage, or ended. Raises `UserError` with its own words where it refused its input."""
+        deadline = time.monotonic() + _BEGIN_SECONDS
+        while True:
+            status = self.status(identity)
+            if status.state == "FAILED":
+                raise UserError(f"the job {identity} failed: {status.told.error or self._message(identity)}")
+            if status.told.stage or status.state in _ENDED or time.monotonic() > deadline:
+                return status
+            time.sleep(0.5)
+
+    def _message(self, identity: str) -> str:
+        with self._asking():
+            message = self.client.get_job_info(identity).message or "it left no word; look at its log"
+        return " ".join(message.split())
+
+    def _details(self) -> list[Any]:
+        """Our jobs, the oldest first."""
+        with self._asking():
+            found = [job for job in self.client.list_jobs() if job.submission_id and (job.metadata or {}).get("ppcl")]
+        return sorted(found, key=lambda job: job.start_time or 0)
+
+    def _find(self, identity: str | None) -> Any:
+        """A job by its id; without one the last that was sent."""
+        jobs = self._details()
+        for job in reversed(jobs):
+            if identity in (None, job.submission_id):
+                return job
+        known = ", ".join(job.submission_id for job in jobs[-10:])
+        if identity is None:
+            raise UserError(f"the cluster at {self.address} has no job of ppcl; send one with ppcl submit")
+        raise UserError(f"there is no job {identity!r} at {self.address}; there are {known or 'none'}")
+
+    def status(self, identity: str | None = None) -> Status:
+        return self._status(self._find(identity))
+
+    def _status(self, job: Any) -> Status:
+        with self._asking():
+            told = told_by(self.client.get_job_logs(job.submission_id))
+        begun, ended = (t and datetime.fromtimestamp(t / 1000, UTC) for t in (job.start_time, job.end_time))
+        return Status(job.submission_id, str(job.status.value), job.metadata["output"], told, begun, ended)
+
+    def all(self) -> list[Status]:
+        return [self._status(job) for job in self._details()]
+
+    def logs(self, identity: str | None = None) -> str:
+        job = self._find(identity)
+        with self._asking():
+            return self.client.get_job_logs(job.submission_id)
+
+    def follow(self, identity: str | None, say: Callable[[str], None]) -> Status:
+        """Say a job's log as it grows, until it ends."""
+        job = self._find(identity)
+
+        async def tail() -> None:
+            async for text in self.client.tail_job_logs(job.submission_id):
+                say(text)
+
+        with self._asking():
+            asyncio.run(tail())
+        return self.status(job.submission_id)
+
+    def stop(self, identity: str | None = None) -> Status:
+        """Stop a job and wait until it has ended. Raises `UserError` for one that has ended already."""
+        job = self._find(identity)
+        if str(job.status.value) in _ENDED:
+            raise UserError(f"the job {job.submission_id} has ended already ({job.status.value}); nothing to stop")
+        with self._asking():
+            self.client.stop_job(job.submission_id)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while (status := self.status(job.submission_id)).state not in _ENDED and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return status
+
+
+def absolute(config: Config) -> Config:
+    """The configuration with paths that mean the same on every node that shares them."""
+    values = config.model_dump(mode="json")
+    for section, key in ((values, "teacher"), (values, "prompts"), (values, "output"), (values["evaluation"], "prompts")):
+        if section[key] is not None and "://" not in section[key]:
+            section[key] = str(Path(section[key]).absolute())
+    return Config.model_validate(values)
