@@ -144,7 +144,7 @@ def before(whole, stage, where):
     [("raises", "students"), ("first killed", "students"), ("last killed", "students"), ("checkpoint", "students"), ("probe", "probes")],
 )
 def test_a_job_outlives_the_loss_of_a_worker(values, whole, undisturbed, tmp_path, fault, stage):
-    job = Job(values, before(whole, stage, tmp_path), fault, tmp_path / "mark").until("students: done")
+    job = Job(values, before(whole, stage, tmp_path), fault, tmp_path / "mark").until("variants: ")
     assert (tmp_path / "mark").exists() and job.said.count(f"{stage}: failed (") == 1
     same(students(job.output), undisturbed)
     assert not list(job.output.rglob("*.partial"))
@@ -160,7 +160,7 @@ def test_a_job_outlives_the_loss_of_an_evaluator(values, whole, tmp_path):
 
 
 def test_a_rank_that_stops_answering_is_given_up_after_a_while(values, result, undisturbed, tmp_path):
-    job = Job(values, result, "stopped", tmp_path / "mark").until("students: done")
+    job = Job(values, result, "stopped", tmp_path / "mark").until("variants: ")
     assert "students: failed (" in job.said
     same(students(job.output), undisturbed)
 
@@ -175,7 +175,7 @@ def test_a_killed_driver_leaves_what_any_number_of_workers_goes_on_from(values, 
     job.wait_until(lambda: len(checkpoints(job.output)) > 3)
     job.kill()
     assert checkpoints(job.output)
-    job = Job(values, result, distillation__pipeline=pipeline, distillation__replicas=replicas).until("students: done")
+    job = Job(values, result, distillation__pipeline=pipeline, distillation__replicas=replicas).until("variants: ")
     assert "probes: complete, skipped" in job.said
     same(students(job.output), undisturbed)
 
@@ -192,7 +192,7 @@ def test_a_second_job_on_the_same_output_is_refused_and_the_first_goes_on(values
     first.wait_until(lambda: "students: " in first.said)
     second = Job(values, result).end(2)
     assert f"another ppcl works in {result}" in second.said
-    same(students(first.until("students: done").output), undisturbed)
+    same(students(first.until("variants: ").output), undisturbed)
 
 
 def test_a_bucket_that_fails_for_long_ends_in_one_sentence_and_the_job_goes_on_later(values, undisturbed, s3, tmp_path):
