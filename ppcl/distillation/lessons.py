@@ -152,6 +152,8 @@ class Depth(_Linear):
 
     def _pairs(self, seen: Seen) -> Iterator[Fit]:
         """Block `u` on `X_{u-1}` gives the teacher's own `X_u`: the map is a fit between two boundaries."""
+        if not self.module.affine:
+            return
         before, after = seen.boundaries[self.entry.first + 1], seen.boundaries[self.entry.last + 1]
         for name in self.module.affine:
             x = seen.tokens(getattr(before, name), name)

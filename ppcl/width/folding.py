@@ -35,6 +35,17 @@ class Folded(nn.Module):
         return self.inner(self.basis.coordinates(x))
 
 
+class Projected(nn.Module):
+    """The same for a map that is still being trained: `inner` itself, of what the basis keeps of its input."""
+
+    def __init__(self, inner: nn.Linear, basis: Basis):
+        super().__init__()
+        self.inner, self.basis = inner, basis
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.basis.mean + self.basis.coordinates(x) @ self.basis.directions.T)
+
+
 class Basis(nn.Module):
     """`directions (d, k)`, orthonormal, and `mean (d,)`, shared by all modulations."""
 
@@ -51,10 +62,13 @@ class Basis(nn.Module):
         """A view of a block, or of what stands for one, with the modulations at `paths` folded."""
         return view(module, {path: self._fold(at(module, path)) for path in paths})
 
-    def _fold(self, modulation: nn.Module) -> Folded:
+    def _fold(self, modulation: nn.Module) -> Folded | Projected:
         if isinstance(modulation, Modulation):
             whole = self._fold(modulation.source).inner
             return Folded(Modulation(whole, modulation.width, modulation.constants), self)
+        if modulation.weight.requires_grad:
+            # What was multiplied out now would be wrong after the next step, and pass no gradient on.
+            return Projected(modulation, self)
         # The products are the costly part, and the same in every variant.
         if modulation not in self._folded:
             self._folded[modulation] = Folded(self.restricted(modulation), self)

@@ -10,6 +10,7 @@ from ppcl.config import Distillation, Finetuning
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import batch_of, distil
 from ppcl.errors import UserError
+from ppcl.evaluation.velocity import variant_errors
 from ppcl.finetuning.plans import Any, One, Within, draws_of, random_plans
 from ppcl.finetuning.run import finetune
 from ppcl.finetuning.trajectories import Trajectories, visited
@@ -44,7 +45,7 @@ def students(folder, tmp_path_factory):
     return out
 
 
-def tune(folder, students, out, settings=SETTINGS, stop_after=None):
+def tune(folder, students, out, settings=SETTINGS, stop_after=None, variants=VARIANTS):
     def report(done, total, losses):
         if done == stop_after:
             raise KeyboardInterrupt
@@ -53,7 +54,7 @@ def tune(folder, students, out, settings=SETTINGS, stop_after=None):
     mesh = Mesh.join(1, settings.replicas)
     with torch.enable_grad():
         finetune(
-            Teacher(folder), files_in(students), VARIANTS, MemorySamples(256), settings, 8, mesh, out, out / "checkpoints", 0,
+            Teacher(folder), files_in(students), variants, MemorySamples(256), settings, 8, mesh, out, out / "checkpoints", 0,
             "cpu", report,
         )
     return json.loads((out / "finetuning.json").read_text()) if mesh.replica == 0 else None
@@ -184,6 +185,20 @@ def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
     for entry in PLAN:
         same = all(torch.equal(before[entry][name], after[entry][name]) for name in before[entry])
         assert same == (entry not in (Interval(0, 1), Interval(3, 5)))
+
+
+def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
+    """With folded modulations too, which are multiplied out in the files' variants and not in training."""
+    plan, samples, teacher = [Interval(3, 5), Ffn(2, 50), Fold()], MemorySamples(256), Teacher(folder)
+    settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, start="first", ridge=1.0)
+    with torch.enable_grad():
+        distil(teacher, samples, plan, settings, Mesh(), tmp_path / "s", tmp_path / "c", 0, "cpu", lambda *_: None, 1e-2)
+    tuning = SETTINGS.model_copy(update={"steps": 40, "plan": "3-5,ffn:2/50,modulations", "measured": 0})
+    told = tune(folder, tmp_path / "s", tmp_path / "tuned", tuning, variants={"one": plan})["plans"][0]
+    switch, ids = Switch(teacher, files_in(tmp_path / "tuned")), samples.ids(held_out=True)
+    errors = variant_errors(teacher.transformer(), switch, {"one": plan}, samples.batch(ids))
+    assert told["after"] < 0.9 * told["before"]
+    assert told["after"] == pytest.approx(errors["one"].overall(), rel=1e-3)
 
 
 @pytest.mark.parametrize("power", [0.0, 2.0])

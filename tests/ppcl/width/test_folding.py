@@ -82,3 +82,20 @@ def test_a_basis_of_all_directions_changes_nothing(model, others):
 
     plain, folded = velocity(others), velocity((*others, Fold()))
     assert torch.allclose(plain, folded, atol=2e-4 * float(plain.abs().max())) and not torch.equal(plain, folded)
+
+
+def test_a_modulation_in_training_is_followed_and_gets_its_gradient():
+    torch.manual_seed(0)
+    block, basis, x = nn.Sequential(nn.Linear(8, 12)), Basis(8, 3), torch.randn(5, 8)
+    with torch.no_grad():
+        basis.directions.copy_(torch.linalg.qr(torch.randn(8, 3))[0])
+        basis.mean.copy_(torch.randn(8))
+    view = basis.folded(block, ["0"])
+    with torch.enable_grad():
+        view(x).square().sum().backward()
+    assert block[0].weight.grad.abs().max() > 0
+    with torch.no_grad():
+        block[0].weight.add_(torch.randn(12, 8))
+    block.requires_grad_(False)
+    assert torch.allclose(view(x), basis.folded(block, ["0"])(x), atol=1e-5)
+    assert isinstance(basis.folded(block, ["0"])[0], Folded)
