@@ -146,13 +146,17 @@ def test_an_asynchronous_stream(server):
 
 
 def test_every_variant_is_a_model_with_its_figures_and_auto_is_one(server, engine):
+    def figures(model):
+        """But for the seconds, which follow what batches take."""
+        return {key: value for key, value in model.to_dict().items() if key != "seconds_per_step"}
+
     listed = {model.id: model for model in server.client().models.list()}
     assert set(listed) == {"auto", *engine.weights.variants}
     for name, variant in engine.weights.variants.items():
         told = listed[name].model_extra
         assert (told["parameters"], told["share"], told["blocks"]) == (variant.parameters, variant.share, variant.blocks)
         assert told["seconds_per_step"] > 0 and "quality" in told
-        assert server.client().models.retrieve(name) == listed[name]
+        assert figures(server.client().models.retrieve(name)) == figures(listed[name])
     assert listed["auto"].model_extra["variants"][0] == "teacher"
     assert server.client().models.retrieve("auto") == listed["auto"]
 
