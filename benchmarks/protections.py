@@ -17,6 +17,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -129,12 +130,12 @@ def main() -> None:
 
     def errors(way: dict[str, Any], seed: int) -> tuple[float, float]:
         loss = way.get("loss", relative)
-        replaced = {name: value for name, value in way.items() if name != "loss"}
-        with tempfile.TemporaryDirectory() as out, patch.dict("ppcl.distillation.pupil.LOSSES", {"relative": loss}):
-            with patch.multiple(run, **replaced):
-                run.distil(
-                    teacher, watched, intervals, settings, Mesh(), Path(out), Path(out) / "c", seed, "cpu", lambda *_: None
-                )
+        with tempfile.TemporaryDirectory() as out, ExitStack() as patches:
+            patches.enter_context(patch.dict("ppcl.distillation.pupil.LOSSES", {"relative": loss}))
+            for name, value in way.items():
+                if name != "loss":
+                    patches.enter_context(patch.object(run, name, value))
+            run.distil(teacher, watched, intervals, settings, Mesh(), Path(out), Path(out) / "c", seed, "cpu", lambda *_: None)
             return velocity_errors(teacher, Path(out), intervals, watched)
 
     table = Table(title=f"{sum(i.removed for i in intervals)} blocks removed, {options.steps} steps, {options.seeds} seeds")
