@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.architecture import Architecture, Streams, architecture_of, embed, run_blocks
+from ppcl.architecture import architecture_of, embed, run_blocks
 from ppcl.plan import Entry, Ffn, Fold, TextRun
 from ppcl.plug import Switch
 
@@ -77,7 +77,7 @@ def measure_times(transformer: nn.Module, switch: Switch, inputs: Mapping[str, A
     def saving(numbers: range, before: Sequence[Entry], after: Sequence[Entry]) -> float:
         ways = [switch.entries(transformer, plan) for plan in (before, after)]
         standing = [[way.get(number, blocks[number]) for number in numbers] for way in ways]
-        one, other = _least([lambda mods=mods: _run(architecture, mods, streams, context) for mods in standing])
+        one, other = _least([lambda mods=mods: run_blocks(architecture, mods, streams, context) for mods in standing])
         return one - other
 
     groups: dict[Any, list[Entry]] = {}
@@ -101,10 +101,6 @@ def measure_times(transformer: nn.Module, switch: Switch, inputs: Mapping[str, A
 
 def _each(group: Sequence[Entry], seconds: Sequence[float]) -> dict[Entry, int]:
     return dict.fromkeys(group, round(1e6 * statistics.median(seconds)))
-
-
-def _run(architecture: Architecture, modules: Sequence[nn.Module], streams: Streams, context: Mapping[str, Any]) -> None:
-    run_blocks(architecture, modules, streams, context)
 
 
 @torch.no_grad()
