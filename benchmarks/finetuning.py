@@ -36,7 +36,7 @@ from ppcl.plan import Entry
 from ppcl.plug import Switch
 from ppcl.replacements import files_in
 from ppcl.teacher import Teacher
-from ppcl.variants import Family
+from ppcl.variants import read_family
 
 
 class Judge:
@@ -63,8 +63,8 @@ class Judge:
         switch(self.pipeline.transformer, ())
         return {category: np.asarray(found, np.float64) for category, found in right.items()}
 
-    def drop(self, folder: Path, plan: tuple[Entry, ...]) -> dict[str, float]:
-        right = self.right(Switch(self.teacher, files_in(folder)), plan)
+    def drop(self, files: dict[Entry, Path], plan: tuple[Entry, ...]) -> dict[str, float]:
+        right = self.right(Switch(self.teacher, files), plan)
         return relative_drop(right, self.teachers, self.config.evaluation.confidence, self.config.seed)
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     config = Config.model_validate_json((options.job / CONFIG).read_text())
-    family = Family.from_json(json.loads((options.job / "variants" / "variants.json").read_text()))
+    family = read_family(options.job / "variants")
     plan, teacher = family.variants[options.variant].plan, Teacher(config.teacher)
     samples, judge = CalibrationSet(options.job / "calibration"), Judge(config, teacher, options.pictures)
     files = {entry: path for entry, path in files_in(options.job / "students").items() if entry in plan}
@@ -95,12 +95,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             with torch.enable_grad():
                 finetune(
-                    teacher, files, {options.variant: plan}, samples, settings, config.sampling.steps, Mesh(), Path(out),
+                    teacher, files, {options.variant: plan}, {}, samples, settings, config.sampling.steps, Mesh(), Path(out),
                     Path(out) / "checkpoints", config.seed, "cpu", lambda *_: None,
                 )  # fmt: skip
             (told,) = json.loads((Path(out) / "finetuning.json").read_text())["plans"]
             row = {"steps": options.steps, "own_states": own, "noise_weight": noise, "velocity_error": told["after"]}
-            rows.append(row | judge.drop(Path(out), plan))
+            rows.append(row | judge.drop(files | files_in(Path(out)), plan))
         print(rows[-1], flush=True)
     table = Table(title=f"{options.variant}: {', '.join(map(str, plan))}; {options.pictures} pictures")
     for heading in ("steps", "own states", "noise weight", "velocity error", "R, %"):

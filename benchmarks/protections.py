@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppcl.artifacts import CONFIG
 from ppcl.calibration.store import CalibrationSet
-from ppcl.config import Config
+from ppcl.config import Config, Distillation
 from ppcl.distillation import run
-from ppcl.distillation.lessons import Depth, Fit, Seen
+from ppcl.distillation.lessons import Depth, Fit, Seen, Wanted
 from ppcl.distillation.loss import relative
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import Pupil
@@ -63,8 +63,9 @@ class Watched:
 
 
 class MeanStart(Depth):
-    def __init__(self, architecture: Any, blocks: Any, entry: Interval, start: str):
-        super().__init__(architecture, blocks, entry, start)
+    def __init__(self, architecture: Any, transformer: Any, blocks: Any, entry: Interval, settings: Distillation):
+        super().__init__(architecture, transformer, blocks, entry, settings)
+        self.wanted_to_start = Wanted(frozenset({entry.first, entry.last + 1}))
         removed = [dict(blocks[number].named_parameters()) for number in entry.blocks]
         with torch.no_grad():
             for name, parameter in self.module.block.named_parameters():
@@ -122,7 +123,7 @@ def main() -> None:
     )
     ways = {
         "plain": {},
-        "mean start": {"new_lesson": lambda architecture, _t, blocks, entry, start, _c: MeanStart(architecture, blocks, entry, start)},
+        "mean start": {"new_lesson": lambda *given: MeanStart(*given[:5])},
         "sensitivity": {"Pupil": Sensitive},
         "massive": {"loss": massive},
         "noisy": {"loss": noisy(watched)},

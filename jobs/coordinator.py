@@ -164,7 +164,7 @@ class Job:
                 config, self.teacher, calibration, path("students"), folder, device, update
             ),
         )
-        replacements = path("students")
+        finetuning = path("finetuning") if config.finetuning.steps else None
         if config.finetuning.steps:
             variants = self.artifacts.entry("variants").key
             base = [*base, _settings(config, "finetuning")]
@@ -178,7 +178,6 @@ class Job:
                 | {"variants": variants},
                 keeps_checkpoints=True,
             )
-            replacements = path("finetuning")
         else:
             # One from before would go on being the result's.
             self.artifacts.forget("finetuning")
@@ -189,7 +188,7 @@ class Job:
             "velocity errors and pictures of every variant",
             base,
             lambda folder, update, key: evaluate(
-                config, self.teacher, calibration, replacements, path("variants"), folder, device, update
+                config, self.teacher, calibration, path("students"), path("variants"), finetuning, folder, device, update
             ),
         )
 

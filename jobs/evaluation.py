@@ -21,7 +21,7 @@ from ppcl.replacements import files_in
 from ppcl.sizes import sizes
 from ppcl.storage import gather, writing
 from ppcl.teacher import Teacher
-from ppcl.variants import TEACHER, Family, best_plans, make_variants, plans_to_measure
+from ppcl.variants import TEACHER, Family, best_plans, make_variants, plans_to_measure, read_family
 
 Progress = Callable[[int, int], None]
 
@@ -33,12 +33,14 @@ _CHOSEN_ON = 192
 class _Evaluator:
     """Holds one pipeline and all its students; every measurement is one call."""
 
-    def __init__(self, config: Config, teacher: str, students: Path, folder: Path, device: str):
+    def __init__(self, config: Config, teacher: str, students: Path, tuned: tuple[Path, Path] | None, folder: Path, device: str):
+        """`tuned`: the stages of fine-tuning and of the variants, where there are fine-tuned replacements."""
         import diffusers
         import torch
 
         from ppcl.calibration.store import CalibrationSet
         from ppcl.plug import Switch
+        from ppcl.tuned import Tuned
 
         diffusers.utils.logging.set_verbosity_error()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.evaluation.workers))
@@ -46,7 +48,8 @@ class _Evaluator:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.teacher = Teacher(teacher)
         self.pipeline = self.teacher.pipeline(device, self.dtype)
-        self.switch = Switch(self.teacher, files_in(complete(students)))
+        fine = Tuned.read(complete(tuned[0]), read_family(complete(tuned[1])).damage) if tuned else None
+        self.switch = Switch(self.teacher, files_in(complete(students)), fine)
         self.samples = lru_cache(lambda calibration: CalibrationSet(complete(calibration)))
 
     def damages(self, calibration: Path, ids: np.ndarray) -> Any:
@@ -83,17 +86,22 @@ class _Evaluator:
         with writing(self.folder) as folder:
             save_pictures(made, [picture_path(folder, variant, index) for index in indices])
 
+    def fine_tuned(self, variants: dict[str, Any]) -> dict[str, bool]:
+        return {name: bool(self.switch.fine_tuned(plan)) for name, plan in variants.items()}
+
     def seconds(self, variants: dict[str, Any], texts: list[str]) -> dict[str, float]:
         from ppcl.evaluation.pictures import seconds_per_step
 
         return seconds_per_step(self.pipeline, self.switch, variants, texts, self.config.sampling)
 
 
-def _pool(config: Config, teacher: Teacher, students: Path, folder: Path, device: str) -> list[Any]:
+def _pool(
+    config: Config, teacher: Teacher, students: Path, tuned: tuple[Path, Path] | None, folder: Path, device: str
+) -> list[Any]:
     check_resources(config.evaluation.workers, device, "evaluation.workers")
     resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
     actor = _Evaluator.options(**resources)
-    return [actor.remote(config, teacher.place, students, folder, device) for _ in range(config.evaluation.workers)]
+    return [actor.remote(config, teacher.place, students, tuned, folder, device) for _ in range(config.evaluation.workers)]
 
 
 def _all(actors: list[Any], call: Callable[[Any, Any], Any], items: list[Any], done: Callable[[int], None]) -> list[Any]:
@@ -121,7 +129,7 @@ def choose_variants(
     from ppcl.calibration.store import CalibrationSet
     from ppcl.evaluation.velocity import Squares
 
-    actors = _pool(config, teacher, students, folder, device)
+    actors = _pool(config, teacher, students, None, folder, device)
     ids, size = CalibrationSet(calibration).ids(held_out=True), config.evaluation.batch_size
     chunks = _chunks(ids, size)
     # A plan is chosen on part of them; what is told of it later is measured on all.
@@ -170,11 +178,15 @@ def evaluate(
     calibration: Path,
     students: Path,
     variants: Path,
+    finetuning: Path | None,
     folder: Path,
     device: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Velocity errors, pictures, scores and seconds a step of every variant; writes `evaluation.json`."""
+    """Velocity errors, pictures, scores and seconds a step of every variant; writes `evaluation.json`.
+
+    `finetuning`: where the fine-tuned replacements are, None where there are none.
+    """
     from ppcl.calibration.store import CalibrationSet
     from ppcl.evaluation.pictures import load_pictures, picture_path
     from ppcl.evaluation.scores import relative_drop, world_scores
@@ -183,7 +195,7 @@ def evaluate(
     from ppcl.evaluation.world import load_world, passes
 
     settings = config.evaluation
-    family = Family.from_json(json.loads((variants / "variants.json").read_text()))
+    family = read_family(variants)
     on = {name: v.plan for name, v in family.variants.items()}
     prompts = _prompts(config, CalibrationSet(calibration))
     indices = list(range(len(prompts)))
@@ -191,12 +203,13 @@ def evaluate(
     work = [(name, chunk) for name in on for chunk in _chunks(indices, settings.batch_size)]
     total = len(ids) + len(work) + 1
 
-    actors = _pool(config, teacher, students, folder, device)
+    actors = _pool(config, teacher, students, (finetuning, variants) if finetuning else None, folder, device)
     texts = [p.text for p in prompts]
     # Timed first and by one actor alone: nothing else runs.
     seconds = _all(
         actors[:1], lambda a, _: a.seconds.remote(on, texts[: settings.batch_size]), [None], lambda d: progress(d, total)
     )[0]
+    (tuned,) = _all(actors[:1], lambda a, _: a.fine_tuned.remote(on), [None], lambda _: None)
     errors = _all(actors, lambda a, c: a.errors.remote(calibration, c, on), ids, lambda d: progress(1 + d, total))
     _all(
         actors,
@@ -216,6 +229,7 @@ def evaluate(
         pictures = load_pictures([picture_path(folder, name, i) for i in indices])
         squares = Squares.joined(part[name] for part in errors)
         row = {
+            "fine_tuned": tuned[name],
             "velocity_error": squares.overall(),
             "velocity_by_timestep": squares.by_timestep(),
             "psnr": float(psnr(pictures, reference).mean()),

@@ -19,15 +19,16 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
     from ppcl.distillation.mesh import Mesh
     from ppcl.finetuning.run import finetune
     from ppcl.replacements import files_in
-    from ppcl.variants import Family
+    from ppcl.variants import read_family
 
     config = Config.model_validate(arguments["config"])
-    family = Family.from_json(json.loads((complete(arguments["variants"]) / "variants.json").read_text()))
+    family = read_family(complete(arguments["variants"]))
     with resumable(arguments["checkpoints"], arguments["attempt"]) as checkpoints, writing(arguments["folder"]) as folder:
         finetune(
             teacher=Teacher(arguments["teacher"]),
             files=files_in(complete(arguments["students"])),
             variants={name: variant.plan for name, variant in family.variants.items()},
+            damage=family.damage,
             samples=CalibrationSet(complete(arguments["calibration"])),
             settings=config.finetuning,
             sampling_steps=config.sampling.steps,

@@ -104,6 +104,9 @@ class Distillation(Section):
         description="a student's start: block u followed by the closed-form affine map; block u (the paper); the middle "
         "block (the reference)",
     )
+    student_hidden: int = Field(
+        100, ge=1, le=100, description="percent of their hidden units that the students' FFNs keep, the best ones by least squares; 100: all (the paper)"
+    )
     ridge: float = Field(1e-4, ge=0, description="ridge of the closed-form maps, as a share of a channel's variance")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
     pipeline: int = Field(1, ge=1, description="pp: ranks that share the teacher's blocks, each with its own segment")

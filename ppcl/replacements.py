@@ -118,7 +118,7 @@ def _empty(entry: Entry, words: Mapping[str, str], tensors: Mapping[str, torch.T
     """The structure of a replacement, without weights."""
     if isinstance(entry, Interval):
         source = int(words["source"])
-        block = teacher.architecture.blocks(teacher.empty_transformer())[source]
+        block = _as_stored(teacher, source, tensors)
         affine = {
             stream: nn.Linear(*reversed(tensors[f"affine.{stream}.weight"].shape), device="meta")
             for stream in Streams._fields
@@ -135,6 +135,17 @@ def _empty(entry: Entry, words: Mapping[str, str], tensors: Mapping[str, torch.T
             shapes = {stream: tensors[f"up.{stream}.weight"].shape for stream in Streams._fields if f"up.{stream}.weight" in tensors}
             return NarrowFfn({stream: (nn.Linear(d, k), nn.Linear(k, d)) for stream, (k, d) in shapes.items()})
         return FfnMaps({stream: nn.Linear(width, width) for stream in Streams._fields if f"{stream}.weight" in tensors})
+
+
+def _as_stored(teacher: Teacher, source: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The structure of a student's block: the teacher's block `source`, with as many hidden units as its file has."""
+    architecture, model = teacher.architecture, teacher.empty_transformer()
+    block = architecture.blocks(model)[source]
+    for where in architecture.parts_of(model, source, block).values():
+        for name in (architecture.ffn_up, architecture.ffn_down):
+            rows, columns = tensors[f"block.{where.ffn}.{name}.weight"].shape
+            block.set_submodule(f"{where.ffn}.{name}", nn.Linear(columns, rows, device="meta"))
+    return block
 
 
 def stored_sizes(path: Path) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from ppcl.replacements import files_in
 from ppcl.sizes import Sizes, sizes
 from ppcl.storage import is_url
 from ppcl.teacher import Teacher
-from ppcl.variants import TEACHER, Family, Variant, trained
+from ppcl.tuned import Tuned
+from ppcl.variants import TEACHER, Variant, read_family, trained
 
 CUSTOM = "custom"
 
@@ -38,15 +39,26 @@ class Result:
         self.artifacts = Artifacts(folder)
         job = self.artifacts.manifest()["job"]
         self._check("variants")
-        self.family = Family.from_json(json.loads(self.artifacts.path("variants", "variants.json").read_text()))
-        stage = replacements_stage(self.artifacts)
-        self._check(stage)
+        self.family = read_family(self.artifacts.path("variants"))
+        self._check("students")
         self.teacher = _teacher(teacher or job["teacher"], job["teacher_sha256"])
-        # What the manifest does not name was not verified.
-        verified = {self.artifacts.path(name) for name in self.artifacts.entry(stage).files}
-        found = files_in(self.artifacts.path(stage))
-        self.replacements = {entry: path for entry, path in found.items() if path in verified}
-        self._switch = Switch(self.teacher, self.replacements)
+        self.replacements = self._verified("students", files_in(self.artifacts.path("students")))
+        self.tuned = self._tuned()
+        self._switch = Switch(self.teacher, self.replacements, self.tuned)
+
+    def _verified(self, stage: str, files: Mapping[Entry, Path]) -> dict[Entry, Path]:
+        """Those that the manifest names: no other was verified."""
+        known = {self.artifacts.path(name) for name in self.artifacts.entry(stage).files}
+        return {entry: path for entry, path in files.items() if path in known}
+
+    def _tuned(self) -> Tuned | None:
+        """The fine-tuned replacements, where fine-tuning was done for the variants as they are."""
+        done, variants = self.artifacts.entry("finetuning"), self.artifacts.entry("variants")
+        if not done or done.info.get("variants") != variants.key:
+            return None
+        self._check("finetuning")
+        tuned = Tuned.read(self.artifacts.path("finetuning"), self.family.damage)
+        return replace(tuned, files=self._verified("finetuning", tuned.files))
 
     def _check(self, stage: str) -> None:
         """Raises `UserError` where a stage is not there or not intact."""
@@ -82,6 +94,10 @@ class Result:
         plan = trained(self._entries(choice), self.replacements, self.family.spans)
         return Variant.of(CUSTOM, plan, self._sizes)
 
+    def fine_tuned(self, choice: Choice) -> bool:
+        """Whether a variant takes fine-tuned replacements; see `ppcl.tuned`."""
+        return bool(self._switch.fine_tuned(self.variant(choice).plan))
+
     @cached_property
     def _sizes(self) -> Sizes:
         return sizes(self.teacher, self.replacements)
@@ -115,12 +131,6 @@ class Result:
         Not while the pipeline is running. `UserError` leaves it as it was.
         """
         self._switch(pipeline.transformer, self.variant(variant).plan)
-
-
-def replacements_stage(artifacts: Artifacts) -> str:
-    """The stage whose replacements are the result's: fine-tuning where it was done for the variants as they are."""
-    tuned, variants = artifacts.entry("finetuning"), artifacts.entry("variants")
-    return "finetuning" if tuned and variants and tuned.info.get("variants") == variants.key else "students"
 
 
 def _teacher(folder: str | Path, sha256: str) -> Teacher:

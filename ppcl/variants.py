@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ppcl.choice import Plan, candidates, choose_blocks, target_candidates
@@ -173,3 +175,8 @@ class Family:
                 for name, v in values["variants"].items()
             },
         )
+
+
+def read_family(folder: Path) -> Family:
+    """What the stage `variants` left in its folder."""
+    return Family.from_json(json.loads((folder / "variants.json").read_text()))

@@ -131,8 +131,12 @@ def run_seed(
     """`{row: {velocity_error, R, world, share, plan}}` of one seed. `report(done, total)` counts training steps."""
     settings, samples = config.ablation, CalibrationSet(calibration)
     steps = config.distillation.model_copy(
-        update={"steps": settings.steps, "batch_size": settings.batch_size, "warmup": min(config.distillation.warmup, settings.steps // 10)}
-    )
+        # Whole students in every row, as in the paper.
+        update={
+            "steps": settings.steps, "batch_size": settings.batch_size, "student_hidden": 100,
+            "warmup": min(config.distillation.warmup, settings.steps // 10),
+        }
+    )  # fmt: skip
     tuning = config.finetuning.model_copy(
         update={"steps": settings.finetuning_steps, "measured": 0, "warmup": min(config.finetuning.warmup, settings.finetuning_steps // 10)}
     )
@@ -160,18 +164,19 @@ def run_seed(
         (work / name).mkdir(parents=True, exist_ok=True)
         files = {entry: path for entry, path in files_in(work / "library").items() if entry in plan}
         finetune(
-            teacher, files, {_PLAN: plan}, samples, one, config.sampling.steps, Mesh(), work / name, work / name / "checkpoints",
+            teacher, files, {_PLAN: plan}, {}, samples, one, config.sampling.steps, Mesh(), work / name, work / name / "checkpoints",
             seed, device, telling(part),
         )  # fmt: skip
     folders = {row.name: work / (row.name if (work / row.name).is_dir() else "library") for row in ROWS}
-    return _measure(config, teacher, samples, plans, folders, seed, device, lambda done: report(sum(parts) + done, total))
+    return _measure(config, teacher, samples, plans, files_in(work / "library"), folders, seed, device, lambda done: report(sum(parts) + done, total))
 
 
 @torch.no_grad()
 def _measure(
-    config: Config, teacher: Teacher, samples: CalibrationSet, plans: Mapping[str, Sequence[Entry]], folders: Mapping[str, Path],
-    seed: int, device: str, tell: Callable[[int], None],
+    config: Config, teacher: Teacher, samples: CalibrationSet, plans: Mapping[str, Sequence[Entry]], library: Mapping[Entry, Path],
+    folders: Mapping[str, Path], seed: int, device: str, tell: Callable[[int], None],
 ) -> dict[str, Any]:  # fmt: skip
+    """`library`: what rows share, in which their own folders have the last word: fine-tuning writes what it trains alone."""
     from ppcl.evaluation.pictures import make_pictures
     from ppcl.evaluation.scores import relative_drop
 
@@ -205,7 +210,7 @@ def _measure(
             tell(number + 1)
             continue
         trained[same] = name
-        files = {entry: path for entry, path in files_in(folders[name]).items() if entry in plan}
+        files = {entry: path for entry, path in (library | files_in(folders[name])).items() if entry in plan}
         switch = Switch(teacher, files)
         batches = [ids[start : start + evaluation.batch_size] for start in range(0, len(ids), evaluation.batch_size)]
         squares = Squares.joined(

@@ -7,6 +7,8 @@ interval to interval, and no student can be used without those before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 import torch
@@ -34,7 +36,7 @@ def distil_in_sequence(
     bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
     segment = Segment(teacher, range(count), intervals, device, torch.bfloat16 if bfloat16 else torch.float32)
     chain, ids = Chain(0, 1, 0), samples.ids(held_out=False)
-    lessons = {i: Depth(architecture, segment.blocks, i, settings.start) for i in sorted(intervals)}
+    lessons = {i: Depth(architecture, segment.transformer, segment.blocks, i, settings) for i in sorted(intervals)}
     for lesson in lessons.values():
         lesson.module.to(device)
 
@@ -42,7 +44,7 @@ def distil_in_sequence(
         return segment.run(samples.batch(rows, device, segment.dtype), chain, wanted)
 
     if settings.start == "affine":
-        wanted = Wanted(frozenset(b for lesson in lessons.values() for b in lesson.wanted.boundaries))
+        wanted = reduce(or_, (lesson.wanted_to_start for lesson in lessons.values()), Wanted())
         fit_starts(list(lessons.values()), lambda rows: seen(rows, wanted), ids, settings.batch_size, settings.ridge, mesh)
     pupils = {i: Pupil(lesson, settings, mesh) for i, lesson in lessons.items()}
     wanted = Wanted(frozenset({0, *(i.last + 1 for i in intervals)}))

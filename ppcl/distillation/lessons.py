@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from ppcl.architecture import Architecture, Streams, run_blocks
+from ppcl.config import Distillation
 from ppcl.distillation.loss import relative
 from ppcl.plan import Entry, Ffn, Interval, TextRun
 from ppcl.probes import Statistics, affine_fit
 from ppcl.students import Student, affine_map
 from ppcl.width import FfnMaps, NarrowFfn, TextProjectors, eliminate, text_run
+from ppcl.width.narrow import narrow_parts
 from ppcl.width.surgery import at
 
 # A loss as a sum over tokens, and what it is divided by, see `ppcl.distillation.loss`.
@@ -132,23 +134,47 @@ class _Linear:
 
 
 class Depth(_Linear):
-    """A student block for an interval (Eq. 6)."""
+    """A student block for an interval (Eq. 6), all of a block or with fewer hidden units in its FFNs."""
 
-    def __init__(self, architecture: Architecture, blocks: Mapping[int, nn.Module], entry: Interval, start: str):
-        """`start`: `affine`, `first` or `middle`, see `ppcl.config.Distillation`."""
+    def __init__(
+        self, architecture: Architecture, transformer: nn.Module, blocks: Mapping[int, nn.Module], entry: Interval,
+        settings: Distillation,
+    ):  # fmt: skip
         self.entry = entry
-        source = sum(entry) // 2 if start == "middle" else entry.first
+        source = sum(entry) // 2 if settings.start == "middle" else entry.first
         block = copy.deepcopy(blocks[source]).float()
+        self.narrow = None
+        if settings.student_hidden < 100 and architecture.parts_of(transformer, source, block):
+            self.narrow = NarrowLesson(architecture, transformer, blocks[source], Ffn(source, settings.student_hidden))
+            for path, module in narrow_parts(architecture, self.narrow.parts, self.narrow.module).items():
+                block.set_submodule(path, module)
         affine = {}
-        if start == "affine":
+        if settings.start == "affine":
             last = blocks[entry.last]
             streams = [n for n in Streams._fields if n == "img" or not getattr(last, "context_pre_only", False)]
             affine = {name: affine_map(_width(block)) for name in streams}
         self.module = Student(architecture, entry, source, block, affine)
-        self.wanted = self.wanted_to_start = Wanted(frozenset({entry.first, entry.last + 1} | ({entry.first + 1} if affine else set())))
+        self.wanted = Wanted(frozenset({entry.first, entry.last + 1}))
+        self.wanted_to_start = Wanted(frozenset({entry.first + 1, entry.last + 1})) if affine else Wanted()
+        if self.narrow:
+            self.wanted_to_start |= self.narrow.wanted_to_start
 
     def linears(self) -> dict[str, nn.Linear]:
         return dict(self.module.affine)
+
+    def sums(self) -> dict[str, tuple[int, int]]:
+        return super().sums() | (self.narrow.sums() if self.narrow else {})
+
+    def fits(self, seen: Seen) -> Iterator[Fit]:
+        yield from super().fits(seen)
+        if self.narrow:
+            yield from self.narrow.fits(seen)
+
+    def start(self, sums: Mapping[str, Statistics], ridge: float) -> None:
+        super().start(sums, ridge)
+        if self.narrow:
+            # Its maps are those that stand in the student.
+            self.narrow.start(sums, ridge)
 
     def _pairs(self, seen: Seen) -> Iterator[Fit]:
         """Block `u` on `X_{u-1}` gives the teacher's own `X_u`: the map is a fit between two boundaries."""
@@ -282,11 +308,12 @@ def _width(block: nn.Module) -> int:
 
 
 def new_lesson(
-    architecture: Architecture, transformer: nn.Module, blocks: Mapping[int, nn.Module], entry: Entry, start: str, count: int
-) -> Lesson:
+    architecture: Architecture, transformer: nn.Module, blocks: Mapping[int, nn.Module], entry: Entry, settings: Distillation,
+    count: int,
+) -> Lesson:  # fmt: skip
     """`blocks`: the teacher's own, of the entry at least, by number; `count`: how many the teacher has."""
     if isinstance(entry, Interval):
-        return Depth(architecture, blocks, entry, start)
+        return Depth(architecture, transformer, blocks, entry, settings)
     if isinstance(entry, Ffn) and entry.kept:
         return NarrowLesson(architecture, transformer, blocks[entry.block], entry)
     if isinstance(entry, Ffn):

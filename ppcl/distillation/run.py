@@ -174,7 +174,7 @@ def distil(
     found = {entry: _file(checkpoints, entry).exists() for entry in plan}
     mesh.barrier()
     lessons = {
-        entry: new_lesson(architecture, segment.transformer, segment.blocks, entry, settings.start, count)
+        entry: new_lesson(architecture, segment.transformer, segment.blocks, entry, settings, count)
         for entry in segment.plan
     }
     for lesson in lessons.values():
@@ -236,7 +236,7 @@ def distil(
 
 def _has_closed_start(plan: Sequence[Entry], settings: Distillation) -> bool:
     """Whether any lesson of any rank starts in closed form: then all take part in that pass."""
-    return settings.start == "affine" or not all(isinstance(entry, Interval) for entry in plan)
+    return settings.start == "affine" or settings.student_hidden < 100 or not all(isinstance(entry, Interval) for entry in plan)
 
 
 def _file(folder: Path, entry: Entry) -> Path:

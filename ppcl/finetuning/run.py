@@ -26,12 +26,13 @@ from ppcl.config import Finetuning
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import learning_rate
 from ppcl.distillation.run import Samples, batch_of
-from ppcl.finetuning.plans import One, draws_of, random_plans, trainable
+from ppcl.finetuning.plans import One, Within, draws_of, random_plans, trainable
 from ppcl.finetuning.trajectories import Trajectories, visited
 from ppcl.plan import Entry
 from ppcl.plug import Switch
 from ppcl.replacements import save
 from ppcl.teacher import Teacher
+from ppcl.tuned import Tuned, ratios_of
 
 _CHECKPOINT = "checkpoint.safetensors"
 _CURVE_POINTS = 200
@@ -227,6 +228,7 @@ def finetune(
     teacher: Teacher,
     files: Mapping[Entry, Path],
     variants: Mapping[str, Sequence[Entry]],
+    damage: Mapping[Entry, float],
     samples: Samples,
     settings: Finetuning,
     sampling_steps: int,
@@ -237,16 +239,22 @@ def finetune(
     device: str,
     report: Callable[[int, int, dict[str, float]], None],
 ) -> None:
-    """Train replacements and write all to `folder`, with `finetuning.json`: the curve, and plans before and after.
+    """Train replacements and write those that were trained to `folder`, with `finetuning.json`: the curve, and plans before
+    and after.
 
-    `variants`: the named ones; they and `settings.measured` drawn plans are measured.
+    `variants`: the named ones; they and `settings.measured` drawn plans are measured. `damage`: what each entry costs alone, by
+    which plans are compared; see `ppcl.tuned`.
     `report(step, steps, losses)` is called after every step. Continues from what lies in `checkpoints`.
     """
     bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
     trainer = _Trainer(teacher, files, variants, samples, settings, mesh, seed, sampling_steps, device, bfloat16)
     named = {tuple(plan): name for name, plan in variants.items() if trainable(plan)}
-    plans = [list(plan) for plan in named]
-    plans += [p for p in random_plans(trainer.draws, settings.measured, seed) if tuple(p) not in named]
+    drawn, draws = [], trainer.draws
+    if fixed := isinstance(draws, One):
+        # Its parts, too: which of them are better with what was trained for the whole must be known.
+        drawn, draws = [draws.entries], Within([draws.entries])
+    drawn += [plan for plan in random_plans(draws, settings.measured, seed) if plan not in drawn]
+    plans = [*map(list, named), *(plan for plan in drawn if tuple(plan) not in named)]
     before = trainer.errors(plans) if mesh.replica == 0 else []
     found = (checkpoints / _CHECKPOINT).exists()
     mesh.barrier()
@@ -264,13 +272,17 @@ def finetune(
     trainer.finish()
     if mesh.replica == 0:
         after = trainer.errors(plans)
-        for entry in files:
+        for entry in trainer.entries:
             save(trainer.modules[entry], entry, teacher.architecture, folder / f"{entry.name}.safetensors")
         rows = [
             {"plan": [str(e) for e in plan], "variant": named.get(tuple(plan)), "before": b, "after": a}
             for plan, b, a in zip(plans, before, after, strict=True)
         ]
-        fixed = isinstance(trainer.draws, One)
+        ratios = ratios_of(rows)
+        for row, plan in zip(rows, plans, strict=True):
+            # Told of a drawn plan is what would happen to one that was not measured.
+            known = ratios if row["variant"] else {p: r for p, r in ratios.items() if p != frozenset(plan)}
+            row["taken"] = Tuned(dict.fromkeys(trainer.entries, folder), damage, known).takes(plan)
         record = {"steps": settings.steps, "fixed": fixed, "curve": trainer.curve, "skipped_steps": trainer.skipped, "plans": rows}
         (folder / "finetuning.json").write_text(json.dumps(record))
     mesh.barrier()

@@ -180,12 +180,17 @@ def _finetuning(tuned: dict[str, Any]) -> dict[str, Any] | None:
         return None
     plans = tuned["plans"]
     ratios = sorted(row["after"] / row["before"] for row in plans if row["before"])
+    drawn = [row for row in plans if row["variant"] is None]
+    taken = [row for row in drawn if row["taken"]]
     return {
         "steps": tuned["steps"],
         "fixed": tuned["fixed"],
         "variants": [row for row in plans if row["variant"]],
         "plans": len(plans),
         "better": sum(row["after"] < row["before"] for row in plans),
+        "drawn": len(drawn),
+        "taken": len(taken) if drawn else None,
+        "spoilt": sum(row["after"] > row["before"] for row in taken),
         "median": ratios[len(ratios) // 2] if ratios else None,
         "losses": figures.loss_curves({"velocity": tuned}) if tuned["curve"] else None,
         "drawing": figures.before_and_after(plans),

@@ -41,8 +41,9 @@ class Weights:
             variant = self.result.variant(model)
         except UserError:
             return None
-        there = set(variant.plan) <= set(self.switch.files) and _kept(variant.plan, len(self._numbers)) <= self.blocks
-        return variant if there else None
+        if not set(variant.plan) <= set(self.switch.files) or not _kept(variant.plan, len(self._numbers)) <= self.blocks:
+            return None
+        return variant if self.switch.in_memory(self.pipeline.transformer, variant.plan) else None
 
     @property
     def _numbers(self) -> range:
@@ -73,7 +74,7 @@ def load(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     needed = {entry for variant in variants.values() for entry in variant.plan}
-    switch = Switch(opened.teacher, {entry: path for entry, path in opened.replacements.items() if entry in needed})
+    switch = Switch(opened.teacher, {e: path for e, path in opened.replacements.items() if e in needed}, opened.tuned)
     for variant in variants.values():
         # Read now, so that no request waits for a file.
         switch(pipeline.transformer, variant.plan)

@@ -63,7 +63,7 @@ def _measure(folder, out):
     count = len(teacher.architecture.blocks(teacher.empty_transformer()))
     segment = Segment(teacher, segment_of(mesh.stage, 2, count, plan), plan, "cpu", torch.bfloat16)
     chain = Chain(mesh.stage, 2, mesh.rank)
-    lessons = [new_lesson(segment.architecture, segment.transformer, segment.blocks, e, "affine", count) for e in segment.plan]
+    lessons = [new_lesson(segment.architecture, segment.transformer, segment.blocks, e, Distillation(), count) for e in segment.plan]
     pupils = [Pupil(lesson, Distillation(precision="bfloat16"), mesh) for lesson in lessons]
     inputs = tiny.inputs(tiny.qwen_transformer(), BATCH)
     text = inputs["encoder_hidden_states"][:1].expand(BATCH, -1, -1).repeat(1, 8, 1)

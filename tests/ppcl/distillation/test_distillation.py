@@ -12,8 +12,9 @@ from ppcl.config import Distillation
 from ppcl.distillation.loss import normalized, relative
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import Segment, batch_of, distil, segment_of
-from ppcl.plan import Interval
-from ppcl.replacements import load
+from ppcl.plan import Ffn, Interval
+from ppcl.plug import Switch
+from ppcl.replacements import files_in, load
 from ppcl.teacher import Teacher
 from tests import ranks, tiny
 from tests.samples import MemorySamples
@@ -144,6 +145,40 @@ def test_the_affine_start_is_the_least_squares_map_behind_the_first_block(folder
     solution = np.linalg.lstsq(design, y - x, rcond=None)[0]
     assert np.allclose(student.affine["img"].weight.numpy().T, solution[:-1], atol=2e-3)
     assert np.allclose(student.affine["img"].bias.numpy(), solution[-1], atol=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", ["first", "middle", "affine"])
+def test_a_narrow_student_starts_as_its_block_with_the_ffns_of_the_narrow_block(folder, tmp_path, start):
+    settings = SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "start": start, "student_hidden": 50})
+    source = {"first": 3, "affine": 3, "middle": 4}[start]
+    train(folder, tmp_path / "one", settings, [Interval(3, 5)])
+    # What the block itself is with half of its hidden units, a replacement of its own.
+    train(folder, tmp_path / "two", settings, [Ffn(source, 50)])
+    teacher = Teacher(folder)
+    student = load(tmp_path / "one" / "03-05.safetensors", teacher)
+    assert student.block.img_mlp.net[0].proj.out_features == 64 and (start == "affine") == bool(student.affine)
+    student.affine.clear()
+    model = teacher.transformer()
+    architecture = architecture_of(model)
+    streams, context = embed(model, MemorySamples().batch([0, 1]))
+    Switch(teacher, files_in(tmp_path / "two"))(model, [Ffn(source, 50)])
+    expected = run_blocks(architecture, [architecture.blocks(model)[source]], streams, context)
+    made = student.streams(streams, context)
+    assert torch.allclose(made.img, expected.img, atol=1e-5) and torch.allclose(made.txt, expected.txt, atol=1e-5)
+
+
+def test_narrow_students_are_smaller_and_the_same_on_any_mesh_and_after_a_stop(folder, tmp_path):
+    settings = SETTINGS.model_copy(update={"student_hidden": 25})
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "alone", settings, stop_after=3)
+    train(folder, tmp_path / "alone", settings)
+    ranks.run(2, train, folder, tmp_path / "shared", settings.model_copy(update={"pipeline": 2}))
+    assert_same(students(tmp_path / "alone"), students(tmp_path / "shared"))
+    train(folder, tmp_path / "whole")
+    whole = students(tmp_path / "whole")
+    for name, tensors in students(tmp_path / "alone").items():
+        assert sum(t.numel() for t in tensors.values()) < sum(t.numel() for t in whole[name].values())
 
 
 def test_a_batch_with_nan_is_left_out_and_counted(folder, tmp_path, monkeypatch):

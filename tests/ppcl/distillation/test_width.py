@@ -140,7 +140,7 @@ def test_the_losses_are_those_written_out(folder, started):
     """Every lesson's losses on one batch against the stock blocks with hooks, and the modules called by hand."""
     teacher = Teacher(folder)
     segment = Segment(teacher, range(6), PLAN, "cpu", torch.float32)
-    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, Ffn(2), "first", 6)
+    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, Ffn(2), Distillation(start="first"), 6)
     lesson.module.load_state_dict(load(started / "ffn-02.safetensors", teacher).state_dict())
     samples = MemorySamples()
     seen = segment.run(samples.batch(samples.ids(held_out=False)), Chain(0, 1), lesson.wanted)
@@ -159,7 +159,7 @@ def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(fold
     """With one sample, one token and one timestep each map can be exact: then the images must be the teacher's."""
     teacher = Teacher(folder)
     segment = Segment(teacher, range(6), [], "cpu", torch.float32)
-    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, TextRun(1, 3), "first", 6)
+    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
     seen = segment.run(MemorySamples().batch([3]), Chain(0, 1), lesson.wanted)
     for number, linear in lesson.module.z.items():
         x, y = (seen.text_inputs[b][0].double() for b in (1, int(number)))
@@ -172,7 +172,7 @@ def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(fold
     inputs = MemorySamples().batch([3])
     expected = model(**inputs, return_dict=False)[0]
     switch = Switch(teacher, {TextRun(1, 3): None})
-    switch._loaded[TextRun(1, 3), "cpu", torch.float32] = lesson.module
+    switch._loaded[TextRun(1, 3), False, "cpu", torch.float32] = lesson.module
     switch(model, [TextRun(1, 3)])
     assert torch.allclose(model(**inputs, return_dict=False)[0], expected, atol=2e-4)
 
@@ -214,7 +214,7 @@ def test_a_cut_never_falls_into_a_text_run():
 @torch.no_grad()
 def test_the_teachers_own_streams_are_what_is_seen(folder):
     segment = Segment(Teacher(folder), range(6), PLAN, "cpu", torch.float32)
-    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, TextRun(1, 3), "first", 6)
+    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
     inputs = MemorySamples().batch([0, 1])
     seen = segment.run(inputs, Chain(0, 1), lesson.wanted)
     model = Teacher(folder).transformer()

@@ -80,7 +80,8 @@ def finetuning(rng: np.random.Generator) -> dict[str, Any]:
     before = 0.002 * 30 ** rng.random(22)
     after = before * np.where(np.arange(22) == 0, 1.3, 0.3 + 0.4 * rng.random(22))
     names = ["p90", "p80", *[None] * 20]
-    plans = [{"plan": ["1-2"], "variant": n, "before": b, "after": a} for n, b, a in zip(names, before, after, strict=True)]
+    plans = [{"plan": ["1-2"], "variant": n, "before": b, "after": a, "taken": bool(a < b)} for n, b, a in zip(names, before, after, strict=True)]
+    plans[-1]["taken"], plans[-2]["after"] = False, 1.1 * plans[-2]["before"]
     curve = [{"step": s, "loss": 0.05 * 0.99**s, "entries": 4} for s in range(0, 300, 3)]
     return {"steps": 300, "fixed": False, "curve": curve, "skipped_steps": 0, "plans": plans}
 
