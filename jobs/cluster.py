@@ -59,7 +59,8 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
     try:
         if address is None:
             cpus = max(os.cpu_count() or 1, _LEAST_LOGICAL_CPUS)
-            ray.init(num_cpus=cpus, include_dashboard=False, **common)
+            # One of its own, also where another one runs on this machine.
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **common)
         else:
             _check_reachable(address)
             ray.init(address=address, **common)

@@ -140,7 +140,7 @@ class Finetuning(Section):
     recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
     replicas: int = Field(1, ge=1, description="data-parallel replicas")
-    measured: int = Field(50, ge=0, description="drawn plans measured before and after, beside the variants")
+    measured: int = Field(50, ge=0, description="drawn plans measured before and after, beside the variants; by them it is known which others are better with what was trained")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 
 

@@ -3,7 +3,7 @@
 The paper fine-tunes one fixed configuration, which is no longer freely pluggable. Here every step draws a plan, by default
 a named variant or a part of one, plugs it in, and trains the replacements that are on to give the teacher's velocity; the
 teacher itself is never changed. So each replacement learns to work with and without the others. A fixed plan is the
-special case.
+special case. What was distilled is kept beside it, for the plans that it is better for; see `ppcl.tuned`.
 """
 
 from __future__ import annotations
