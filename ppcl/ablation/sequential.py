@@ -42,7 +42,7 @@ def distil_in_sequence(
         return segment.run(samples.batch(rows, device, segment.dtype), chain, wanted)
 
     if settings.start == "affine":
-        wanted = Wanted(frozenset(b for lesson in lessons.values() for b in lesson.wanted.boundaries))
+        wanted = Wanted(frozenset(b for lesson in lessons.values() for b in lesson.wanted_to_start.boundaries))
         fit_starts(list(lessons.values()), lambda rows: seen(rows, wanted), ids, settings.batch_size, settings.ridge, mesh)
     pupils = {i: Pupil(lesson, settings, mesh) for i, lesson in lessons.items()}
     wanted = Wanted(frozenset({0, *(i.last + 1 for i in intervals)}))

@@ -145,7 +145,9 @@ class Depth(_Linear):
             streams = [n for n in Streams._fields if n == "img" or not getattr(last, "context_pre_only", False)]
             affine = {name: affine_map(_width(block)) for name in streams}
         self.module = Student(architecture, entry, source, block, affine)
-        self.wanted = self.wanted_to_start = Wanted(frozenset({entry.first, entry.last + 1} | ({entry.first + 1} if affine else set())))
+        self.wanted = Wanted(frozenset({entry.first, entry.last + 1}))
+        # What the teacher's own block `u` makes is the affine map's input for the fit alone; then the student's block makes it.
+        self.wanted_to_start = Wanted(frozenset({entry.first + 1, entry.last + 1})) if affine else Wanted()
 
     def linears(self) -> dict[str, nn.Linear]:
         return dict(self.module.affine)

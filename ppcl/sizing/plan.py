@@ -77,8 +77,7 @@ def _rank(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: 
     part = segment_of(stage, pp, len(model.blocks), list(plan))
     mine = [interval for interval in plan if interval.first in part]
     students = sum(model.blocks[interval.first] + model.affine for interval in mine)
-    # What goes in, what comes out, and what the first block makes of it, from which the affine maps start.
-    boundaries = {b for interval in mine for b in (interval.first, interval.first + 1, interval.last + 1)}
+    boundaries = {b for interval in mine for b in (interval.first, interval.last + 1)}
     last = stage == pp - 1
     stream = samples * model.stream_bytes
     return Rank(
