@@ -13,6 +13,7 @@ from ppcl.distillation.lessons import new_lesson
 from ppcl.distillation.loss import normalized, relative
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import Segment, batch_of, distil, segment_of
+from ppcl.distillation.start import fit_starts
 from ppcl.plan import Interval
 from ppcl.replacements import load
 from ppcl.segments import Chain
@@ -83,6 +84,16 @@ def test_a_stopped_run_continues_to_the_same_students(folder, alone, tmp_path):
     assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) == 2
     assert not students(tmp_path)
     train(folder, tmp_path)
+    assert_same(students(alone), students(tmp_path))
+
+
+def test_a_closed_form_start_is_fitted_once(folder, alone, tmp_path, monkeypatch):
+    fits = []
+    monkeypatch.setattr("ppcl.distillation.run.fit_starts", lambda *given: fits.append(len(given[0])) or fit_starts(*given))
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path, stop_after=1)
+    train(folder, tmp_path)
+    assert fits == [2]
     assert_same(students(alone), students(tmp_path))
 
 
