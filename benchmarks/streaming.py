@@ -7,8 +7,9 @@ written, split. The teacher is a tiny random Qwen-Image (pictures of 32 × 32, t
 that 100,000 prompts take minutes: what a batch of a large teacher holds is not in these figures, and does not depend on the number of
 prompts either. Batches have the same size whatever their number.
 
-Every process is read five times a second. Its own memory is its proportional share (PSS) less shared memory; shared memory, of
-all processes together, is the object store. Each number is the peak of its own kind over the run.
+Every process is read five times a second: its proportional share of anonymous memory (Pss_Anon), and of shared memory
+(Pss_Shmem), which of all processes together is the object store. Pages of program files are left out: they are shared by however
+many processes there are just then. Each number is the peak of its own kind over the run.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ def memory(driver: int) -> dict[str, float]:
         except OSError:
             continue
         own = {key: int(value.split()[0]) / 1e3 for key, value in (line.split(":", 1) for line in lines)}
-        if not own.get("Pss"):
+        if "Pss_Anon" not in own:
             continue
         kind = "driver" if process == driver else "workers" if name.startswith(b"ray::") else "Ray's own"
-        found[kind] += own["Pss"] - own["Pss_Shmem"]
+        found[kind] += own["Pss_Anon"]
         found["object store"] += own["Pss_Shmem"]
     return found
 

@@ -13,7 +13,7 @@ from ppcl.sizing.model import Model
 # A parameter of the frozen teacher in bfloat16; of a student its float32 weight and gradient, and AdamW's two moments.
 TEACHER_BYTES, STUDENT_BYTES = 2, 16
 # A gradient on its way between replicas is float32.
-_GRADIENT_BYTES = 4
+GRADIENT_BYTES = 4
 
 FORMULAS = """\
 b = samples a replica has of a step; stream = bytes of both streams between two blocks, of one sample, in bfloat16
@@ -63,17 +63,27 @@ def layouts(model: Model, plan: Sequence[Interval], batch: int, gpus: Sequence[i
 
     A pipeline holds the teacher once; replicas hold it once each.
     """
-    most = len(model.blocks) - sum(len(interval.blocks) - 1 for interval in plan)
     for count in gpus:
-        pp = max(n for n in range(1, min(count, most) + 1) if count % n == 0)
+        pp = longest_dividing(model, plan, count)
         dp = count // pp
         samples = -(-batch // dp)
-        ranks = [_rank(model, plan, samples, stage, pp, dp) for stage in range(pp)]
+        ranks = [rank_of(model, plan, samples, stage, pp, dp) for stage in range(pp)]
         # The last rank of a pipeline sends nothing, and may be the fullest.
         yield replace(max(ranks, key=lambda rank: rank.memory), sent=ranks[0].sent)
 
 
-def _rank(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: int, dp: int) -> Rank:
+def longest_pipeline(model: Model, plan: Sequence[Interval]) -> int:
+    """The most segments there can be: no cut falls inside an interval."""
+    return len(model.blocks) - sum(len(interval.blocks) - 1 for interval in plan)
+
+
+def longest_dividing(model: Model, plan: Sequence[Interval], gpus: int) -> int:
+    """The longest pipeline of which a whole number fits."""
+    return max(n for n in range(1, min(gpus, longest_pipeline(model, plan)) + 1) if gpus % n == 0)
+
+
+def rank_of(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: int, dp: int) -> Rank:
+    """What one rank holds and sends; `samples` are those of its replica in a step."""
     part = segment_of(stage, pp, len(model.blocks), list(plan))
     mine = [interval for interval in plan if interval.first in part]
     students = sum(model.blocks[interval.first] + model.affine for interval in mine)
@@ -90,6 +100,6 @@ def _rank(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: 
         streams=stream * (len(boundaries) + (0 if last else IN_FLIGHT)),
         activations=max((samples * model.saved_bytes[i.first] + model.cast_bytes[i.first] for i in mine), default=0),
         sent=0 if last else stream,
-        reduced=round(2 * (dp - 1) / dp * _GRADIENT_BYTES * students),
+        reduced=round(2 * (dp - 1) / dp * GRADIENT_BYTES * students),
         fsdp=round(TEACHER_BYTES * (pp * dp - 1) / (pp * dp) * model.parameters),
     )
