@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ppcl.distillation.run import segment_of
+from ppcl.errors import UserError
 from ppcl.plan import Interval
 from ppcl.segments import IN_FLIGHT
 from ppcl.sizing.model import Model
@@ -64,8 +65,7 @@ def layouts(model: Model, plan: Sequence[Interval], batch: int, gpus: Sequence[i
     A pipeline holds the teacher once; replicas hold it once each.
     """
     for count in gpus:
-        pp = longest_dividing(model, plan, count)
-        dp = count // pp
+        pp, dp = meshes(model, plan, batch, count)[-1]
         samples = -(-batch // dp)
         ranks = [rank_of(model, plan, samples, stage, pp, dp) for stage in range(pp)]
         # The last rank of a pipeline sends nothing, and may be the fullest.
@@ -80,6 +80,17 @@ def longest_pipeline(model: Model, plan: Sequence[Interval]) -> int:
 def longest_dividing(model: Model, plan: Sequence[Interval], gpus: int) -> int:
     """The longest pipeline of which a whole number fits."""
     return max(n for n in range(1, min(gpus, longest_pipeline(model, plan)) + 1) if gpus % n == 0)
+
+
+def meshes(model: Model, plan: Sequence[Interval], batch: int, gpus: int) -> list[tuple[int, int]]:
+    """`(pp, dp)` that so many GPUs can be, the longest pipeline last. Raises `UserError` where a replica would have no sample."""
+    found = [(n, gpus // n) for n in range(1, longest_dividing(model, plan, gpus) + 1) if gpus % n == 0 and gpus // n <= batch]
+    if not found:
+        raise UserError(
+            f"{gpus} GPUs: the longest pipeline of which a whole number fits has {longest_dividing(model, plan, gpus)} ranks, and each of its "
+            f"{gpus // longest_dividing(model, plan, gpus)} replicas needs a sample of a step, which has {batch}; set --batch higher"
+        )
+    return found
 
 
 def rank_of(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: int, dp: int) -> Rank:

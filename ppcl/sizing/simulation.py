@@ -15,7 +15,7 @@ from ppcl.plan import Interval
 from ppcl.segments import IN_FLIGHT, segments
 from ppcl.sizing.device import Device
 from ppcl.sizing.model import Model
-from ppcl.sizing.plan import GRADIENT_BYTES, TEACHER_BYTES, longest_pipeline, rank_of
+from ppcl.sizing.plan import GRADIENT_BYTES, TEACHER_BYTES, meshes, rank_of
 
 # Bytes that a step moves a parameter of a student: its cast (6) and two reads in bfloat16 (4), its gradient (2) cast to
 # float32 (6), the norm (4) and the clip (8), AdamW's four tensors read and three written (28).
@@ -124,15 +124,10 @@ def play(works: Sequence[Work], send: Sequence[float], steps: int) -> list[list[
 
 def distillation(model: Model, plan: Sequence[Interval], batch: int, gpus: int, device: Device) -> Step:
     """The fastest mesh of that many GPUs which the memory of the device holds. Raises `UserError` where none does."""
-    most = longest_pipeline(model, plan)
-    meshes = [(pp, gpus // pp) for pp in range(1, min(gpus, most) + 1) if gpus % pp == 0 and gpus // pp <= batch]
-    if not meshes:
-        raise UserError(
-            f"{gpus} GPUs: a pipeline of this plan has {most} ranks at most, and a step of {batch} samples {batch} replicas; take more samples a step"
-        )
-    fit = [mesh for mesh in meshes if _memory(model, plan, batch, *mesh) <= _USABLE * device.size]
+    can = meshes(model, plan, batch, gpus)
+    fit = [mesh for mesh in can if _memory(model, plan, batch, *mesh) <= _USABLE * device.size]
     if not fit:
-        least = min(_memory(model, plan, batch, *mesh) for mesh in meshes)
+        least = min(_memory(model, plan, batch, *mesh) for mesh in can)
         raise UserError(f"{gpus} GPUs: a rank needs {least / 1e9:.0f} GB, a device has {device.size / 1e9:.0f} GB, of which nine tenths are usable")
     return min((distillation_on(model, plan, batch, *mesh, device) for mesh in fit), key=lambda made: made.step)
 
