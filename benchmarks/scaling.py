@@ -320,7 +320,8 @@ def predicted(key: str, model: Model, device: Device, batch: int, blocks: int, c
         here = device.model_copy(update={"link": device.network}) if dp > 1 else device
         alone = distillation_on(model, plan_of(kind, blocks), batch, 1, 1, device)
         step = distillation_on(model, plan_of(kind, blocks), batch, pp, dp, here)
-    return alone.step / (max(step.step, alone.step / cores) if step.gpus > cores else step.step)
+    busy = step.used * (step.compute + step.sums + step.weights + step.reduce)
+    return alone.step / max(step.step, busy / cores)
 
 
 def _told(
@@ -336,7 +337,8 @@ def _told(
         row["times_one"] = row["steps_per_second"] / base["steps_per_second"]
         row["of_cores"] = row["times_one"] / min(row["ranks"], cores)
         row["sent_bytes"] = sum(row["sent"].values())
-        plan = plan_of("uneven" if "uneven" in key else "even", options.blocks)
+        # Probes need the teacher's forward alone.
+        plan = [] if what == "probes" else plan_of("uneven" if "uneven" in key else "even", options.blocks)
         row["fsdp_bytes"] = fsdp_bytes(model, plan, row["ranks"])
         row["predicted"] = predicted(key, model, device, options.batch, options.blocks, cores)
         if what == "distillation":

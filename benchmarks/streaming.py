@@ -142,7 +142,7 @@ def main() -> None:
     for heading in ("prompts", "seconds", *KINDS, "together", "times the first", "index of the samples"):
         table.add_column(heading, justify="right")
     for row in rows:
-        row["times_first"] = {kind: row["peak_mb"][kind] / rows[0]["peak_mb"][kind] for kind in row["peak_mb"] if rows[0]["peak_mb"][kind]}
+        row["times_first"] = {kind: row["peak_mb"][kind] / rows[0]["peak_mb"][kind] for kind in row["peak_mb"] if rows[0]["peak_mb"][kind] > 1}
         peaks = [f"{row['peak_mb'][kind]:.0f}" for kind in (*KINDS, "together")]
         table.add_row(
             f"{row['prompts']:,}", f"{row['seconds']:.0f}", *peaks, f"{row['times_first']['together']:.3f}", f"{row['index_mb']:.1f}"
