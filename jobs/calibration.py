@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -28,7 +29,7 @@ import ray.data
 from jobs.cluster import device_of
 from ppcl.artifacts import key_of, write_atomically
 from ppcl.calibration import store
-from ppcl.calibration.draws import held_out
+from ppcl.calibration.draws import hashes, held_out
 from ppcl.calibration.prompts import check_prompts, read_prompts
 from ppcl.config import Config
 from ppcl.errors import UserError
@@ -336,31 +337,41 @@ def _others(states: Path) -> list[Path]:
 
 
 def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dict[str, Any]:
-    """Split the prompts, write what all samples share, count. Reads no latents and no embeddings."""
-    dropped, samples, call, sampled = 0, 0, None, set()
+    """Split the prompts, write what all samples share, count. Reads no latents and no embeddings, and keeps a few bytes a prompt."""
+    dropped, samples, call, sampled = 0, 0, None, []
     for path in sorted((folder / store.STATES).glob("*.parquet")):
         here, own_call = store.read_notes(path)
-        ids = pq.read_table(path, columns=["prompt_id"], partitioning=None)["prompt_id"].to_pylist()
+        ids = np.concatenate([np.zeros(0, np.int64), *(batch["prompt_id"].to_numpy() for batch in _batches(path, ["prompt_id"]))])
         dropped, samples, call = dropped + here, samples + len(ids), call or own_call
-        sampled.update(ids)
+        sampled.append(np.unique(ids))
     if not samples:
         raise UserError(
             f"all states of the teacher {teacher.place} are NaN or infinite; check its weights and its precision"
         )
-    ids, texts = [], []
-    for path in sorted((folder / store.PROMPTS).glob("*.parquet")):
-        table = pq.read_table(path, columns=["prompt_id", "prompt"], partitioning=None).to_pydict()
-        kept = [(i, t) for i, t in zip(table["prompt_id"], table["prompt"], strict=True) if i in sampled]
-        ids += [i for i, _ in kept]
-        texts += [t for _, t in kept]
-    if len(set(texts)) < 2:
+    ids = np.concatenate(sampled)
+    hashed = hashes(_sampled_texts(folder / store.PROMPTS, ids), config.seed)
+    if (hashed == hashed[0]).all():
         raise UserError(
             "only 1 prompt has finite states and at least 2 are needed; give more prompts or check the teacher"
         )
-    out = held_out(texts, config.seed, config.calibration.held_out)
+    out = held_out(hashed, config.calibration.held_out)
     store.write_call(folder, teacher.architecture.transformer, call)
-    store.write_held_out(folder, sorted(ids[row] for row in out))
+    store.write_held_out(folder, ids[out])
     return {"prompts": prompts, "held_out_prompts": len(out), "samples": samples, "dropped": dropped}
+
+
+def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(columns=columns)
+
+
+def _sampled_texts(folder: Path, ids: np.ndarray) -> Iterator[str]:
+    """The prompts with these ids, ascending, in their order: that of the files and of the rows in each."""
+    for path in sorted(folder.glob("*.parquet")):
+        for batch in _batches(path, ["prompt_id", "prompt"]):
+            here = batch["prompt_id"].to_numpy()
+            kept = ids[np.minimum(np.searchsorted(ids, here), len(ids) - 1)] == here
+            yield from (text for text, keep in zip(batch["prompt"].to_pylist(), kept, strict=True) if keep)
 
 
 def _texts(work: _Work, number: int) -> list[dict[str, Any]]:

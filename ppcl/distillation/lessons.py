@@ -155,6 +155,7 @@ class Depth(_Linear):
             affine = {name: affine_map(_width(block)) for name in streams}
         self.module = Student(architecture, entry, source, block, affine)
         self.wanted = Wanted(frozenset({entry.first, entry.last + 1}))
+        # What the teacher's own block `u` makes is the affine map's input for the fit alone; then the student's block makes it.
         self.wanted_to_start = Wanted(frozenset({entry.first + 1, entry.last + 1})) if affine else Wanted()
         if self.narrow:
             self.wanted_to_start |= self.narrow.wanted_to_start

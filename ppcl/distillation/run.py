@@ -197,6 +197,8 @@ def distil(
     for entry, pupil in pupils.items():
         if found[entry]:
             pupil.load(_file(checkpoints, entry))
+        elif mesh.replica == 0 and pupil.lesson.sums():
+            pupil.save(_file(checkpoints, entry))  # its start took a pass over all samples
 
     first = _first_step(mesh, [p.step for p in pupils.values()], settings.steps)
     every = max(1, settings.steps // _CURVE_POINTS)

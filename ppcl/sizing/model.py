@@ -1,4 +1,4 @@
-"""A transformer as numbers: parameters by block, bytes of its streams, and what a block's backward pass keeps.
+"""A transformer as numbers: parameters and operations by block, bytes of its streams, and what a block's backward pass keeps.
 
 The stock model is built and run on fake tensors, which have shapes and no memory, so the numbers are those of its own code.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ppcl.architecture import Architecture, Streams, architecture_of, embed
 from ppcl.errors import UserError
@@ -30,6 +31,10 @@ class Model:
 
     In bfloat16: `stream_bytes` of the two streams between two blocks, a sample; what the backward pass of a student like each
     block keeps, `saved_bytes` a sample and `cast_bytes` besides, its weights in bfloat16.
+
+    Floating-point operations of a sample, a multiplication and an addition being two: `rest_flops` of embedders and head;
+    by block `flops` of its forward, `trained_flops` of the forward and backward pass of a student like it without affine maps,
+    and `sums_flops` of what its probes and its FFN's maps are fitted from.
     """
 
     name: str
@@ -40,6 +45,16 @@ class Model:
     stream_bytes: int
     saved_bytes: tuple[int, ...]
     cast_bytes: tuple[int, ...]
+    width: int
+    rest_flops: int
+    flops: tuple[int, ...]
+    trained_flops: tuple[int, ...]
+    sums_flops: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of both streams, a sample."""
+        return self.stream_bytes // (2 * self.width)
 
     @property
     def parameters(self) -> int:
@@ -56,13 +71,16 @@ class Model:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = getattr(diffusers, transformer).from_config(config).eval()
             blocks = architecture.blocks(model)
-            one, two = (_at_blocks(model, architecture, n, height, width, text_tokens) for n in (1, 2))
+            with _counter() as rest:
+                one = _at_blocks(model, architecture, 1, height, width, text_tokens)
+            two = _at_blocks(model, architecture, 2, height, width, text_tokens)
             # Blocks of one list are alike, but for the last one of some and the first few of others.
-            alike: dict[tuple, tuple[int, int]] = {}
+            alike: dict[tuple, tuple[int, ...]] = {}
             kinds = [tuple((n, tuple(p.shape)) for n, p in block.named_parameters()) for block in blocks]
-            for kind, block in zip(kinds, blocks, strict=True):
+            for number, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
                 if kind not in alike:
-                    alike[kind] = tuple(saved_for_backward(architecture, block, *at) for at in (one, two))
+                    saved = [saved_for_backward(architecture, block, *at) for at in (one, two)]
+                    alike[kind] = (*saved, *_flops(architecture, block, *one), _sums_flops(architecture, model, number, one[0]))
             sizes, width = tuple(map(_count, blocks)), one[0].img.shape[-1]
             return cls(
                 name=name,
@@ -73,6 +91,11 @@ class Model:
                 stream_bytes=sum(x.nbytes for x in one[0]),
                 saved_bytes=tuple(alike[kind][1] - alike[kind][0] for kind in kinds),
                 cast_bytes=tuple(2 * alike[kind][0] - alike[kind][1] for kind in kinds),
+                width=width,
+                rest_flops=rest.get_total_flops(),
+                flops=tuple(alike[kind][2] for kind in kinds),
+                trained_flops=tuple(alike[kind][3] for kind in kinds),
+                sums_flops=tuple(alike[kind][4] for kind in kinds),
             )
 
 
@@ -105,6 +128,34 @@ def saved_for_backward(architecture: Architecture, block: nn.Module, streams: St
     ):
         held.append(block(**architecture.join(streams, context)))
     return sum(kept.values())
+
+
+def _counter() -> FlopCounterMode:
+    """The counter of torch, which leaves out attention on the CPU."""
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+    }
+    return FlopCounterMode(display=False, custom_mapping=attention)
+
+
+def _flops(architecture: Architecture, block: nn.Module, streams: Streams, context: dict[str, Any]) -> tuple[int, int]:
+    """Of one forward of a block in training, and of forward and backward."""
+    with _counter() as counter, torch.autocast("cpu", torch.bfloat16, enabled=streams.img.dtype is torch.bfloat16):
+        made = architecture.from_returned(block(**architecture.join(streams, context)))
+        forward = counter.get_total_flops()
+        sum(x.float().sum() for x in made if x is not None).backward()
+    for p in block.parameters():
+        p.grad = None
+    return forward, counter.get_total_flops()
+
+
+def _sums_flops(architecture: Architecture, model: nn.Module, number: int, streams: Streams) -> int:
+    """Of `X^T X` and `X^T Y` of a block's streams, and again of what goes into its FFNs; see `ppcl.probes.run`."""
+    tokens = {name: x.shape[1] for name, x in streams._asdict().items()}
+    fitted = [*tokens, *architecture.parts_of(model, number, architecture.blocks(model)[number])]
+    return sum(4 * tokens[name] * streams.img.shape[-1] ** 2 for name in fitted)
 
 
 def _call(architecture: Architecture, config: Any, samples: int, height: int, width: int, text: int) -> dict[str, Any]:

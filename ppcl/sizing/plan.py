@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ppcl.distillation.run import segment_of
+from ppcl.errors import UserError
 from ppcl.plan import Interval
 from ppcl.segments import IN_FLIGHT
 from ppcl.sizing.model import Model
@@ -13,7 +14,7 @@ from ppcl.sizing.model import Model
 # A parameter of the frozen teacher in bfloat16; of a student its float32 weight and gradient, and AdamW's two moments.
 TEACHER_BYTES, STUDENT_BYTES = 2, 16
 # A gradient on its way between replicas is float32.
-_GRADIENT_BYTES = 4
+GRADIENT_BYTES = 4
 
 FORMULAS = """\
 b = samples a replica has of a step; stream = bytes of both streams between two blocks, of one sample, in bfloat16
@@ -63,22 +64,41 @@ def layouts(model: Model, plan: Sequence[Interval], batch: int, gpus: Sequence[i
 
     A pipeline holds the teacher once; replicas hold it once each.
     """
-    most = len(model.blocks) - sum(len(interval.blocks) - 1 for interval in plan)
     for count in gpus:
-        pp = max(n for n in range(1, min(count, most) + 1) if count % n == 0)
-        dp = count // pp
+        pp, dp = meshes(model, plan, batch, count)[-1]
         samples = -(-batch // dp)
-        ranks = [_rank(model, plan, samples, stage, pp, dp) for stage in range(pp)]
+        ranks = [rank_of(model, plan, samples, stage, pp, dp) for stage in range(pp)]
         # The last rank of a pipeline sends nothing, and may be the fullest.
         yield replace(max(ranks, key=lambda rank: rank.memory), sent=ranks[0].sent)
 
 
-def _rank(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: int, dp: int) -> Rank:
+def longest_pipeline(model: Model, plan: Sequence[Interval]) -> int:
+    """The most segments there can be: no cut falls inside an interval."""
+    return len(model.blocks) - sum(len(interval.blocks) - 1 for interval in plan)
+
+
+def longest_dividing(model: Model, plan: Sequence[Interval], gpus: int) -> int:
+    """The longest pipeline of which a whole number fits."""
+    return max(n for n in range(1, min(gpus, longest_pipeline(model, plan)) + 1) if gpus % n == 0)
+
+
+def meshes(model: Model, plan: Sequence[Interval], batch: int, gpus: int) -> list[tuple[int, int]]:
+    """`(pp, dp)` that so many GPUs can be, the longest pipeline last. Raises `UserError` where a replica would have no sample."""
+    found = [(n, gpus // n) for n in range(1, longest_dividing(model, plan, gpus) + 1) if gpus % n == 0 and gpus // n <= batch]
+    if not found:
+        raise UserError(
+            f"{gpus} GPUs: the longest pipeline of which a whole number fits has {longest_dividing(model, plan, gpus)} ranks, and each of its "
+            f"{gpus // longest_dividing(model, plan, gpus)} replicas needs a sample of a step, which has {batch}; set --batch higher"
+        )
+    return found
+
+
+def rank_of(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: int, dp: int) -> Rank:
+    """What one rank holds and sends; `samples` are those of its replica in a step."""
     part = segment_of(stage, pp, len(model.blocks), list(plan))
     mine = [interval for interval in plan if interval.first in part]
     students = sum(model.blocks[interval.first] + model.affine for interval in mine)
-    # What goes in, what comes out, and what the first block makes of it, from which the affine maps start.
-    boundaries = {b for interval in mine for b in (interval.first, interval.first + 1, interval.last + 1)}
+    boundaries = {b for interval in mine for b in (interval.first, interval.last + 1)}
     last = stage == pp - 1
     stream = samples * model.stream_bytes
     return Rank(
@@ -91,6 +111,6 @@ def _rank(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: 
         streams=stream * (len(boundaries) + (0 if last else IN_FLIGHT)),
         activations=max((samples * model.saved_bytes[i.first] + model.cast_bytes[i.first] for i in mine), default=0),
         sent=0 if last else stream,
-        reduced=round(2 * (dp - 1) / dp * _GRADIENT_BYTES * students),
+        reduced=round(2 * (dp - 1) / dp * GRADIENT_BYTES * students),
         fsdp=round(TEACHER_BYTES * (pp * dp - 1) / (pp * dp) * model.parameters),
     )

@@ -1,4 +1,4 @@
-"""The sizing of a model as a table on the terminal."""
+"""The sizing of a model, and its simulation, as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from rich.table import Table
 
 from ppcl.sizing.model import Model
 from ppcl.sizing.plan import Rank
+from ppcl.sizing.simulation import Step
 
 _COLUMNS = ("GPUs", "pp × dp", "teacher", "students", "streams", "activations", "memory", "sent", "reduced", "FSDP")
+# What a step of either kind consists of.
+DISTILLATION = ("compute", "imbalance", "weights", "reduce", "streams")
+PROBES = ("compute", "sums", "imbalance", "weights", "streams")
+_STEP_COLUMNS = ("GPUs", "pp × dp", "samples a replica", "step, ms", "samples a second", "efficiency", "binds")
 
 
 def gigabytes(count: float) -> str:
@@ -36,5 +41,25 @@ def table(model: Model, ranks: Sequence[Rank], interval: int, batch: int, size: 
     for name in _COLUMNS:
         made.add_column(name, justify="right")
     for row in rows_of(ranks):
+        made.add_row(*row)
+    return made
+
+
+def step_rows(steps: Sequence[Step], parts: Sequence[str]) -> list[list[str]]:
+    return [
+        [
+            str(step.gpus), f"{step.pp} × {step.dp}", str(step.samples), f"{1e3 * step.step:.0f}", f"{step.throughput:.0f}",
+            f"{100 * step.efficiency:.0f} %", step.binds, *(f"{1e3 * getattr(step, part):.0f}" for part in parts),
+            f"{step.fill:.1f}", f"{step.read:.0f}",
+        ]
+        for step in steps
+    ]  # fmt: skip
+
+
+def step_table(title: str, steps: Sequence[Step], parts: Sequence[str]) -> Table:
+    made = Table(title=title, title_justify="left", title_style="")
+    for name in (*_STEP_COLUMNS, *(f"{part}, ms" for part in parts), "fill, s", "read, s"):
+        made.add_column(name, justify="left" if name == "binds" else "right")
+    for row in step_rows(steps, parts):
         made.add_row(*row)
     return made

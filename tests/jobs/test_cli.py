@@ -170,3 +170,28 @@ def test_config_prints_a_configuration_that_loads(here, ppcl):
     (here / "printed.yaml").write_text(said.replace("teacher: # required", "teacher: t").replace("prompts: # required", "prompts: p"))
     loaded = load_config(here / "printed.yaml")
     assert loaded == Config(teacher=here / "t", prompts=here / "p")
+
+
+def test_plan_simulates_as_json_with_the_rates_it_took(ppcl, teacher_folder):
+    code, said, _ = ppcl("plan", teacher_folder, "--size", "64x64", "--interval", 2, "--gpus", "2,64", "--batch", 8, "--simulate", "--set", "utilisation=0.5", "--json")
+    made = json.loads(said)
+    assert code == 0 and made["device"]["utilisation"] == 0.5
+    (model,) = made["models"]
+    # Six blocks in pairs: three segments, of which two GPUs can be two; 64 can be neither three nor more replicas than samples.
+    assert [(step["gpus"], step["samples"]) for step in model["distillation"]] == [(2, 8 // step["dp"]) for step in model["distillation"]]
+    assert len(model["refused"]) == 1 and model["refused"][0].startswith("64 GPUs: ")
+    assert [step["used"] for step in model["probes"]] == [2, 6]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--grow"], "--grow and --set are for the simulation; add --simulate"),
+        (["--simulate", "--set", "utilization=0.5"], "--set: unknown key utilization; the nearest is utilisation"),
+        (["--simulate", "--set", "utilisation=2"], "--set: utilisation is 2: input should be less than or equal to 1"),
+        (["--gpus", "512"], "each of its 64 replicas needs a sample of a step, which has 16; set --batch higher"),
+    ],
+)
+def test_plan_tells_what_cannot_be_simulated(ppcl, given, told):
+    code, _, said = ppcl("plan", "qwen-image", *given)
+    assert code == 2 and told in said

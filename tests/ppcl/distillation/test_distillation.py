@@ -9,12 +9,15 @@ from torch.nn import functional as F
 
 from ppcl.architecture import architecture_of, embed, run_blocks
 from ppcl.config import Distillation
+from ppcl.distillation.lessons import new_lesson
 from ppcl.distillation.loss import normalized, relative
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.run import Segment, batch_of, distil, segment_of
+from ppcl.distillation.start import fit_starts
 from ppcl.plan import Ffn, Interval
 from ppcl.plug import Switch
 from ppcl.replacements import files_in, load
+from ppcl.segments import Chain
 from ppcl.teacher import Teacher
 from tests import ranks, tiny
 from tests.samples import MemorySamples
@@ -85,6 +88,16 @@ def test_a_stopped_run_continues_to_the_same_students(folder, alone, tmp_path):
     assert_same(students(alone), students(tmp_path))
 
 
+def test_a_closed_form_start_is_fitted_once(folder, alone, tmp_path, monkeypatch):
+    fits = []
+    monkeypatch.setattr("ppcl.distillation.run.fit_starts", lambda *given: fits.append(len(given[0])) or fit_starts(*given))
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path, stop_after=1)
+    train(folder, tmp_path)
+    assert fits == [2]
+    assert_same(students(alone), students(tmp_path))
+
+
 def test_a_student_whose_checkpoint_is_behind_catches_up_alone(folder, alone, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path, stop_after=3)
@@ -114,6 +127,17 @@ def test_a_rank_holds_its_own_blocks_only(folder):
         segment = Segment(teacher, part, INTERVALS, "cpu", torch.float32)
         assert sum(p.numel() for p in segment.transformer.parameters()) == len(part) * block + rest
         assert all(i.first in part and i.last in part for i in segment.plan)
+
+
+def test_a_student_in_training_keeps_what_goes_into_its_interval_and_what_comes_out(folder):
+    segment = Segment(Teacher(folder), range(6), INTERVALS, "cpu", torch.float32)
+    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, Interval(3, 5), Distillation(), 6)
+    inputs = MemorySamples().batch([0, 1])
+    # The first block's own output is needed for the fit of the affine start, and no longer.
+    assert segment.run(inputs, Chain(0, 1), lesson.wanted_to_start).boundaries.keys() == {4, 6}
+    seen = segment.run(inputs, Chain(0, 1), lesson.wanted)
+    assert seen.boundaries.keys() == {3, 6}
+    assert lesson.losses(seen, normalized).keys() == {"img", "txt"}
 
 
 @torch.no_grad()
