@@ -159,12 +159,16 @@ def serve(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as engine.batch=4")
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show no line for each request")] = False,
 ) -> None:
     """Serve the variants of a result behind the OpenAI Images API, with a page to try them on."""
     from serve.config import load_settings
     from serve.local import run
 
-    run(load_settings(result, config, set_, {"host": host, "port": port}), lambda text: out.print(text, highlight=False, markup=False))
+    def say(text: str) -> None:
+        out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    run(load_settings(result, config, set_, {"host": host, "port": port}), say, quiet)
 
 
 _Api = Annotated[

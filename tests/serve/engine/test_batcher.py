@@ -57,7 +57,7 @@ def calls(batcher, group, count, name="call"):
 def held(pool, batcher):
     """Keeps the batcher busy, so that other calls wait."""
     one = pool.submit(batcher.call, "held", 1, "first", Member())
-    until(lambda: one.running() and not batcher._waiting and batcher._turn)
+    until(lambda: one.running() and not batcher._waiting and batcher._turns._turn)
     return one
 
 
