@@ -243,7 +243,7 @@ class Engine:
                     work.steps = order.steps - step
                     # It only moves back with every step, and takes as long as there are pictures.
                     if step % _DUE_EVERY == 0:
-                        work.member.due = self._backlog.due(work)
+                        work.member.due = self._backlog.due(work.kind)
 
             stepped(0)
             drawn = self.studio.draw(order, work.member, stepped, lambda number, step, image: job.tell(Preview(index, number, step, image)))

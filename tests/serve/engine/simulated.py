@@ -104,7 +104,7 @@ class Simulation:
 
     def _wait(self, work: Work) -> None:
         if work.steps % DUE_EVERY == 0:
-            work.member.due = self.backlog.due(work)
+            work.member.due = self.backlog.due(work.kind)
         self._turns.came(work.kind)
         self._calls.append(_Call(work, work.kind))
 
