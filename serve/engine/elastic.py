@@ -1,8 +1,8 @@
 """Elastic quality: which variant a request of `auto` is drawn with.
 
-It is the largest one with which the request is in time and leaves half of its slack to those that come after it. A server that
-gives all of it away takes in large pictures until its queue is full, and has to refuse what comes then; the smaller variant comes
-too late, because its first picture costs a batch of its own. `auto` degrades at once, and recovers by one variant after some
+It is the largest one with which the request were in time even if it had to wait twice as long: half of its slack is left to those
+that come after it. A server that gives all of it away takes in large pictures until its queue is full, and has to refuse what
+comes then; the smaller variant comes too late, because its first picture costs a batch of its own. `auto` degrades at once, and recovers by one variant after some
 seconds of little load, so that it does not swing: pictures of two variants share no batch, so drawing some with each costs more
 than drawing all with one.
 """
@@ -16,8 +16,6 @@ from serve.config import Elastic
 
 # A variant that is not cheaper by more than the noise of a profile is not worth degrading to.
 _CHEAPER = 0.95
-# Share of a request's slack, which is what its deadline leaves of the time it takes alone, that may be spent on waiting before it.
-_SPENT = 0.5
 
 
 def ladder(costs: Mapping[str, float], qualities: Mapping[str, float | None]) -> list[str]:
@@ -91,7 +89,7 @@ class ElasticQuality:
         # Those it is held at, or the nearest where its floor is above.
         held = [step for step in steps if self.steps.index(step) >= self.level] or steps[-1:]
         fits = [step for step in held if late * expected(step) <= budget]
-        roomy = (step for step in fits if late * expected(step) <= alone(step) + _SPENT * (budget - alone(step)))
+        roomy = (step for step in fits if late * (2 * expected(step) - alone(step)) <= budget)
         first = next(roomy, (fits or held)[-1])
         # A deadline that an idle server could not meet with a larger variant says nothing about the load.
         could = next((self.steps.index(step) for step in steps if late * alone(step) <= budget), len(self.steps))
