@@ -57,8 +57,9 @@ class Admission:
         allowed = self._allowed(request.min_variant)
         largest = self._plan(self.elastic.steps[0]) if named is None else named.plan
         wanted = Wanted(now, None if named is None else named.plan, pixels, request.steps * per_step, request.count)
-        self._lately.add(wanted)
+        # By those before it: where pictures take longer than what is looked at, one request alone would always be a crowd.
         self.elastic.watch(now, lambda name: self._lately.load(now, lambda one: self._seconds(one, self._plan(name))))
+        self._lately.add(wanted)
         self._room(request, wanted)
         if named is None:
             patience = self._settings.patience * self.backlog.alone(*of(largest))

@@ -44,3 +44,12 @@ def test_after_a_crowd_it_goes_back_up():
     told = server.run(arrivals, lambda number: "auto", 4 * machine.picture("teacher", 1))
     assert server.elastic.level == 0 and [one[0] for one in told[-3:]] == ["teacher"] * 3
     assert {one[0] for one in told if one is not None} == {"teacher", "half"}
+
+
+def test_a_server_whose_pictures_take_long_goes_back_up_too():
+    machine = Machine({name: Profile(1, 0.5, 8, 4.0) if name == "teacher" else Profile(1, 0.3, 8, 2.4) for name in SCORES}, SCORES, 0.5)
+    server = Simulation(machine)
+    server.run([float(at) for at in range(10)] + [200.0 + 15 * number for number in range(5)], lambda number: "auto", None)
+    assert server.elastic.level == 0
+    server.elastic.level = 1
+    assert server.run([1000.0 + 15 * number for number in range(4)], lambda number: "auto", None)[-1][0] == "teacher"
