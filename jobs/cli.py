@@ -168,7 +168,11 @@ def serve(
     def say(text: str) -> None:
         out.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    run(load_settings(result, config, set_, {"host": host, "port": port}), say, quiet)
+    settings = load_settings(result, config, set_, {"host": host, "port": port})
+    try:
+        run(settings, say, quiet)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 _Api = Annotated[

@@ -101,19 +101,22 @@ def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> N
         # Ray has put its own handler there, which ends the process.
         signals.handle()
         serve.start(proxy_location="HeadOnly", http_options={"host": settings.http.host, "port": settings.http.port})
-        serve.run(application(settings), name=NAME, route_prefix="/")
+        try:
+            serve.run(application(settings), name=NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise UserError(_reason(str(error))) from error
         host = f"[{settings.http.host}]" if ":" in settings.http.host else settings.http.host
         say(f"serving {settings.result} at http://{host}:{settings.http.port} ({cpus(settings):g} CPUs a replica); Ctrl-C stops")
         signals.wait()
         _finish(settings.autoscaling.shutdown_seconds, signals, say)
-    except RuntimeError as error:
-        raise UserError(_reason(str(error))) from error
     finally:
         signals.ignore()
         say("stopping")
         # Ray tells of its own controller's end as if it were a failure.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            serve.shutdown()
+            # Where Ray is not there yet, Serve would start one to have something to shut down.
+            if ray.is_initialized():
+                serve.shutdown()
             ray.shutdown()
 
 

@@ -13,17 +13,26 @@ from typing import Any, TypeVar
 
 import torch
 
+from serve.engine.batcher import Cancelled
+
 T = TypeVar("T")
 
 
 class Arithmetic:
-    """Called with a function and its arguments, it runs it in its thread, without gradients, after what it was given before."""
+    """Called with a function and its arguments, it runs it in its thread, without gradients, after what it was given before.
+
+    Raises `Cancelled` once it is closed.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
 
     def __call__(self, what: Callable[..., T], *args: Any, **arguments: Any) -> T:
-        return self._thread.submit(torch.no_grad()(what), *args, **arguments).result()
+        try:
+            computed = self._thread.submit(torch.no_grad()(what), *args, **arguments)
+        except RuntimeError:  # it was closed
+            raise Cancelled from None
+        return computed.result()
 
     def close(self) -> None:
         self._thread.shutdown()
