@@ -165,8 +165,11 @@ def serve(
     from serve.config import load_settings
     from serve.local import run
 
+    # Lines of requests come from a thread of their own, also while others' output is held back.
+    terminal = sys.stdout
+
     def say(text: str) -> None:
-        out.print(text, highlight=False, markup=False, soft_wrap=True)
+        print(text, file=terminal, flush=True)
 
     settings = load_settings(result, config, set_, {"host": host, "port": port})
     try:
