@@ -112,8 +112,11 @@ def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> N
     finally:
         signals.ignore()
         say("stopping")
-        # Nothing is under way: Serve needs no end of its own, which takes half a minute where replicas are still starting.
+        # Ray tells of its own controller's end as if it were a failure.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            # Where Ray is not there yet, Serve would start one to have something to shut down.
+            if ray.is_initialized():
+                serve.shutdown()
             ray.shutdown()
 
 
