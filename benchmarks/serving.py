@@ -6,9 +6,12 @@
 - `throughput`: eight clients at once over HTTP against the stock pipeline, one picture after the other.
 - `elastic`: requests at random times, at shares of the capacity of the largest variant, each with a deadline. Effective quality is
   the mean score of the pictures that were in time, by the result's evaluation, times their share of all that were wanted. All
-  policies see the same times of arrival, and the same refusals of what cannot be in time.
+  policies see the same times of arrival, and the same refusals of what cannot be in time. Every seed has other times; the intervals
+  are 95 % ones over seeds, of the difference from `elastic` at the same times.
 - `switch`: from one variant to another.
 - `start`: a fresh process until its first picture: the engine alone, and the command `ppcl serve`.
+
+With `--json`, parts and seeds that are run one after the other end in one file.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ import openai
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student_t
 
 from ppcl.result import Result
 from serve.config import load_settings
@@ -180,36 +184,58 @@ async def one_load(engine: Engine, choose: Callable[[int], str], arrivals: list[
     }
 
 
-async def elastic(options: argparse.Namespace, variants: list[str] | None) -> dict[str, Any]:
+async def elastic(options: argparse.Namespace, variants: list[str] | None) -> list[dict[str, Any]]:
+    """One entry for each seed and deadline."""
     engine = engine_of(options, variants)
     scores = {card.id: card.quality for card in await engine.models()}
     if None in scores.values():
         raise SystemExit(f"{options.result} has no evaluation to take scores from; run ppcl compress to its end")
     steps = engine.elastic.steps
-    pictures_a_second, alone = await capacity(engine, steps[0], 8 * options.rounds)
-    deadline = options.deadline * alone
-    draw = random.Random(options.seed)
     policies: dict[str, Callable[[int], str]] = {
-        "elastic": lambda seed: AUTO,
-        "always large": lambda seed: steps[0],
-        "always small": lambda seed: steps[-1],
-        "random": lambda seed: random.Random(seed).choice(steps),
+        "elastic": lambda number: AUTO,
+        "always large": lambda number: steps[0],
+        "always small": lambda number: steps[-1],
+        "random": lambda number: random.Random(number).choice(steps),
     }
-    rows = []
-    for load in options.loads:
-        arrivals, at = [], 0.0
-        while (at := at + draw.expovariate(load * pictures_a_second)) < options.seconds:
-            arrivals.append(at)
-        for name, choose in policies.items():
-            row = await one_load(engine, choose, arrivals, deadline, scores)
-            rows.append({"load": load, "policy": name, "requests": len(arrivals), **row})
-            out.print(f"load {load:g}, {name}: effective quality {row['effective_quality']:.3f}, {row['in_time']:.1%} in time, {row['variants']}")
+    runs = []
+    for times, seed in ((times, seed) for times in options.deadlines for seed in options.seeds):
+        pictures_a_second, alone = await capacity(engine, steps[0], 8 * options.rounds)
+        deadline, draw, rows = times * alone, random.Random(seed), []
+        for load in options.loads:
+            arrivals, at = [], 0.0
+            while (at := at + draw.expovariate(load * pictures_a_second)) < options.seconds:
+                arrivals.append(at)
+            # Another one first at every seed, so that none always follows the same.
+            for name in draw.sample(list(policies), len(policies)):
+                row = await one_load(engine, policies[name], arrivals, deadline, scores)
+                rows.append({"load": load, "policy": name, "requests": len(arrivals), **row})
+                out.print(f"seed {seed}, load {load:g}, {name}: {row['effective_quality']:.3f}, {row['in_time']:.1%} in time, {row['variants']}")
+        runs.append({
+            "seed": seed, "deadline_times": times, "ladder": steps, "scores": scores, "pictures_a_second": pictures_a_second,
+            "seconds_alone": alone, "deadline": deadline, "seconds": options.seconds, "rows": rows,
+            "step_seconds": {name: vars(engine.costs.profiles[variant.plan]) for name, variant in engine.weights.variants.items()},
+        })  # fmt: skip
     engine.close()
-    return {
-        "ladder": steps, "scores": scores, "pictures_a_second": pictures_a_second, "seconds_alone": alone, "deadline": deadline,
-        "step_seconds": {name: vars(engine.costs.profiles[variant.plan]) for name, variant in engine.weights.variants.items()},
-        "seconds": options.seconds, "rows": rows,
-    }  # fmt: skip
+    return runs
+
+
+def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of runs that differ in their seed: for each load and policy the means, and how far elastic is above it."""
+    rows = []
+    for load, policy in dict.fromkeys((row["load"], row["policy"]) for run in runs for row in sorted(run["rows"], key=lambda row: row["policy"] != "elastic")):
+        of = {name: [row for run in runs for row in run["rows"] if (row["load"], row["policy"]) == (load, name)] for name in (policy, "elastic")}
+        above = [ours["effective_quality"] - theirs["effective_quality"] for ours, theirs in zip(of["elastic"], of[policy], strict=True)]
+        means = {key: statistics.mean(row[key] for row in of[policy]) for key in ("effective_quality", "in_time", "refused", "late")}
+        rows.append({"load": load, "policy": policy, "seeds": len(above), **means, "elastic_above": _interval(above)})
+    return sorted(rows, key=lambda row: row["load"])
+
+
+def _interval(values: list[float]) -> dict[str, float | None]:
+    mean = statistics.mean(values)
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def switch(options: argparse.Namespace) -> dict[str, Any]:
@@ -256,16 +282,31 @@ def table(found: dict[str, Any]) -> None:
     for name in ("switch", "start"):
         if name in found:
             out.print(f"{name}: {found[name]}")
-    for part in found.get("elastic", []):
-        title = f"ladder {', '.join(part['ladder'])}; deadline {part['deadline']:.2f} s, {part['pictures_a_second']:.2f} pictures a second"
-        rows = Table(title=title)
-        for heading in ("load", "policy", "effective quality", "in time", "refused", "late", "mean score"):
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for run in found.get("elastic", []):
+        groups.setdefault((*run["ladder"], run["deadline_times"]), []).append(run)
+    for (*ladder, times), runs in groups.items():
+        rows = Table(title=f"auto over {', '.join(ladder)}; deadline {times:g} times a picture alone")
+        for heading in ("load", "policy", "effective quality", "in time", "refused", "late", "elastic above it"):
             rows.add_column(heading)
-        for row in part["rows"]:
-            mean = "–" if row["mean_score"] is None else f"{row['mean_score']:.3f}"
+        for row in compared(runs):
+            above = row["elastic_above"]
+            between = "" if above["low"] is None else f" ({above['low']:+.3f} to {above['high']:+.3f})"
             shares = (f"{row[key]:.1%}" for key in ("in_time", "refused", "late"))
-            rows.add_row(f"{row['load']:g}", row["policy"], f"{row['effective_quality']:.3f}", *shares, mean)
+            shown = "" if row["policy"] == "elastic" else f"{above['mean']:+.3f}{between}"
+            rows.add_row(f"{row['load']:g}", row["policy"], f"{row['effective_quality']:.3f}", *shares, shown)
         out.print(rows)
+
+
+def joined(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Parts measured before, and those measured now in the place of the same ones."""
+
+    def same(run: dict[str, Any]) -> tuple:
+        return tuple(run["scores"]), run["deadline_times"], run["seed"]
+
+    now = {same(run) for run in found.get("elastic", [])}
+    runs = [run for run in before.get("elastic", []) if same(run) not in now] + found.get("elastic", [])
+    return before | found | ({"elastic": runs} if runs else {})
 
 
 def main() -> None:
@@ -274,16 +315,18 @@ def main() -> None:
     parser.add_argument("--parts", default="overhead,throughput,elastic,switch,start")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores of the engine and of the stock pipeline")
     parser.add_argument("--rounds", type=int, default=20, help="pictures of the overhead, and a client of the throughput")
-    parser.add_argument("--seconds", type=float, default=40.0, help="of arrivals, for each load and policy")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals, for each seed, load and policy")
     parser.add_argument("--loads", default="0.5,1,1.5,2", help="shares of the largest variant's capacity")
-    parser.add_argument("--deadline", type=float, default=4.0, help="of every request, times the seconds of a picture alone")
+    parser.add_argument("--deadlines", default="4", help="of every request, times the seconds of a picture alone; several by commas")
     parser.add_argument("--queue", type=int, default=64)
     parser.add_argument("--sets", default="", help="variants served, separated by commas; several sets by semicolons; an empty one is all")
     parser.add_argument("--starts", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--seeds", default="0,1,2", help="of the times of arrival")
+    parser.add_argument("--json", type=Path, help="write the figures there, beside those of other parts and seeds")
     options = parser.parse_args()
     options.loads = [float(load) for load in options.loads.split(",")]
+    options.deadlines = [float(times) for times in options.deadlines.split(",")]
+    options.seeds = [int(seed) for seed in options.seeds.split(",")]
     options.result = options.result.absolute()
     torch.set_num_threads(options.threads)
     parts = options.parts.split(",")
@@ -295,14 +338,16 @@ def main() -> None:
                     found[name] = measure(options, client)
     if "elastic" in parts:
         sets = [[name for name in text.split(",") if name] or None for text in options.sets.split(";")]
-        found["elastic"] = [asyncio.run(elastic(options, variants)) for variants in sets]
+        found["elastic"] = [run for variants in sets for run in asyncio.run(elastic(options, variants))]
     if "switch" in parts:
         found["switch"] = switch(options)
     if "start" in parts:
         found["start"] = start(options)
-    table(found)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        if options.json.exists():
+            found = joined(json.loads(options.json.read_text()), found)
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    table(found)
 
 
 if __name__ == "__main__":

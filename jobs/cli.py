@@ -159,12 +159,23 @@ def serve(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as engine.batch=4")
     ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show no line for each request")] = False,
 ) -> None:
     """Serve the variants of a result behind the OpenAI Images API, with a page to try them on."""
     from serve.config import load_settings
     from serve.local import run
 
-    run(load_settings(result, config, set_, {"host": host, "port": port}), lambda text: out.print(text, highlight=False, markup=False))
+    # Lines of requests come from a thread of their own, also while others' output is held back.
+    terminal = sys.stdout
+
+    def say(text: str) -> None:
+        print(text, file=terminal, flush=True)
+
+    settings = load_settings(result, config, set_, {"host": host, "port": port})
+    try:
+        run(settings, say, quiet)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 _Api = Annotated[

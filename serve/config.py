@@ -107,6 +107,14 @@ class Autoscaling(Section):
     )
 
 
+class Log(Section):
+    """One JSON object for each request and each failure, without prompts and keys."""
+
+    file: Path | None = Field(
+        None, description="file that lines are appended to; null: standard error of the replicas, which ppcl serve shows instead"
+    )
+
+
 class Settings(Section):
     """How a result is served."""
 
@@ -115,6 +123,7 @@ class Settings(Section):
     engine: EngineSettings = EngineSettings()
     elastic: Elastic = Elastic()
     autoscaling: Autoscaling = Autoscaling()
+    log: Log = Log()
 
 
 class Served(Settings):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -15,6 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ppcl.errors import UserError
 from ppcl.settings import validated
+from serve.api.door import Door
 from serve.autoscaling import BACKLOG
 from serve.config import Served
 from serve.engine.metrics import INSTRUMENTS, VERBS, Instrument, Metrics
@@ -53,9 +55,10 @@ class Replica:
 
         from serve.engine.engine import Engine
 
-        log_as_json()
+        served = Served.model_validate(settings)
+        log_as_json(served.log.file)
         torch.set_num_threads(threads)
-        self.engine = Engine(Served.model_validate(settings), RayMetrics())
+        self.engine = Engine(served, RayMetrics())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event | Refused, None]:
         """The engine's events. A refusal is the last one of them: exceptions lose their fields on Ray's way."""
@@ -90,6 +93,10 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {BACKLOG: self.load()["backlog_seconds"]}
 
+    async def close(self) -> None:
+        """What is under way ends with an error."""
+        await asyncio.to_thread(self.engine.close)
+
 
 @serve.deployment(name=INGRESS)
 @serve.ingress()
@@ -97,14 +104,19 @@ class Ingress:
     """The HTTP API over the engine's replicas."""
 
     def __init__(self, engine: DeploymentHandle, settings: dict[str, Any]):
-        self.handle, self.settings = engine, Served.model_validate(settings)
+        self.handle, self.settings, self.door = engine, Served.model_validate(settings), Door()
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve.api import create_app
         from serve.backend import RayBackend
 
-        log_as_json()
-        return create_app(RayBackend(self.handle, self.settings.http), self.settings, behind_ray=True)
+        log_as_json(self.settings.log.file)
+        return create_app(RayBackend(self.handle, self.settings.http), self.settings, self.door, behind_ray=True)
+
+    def stop(self) -> int:
+        """Refuse what comes from now on; how many requests are under way."""
+        self.door.open = False
+        return self.door.under_way
 
 
 def cpus(settings: Served) -> float:
@@ -150,13 +162,13 @@ def application(settings: Served) -> serve.Application:
         autoscaling_config=_autoscaling(settings),
         health_check_period_s=5,
         **graceful,
-    ).bind(_part(settings, {"result", "teacher", "limits", "engine", "elastic"}), max(1, int(cpus(settings))))
+    ).bind(_part(settings, {"result", "teacher", "limits", "engine", "elastic", "log"}), max(1, int(cpus(settings))))
     return Ingress.options(
         num_replicas=settings.http.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_INGRESS_REQUESTS,
         **graceful,
-    ).bind(engine, _part(settings, {"result", "http", "limits"}))
+    ).bind(engine, _part(settings, {"result", "http", "limits", "log"}))
 
 
 def _part(settings: Served, names: set[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 log = logging.getLogger("ppcl.serve")
 
@@ -22,11 +22,13 @@ class JsonLines(logging.Formatter):
         return json.dumps(fields | getattr(record, "told", {}))
 
 
-def log_as_json(stream: TextIO | None = None) -> None:
-    """Have this process write its serving log to a stream, standard error unless another is given, once however often asked."""
+def log_as_json(file: Path | None = None) -> None:
+    """Have this process append its serving log to a file, or write it to standard error, once however often asked."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
-    handler = logging.StreamHandler(stream or sys.stderr)
+        handler.close()
+    # A line is one write at the end of the file, so that several processes can share it.
+    handler = logging.StreamHandler(sys.stderr) if file is None else logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(JsonLines())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -41,3 +43,15 @@ def tell_failure(id: str, error: BaseException) -> None:
     """Where an error came from. Not its message: libraries put what they were given into it, a prompt among others."""
     frames = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     log.error("failure", extra={"told": {"id": id, "error": type(error).__name__, "at": frames[-12:]}})
+
+
+def plain(line: str) -> str:
+    """A line of the log as people read it."""
+    told = json.loads(line)
+    at = datetime.fromisoformat(told.pop("time")).astimezone().strftime("%H:%M:%S")
+    if told["event"] == "request":
+        drawn = f"{told['variant']}{' (degraded)' if told.get('degraded') else ''}" if "variant" in told else None
+        parts = [at, told["status"], told["method"], told["route"], f"{told['seconds']:.3f} s", drawn, told.get("error"), told["id"]]
+    else:
+        parts = [at, told["event"], told.get("error"), *reversed(told.get("at", [])[-3:]), told.get("id")]
+    return "  ".join(str(part) for part in parts if part is not None)

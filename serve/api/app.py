@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from serve.api import errors, images, models
 from serve.api.body import read_object
 from serve.api.disconnect import unless_gone
+from serve.api.door import Door
 from serve.api.guard import Guard
 from serve.api.keys import Keys
 from serve.api.limits import generation
@@ -27,10 +28,10 @@ _NOT_READY_SECONDS = 2.0
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": ImageRequest.model_json_schema()}}}}
 
 
-def create_app(backend: Backend, settings: Settings, behind_ray: bool = False) -> FastAPI:
+def create_app(backend: Backend, settings: Settings, door: Door | None = None, behind_ray: bool = False) -> FastAPI:
     """The API over an engine in this process, or over replicas of it behind a Ray Serve handle.
 
-    `behind_ray`: Ray Serve's proxy stands in front, which gives requests their ids.
+    `door`: by which its owner ends it. `behind_ray`: Ray Serve's proxy stands in front, which gives requests their ids.
 
     Whoever runs it calls `check_exposure` first, and `log_as_json` in the process that serves. Raises `UserError` where the
     API keys cannot be read.
@@ -38,7 +39,7 @@ def create_app(backend: Backend, settings: Settings, behind_ray: bool = False) -
     http, limits, keys, metrics = settings.http, settings.limits, Keys(settings.http), HttpMetrics()
     # The interactive documentation loads scripts from elsewhere; /openapi.json says the same.
     app = FastAPI(title="ppcl", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics, behind_ray=behind_ray)
+    app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics, door=door or Door(), behind_ray=behind_ray)
     page, created = Page(key_needed=bool(keys)), int(time.time())
 
     @app.exception_handler(Refused)

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api import errors
 from serve.api.disconnect import ClientGone
+from serve.api.door import Door
 from serve.api.keys import Keys, check_host
 from serve.api.metrics import HttpMetrics
 from serve.config import Settings
@@ -49,8 +50,8 @@ class Guard:
     `behind_ray`: requests have an id already, which Ray Serve's proxy also puts into the answer.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: HttpMetrics, behind_ray: bool):
-        self.app, self.settings, self.keys, self.metrics, self.behind_ray = app, settings, keys, metrics, behind_ray
+    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: HttpMetrics, door: Door, behind_ray: bool):
+        self.app, self.settings, self.keys, self.metrics, self.door, self.behind_ray = app, settings, keys, metrics, door, behind_ray
 
     def request_id(self, headers: Headers) -> str:
         given = headers.get(REQUEST_ID, "") if self.behind_ray else ""
@@ -90,7 +91,8 @@ class _Exchange:
                 check_host(headers.get("host"))
             if self.guard.keys and not (self.scope["path"] in OPEN or self.scope["path"].startswith(OPEN_FOLDER)):
                 self.guard.keys.check(headers.get("authorization"))
-            await self.guard.app(self.scope, self.receive, self.send)
+            with self.guard.door.inside():
+                await self.guard.app(self.scope, self.receive, self.send)
         except Refused as refused:
             await self._refuse(refused)
         except ClientGone:

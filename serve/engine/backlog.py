@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from serve.engine.pipelines import Kind
 
 # Batches that make so large a share of the pictures a second that full ones do are large enough.
 _PAYS = 0.9
+# Seconds of one forward of a kind with so many rows.
+Forward = Callable[[Kind, int], float]
 # Under way in any lane, so that a long picture does not stop all others.
 _LEAST = 2
 
@@ -42,7 +44,7 @@ class Work:
 class Backlog:
     """`begin(work)` is called when a picture's turn comes. Not safe for threads by itself: its owner holds a lock.
 
-    What is accepted is expected to be drawn in that order, lane by lane in batches. With every request only accepted if it is
+    What is accepted is expected to be drawn in that order, in batches of each lane. With every request only accepted if it is
     in time behind all before it, all deadlines can hold, and `due` says when the order has to be kept for it.
     """
 
@@ -95,19 +97,24 @@ class Backlog:
         pays = next(rows for rows in range(1, self.batch + 1) if rows == self.batch or a_second(rows) >= enough)
         return min(self.batch, max(_LEAST, pays))
 
-    def seconds(self, last: Work | None = None) -> float:
-        """Seconds until everything is done that was accepted, up to and with `last`."""
-        return self._all(self._lanes(last))
+    def seconds(self) -> float:
+        """Seconds until everything is done that was accepted."""
+        return sum(lane.seconds for lane in self._lanes().values())
 
     def expected(self, kind: Kind, steps: int, per_step: int, count: int) -> float:
         """Seconds until `count` more pictures are done, behind all that were accepted."""
         lanes = self._lanes()
-        lanes.setdefault(kind, []).extend([(steps, per_step)] * count)
-        return self._all(lanes)
+        lane = lanes.setdefault(kind, self._lane(kind, self.costs.forward))
+        for _ in range(count):
+            lane.add(steps * per_step)
+        return sum(lane.seconds for lane in lanes.values())
 
     def alone(self, kind: Kind, steps: int, per_step: int, count: int) -> float:
         """The same on an idle and undisturbed device."""
-        return self._lane(kind, [(steps, per_step)] * count, self.costs.undisturbed)
+        lane = self._lane(kind, self.costs.undisturbed)
+        for _ in range(count):
+            lane.add(steps * per_step)
+        return lane.seconds
 
     def undegraded_seconds(self) -> float:
         """Device-seconds of what was accepted, had every request of `auto` been drawn with the largest variant, in full batches."""
@@ -116,30 +123,49 @@ class Backlog:
     def undegraded(self, kind: Kind, calls: int) -> float:
         return calls * self.costs.forward(kind, self.batch) / self.batch + self.costs.besides(kind)
 
-    def due(self, work: Work) -> float | None:
-        """When its next step must run, and those of all that were accepted before it behind it, for its deadline to hold."""
-        return None if work.deadline is None else work.deadline - self.seconds(work)
-
-    def _lanes(self, last: Work | None = None) -> dict[Kind, list[tuple[int, int]]]:
-        """By lane, what is left of each picture: steps, and calls a step."""
-        lanes: dict[Kind, list[tuple[int, int]]] = {}
+    def due(self, kind: Kind) -> float | None:
+        """When the lane's next step must run, and those of all that was accepted before its pictures behind it, for their deadlines
+        to hold, of those that wait for their turn too."""
+        lanes: dict[Kind, _Lane] = {}
+        due, total = None, 0.0
         for work in self.pictures:
-            lanes.setdefault(work.kind, []).append((work.steps, work.per_step))
-            if work is last:
-                break
+            if work.kind not in lanes:
+                lanes[work.kind] = self._lane(work.kind, self.costs.forward)
+            lane = lanes[work.kind]
+            total -= lane.seconds
+            lane.add(work.steps * work.per_step)
+            total += lane.seconds
+            if work.kind == kind and work.deadline is not None:
+                due = work.deadline - total if due is None else min(due, work.deadline - total)
+        return due
+
+    def _lanes(self) -> dict[Kind, _Lane]:
+        """What is accepted, by lane."""
+        lanes: dict[Kind, _Lane] = {}
+        for work in self.pictures:
+            if work.kind not in lanes:
+                lanes[work.kind] = self._lane(work.kind, self.costs.forward)
+            lanes[work.kind].add(work.steps * work.per_step)
         return lanes
 
-    def _all(self, lanes: dict[Kind, list[tuple[int, int]]]) -> float:
-        return sum(self._lane(kind, left, self.costs.forward) for kind, left in lanes.items())
+    def _lane(self, kind: Kind, forward: Forward) -> _Lane:
+        return _Lane(kind, self.together(kind), forward, self.costs.besides(kind))
 
-    def _lane(self, kind: Kind, left: Iterable[tuple[int, int]], forward: Callable[[Kind, int], float]) -> float:
-        """Seconds that a lane takes by itself. A forward's seconds are linear in its rows, so only the numbers count of forwards and
-        of rows in all of them: the pictures begin in turn, each where one before it ends."""
-        ends, forwards, rows, pictures = [0] * self.together(kind), 0, 0, 0
-        for steps, per_step in left:
-            end = ends[0] + steps * per_step
-            heapq.heapreplace(ends, end)
-            forwards, rows, pictures = max(forwards, end), rows + steps * per_step, pictures + 1
-        one = forward(kind, 1)
-        each = (forward(kind, self.batch) - one) / (self.batch - 1) if self.batch > 1 else 0.0
-        return forwards * (one - each) + rows * each + pictures * self.costs.besides(kind)
+
+class _Lane:
+    """Seconds that pictures of one kind take, drawn so many `together`. They begin in turn, each where one before it ends, and a
+    batch stays as large as it is, since others come in the place of those that end."""
+
+    def __init__(self, kind: Kind, together: int, forward: Forward, a_picture: float):
+        self._kind, self._forward, self._a_picture = kind, forward, a_picture
+        self._ends, self._pictures = [0] * together, 0
+
+    def add(self, calls: int) -> None:
+        """One more picture, which takes so many calls of the transformer."""
+        heapq.heapreplace(self._ends, self._ends[0] + calls)
+        self._pictures += 1
+
+    @property
+    def seconds(self) -> float:
+        rows = min(self._pictures, len(self._ends))
+        return max(self._ends) * self._forward(self._kind, rows) + self._pictures * self._a_picture if rows else 0.0

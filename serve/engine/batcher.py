@@ -1,10 +1,7 @@
 """One thread that runs waiting calls in batches, fairly.
 
-A *group* is what can run as one batch. Which group is next follows start-time fair queueing (Goyal, Vin and Cheng 1996) over
-device-seconds: every picture gets an equal share of the device, however large its steps are, so a small one is through while a
-large one does a step; pictures of a batch share what it takes, and a group that was idle has no credit from it. Within a group
-the calls that wait longest go first. A call that must run now for its picture's deadline to hold goes before, the most urgent
-one first.
+A *group* is what can run as one batch. Which group is next is said by `serve.engine.turns`; within a group the calls that wait
+longest go first.
 """
 
 from __future__ import annotations
@@ -17,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from serve.engine.turns import Turns
 
 
 class Cancelled(Exception):
@@ -45,6 +44,10 @@ class _Call:
     answer: Future = field(default_factory=Future)
     since: float = field(default_factory=time.perf_counter)
 
+    @property
+    def due(self) -> float | None:
+        return self.member.due
+
 
 # Runs calls of one group together; gives one answer each, in their order.
 Run = Callable[[Hashable, Sequence[Any]], Sequence[Any]]
@@ -72,9 +75,7 @@ class Batcher:
         self._waiting: list[_Call] = []
         # Pictures whose last call was answered and whose next is expected.
         self._away: set[Member] = set()
-        # By group, the device-seconds of each of its pictures after which it is its turn; `_now` is that of the batch that ran last.
-        self._turn: dict[Hashable, float] = {}
-        self._now = 0.0
+        self._turns = Turns()
         # Rows a group was found to have memory for.
         self._fits: dict[Hashable, int] = {}
         self._closed = False
@@ -89,7 +90,7 @@ class Batcher:
             if self._closed:
                 raise Cancelled
             self._away.discard(member)
-            self._turn[group] = max(self._turn.get(group, 0.0), self._now)
+            self._turns.came(group)
             self._waiting.append(call)
             self._changed.notify()
         return call.answer.result()
@@ -125,7 +126,7 @@ class Batcher:
             seconds = ended - began
             group, rows = calls[0].group, sum(call.rows for call in calls)
             with self._changed:
-                self._turn[group] = self._turn.get(group, self._now) + seconds / len(calls)
+                self._turns.took(group, seconds / len(calls))
             self._told(group, rows, seconds)
 
     def _next(self) -> list[_Call] | None:
@@ -137,7 +138,7 @@ class Batcher:
                     self._changed.wait_for(lambda: self._closed or not self._away, self._gather)
                     self._away.clear()
                 if self._waiting and not self._closed:
-                    return self._taken(self._chosen())
+                    return self._taken(self._turns.next(self._waiting, time.monotonic()))
             for call in self._waiting:
                 call.answer.set_exception(Cancelled())
             self._waiting.clear()
@@ -153,18 +154,8 @@ class Batcher:
                 calls.append(call)
                 rows += call.rows
                 self._waiting.remove(call)
-        self._now = self._turn[group]
-        kept = {call.group for call in self._waiting} | {group}
-        self._turn = {known: turn for known, turn in self._turn.items() if known in kept or turn > self._now}
+        self._turns.begun(group, self._waiting)
         return calls
-
-    def _chosen(self) -> Hashable:
-        now = time.monotonic()
-        urgent = [call for call in self._waiting if call.member.due is not None and call.member.due <= now]
-        if urgent:
-            return min(urgent, key=lambda call: call.member.due).group
-        # Of equal turns that of the call that waits longest: `min` takes the first.
-        return min(self._waiting, key=lambda call: self._turn[call.group]).group
 
     def _answer(self, calls: list[_Call]) -> None:
         alone = False

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from serve.engine.batcher import Member
 from serve.engine.calls import join, rows_of
 from serve.engine.picture import Order, Studio
-from serve.engine.pipelines import Kind, Plan
+from serve.engine.pipelines import Kind, Plan, SharedPipeline
 
 # Share of a size's factor that one batch changes, the farthest it believes one, and seconds after which a third of it is left.
 _LEARNT = 0.1
@@ -76,7 +77,6 @@ class Costs:
         return 1.0 + (factor - 1.0) * math.exp((learnt - self._clock()) / _FORGOTTEN)
 
 
-@torch.no_grad()
 def profile(studio: Studio, order: Order, plans: Iterable[Plan], rows: int) -> Costs:
     """Warm every plan up and measure it. Variants take turns, so that a drift of the machine's speed falls on all alike."""
     shared = studio.shared
@@ -91,20 +91,24 @@ def profile(studio: Studio, order: Order, plans: Iterable[Plan], rows: int) -> C
         hook.remove()
     few = rows_of(architecture, calls[0])
     times = max(1, rows // few)
-    taken: dict[tuple[Plan, int], list[float]] = {}
     plans = list(plans)
+    taken = shared.arithmetic(_measured, shared, [join(architecture, [calls[0]] * copies) for copies in (1, times)], plans)
+    # The least: whatever else runs only adds to it.
+    profiles = {plan: Profile(few, min(taken[plan, 0]), few * times, min(taken[plan, 1])) for plan in plans}
+    return Costs(profiles, again.seconds["encoding"] + again.seconds["decoding"], order.height * order.width)
+
+
+def _measured(shared: SharedPipeline, calls: Sequence[dict[str, Any]], plans: Sequence[Plan]) -> dict[tuple[Plan, int], list[float]]:
+    """Seconds of each of the calls, by its number, with each plan on."""
+    taken: dict[tuple[Plan, int], list[float]] = {}
     for turn in range(1 + _ROUNDS):
         for plan in plans:
-            for copies in dict.fromkeys((1, times)):
+            for number, arguments in enumerate(calls):
                 shared.plug(plan)
-                arguments = join(architecture, [calls[0]] * copies)
                 began = time.perf_counter()
-                output = transformer(**arguments)[0]
+                output = shared.stock.transformer(**arguments)[0]
                 if output.is_cuda:
                     torch.cuda.synchronize()
                 if turn:
-                    taken.setdefault((plan, copies), []).append(time.perf_counter() - began)
-    # The least: whatever else runs only adds to it.
-    seconds = {key: min(values) for key, values in taken.items()}
-    profiles = {plan: Profile(few, seconds[plan, 1], few * times, seconds[plan, times]) for plan in plans}
-    return Costs(profiles, again.seconds["encoding"] + again.seconds["decoding"], order.height * order.width)
+                    taken.setdefault((plan, number), []).append(time.perf_counter() - began)
+    return taken

@@ -1,8 +1,10 @@
 """Elastic quality: which variant a request of `auto` is drawn with.
 
-It is the largest one with which the request is in time: what waits before it and what it costs itself end before its deadline.
-`auto` degrades at once, and recovers by one variant after some seconds of little load, so that it does not swing: pictures of
-two variants share no batch, so drawing some with each costs more than drawing all with one.
+It is the largest one with which the request were in time even if it had to wait twice as long: half of its slack is left to those
+that come after it. A server that gives all of it away takes in large pictures until its queue is full, and has to refuse what
+comes then; the smaller variant comes too late, because its first picture costs a batch of its own. `auto` degrades at once, and recovers by one variant after some
+seconds of little load, so that it does not swing: pictures of two variants share no batch, so drawing some with each costs more
+than drawing all with one.
 """
 
 from __future__ import annotations
@@ -84,11 +86,11 @@ class ElasticQuality:
         """
         steps = [step for step in self.steps if allowed(step)] or self.steps[:1]
         late = 1 + self._settings.margin
-        fits = [step for step in steps if late * expected(step) <= budget]
-        first = next((step for step in fits if self.steps.index(step) >= self.level), None)
-        if first is None:
-            # Held below the floor, or nothing that is small enough is in time.
-            first = fits[-1] if fits else steps[-1]
+        # Those it is held at, or the nearest where its floor is above.
+        held = [step for step in steps if self.steps.index(step) >= self.level] or steps[-1:]
+        fits = [step for step in held if late * expected(step) <= budget]
+        roomy = (step for step in fits if late * (2 * expected(step) - alone(step)) <= budget)
+        first = next(roomy, (fits or held)[-1])
         # A deadline that an idle server could not meet with a larger variant says nothing about the load.
         could = next((self.steps.index(step) for step in steps if late * alone(step) <= budget), len(self.steps))
         if (index := self.steps.index(first)) > max(self.level, could):

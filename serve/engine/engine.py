@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Hashable
@@ -21,14 +20,15 @@ from ppcl.errors import UserError
 from ppcl.variants import Variant
 from serve.config import Served
 from serve.engine import metrics as counted
+from serve.engine.admission import Admission
+from serve.engine.arithmetic import Arithmetic
 from serve.engine.backlog import Backlog, Work
 from serve.engine.batcher import Cancelled
 from serve.engine.costs import profile
 from serve.engine.elastic import ElasticQuality, ladder
-from serve.engine.lately import Lately, Wanted
 from serve.engine.metrics import Metrics
 from serve.engine.picture import Order, Studio, calls_per_step
-from serve.engine.pipelines import Kind, Plan, SharedPipeline
+from serve.engine.pipelines import Kind, SharedPipeline
 from serve.engine.weights import Weights, load, qualities
 from serve.logs import tell_failure
 from serve.requests import AUTO, Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
@@ -39,8 +39,6 @@ _WARM_UP_PROMPT = "a picture"
 _WARM_UP_STEPS = 2
 # Steps between looks at how urgent a picture is.
 _DUE_EVERY = 4
-# Seconds over which demand is looked at.
-_LATELY = 10.0
 
 
 @dataclass(eq=False)
@@ -82,13 +80,15 @@ class Engine:
             raise UserError("engine.device is 'cuda', but there is no GPU here; set engine.device: cpu")
         precision = {"cuda": "bfloat16", "cpu": "float32"}[device] if engine.precision == "auto" else engine.precision
         self.settings, self.counters = settings, counters or Metrics()
-        self.weights: Weights = load(settings.result, settings.teacher, engine.variants, device, getattr(torch, precision))
+        compute = Arithmetic()
+        self.weights: Weights = compute(load, settings.result, settings.teacher, engine.variants, device, getattr(torch, precision))
         self._lock = threading.Lock()
         self._names: dict[Any, str] = {variant.plan: name for name, variant in self.weights.variants.items()}
         self._backlog: Backlog | None = None
         shared = SharedPipeline(
-            self.weights.pipeline, self.weights.switch, engine.batch, engine.gather_seconds, engine.decoded_pixels, self._batch_done
-        )
+            self.weights.pipeline, self.weights.switch, engine.batch, engine.gather_seconds, engine.decoded_pixels, self._batch_done,
+            compute,
+        )  # fmt: skip
         self.studio = Studio(shared)
         self.card = self._card()
         sampling, variants = self.weights.result.sampling, list(self.weights.variants.values())
@@ -98,7 +98,7 @@ class Engine:
         self._backlog = Backlog(self.costs, engine.batch, lambda work: self._threads.submit(self._draw, work))
         self._qualities = qualities(settings.result, self.weights.variants)
         self.elastic = ElasticQuality(self._ladder(), settings.elastic)
-        self._lately = Lately(_LATELY)
+        self._admission = Admission(self._backlog, self.elastic, self.weights.variants, engine.queue, settings.elastic)
         self._closed = False
 
     def _card(self) -> PipelineCard:
@@ -145,8 +145,7 @@ class Engine:
     def load(self) -> dict[str, float]:
         """`backlog_seconds`: of what is accepted and of what was lately refused, at undegraded quality. `pictures`: accepted."""
         with self._lock:
-            backlog = self._backlog.undegraded_seconds() + self._lately.refused(time.monotonic(), self._undegraded)
-            return {"backlog_seconds": backlog, "pictures": float(len(self._backlog.pictures))}
+            return {"backlog_seconds": self._admission.demand(time.monotonic()), "pictures": float(len(self._backlog.pictures))}
 
     async def metrics_text(self) -> str:
         return self.counters.text()
@@ -203,88 +202,33 @@ class Engine:
         return counts["prompt"]
 
     def _admit(self, request: GenerationRequest, named: Variant | None, tokens: int) -> tuple[_Job, Accepted]:
-        """Accept a request, or raise `Refused`: a full queue, a deadline that cannot be met, no such smallest variant."""
+        """Accept a request, or raise `Refused`."""
         arguments = {**self.weights.result.sampling.arguments, **request.arguments}
         per_step = calls_per_step(self.weights.pipeline.__call__, arguments)
-        pixels, now = request.height * request.width, time.monotonic()
-
-        def of(variant: Variant | str) -> tuple[Kind, int, int, int]:
-            plan = (variant if isinstance(variant, Variant) else self.weights.variants[variant]).plan
-            return Kind(plan, pixels), request.steps, per_step, request.count
-
         with self._lock:
-            backlog, queue = self._backlog, self.settings.engine.queue
+            now = time.monotonic()
             if self._closed:
                 raise Refused(503, "server_error", "the server is shutting down; try again soon", "shutting_down", retry_after=1.0)
-            allowed = self._allowed(request.min_variant)
-            undegraded = of(named or self.elastic.steps[0])
-            wanted = Wanted(now, None if named is None else named.plan, pixels, request.steps * per_step, request.count)
-            self._lately.add(wanted)
-            self.elastic.watch(now, lambda name: self._lately.load(now, lambda one: self._seconds(one, self.weights.variants[name].plan)))
-            if len(backlog.pictures) + request.count > queue:
-                wanted.refused = True
-                each = backlog.seconds() / max(1, len(backlog.pictures))
-                wait = max(1, len(backlog.pictures) + request.count - queue) * each
-                message = f"the server has {len(backlog.pictures)} pictures to draw, of at most {queue}; try again later"
-                raise self._busy(message, "queue_full", wait)
-            if named is None:
-                patience = self.settings.elastic.patience * backlog.alone(*undegraded)
-                choice = self.elastic.choose(
-                    patience if request.deadline is None else request.deadline,
-                    lambda name: backlog.expected(*of(name)), lambda name: backlog.alone(*of(name)), allowed.__contains__,
-                )  # fmt: skip
-                variant, expected, degraded = self.weights.variants[choice.variant], choice.expected, choice.degraded
-                name, in_time = choice.variant, choice.in_time
-            else:
-                variant, degraded = named, False
-                expected = backlog.expected(*of(variant))
-                name = self._names.get(variant.plan) or ",".join(map(str, variant.plan))
-                in_time = request.deadline is None or expected * (1 + self.settings.elastic.margin) <= request.deadline
-            if request.deadline is not None and not in_time:
-                alone = backlog.alone(*of(variant))
-                if alone > request.deadline:
-                    message = f"deadline_ms is {1000 * request.deadline:g}; the pictures take {1000 * alone:.0f} ms where nothing else waits"
-                    raise Refused(422, "invalid_request_error", message, "deadline_too_short", "deadline_ms")
-                wanted.refused = True
-                message = f"the pictures would take {expected:.2f} s and are wanted within {request.deadline:g} s; try again later"
-                raise self._busy(message, "deadline_unmet", expected - request.deadline)
-            job = _Job(request, name, tokens, asyncio.get_running_loop())
+            try:
+                decision = self._admission.decide(request, named, per_step, now)
+            except Refused as refused:
+                if refused.status == 429:
+                    self.counters.record(counted.REQUESTS, outcome="refused")
+                raise
+            job = _Job(request, decision.model, tokens, asyncio.get_running_loop())
             deadline = None if request.deadline is None else now + request.deadline
-            kind, steps, _, _ = of(variant)
             for index in range(request.count):
                 order = Order(
-                    variant.plan, request.prompt, request.height, request.width, request.steps, request.seed + index,
+                    decision.kind.plan, request.prompt, request.height, request.width, request.steps, request.seed + index,
                     arguments, request.previews,
                 )  # fmt: skip
-                work = Work(kind, undegraded[0], steps, per_step, deadline, _Turn(job, index, order, now))
-                job.works.append(work)
+                turn = _Turn(job, index, order, now)
+                job.works.append(Work(decision.kind, decision.undegraded, request.steps, per_step, deadline, turn))
             for work in job.works:
-                backlog.add(work)
+                self._backlog.add(work)
             self._show_queue()
-        self.counters.record(counted.ACCEPTED, variant=self._label(name), degraded=str(degraded).lower())
-        return job, Accepted(name, degraded, expected)
-
-    def _allowed(self, smallest: str | None) -> set[str]:
-        """The variants that `auto` may take."""
-        if smallest is None:
-            return set(self.elastic.steps)
-        if smallest not in self.weights.variants:
-            message = f"min_variant is {smallest[:80]!r}; there are {', '.join(self.weights.variants)}"
-            raise Refused(404, "invalid_request_error", message, "model_not_found", "min_variant")
-        floor = self.weights.variants[smallest].parameters
-        return {name for name in self.elastic.steps if self.weights.variants[name].parameters >= floor}
-
-    def _undegraded(self, wanted: Wanted) -> float:
-        return self._seconds(wanted, self.weights.variants[self.elastic.steps[0]].plan)
-
-    def _seconds(self, wanted: Wanted, plan: Plan) -> float:
-        """Device-seconds of a request in full batches, with a plan if it is one of `auto`."""
-        kind = Kind(plan if wanted.plan is None else wanted.plan, wanted.pixels)
-        return wanted.count * self._backlog.undegraded(kind, wanted.calls)
-
-    def _busy(self, message: str, code: str, wait: float) -> Refused:
-        self.counters.record(counted.REQUESTS, outcome="refused")
-        return Refused(429, "rate_limit_error", message, code, retry_after=float(max(1, math.ceil(wait))))
+        self.counters.record(counted.ACCEPTED, variant=self._label(decision.model), degraded=str(decision.degraded).lower())
+        return job, Accepted(decision.model, decision.degraded, decision.expected)
 
     def _draw(self, work: Work) -> None:
         """In a thread of its own: one picture, from its turn to its event."""
@@ -299,7 +243,7 @@ class Engine:
                     work.steps = order.steps - step
                     # It only moves back with every step, and takes as long as there are pictures.
                     if step % _DUE_EVERY == 0:
-                        work.member.due = self._backlog.due(work)
+                        work.member.due = self._backlog.due(work.kind)
 
             stepped(0)
             drawn = self.studio.draw(order, work.member, stepped, lambda number, step, image: job.tell(Preview(index, number, step, image)))

@@ -18,6 +18,7 @@ from torch import nn
 
 from ppcl.architecture import architecture_of
 from ppcl.plan import Entry
+from serve.engine.arithmetic import Arithmetic
 from serve.engine.batcher import Batcher, Member, Told
 from serve.engine.calls import Digests, group_of, join, rows_of
 
@@ -72,7 +73,7 @@ class VaeProxy(nn.Module):
 class SharedPipeline:
     """One pipeline for many pictures at once. `switch(transformer, plan)` is called between batches, by their thread.
 
-    `most_rows`: of a batch of the transformer; `decoded_pixels`: of pictures that are decoded at once. `told`: of every batch of
+    `arithmetic`: what computes. `most_rows`: of a batch of the transformer; `decoded_pixels`: of pictures that are decoded at once. `told`: of every batch of
     the transformer, with its `Kind` first in its group.
     """
 
@@ -84,14 +85,17 @@ class SharedPipeline:
         gather: float,
         decoded_pixels: int,
         told: Told,
+        arithmetic: Arithmetic | None = None,
     ):
         self.stock, self._switch = pipeline, switch
+        self.arithmetic = arithmetic or Arithmetic()
         self.architecture = architecture_of(pipeline.transformer)
         self._on: Plan | None = None
         self._encoding = threading.Lock()
         self._encoded: OrderedDict[Hashable, Any] = OrderedDict()
-        self.denoising = Batcher("denoising", self._forward, lambda group: most_rows, gather, told)
-        self.decoding = Batcher("decoding", self._decode, lambda group: self._decoded_at_once(group, decoded_pixels))
+        compute = self.arithmetic
+        self.denoising = Batcher("denoising", lambda *batch: compute(self._forward, *batch), lambda group: most_rows, gather, told)
+        self.decoding = Batcher("decoding", lambda *batch: compute(self._decode, *batch), lambda group: self._decoded_at_once(group, decoded_pixels))
 
     def copy(self, kind: Kind, member: Member) -> Any:
         """The pipeline for one picture."""
@@ -112,6 +116,7 @@ class SharedPipeline:
     def close(self) -> None:
         self.denoising.close()
         self.decoding.close()
+        self.arithmetic.close()
 
     def prompt_tokens(self, prompt: str) -> int:
         """Counted by the pipeline's longest-reading tokenizer, without the template it puts a prompt into."""
@@ -120,7 +125,6 @@ class SharedPipeline:
         with self._encoding:
             return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
-    @torch.no_grad()
     def _forward(self, group: tuple[Kind, Hashable], calls: Sequence[dict[str, Any]]) -> Sequence[torch.Tensor]:
         kind, _ = group
         self.plug(kind.plan)
@@ -137,7 +141,6 @@ class SharedPipeline:
             self._switch(self.stock.transformer, plan)
             self._on = plan
 
-    @torch.no_grad()
     def _decode(self, group: Hashable, latents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         pictures = self.stock.vae.decode(torch.cat(list(latents)), return_dict=False)[0]
         return pictures.split([one.shape[0] for one in latents])
@@ -148,13 +151,16 @@ class SharedPipeline:
 
     def _encode_prompt(self, *args: Any, **arguments: Any) -> Any:
         with self._encoding:
+            def encoded() -> Any:
+                return self.arithmetic(type(self.stock).encode_prompt, self.stock, *args, **arguments)
+
             key = (args, tuple(sorted(arguments.items())))
             try:
                 known = self._encoded.get(key)
             except TypeError:  # tensors and lists have no hash to be remembered by
-                return type(self.stock).encode_prompt(self.stock, *args, **arguments)
+                return encoded()
             if known is None:
-                known = self._encoded[key] = type(self.stock).encode_prompt(self.stock, *args, **arguments)
+                known = self._encoded[key] = encoded()
                 if len(self._encoded) > _REMEMBERED_PROMPTS:
                     self._encoded.popitem(last=False)
             self._encoded.move_to_end(key)

@@ -170,18 +170,24 @@ function checked() {
   show($("prompt-problem"), $("prompt").value.trim() ? "" : "Say what the picture shows.");
   $("prompt").setAttribute("aria-invalid", String(!$("prompt-problem").hidden));
   if (!$("prompt-problem").hidden) problems.push($("prompt"));
-  const wrong = [];
+  // Told where one looks when the field has the focus: below it.
+  const wrong = { "numbers-problem": [], "variants-problem": [] };
   for (const field of document.querySelectorAll("input[type=number]")) {
     const words = field.closest("[hidden]") ? "" : wrongNumber(field);
+    const place = field.id === "deadline" ? "variants-problem" : "numbers-problem";
     field.setAttribute("aria-invalid", String(Boolean(words)));
+    field.setAttribute("aria-describedby", place);
     if (words) {
-      wrong.push(words);
+      wrong[place].push(words);
       problems.push(field);
     }
   }
-  show($("problem"), wrong.join(" "));
-  show($("variants-problem"), chosenVariants().length ? "" : "Choose at least one variant.");
-  if (!$("variants-problem").hidden) problems.push(document.querySelector("input[name=variant]"));
+  show($("problem"), "");
+  if (!chosenVariants().length) {
+    wrong["variants-problem"].push("Choose at least one variant.");
+    problems.push(document.querySelector("input[name=variant]"));
+  }
+  for (const [place, words] of Object.entries(wrong)) show($(place), words.join(" "));
   problems[0]?.focus();
   return problems.length === 0;
 }

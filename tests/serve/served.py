@@ -41,7 +41,7 @@ class Answer:
 
 class Server:
     def __init__(self, backend: Backend, settings: Settings, behind_ray: bool = False):
-        config = uvicorn.Config(create_app(backend, settings, behind_ray), host="127.0.0.1", port=0, log_level="critical", access_log=False)
+        config = uvicorn.Config(create_app(backend, settings, behind_ray=behind_ray), host="127.0.0.1", port=0, log_level="critical", access_log=False)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()

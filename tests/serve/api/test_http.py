@@ -1,8 +1,8 @@
 """What surrounds the API: keys, headers, bodies as they come over a socket, clients that leave, logs, metrics, health."""
 
-import io
 import json
 import logging
+import re
 import socket
 import time
 
@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from serve.config import Settings
-from serve.logs import log, log_as_json, tell_failure
+from serve.logs import log, log_as_json, plain, tell_failure
 from tests.serve.api.test_client import waiting
 from tests.serve.served import Server, until
 
@@ -20,11 +20,11 @@ JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture
-def lines():
+def lines(tmp_path):
     """The log's lines so far, parsed, while a test runs."""
-    stream, before = io.StringIO(), (list(log.handlers), log.level, log.propagate)
-    log_as_json(stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    file, before = tmp_path / "log.jsonl", (list(log.handlers), log.level, log.propagate)
+    log_as_json(file)
+    yield lambda: [json.loads(line) for line in file.read_text().splitlines()]
     log.handlers[:], log.propagate = before[0], before[2]
     log.setLevel(before[1])
 
@@ -258,12 +258,24 @@ def test_a_failure_is_logged_by_its_place_without_its_words(lines):
     assert told["at"][-1].startswith("test_http.py:") and "secret" not in json.dumps(told)
 
 
-def test_the_servers_log_can_be_asked_for_twice_without_lines_coming_twice(lines):
-    stream = io.StringIO()
-    log_as_json(stream)
-    log_as_json(stream)
+def test_the_servers_log_can_be_asked_for_twice_without_lines_coming_twice(lines, tmp_path):
+    for _ in range(2):
+        log_as_json(tmp_path / "log.jsonl")
     logging.getLogger("ppcl.serve").info("once")
-    assert len(stream.getvalue().splitlines()) == 1
+    assert [told["event"] for told in lines()] == ["once"]
+
+
+def test_a_line_of_the_log_can_be_read_by_people(server, lines):
+    assert server.generate(VALID).status == 200 and server.generate(VALID | {"model": "no-such"}).status == 404
+    until(lambda: len(lines()) == 2, "two lines")
+    drawn, refused = (plain(json.dumps(told)) for told in lines())
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  200  POST  /v1/images/generations  \d+\.\d{3} s  all  req_\w+", drawn)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  404  POST  /v1/images/generations  \d+\.\d{3} s  model_not_found  req_\w+", refused)
+    try:
+        raise ValueError("a secret wish")
+    except ValueError as error:
+        tell_failure("req_1", error)
+    assert re.fullmatch(r"\S+  failure  ValueError  test_http\.py:\d+ \w+  req_1", plain(json.dumps(lines()[-1])))
 
 
 def test_the_time_of_a_request_is_the_clients(server):

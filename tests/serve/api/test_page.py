@@ -154,8 +154,11 @@ def test_what_is_wrong_in_the_form_is_told_where_it_is_before_anything_is_asked(
         browser.type(selector, text)
     browser.asked.clear()
     browser.click("#generate")
-    assert said in browser.text("#form")
+    where = browser.run(f"[...document.querySelectorAll('.problem')].find((one) => one.innerText === '{said}').id")
     assert browser.run("document.activeElement.id") == focused
+    # Where the focus is, in sight and below it.
+    below = f"document.getElementById('{where}').getBoundingClientRect().bottom - document.getElementById('{focused}').getBoundingClientRect().top"
+    assert 0 < browser.run(below) < 250
     assert browser.run(f"document.getElementById('{focused}').getAttribute('aria-invalid')") == "true"
     assert browser.asked == []
 

@@ -77,12 +77,12 @@ def test_in_company_it_waits_for_what_the_device_has_to_do(backlog):
     assert backlog.alone(LARGE, 10, 1, 1) == pytest.approx(11)
 
 
-def test_batches_get_smaller_as_pictures_end(backlog):
-    """Steps left: 10, 5, 5 and 2 of four places; a fifth begins where the shortest ends. A row more costs 0.2 s."""
+def test_a_batch_is_expected_to_stay_as_large_as_it_is(backlog):
+    """Steps left: 10, 5, 5 and 2 of four places, which others take as they end; a fifth begins where the shortest ends."""
     for steps in (10, 5, 5, 2):
         backlog.add(work(steps=steps))
-    assert backlog.seconds() == pytest.approx(10 * 0.8 + 22 * 0.2 + 4)
-    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(12 * 0.8 + 32 * 0.2 + 5)
+    assert backlog.seconds() == pytest.approx(10 * 1.6 + 4)
+    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(12 * 1.6 + 5)
 
 
 def test_what_is_done_does_not_count(backlog):
@@ -100,13 +100,21 @@ def test_demand_is_counted_as_if_nothing_had_been_degraded(backlog):
     assert backlog.undegraded_seconds() == pytest.approx(10 * (1.6 + 0.8) / 4 + 2)
 
 
-def test_a_step_is_due_when_what_is_before_it_and_what_is_left_of_it_just_fit(backlog):
-    first, second = work(deadline=100.0), work(SMALL, deadline=50.0)
-    for one in (first, second, work(), work(SMALL)):
+def test_a_lanes_step_is_due_when_what_is_before_it_and_what_is_left_of_it_just_fit(backlog):
+    for one in (work(deadline=100.0), work(SMALL, deadline=50.0), work(), work(SMALL)):
         backlog.add(one)
-    assert backlog.due(first) == pytest.approx(100 - 11)
-    assert backlog.due(second) == pytest.approx(50 - 11 - 6)
-    assert backlog.due(work()) is None
+    assert backlog.due(LARGE) == pytest.approx(100 - 11)
+    assert backlog.due(SMALL) == pytest.approx(50 - 11 - 6)
+    assert backlog.due(Kind((), 2000)) is None
+
+
+def test_those_that_wait_for_their_turn_hurry_a_lane_too(backlog):
+    for _ in range(4):
+        backlog.add(work())
+    backlog.add(work(SMALL, deadline=50.0))
+    backlog.add(work(deadline=60.0))
+    # Five large ones in a lane of four, twenty forwards of four rows, and the small one before the last.
+    assert backlog.due(LARGE) == pytest.approx(60 - (20 * 1.6 + 5) - 6)
 
 
 def test_costs_follow_what_batches_take_size_by_size():

@@ -54,10 +54,10 @@ def calls(batcher, group, count, name="call"):
     batcher.leave(member)
 
 
-def held(pool, batcher):
+def held(pool, batcher, member=None):
     """Keeps the batcher busy, so that other calls wait."""
-    one = pool.submit(batcher.call, "held", 1, "first", Member())
-    until(lambda: one.running() and not batcher._waiting and batcher._turn)
+    one = pool.submit(batcher.call, "held", 1, "first", member or Member())
+    until(lambda: one.running() and not batcher._waiting and batcher._turns._turn)
     return one
 
 
@@ -79,11 +79,17 @@ def until(condition):
 def test_pictures_that_began_together_stay_together(made):
     ran = Ran()
     batcher = made(ran, gather=GATHER)
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(5) as pool:
+        before = Member()
+        first = held(pool, batcher, before)
         for number in range(4):
             pool.submit(calls, batcher, "steps 2", 10, str(number))
-    sizes = [len(arguments) for _, arguments in ran]
-    assert sum(sizes) == 40 and sizes.count(4) >= 8
+        until(lambda: len(batcher._waiting) == 4)
+        ran.go.set()
+        first.result()
+        batcher.leave(before)
+    del ran[0]
+    assert [len(arguments) for _, arguments in ran] == [4] * 10
     assert all(len(set(number for number, _ in map(str.split, arguments))) == len(arguments) for _, arguments in ran)
 
 

@@ -47,11 +47,23 @@ def choose(quality, budget, waiting=0.0, allowed=lambda name: True):
     return quality.choose(budget, lambda name: waiting + STEPS[name], STEPS.get, allowed)
 
 
-def test_it_takes_the_largest_that_is_in_time(quality):
-    assert choose(quality, 5).variant == "large" and not choose(quality, 5).degraded
-    choice = choose(quality, 5, waiting=2)
-    assert (choice.variant, choice.degraded, choice.expected, choice.in_time) == ("middle", True, 4.0, True)
-    assert choose(quality, 5, waiting=4).variant == "small"
+def test_it_takes_the_largest_that_were_in_time_with_twice_the_wait(quality):
+    assert choose(quality, 5, waiting=0.5).variant == "large" and not choose(quality, 5).degraded
+    choice = choose(quality, 5, waiting=1)
+    assert (choice.variant, choice.degraded, choice.expected, choice.in_time) == ("middle", True, 3.0, True)
+    assert choose(quality, 5, waiting=2).variant == "small"
+
+
+def test_the_smallest_is_taken_up_to_the_deadline(quality):
+    assert (choose(quality, 5, waiting=4).variant, choose(quality, 5, waiting=4).in_time) == ("small", True)
+
+
+def test_a_larger_one_that_fits_beside_what_runs_is_not_taken_again_while_it_is_held_below(quality):
+    """A lane of large pictures that is open makes one more of them cheap, and would stay open for ever."""
+    choose(quality, 5, waiting=2)
+    cheap = {"large": 4.5, "middle": 6.0, "small": 5.5}
+    choice = quality.choose(5, cheap.get, STEPS.get)
+    assert (choice.variant, choice.in_time) == ("small", False)
 
 
 def test_where_none_is_in_time_it_is_the_floor_and_said_so(quality):
