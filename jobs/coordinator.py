@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.progress import Reporter, Update
+from jobs.progress import Reporter, Update, duration
 from ppcl.artifacts import CONFIG, LOG, Artifacts, key_of, write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError, cannot_write
@@ -83,6 +83,8 @@ class Job:
         }  # fmt: skip
         self.artifacts.start(identity)
         self.reporter = Reporter(console, self.artifacts.log())
+        # Once there is a Ray to ask.
+        self._check_places: Callable[[], None] = lambda: None
 
     def stages(self, device: str, ablation: bool = False) -> Iterator[Stage]:
         """The stages in order. Later ones read what earlier ones left, so they are made one at a time.
@@ -207,8 +209,9 @@ class Job:
         from ppcl.report import write_report
 
         artifacts = self.artifacts
+        self._check_places = lambda: self._check_resources(device)
         with artifacts.alone():
-            self._check_resources(device)
+            self._check_places()
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
             publish(artifacts.path(CONFIG))
             for stage in self.stages(device, ablation):
@@ -231,6 +234,12 @@ class Job:
             "ablation.workers": config.ablation.workers,
         }.items():
             check_resources(workers, device, key)
+
+    def _tell_of_lost_nodes(self, stage: Stage) -> None:
+        try:
+            self._check_places()
+        except UserError as lacking:
+            self.reporter.say(f"{stage.name}: waiting up to {duration(self.config.patience)} for nodes to come back: {lacking}")
 
     def _survived(self, stage: Stage, update: Update, key: str) -> dict[str, Any]:
         """What the stage tells; one that loses a worker or a node goes on from its checkpoints, or begins again, a few times.
@@ -257,6 +266,7 @@ class Job:
                     log.writelines(traceback.format_exception(error))
             if attempt < _ATTEMPTS:
                 self.reporter.say(f"{stage.name}: failed ({reason}); trying again from what is complete, {attempt} of {_ATTEMPTS - 1} times")
+                self._tell_of_lost_nodes(stage)
         raise UserError(
             f"{stage.name} failed {_ATTEMPTS} times, the last time for {reason}; {LOG} in {artifacts.place} has all of it; what is "
             "complete is kept, and the same command continues"
