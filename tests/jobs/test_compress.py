@@ -196,8 +196,8 @@ def test_an_address_where_no_ray_is(job):
 
 @pytest.mark.parametrize(("name", "version"), [("ray_version", "2.44.1"), ("python_version", "3.9.18")])
 def test_a_cluster_with_another_ray_or_python_is_told(job, ray_cluster, name, version):
-    from ray._private import ray_constants, worker
     from ray._common.usage import usage_constants
+    from ray._private import ray_constants, worker
 
     where = {"namespace": ray_constants.KV_NAMESPACE_CLUSTER}
     gcs, key = worker.global_worker.gcs_client, usage_constants.CLUSTER_METADATA_KEY
