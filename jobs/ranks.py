@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors import SafetensorError, safe_open
 
 from jobs.cluster import most
@@ -118,7 +119,9 @@ def run_ranks(
     """
     places.wait()
     workers, device, _ = places.asked
-    board = _Board.remote()
+    # On this node: another's loss must not take it away while the ranks go on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = _Board.options(scheduling_strategy=here).remote()
 
     def loop(config: dict[str, Any]) -> None:
         import torch

@@ -22,7 +22,6 @@ from tests.jobs.test_compress import STAGES
 DEADLINE = 900  # seconds for any one job, on a busy machine
 HOOK = Path(__file__).parent / "hook"
 STEPS, EVERY = 60, 5  # of distillation, and between its checkpoints
-FAULT = "fault"  # the tally's line between what was before it and after it
 
 
 def environment(fault=None, mark=None, tally=None):
@@ -86,12 +85,6 @@ class Job:
             process.kill()
         psutil.wait_procs(left, timeout=30)
 
-    def killed(self):
-        """The same as a fault."""
-        self.kill()
-        with open(self.tally, "a") as tally:
-            tally.write(f"{FAULT}\n")
-
 
 def students(output):
     return {path.name: load_file(path) for path in sorted((Path(output) / "students").glob("*.safetensors"))}
@@ -120,25 +113,25 @@ def checkpoints(output):
 
 
 def steps(tally):
-    """By replacement: the steps that were trained before the fault, and those after it."""
-    lines = Path(tally).read_text().splitlines()
-    at = lines.index(FAULT)
-    trained = defaultdict(lambda: ([], []))
-    for number, line in enumerate(lines):
-        if line != FAULT:
-            entry, step = line.split()
-            trained[entry][number > at].append(int(step))
-    return dict(trained)
+    """By replacement: the steps that the first process trained it, and those that the next ones did."""
+    trained = defaultdict(dict)
+    for line in Path(tally).read_text().splitlines():
+        process, entry, step = line.split()
+        trained[entry].setdefault(process, []).append(int(step))
+    return {entry: (first, [step for again in later for step in again]) for entry, (first, *later) in ((e, p.values()) for e, p in trained.items())}
 
 
-def trained_no_more_than_needed(tally, started_over=()):
-    """Every step of every replacement was trained, and after the fault those alone that no checkpoint had; gives the finished ones."""
+def trained_no_more_than_needed(tally, started_over=(), at_any_moment=False):
+    """Every step of every replacement was trained, and again those alone that no checkpoint had; gives the finished ones.
+
+    `started_over`: those without a checkpoint. `at_any_moment`: the end may have come between a step and its checkpoint.
+    """
     finished = set()
     trained = steps(tally)
     assert trained
     for entry, (earlier, later) in trained.items():
         assert set(earlier) | set(later) == set(range(STEPS)), entry
-        kept = 0 if entry in started_over else len(earlier) // EVERY * EVERY
+        kept = 0 if entry in started_over else (len(earlier) - at_any_moment) // EVERY * EVERY
         assert min(later, default=STEPS) >= kept and len(later) == len(set(later)), (entry, earlier, later)
         if kept == STEPS:
             assert not later, entry

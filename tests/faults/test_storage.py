@@ -37,9 +37,8 @@ def test_a_folder_that_becomes_read_only_is_told_and_the_job_goes_on_later(value
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
         last = job.end(2).said.splitlines()[-1]
         assert last.startswith("ppcl: ") and "cannot be written: Read-only file system" in last and "Traceback" not in job.said
-        job.killed()
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
     job = Job(values, result).until("variants: ")
     same(students(result), undisturbed)
-    trained_no_more_than_needed(job.tally)
+    trained_no_more_than_needed(job.tally, at_any_moment=True)

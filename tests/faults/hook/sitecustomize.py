@@ -1,7 +1,7 @@
 """Imported by every Python that starts with this folder on its path: makes one thing go wrong, in one process, once.
 
 `PPCL_FAULT` names it, `PPCL_FAULT_MARK` is a file that whoever lets it happen makes first. `PPCL_TALLY` is a file with a line for
-every step that a replacement is trained, in their order. The code under test is the real one: what is wrapped here is called by
+every step that a replacement is trained: the process, the replacement, the step. The code under test is the real one: what is wrapped here is called by
 it, and calls it.
 """
 
@@ -20,15 +20,7 @@ def once():
         os.close(os.open(MARK, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
-    count("fault")
     return True
-
-
-def count(line):
-    if TALLY:
-        tally = os.open(TALLY, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.write(tally, f"{line}\n".encode())
-        os.close(tally)
 
 
 def wrap(owner, name, around):
@@ -40,7 +32,9 @@ def counted(module):
     def learn(inner, pupil, *a):
         made = inner(pupil, *a)
         if pupil.mesh.replica == 0:
-            count(f"{pupil.lesson.entry.name} {pupil.step - 1}")
+            tally = os.open(TALLY, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.write(tally, f"{os.getpid()} {pupil.lesson.entry.name} {pupil.step - 1}\n".encode())
+            os.close(tally)
         return made
 
     wrap(module.Pupil, "learn", learn)
