@@ -84,7 +84,7 @@ class Job:
         self.artifacts.start(identity)
         self.reporter = Reporter(console, self.artifacts.log())
         # Once there is a Ray to ask.
-        self._check_places: Callable[[], None] = lambda: None
+        self._check_places: Callable[[str], None] = lambda stage: None
 
     def stages(self, device: str, ablation: bool = False) -> Iterator[Stage]:
         """The stages in order. Later ones read what earlier ones left, so they are made one at a time.
@@ -209,9 +209,9 @@ class Job:
         from ppcl.report import write_report
 
         artifacts = self.artifacts
-        self._check_places = lambda: self._check_resources(device)
+        self._check_places = lambda stage: self._check_resources(device, stage)
         with artifacts.alone():
-            self._check_places()
+            self._check_resources(device)
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
             publish(artifacts.path(CONFIG))
             for stage in self.stages(device, ablation):
@@ -220,24 +220,27 @@ class Job:
             publish(artifacts.path(LOG))
             return f"{artifacts.place}/{report.name}"
 
-    def _check_resources(self, device: str) -> None:
-        """All stages' workers, before the first stage: not after hours of work."""
+    def _check_resources(self, device: str, only: str | None = None) -> None:
+        """All stages' workers, before the first stage: not after hours of work. `only`: those of one stage."""
         from jobs.ranks import check_resources
 
         config = self.config
-        for key, workers in {
-            "calibration.workers": config.calibration.workers,
-            "probes.workers": config.probes.workers,
-            "distillation.pipeline × distillation.replicas": config.distillation.pipeline * config.distillation.replicas,
-            "finetuning.replicas": config.finetuning.replicas if config.finetuning.steps else 1,
-            "evaluation.workers": config.evaluation.workers,
-            "ablation.workers": config.ablation.workers,
-        }.items():
-            check_resources(workers, device, key)
+        distillation = config.distillation.pipeline * config.distillation.replicas
+        for stage, workers, key in (
+            ("calibration", config.calibration.workers, "calibration.workers"),
+            ("probes", config.probes.workers, "probes.workers"),
+            ("students", distillation, "distillation.pipeline × distillation.replicas"),
+            ("variants", config.evaluation.workers, "evaluation.workers"),
+            ("finetuning", config.finetuning.replicas if config.finetuning.steps else 1, "finetuning.replicas"),
+            ("evaluation", config.evaluation.workers, "evaluation.workers"),
+            ("ablation", config.ablation.workers, "ablation.workers"),
+        ):
+            if only in (None, stage):
+                check_resources(workers, device, key)
 
     def _tell_of_lost_nodes(self, stage: Stage) -> None:
         try:
-            self._check_places()
+            self._check_places(stage.name)
         except UserError as lacking:
             self.reporter.say(f"{stage.name}: waiting up to {duration(self.config.patience)} for nodes to come back: {lacking}")
 

@@ -18,7 +18,7 @@ import yaml
 from tests import bucket
 from tests.conftest import REPOSITORY
 from tests.faults.jobs import DEADLINE, Job, before, environment, same, students, trained_no_more_than_needed
-from tests.faults.test_workers import same_errors
+from tests.faults.test_workers import same_errors, same_probes
 
 pytestmark = pytest.mark.faults
 
@@ -60,6 +60,8 @@ def test_a_job_outlives_the_loss_of_a_node(values, whole, undisturbed, tmp_path,
         trained_no_more_than_needed(job.tally)
     elif stage == "evaluation":
         same_errors(output, whole)
+    elif stage == "probes":
+        same_probes(output, whole)
     else:
         files = json.loads((whole / "manifest.json").read_text())["stages"][stage]["files"]
         made = json.loads((output / "manifest.json").read_text())["stages"][stage]["files"]
