@@ -63,7 +63,8 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
     try:
         if address is None:
             cpus = max(os.cpu_count() or 1, _LEAST_LOGICAL_CPUS)
-            ray.init(num_cpus=cpus, include_dashboard=False, **common)
+            # Without this Ray would join one that somebody else has started on this machine.
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **common)
         else:
             _check_reachable(address)
             ray.init(address=address, **common)

@@ -28,7 +28,7 @@ def ray_cluster():
     """A local Ray with 4 logical CPUs, which may be more than the machine has."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200 * 1024**2, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 1024**2, log_to_driver=False)
     yield ray
     ray.shutdown()
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from glob import glob
@@ -26,21 +27,23 @@ pytestmark = pytest.mark.faults
 @contextlib.contextmanager
 def cluster(*nodes):
     """A head that does no work and nodes with processes of their own, each `(CPUs, environment)`; gives the address."""
-    import ray
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 100 * 2**20})
-    try:
-        for cpus, env in nodes:
-            with pytest.MonkeyPatch.context() as patch:
-                for name, value in env.items():
-                    patch.setenv(name, value)
-                made.add_node(num_cpus=cpus, object_store_memory=100 * 2**20)
-        yield made.address
-    finally:
-        # The workers of a raylet that was killed are gone with it, the rest is ended here.
-        made.shutdown()
-        ray.shutdown()
+    memory = 100 * 2**20
+    with tempfile.TemporaryDirectory(prefix="ppcl", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+        # No other Ray of this machine finds it there. The path is short since sockets' names must be.
+        patch.setenv("RAY_TMPDIR", folder)
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": memory})
+        try:
+            for cpus, env in nodes:
+                with pytest.MonkeyPatch.context() as of_the_node:
+                    for name, value in env.items():
+                        of_the_node.setenv(name, value)
+                    made.add_node(num_cpus=cpus, object_store_memory=memory)
+            yield made.address
+        finally:
+            # The workers of a raylet that was killed are gone with it.
+            made.shutdown()
 
 
 @pytest.mark.parametrize("stage", ["calibration", "probes", "students", "evaluation"])
