@@ -17,13 +17,14 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors import SafetensorError, safe_open
 
 from jobs.cluster import most
+from jobs.group import GroupConfig, free_places
 from ppcl.errors import UserError
 
 # What a rank may wait for one that is alive, seconds: some have longer to load and to finish than others. Those that are dead or
@@ -149,7 +150,7 @@ def run_ranks(
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"GPU" if device == "cuda" else "CPU": 1}
         ),
-        torch_config=TorchConfig(
+        torch_config=GroupConfig(
             backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT
         ),
         run_config=RunConfig(name=name, storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
@@ -178,6 +179,7 @@ def run_ranks(
                 looked = time.monotonic()
                 places.enough()
         if failures:
+            free_places()
             raise UserError(refusal) if refusal else _told(failures[0], places.patience)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
