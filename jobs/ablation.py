@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.ranks import Report, run_ranks
+from jobs.ranks import Places, Report, run_ranks
 from ppcl.artifacts import complete, write_atomically
 from ppcl.config import Config
 from ppcl.storage import gather, remove, resumable
@@ -64,7 +64,8 @@ def ablate(
         "config": config.model_dump(mode="json"), "teacher": teacher.place, "calibration": str(calibration),
         "probes": str(probes), "detection": str(detection), "runs": str(runs), "device": device,
     }  # fmt: skip
-    run_ranks("ablation", _rank, arguments, settings.workers, device, folder / "runs" / "ray", progress)
+    places = Places(settings.workers, device, "ablation.workers", config.patience)
+    run_ranks("ablation", _rank, arguments, places, folder / "runs" / "ray", progress)
     gather(runs)
     seeds = {seed: json.loads((runs / f"seed-{seed}.json").read_text()) for seed in range(settings.seeds)}
     record = {

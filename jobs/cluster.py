@@ -16,6 +16,9 @@ from ppcl.errors import UserError
 # The embedded Ray's logical CPUs: enough for a small pipeline beside Ray Data, even on a machine with fewer cores.
 _LEAST_LOGICAL_CPUS = 4
 
+# Ray Train asks its workers all the time; who has not answered for so long, seconds, is dead to it.
+_SIGN_OF_LIFE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+
 # What Ray looks up by itself.
 _BY_NAME = ("auto", "local")
 _CONNECT_SECONDS = 5
@@ -46,6 +49,7 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
     """A Ray to run on, for the length of a `with` block; gives the device the job's workers use."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ[_SIGN_OF_LIFE] = str(config.patience)
     if address is None:
         # Nobody else can reach the embedded Ray: it has no dashboard and listens on this machine alone.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -59,7 +63,7 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
     try:
         if address is None:
             cpus = max(os.cpu_count() or 1, _LEAST_LOGICAL_CPUS)
-            # One of its own, also where another one runs on this machine.
+            # Without this Ray would join one that somebody else has started on this machine.
             ray.init("local", num_cpus=cpus, include_dashboard=False, **common)
         else:
             _check_reachable(address)

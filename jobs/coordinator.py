@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.progress import Reporter, Update
+from jobs.progress import Reporter, Update, duration
 from ppcl.artifacts import CONFIG, LOG, Artifacts, key_of, write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError, cannot_write
@@ -83,6 +83,8 @@ class Job:
         }  # fmt: skip
         self.artifacts.start(identity)
         self.reporter = Reporter(console, self.artifacts.log())
+        # Once there is a Ray to ask.
+        self._check_places: Callable[[str], None] = lambda stage: None
 
     def stages(self, device: str, ablation: bool = False) -> Iterator[Stage]:
         """The stages in order. Later ones read what earlier ones left, so they are made one at a time.
@@ -206,6 +208,7 @@ class Job:
         from ppcl.report import write_report
 
         artifacts = self.artifacts
+        self._check_places = lambda stage: self._check_resources(device, stage)
         with artifacts.alone():
             self._check_resources(device)
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
@@ -216,20 +219,29 @@ class Job:
             publish(artifacts.path(LOG))
             return f"{artifacts.place}/{report.name}"
 
-    def _check_resources(self, device: str) -> None:
-        """All stages' workers, before the first stage: not after hours of work."""
+    def _check_resources(self, device: str, only: str | None = None) -> None:
+        """All stages' workers, before the first stage: not after hours of work. `only`: those of one stage."""
         from jobs.ranks import check_resources
 
         config = self.config
-        for key, workers in {
-            "calibration.workers": config.calibration.workers,
-            "probes.workers": config.probes.workers,
-            "distillation.pipeline × distillation.replicas": config.distillation.pipeline * config.distillation.replicas,
-            "finetuning.replicas": config.finetuning.replicas if config.finetuning.steps else 1,
-            "evaluation.workers": config.evaluation.workers,
-            "ablation.workers": config.ablation.workers,
-        }.items():
-            check_resources(workers, device, key)
+        distillation = config.distillation.pipeline * config.distillation.replicas
+        for stage, workers, key in (
+            ("calibration", config.calibration.workers, "calibration.workers"),
+            ("probes", config.probes.workers, "probes.workers"),
+            ("students", distillation, "distillation.pipeline × distillation.replicas"),
+            ("variants", config.evaluation.workers, "evaluation.workers"),
+            ("finetuning", config.finetuning.replicas if config.finetuning.steps else 1, "finetuning.replicas"),
+            ("evaluation", config.evaluation.workers, "evaluation.workers"),
+            ("ablation", config.ablation.workers, "ablation.workers"),
+        ):
+            if only in (None, stage):
+                check_resources(workers, device, key)
+
+    def _tell_of_lost_nodes(self, stage: Stage) -> None:
+        try:
+            self._check_places(stage.name)
+        except UserError as lacking:
+            self.reporter.say(f"{stage.name}: waiting up to {duration(self.config.patience)} for nodes to come back: {lacking}")
 
     def _survived(self, stage: Stage, update: Update, key: str) -> dict[str, Any]:
         """What the stage tells; one that loses a worker or a node goes on from its checkpoints, or begins again, a few times.
@@ -256,6 +268,7 @@ class Job:
                     log.writelines(traceback.format_exception(error))
             if attempt < _ATTEMPTS:
                 self.reporter.say(f"{stage.name}: failed ({reason}); trying again from what is complete, {attempt} of {_ATTEMPTS - 1} times")
+                self._tell_of_lost_nodes(stage)
         raise UserError(
             f"{stage.name} failed {_ATTEMPTS} times, the last time for {reason}; {LOG} in {artifacts.place} has all of it; what is "
             "complete is kept, and the same command continues"

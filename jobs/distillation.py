@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.ranks import Report, check_resources, run_ranks
+from jobs.ranks import Places, Report, drop_damaged, run_ranks
 from ppcl.artifacts import complete
 from ppcl.config import Config
 from ppcl.plan import Entry, entry_of
@@ -54,9 +54,10 @@ def distil_plan(
     """
     settings = config.distillation
     workers = settings.pipeline * settings.replicas
-    check_resources(workers, device, "distillation.pipeline × distillation.replicas")
+    places = Places(workers, device, "distillation.pipeline × distillation.replicas", config.patience)
     checkpoints = folder / "checkpoints" / key
     checkpoints.mkdir(parents=True, exist_ok=True)
+    damaged = drop_damaged(checkpoints)
     if plan:
         arguments = {
             "config": config.model_dump(mode="json"),
@@ -67,7 +68,7 @@ def distil_plan(
             "checkpoints": str(checkpoints),
             "device": device,
         }
-        run_ranks("distillation", _rank, arguments, workers, device, folder / "checkpoints" / "ray", progress)
+        run_ranks("distillation", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
         gather(folder)
     curves = {str(entry): json.loads((folder / f"{entry.name}.json").read_text()) for entry in plan}
     training = {
@@ -82,7 +83,7 @@ def distil_plan(
         (folder / f"{entry.name}.json").unlink()
     remove(folder / "checkpoints")
     skipped = sum(c["skipped_steps"] for c in curves.values())
-    notes = []
+    notes = [f"students: the checkpoint of {', '.join(damaged)} could not be read; trained again from the start"] if damaged else []
     if skipped:
         most = max(curves, key=lambda entry: curves[entry]["skipped_steps"])
         notes.append(

@@ -13,7 +13,7 @@ import numpy as np
 import ray
 from ray.util import ActorPool
 
-from jobs.ranks import check_resources
+from jobs.ranks import Places
 from ppcl.artifacts import complete, write_atomically
 from ppcl.config import Config
 from ppcl.errors import UserError
@@ -98,10 +98,16 @@ class _Evaluator:
 def _pool(
     config: Config, teacher: Teacher, students: Path, tuned: tuple[Path, Path] | None, folder: Path, device: str
 ) -> list[Any]:
-    check_resources(config.evaluation.workers, device, "evaluation.workers")
+    places = Places(config.evaluation.workers, device, "evaluation.workers", config.patience)
+    places.wait()
     resources = {"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}
     actor = _Evaluator.options(**resources)
-    return [actor.remote(config, teacher.place, students, tuned, folder, device) for _ in range(config.evaluation.workers)]
+    actors = [actor.remote(config, teacher.place, students, tuned, folder, device) for _ in range(config.evaluation.workers)]
+    starting = [one.__ray_ready__.remote() for one in actors]
+    while starting:
+        _, starting = ray.wait(starting, timeout=5)
+        places.enough()
+    return actors
 
 
 def _all(actors: list[Any], call: Callable[[Any, Any], Any], items: list[Any], done: Callable[[int], None]) -> list[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.ranks import Report, run_ranks
+from jobs.ranks import Places, Report, drop_damaged, run_ranks
 from ppcl.artifacts import complete
 from ppcl.config import Config
 from ppcl.storage import gather, remove, resumable, writing
@@ -58,6 +58,7 @@ def finetune_replacements(
     """
     checkpoints = folder / "checkpoints" / key
     checkpoints.mkdir(parents=True, exist_ok=True)
+    damaged = drop_damaged(checkpoints)
     arguments = {
         "config": config.model_dump(mode="json"),
         "teacher": teacher.place,
@@ -68,8 +69,10 @@ def finetune_replacements(
         "checkpoints": str(checkpoints),
         "device": device,
     }
-    run_ranks("finetuning", _rank, arguments, config.finetuning.replicas, device, folder / "checkpoints" / "ray", progress)
+    places = Places(config.finetuning.replicas, device, "finetuning.replicas", config.patience)
+    run_ranks("finetuning", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
     gather(folder)
     remove(folder / "checkpoints")
     made = json.loads((folder / "finetuning.json").read_text())
-    return {"skipped_steps": made["skipped_steps"]}
+    notes = ["finetuning: its checkpoint could not be read; trained again from the start"] if damaged else []
+    return {"skipped_steps": made["skipped_steps"], "notes": notes}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.ranks import Report, check_resources, run_ranks
+from jobs.ranks import Places, Report, run_ranks
 from ppcl import detection
 from ppcl.artifacts import complete
 from ppcl.config import Config
@@ -49,7 +49,7 @@ def fit_probes(
 
     `dropped`: calibration tokens left out for NaN or Inf, at the block that lost most. `notes`: what the user should know.
     """
-    check_resources(config.probes.workers, device, "probes.workers")
+    places = Places(config.probes.workers, device, "probes.workers", config.patience)
     arguments = {
         "config": config.model_dump(mode="json"),
         "teacher": teacher.place,
@@ -57,7 +57,7 @@ def fit_probes(
         "folder": str(folder),
         "device": device,
     }
-    run_ranks("probes", _rank, arguments, config.probes.workers, device, folder / "ray", progress)
+    run_ranks("probes", _rank, arguments, places, folder / "ray", progress)
     gather(folder)
     files = list(folder.glob("block-*.safetensors"))
     few = [tokens for tokens in map(underdetermined, files) if tokens is not None]

@@ -81,8 +81,12 @@ class Reporter:
         log.parent.mkdir(parents=True, exist_ok=True)
 
     def say(self, message: str) -> None:
-        self.console.print(message, markup=False, highlight=False)
+        self._print(message)
         self._write(message)
+
+    def _print(self, message: str) -> None:
+        """One line, however long: it may be read back."""
+        self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def _write(self, message: str) -> None:
         with open(self.log, "a", encoding="utf-8") as file:
@@ -107,7 +111,7 @@ class Reporter:
         )
         self._write(f"{name}: {what}")
         if not self.console.is_terminal:
-            self.console.print(f"{name}: {what}", markup=False, highlight=False)
+            self._print(f"{name}: {what}")
         task = bar.add_task(name, total=1, completed=0, values="")
 
         def update(done: int, total: int | None = None, values: dict[str, float] | None = None) -> None:
@@ -122,7 +126,7 @@ class Reporter:
                 line = f"{name}: {done}{f' of {total}' if total else ''}{left}{f', {words}' if words else ''}"
                 self._write(line)
                 if not self.console.is_terminal:
-                    self.console.print(line, markup=False, highlight=False)
+                    self._print(line)
 
         with bar:
             yield update

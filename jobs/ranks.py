@@ -17,14 +17,21 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from safetensors import SafetensorError, safe_open
 
 from jobs.cluster import most
+from jobs.group import GroupConfig, free_places
 from ppcl.errors import UserError
 
-# A rank that waits longer than this for its neighbour is taken for dead, seconds.
-_COLLECTIVE_TIMEOUT = 120
+# What a rank may wait for one that is alive, seconds: some have longer to load and to finish than others. Those that are dead or
+# stopped are found much earlier.
+_COLLECTIVE_TIMEOUT = 1800
 _UPDATE_EVERY = 1.0
+_LOOK_EVERY = 5.0
 
 Report = Callable[[int, int, dict[str, float]], None]
 
@@ -60,22 +67,62 @@ def check_resources(workers: int, device: str, key: str) -> None:
         )
 
 
+def drop_damaged(checkpoints: Path) -> list[str]:
+    """Remove checkpoints that cannot be read, such as one cut short; gives their names. What lies in a bucket has its sha256."""
+    dropped = []
+    for path in sorted(checkpoints.glob("*.safetensors")):
+        try:
+            safe_open(path, "pt")
+        except SafetensorError:
+            path.unlink()
+            dropped.append(path.stem)
+    return dropped
+
+
+class Places:
+    """Whether the cluster has places for some workers. A node that was lost may come back: for `patience` seconds it is waited for."""
+
+    def __init__(self, workers: int, device: str, key: str, patience: float):
+        self.asked, self.patience = (workers, device, key), patience
+        self.lacking_since: float | None = None
+
+    def enough(self) -> bool:
+        """Raises `UserError` once there have been too few for too long."""
+        try:
+            check_resources(*self.asked)
+        except UserError:
+            now = time.monotonic()
+            self.lacking_since = self.lacking_since or now
+            if now - self.lacking_since > self.patience:
+                raise
+            return False
+        self.lacking_since = None
+        return True
+
+    def wait(self) -> None:
+        while not self.enough():
+            time.sleep(1)
+
+
 def run_ranks(
     name: str,
     function: Callable[[dict[str, Any], Report], None],
     arguments: dict[str, Any],
-    workers: int,
-    device: str,
+    places: Places,
     scratch: Path,
     progress: Callable[[int, int, dict[str, float]], None],
 ) -> None:
     """`function(arguments, report)` on every rank of a torch process group; returns when all have finished.
 
-    `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a folder for Ray Train's own records, which no
+    `places`: how many, and where they can run. `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a folder for Ray Train's own records, which no
     rank reads; removed at the end. Raises `UserError` with the
     sentence of a rank's `UserError`; anything else a rank raises comes through as Ray Train tells it.
     """
-    board = _Board.remote()
+    places.wait()
+    workers, device, _ = places.asked
+    # On this node: another's loss must not take it away while the ranks go on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = _Board.options(scheduling_strategy=here).remote()
 
     def loop(config: dict[str, Any]) -> None:
         import torch
@@ -103,7 +150,7 @@ def run_ranks(
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"GPU" if device == "cuda" else "CPU": 1}
         ),
-        torch_config=TorchConfig(
+        torch_config=GroupConfig(
             backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT
         ),
         run_config=RunConfig(name=name, storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
@@ -120,13 +167,28 @@ def run_ranks(
     # program as if it had succeeded.
     thread = threading.Thread(target=fit, name=name, daemon=True)
     thread.start()
+    looked = time.monotonic()
     try:
         while thread.is_alive():
             thread.join(0.5)
             done, total, values, refusal = ray.get(board.read.remote())
             if total:
                 progress(done, total, values)
+            elif time.monotonic() - looked > _LOOK_EVERY:
+                # A node whose loss was not known yet may be missing now, and Ray Train would wait for ever.
+                looked = time.monotonic()
+                places.enough()
         if failures:
-            raise UserError(refusal) if refusal else failures[0]
+            free_places()
+            raise UserError(refusal) if refusal else _told(failures[0], places.patience)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _told(failure: BaseException, patience: float) -> BaseException:
+    """What ended a worker group; of ranks that did not answer Ray says which variable to set, and not which they are."""
+    failed = failure.worker_failures.items() if isinstance(failure, WorkerGroupError) else ()
+    for rank, error in failed:
+        if isinstance(error, WorkerHealthCheckTimeoutError):
+            return RuntimeError(f"rank {rank} gave no sign of life for {patience:.0f} s, the configuration's patience")
+    return failure

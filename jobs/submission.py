@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -134,15 +134,10 @@ class Jobs:
         while True:
             status = self.status(identity)
             if status.state == "FAILED":
-                raise UserError(f"the job {identity} failed: {status.told.error or self._message(identity)}")
+                raise UserError(f"the job {identity} failed: {status.told.error}")
             if status.told.stage or status.state in _ENDED or time.monotonic() > deadline:
                 return status
             time.sleep(0.5)
-
-    def _message(self, identity: str) -> str:
-        with self._asking():
-            message = self.client.get_job_info(identity).message or "it left no word; look at its log"
-        return " ".join(message.split())
 
     def _details(self) -> list[Any]:
         """Our jobs, the oldest first."""
@@ -167,6 +162,10 @@ class Jobs:
     def _status(self, job: Any) -> Status:
         with self._asking():
             told = told_by(self.client.get_job_logs(job.submission_id))
+        if str(job.status.value) == "FAILED" and not told.error:
+            # Whoever was killed had no last word.
+            words = (job.message or "it left no word").partition(", last available logs")[0]
+            told = replace(told, error=f"{' '.join(words.split())}; submitting the same configuration again continues it")
         begun, ended = (t and datetime.fromtimestamp(t / 1000, UTC) for t in (job.start_time, job.end_time))
         return Status(job.submission_id, str(job.status.value), job.metadata["output"], told, begun, ended)
 

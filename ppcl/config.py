@@ -203,6 +203,12 @@ class Config(Section):
     output: Place = Field(Path("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn at random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    patience: float = Field(
+        300.0,
+        gt=0,
+        description="seconds after which a worker of Ray Train that gives no sign of life is taken for dead, and which a stage waits "
+        "for nodes that it needs and that were lost",
+    )
     sampling: Sampling = Sampling()
     calibration: Calibration = Calibration()
     probes: Probes = Probes()

@@ -27,7 +27,7 @@ def cannot_write(error: BaseException) -> str | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             return f"{error.filename or 'the output'} cannot be written: {_CANNOT_WRITE[error.errno]}"
-        for words in (_CANNOT_WRITE[errno.ENOSPC], _CANNOT_WRITE[errno.EDQUOT]):
+        for words in (_CANNOT_WRITE[number] for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
             if words in str(error):
                 return f"the output cannot be written: {words}"
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__

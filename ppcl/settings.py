@@ -82,7 +82,7 @@ def _sentence(model: type[Section], error: ValidationError) -> str:
         return f"the key {key} is missing{more}"
     if first["type"] == "model_type":
         return f"{key} is {first['input']!r}: it is a section, with the keys {', '.join(sections(model)[key].model_fields)}{more}"
-    message = "input should be a path" if first["type"] == "path_type" else first["msg"]
+    message = "input should be a path" if first["type"] == "path_type" else first["msg"].removeprefix("Value error, ")
     return f"{key} is {first['input']!r}: {message[0].lower() + message[1:]}{more}"
 
 

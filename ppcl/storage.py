@@ -18,6 +18,7 @@ import logging
 import os
 import random
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -44,6 +45,7 @@ _CONNECT_SECONDS, _READ_SECONDS = 10, 30
 # Objects on their way at once.
 _AT_ONCE = 8
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
+_UNREACHABLE = ("EndpointConnectionError", "ConnectTimeoutError")
 _REFUSED = {
     "AccessDenied": "the credentials may not do that",
     "InvalidAccessKeyId": "it does not know the access key",
@@ -136,6 +138,8 @@ class Store:
             return f"the bucket {self.bucket} of {self.url} does not exist at {_endpoint()}; make it or correct the URL"
         if code == "PreconditionFailed" or status == 412:
             raise FileExistsError(self.url) from None
+        if code == "RequestTimeTooSkewed":
+            return f"the store at {_endpoint()} refuses {self.url}: the clock of {socket.gethostname()} is wrong by too much; set it"
         if code in _REFUSED or status in (401, 403):
             why = _REFUSED.get(code, "it does not accept the credentials, or they may not do that")
             return f"the store at {_endpoint()} refuses {self.url}: {why}; look at AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and the bucket's policy"
@@ -281,6 +285,8 @@ def _reason(error: Exception) -> str:
     code, status = _answer(error)
     if status:
         return f"it answers {status}" + (f" {code}" if code and code != str(status) else "")
+    if type(error).__name__ in _UNREACHABLE:
+        return f"nothing answers at {_endpoint()}, which AWS_ENDPOINT_URL sets"
     words = str(error).strip().splitlines()
     return words[0] if words else type(error).__name__
 

@@ -106,6 +106,9 @@ class Pupil:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, words)
+        # Or a machine that loses its power could leave the name without the content.
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:

@@ -196,6 +196,8 @@ class _Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{_CHECKPOINT}.partial"
         save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, words)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, folder / _CHECKPOINT)
 
     def load_checkpoint(self, folder: Path) -> None:

@@ -89,6 +89,7 @@ MISTAKES = {
     "unknown key": (None, ["--set", "distillation.step=3"], "unknown key distillation.step"),
     "out of range": (None, ["--set", "distillation.steps=0"], "distillation.steps is 0"),
     "wrong type": (None, ["--set", "sampling.height=tall"], "sampling.height is 'tall'"),
+    "bucket without a name": (None, ["--output", "s3://"], "output is 's3://': the bucket's name is missing; give s3://bucket/key"),
     "not key=value": (None, ["--set", "distillation.steps"], "is not of the form key=value"),
     "teacher is nowhere": (None, ["--set", "teacher=/no/such/folder"], "is no diffusers pipeline folder"),
     "evaluation prompts": (None, ["--set", "evaluation.prompts=/no/such.txt"], "/no/such.txt does not exist"),

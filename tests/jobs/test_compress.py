@@ -192,3 +192,20 @@ def test_an_address_where_no_ray_is(job):
         assert error.count("\n") == 1
     code, _, error = ppcl("compress", job, "--address", "somewhere")
     assert code == 2 and error == "ppcl: --address 'somewhere' is no address; give host:port, ray://host:port or auto\n"
+
+
+@pytest.mark.parametrize(("name", "version"), [("ray_version", "2.44.1"), ("python_version", "3.9.18")])
+def test_a_cluster_with_another_ray_or_python_is_told(job, ray_cluster, name, version):
+    from ray._common.usage import usage_constants
+    from ray._private import ray_constants, worker
+
+    where = {"namespace": ray_constants.KV_NAMESPACE_CLUSTER}
+    gcs, key = worker.global_worker.gcs_client, usage_constants.CLUSTER_METADATA_KEY
+    told = gcs.internal_kv_get(key, **where)
+    # What a node of such a cluster writes when it starts.
+    gcs.internal_kv_put(key, json.dumps(json.loads(told) | {name: version}).encode(), True, **where)
+    try:
+        code, _, error = ppcl("compress", job, "--address", ray_cluster.get_runtime_context().gcs_address)
+    finally:
+        gcs.internal_kv_put(key, told, True, **where)
+    assert code == 2 and "runs another Ray or Python than this ppcl" in error and version in error and error.count("\n") == 1

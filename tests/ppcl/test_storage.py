@@ -111,6 +111,21 @@ def test_a_bucket_that_is_not_there_wrong_credentials_and_read_only_storage(stor
         store.upload(_file(tmp_path / "f", b"1"), "f")
 
 
+def test_an_endpoint_where_nothing_is(store, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    storage._files.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"nothing answers at http://127.0.0.1:9, which AWS_ENDPOINT_URL sets; tried 3 times"):
+            store.read("f")
+    finally:
+        storage._files.cache_clear()
+
+
+def test_a_clock_that_a_store_does_not_accept_is_told_as_such(store, s3):
+    with s3.failing(error(403, "RequestTimeTooSkewed")), pytest.raises(UserError, match="the clock of .* is wrong by too much; set it"):
+        store.read("f")
+
+
 def test_no_credentials_at_all_are_told(store, monkeypatch, tmp_path):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

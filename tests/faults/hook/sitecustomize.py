@@ -1,7 +1,8 @@
 """Imported by every Python that starts with this folder on its path: makes one thing go wrong, in one process, once.
 
-`PPCL_FAULT` names it, `PPCL_FAULT_MARK` is a file that whoever lets it happen makes first. The code under test is the real one:
-what is wrapped here is called by it, and calls it.
+`PPCL_FAULT` names it, `PPCL_FAULT_MARK` is a file that whoever lets it happen makes first. `PPCL_TALLY` is a file with a line for
+every step that a replacement is trained: the process, the replacement, the step. The code under test is the real one: what is wrapped here is called by
+it, and calls it.
 """
 
 import importlib.abc
@@ -9,21 +10,34 @@ import importlib.machinery
 import os
 import signal
 import sys
+import time
 
-FAULT, MARK = os.environ.get("PPCL_FAULT"), os.environ.get("PPCL_FAULT_MARK")
+FAULT, MARK, TALLY = (os.environ.get(f"PPCL_{name}") for name in ("FAULT", "FAULT_MARK", "TALLY"))
 
 
 def once():
     try:
         os.close(os.open(MARK, os.O_CREAT | os.O_EXCL))
-        return True
     except FileExistsError:
         return False
+    return True
 
 
 def wrap(owner, name, around):
     inner = getattr(owner, name)
     setattr(owner, name, lambda *a, **k: around(inner, *a, **k))
+
+
+def counted(module):
+    def learn(inner, pupil, *a):
+        made = inner(pupil, *a)
+        if pupil.mesh.replica == 0:
+            tally = os.open(TALLY, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+            os.write(tally, f"{os.getpid()} {pupil.lesson.entry.name} {pupil.step - 1}\n".encode())
+            os.close(tally)
+        return made
+
+    wrap(module.Pupil, "learn", learn)
 
 
 def at_step(module, step, stage, action):
@@ -41,8 +55,26 @@ def at_step(module, step, stage, action):
     wrap(module.Segment, "run", run)
 
 
+def before_step(module, step, stage, action):
+    """`action()` before the first replacement of the rank `stage` learns this step, when the ranks before it have done theirs."""
+
+    def learn(inner, pupil, *a):
+        if pupil.mesh.stage == stage and pupil.step == step - 1 and once():
+            time.sleep(5)
+            action()
+        return inner(pupil, *a)
+
+    wrap(module.Pupil, "learn", learn)
+
+
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_node(*_):
+    """The raylet, whose child every worker is: Ray loses all that runs on this node."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
 
 
 def stop(*_):
@@ -70,57 +102,78 @@ def in_mid_checkpoint(module, step):
     wrap(module.Pupil, "save", save)
 
 
-def in_probe(module):
+def in_calibration(module, action):
+    calls = [0]
+
+    def states(inner, *a, **k):
+        calls[0] += 1
+        if calls[0] == 2 and once():
+            action()
+        return inner(*a, **k)
+
+    wrap(module, "write_states", states)
+
+
+def in_probe(module, action):
     calls = [0]
 
     def walk(inner, segment, chain, *rest):
         calls[0] += 1
         if chain.stage == 1 and calls[0] == 2 and once():
-            kill()
+            action()
         yield from inner(segment, chain, *rest)
 
     wrap(module, "_walk", walk)
 
 
-def in_evaluation(module):
+def in_evaluation(module, action):
     def errors(inner, *a):
         if once():
-            kill()
+            action()
         return inner(*a)
 
     wrap(module, "variant_errors", errors)
 
 
-STEP = 30
+STEP, LAST = 30, 60
 FAULTS = {
     "raises": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 1, fail)),
     "first killed": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, kill)),
-    "last killed": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 1, kill)),
+    "last killed": ("ppcl.distillation.pupil", lambda m: before_step(m, LAST, 1, kill)),
     "stopped": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, stop)),
     "nan": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, nan)),
     "checkpoint": ("ppcl.distillation.pupil", lambda m: in_mid_checkpoint(m, 4)),
-    "probe": ("ppcl.probes.run", in_probe),
-    "evaluation": ("ppcl.evaluation.velocity", in_evaluation),
+    "probe": ("ppcl.probes.run", lambda m: in_probe(m, kill)),
+    "evaluation": ("ppcl.evaluation.velocity", lambda m: in_evaluation(m, kill)),
+    "node in calibration": ("ppcl.calibration.store", lambda m: in_calibration(m, kill_node)),
+    "node in probes": ("ppcl.probes.run", lambda m: in_probe(m, kill_node)),
+    "node in students": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 1, kill_node)),
+    "node in evaluation": ("ppcl.evaluation.velocity", lambda m: in_evaluation(m, kill_node)),
 }
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Wraps a module right after it was loaded."""
+    """Wraps modules right after they were loaded."""
+
+    def __init__(self):
+        self.hooks = [("ppcl.distillation.pupil", counted)] if TALLY else []
+        if FAULT:
+            self.hooks.append(FAULTS[FAULT])
 
     def find_spec(self, name, path, target=None):
-        if FAULT not in FAULTS or name != FAULTS[FAULT][0]:
+        hooks = [hook for module, hook in self.hooks if module == name]
+        if not hooks:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
-        loader = spec.loader
-        load = loader.exec_module
+        load = spec.loader.exec_module
 
         def exec_module(module):
             load(module)
-            FAULTS[FAULT][1](module)
+            for hook in hooks:
+                hook(module)
 
-        loader.exec_module = exec_module
+        spec.loader.exec_module = exec_module
         return spec
 
 
-if FAULT:
-    sys.meta_path.insert(0, Finder())
+sys.meta_path.insert(0, Finder())
