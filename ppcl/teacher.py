@@ -126,7 +126,7 @@ class Teacher:
         return self.folder
 
     def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """The stock diffusers pipeline, loaded whole."""
+        """The stock diffusers pipeline, loaded whole. The transformer's parameters do not require gradients."""
         import diffusers
 
         pipeline_class = getattr(diffusers, self.pipeline_class)
@@ -134,6 +134,8 @@ class Teacher:
             self.with_weights(), dtype=dtype, use_safetensors=True, local_files_only=True
         )
         pipeline.set_progress_bar_config(disable=True)
+        # What takes a gradient is taken for a part in training, whose products are not kept.
+        pipeline.transformer.requires_grad_(False)
         return pipeline.to(device)
 
     def pipeline_without_transformer(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:

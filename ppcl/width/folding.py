@@ -63,12 +63,12 @@ class Basis(nn.Module):
         return view(module, {path: self._fold(at(module, path)) for path in paths})
 
     def _fold(self, modulation: nn.Module) -> Folded | Projected:
-        if isinstance(modulation, Modulation):
-            whole = self._fold(modulation.source).inner
-            return Folded(Modulation(whole, modulation.width, modulation.constants), self)
-        if modulation.weight.requires_grad:
+        source = modulation.source if isinstance(modulation, Modulation) else modulation
+        if source.weight.requires_grad:
             # What was multiplied out now would be wrong after the next step, and pass no gradient on.
             return Projected(modulation, self)
+        if isinstance(modulation, Modulation):
+            return Folded(Modulation(self._fold(source).inner, modulation.width, modulation.constants), self)
         # The products are the costly part, and the same in every variant.
         if modulation not in self._folded:
             self._folded[modulation] = Folded(self.restricted(modulation), self)

@@ -31,6 +31,13 @@ def test_the_transformer_read_by_tensors_is_the_stock_one_bitwise(folder):
     assert torch.equal(own(**inputs).sample, stock(**inputs).sample)
 
 
+def test_no_parameter_of_a_loaded_transformer_requires_a_gradient(folder):
+    """Else folded modulations would be taken for parts in training, and be no faster and no smaller."""
+    teacher = Teacher(folder)
+    for model in (teacher.transformer(), teacher.pipeline().transformer):
+        assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_a_part_holds_its_own_blocks_only(folder):
     teacher = Teacher(folder)
     whole, part = teacher.transformer(), teacher.transformer(keep=[2, 3])

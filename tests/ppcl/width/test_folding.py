@@ -58,8 +58,10 @@ def test_the_rank_is_the_least_that_keeps_the_curve():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("others", [(), (Ffn(1),), (TextRun(0, 1), Ffn(1))])
-def test_a_basis_of_all_directions_changes_nothing(model, others):
+def test_a_basis_of_all_directions_changes_nothing(model, others, training):
+    model.requires_grad_(training)
     architecture = architecture_of(model)
     blocks = list(architecture.blocks(model))
     parts = architecture.parts_of(model, 1, blocks[1])
