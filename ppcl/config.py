@@ -9,12 +9,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from ppcl.settings import Section, commented, put, read_values, validated
 from ppcl.storage import Place, is_url
 
+
+def _at_most_a_batch(replicas: int, info: ValidationInfo) -> int:
+    size = info.data.get("batch_size", replicas)
+    if replicas > size:
+        raise ValueError(f"it must not be more than batch_size, {size}: each replica takes samples of every batch")
+    return replicas
+
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Replicas = Annotated[int, AfterValidator(_at_most_a_batch)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -110,7 +119,7 @@ class Distillation(Section):
     ridge: float = Field(1e-4, ge=0, description="ridge of the closed-form maps, as a share of a channel's variance")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
     pipeline: int = Field(1, ge=1, description="pp: ranks that share the teacher's blocks, each with its own segment")
-    replicas: int = Field(1, ge=1, description="dp: data-parallel replicas of that pipeline")
+    replicas: Replicas = Field(1, ge=1, description="dp: data-parallel replicas of that pipeline")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
 
 
@@ -139,7 +148,7 @@ class Finetuning(Section):
     variants: list[str] = Field([], description="with plan: variants, those that are trained, whole and in part; []: all named ones")
     recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
-    replicas: int = Field(1, ge=1, description="data-parallel replicas")
+    replicas: Replicas = Field(1, ge=1, description="data-parallel replicas")
     measured: int = Field(50, ge=0, description="drawn plans measured before and after, beside the variants; by them it is known which others are better with what was trained")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 

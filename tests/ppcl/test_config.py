@@ -43,6 +43,8 @@ def test_paths_of_the_file_are_relative_to_it_and_overrides_win(write, tmp_path)
         (GOOD, ["variants.budgets=[0.5, 1.5]"], "variants.budgets.1 is 1.5: input should be less than 1"),
         (GOOD, ["distillation.betas=[0.9, 1.0]"], "distillation.betas.1 is 1.0: input should be less than 1"),
         (GOOD, ["distillation.learning_rate=.inf"], "distillation.learning_rate is inf: input should be a finite number"),
+        (GOOD, ["distillation.replicas=20"], "distillation.replicas is 20: it must not be more than batch_size, 16: each replica"),
+        (GOOD, ["finetuning.batch_size=2", "finetuning.replicas=3"], "finetuning.replicas is 3: it must not be more than batch_size, 2"),
         (GOOD, ["probes.ridge=.nan"], "probes.ridge is nan"),
         (GOOD, ["sampling.steps=2.5"], "sampling.steps is 2.5: input should be a valid integer"),
         (GOOD, ["variants.custom.mine=3"], "variants.custom.mine is 3: input should be a valid list"),
