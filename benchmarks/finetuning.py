@@ -1,6 +1,6 @@
-"""What fine-tuning learns on: the quality of one variant after equal steps, by share of its own states and by weight of noise.
+"""What fine-tuning is worth: the quality of one variant, by numbers of steps and by the share of states of its own.
 
-    python benchmarks/finetuning.py runs/demo --variant half --steps 300 --own 0,0.5 --noise 0,2
+    python benchmarks/finetuning.py runs/demo --variant half --steps 300,1000 --own 0,0.5
 
 Every run starts from the students of a finished job; nothing of the job is changed. R is the mean relative drop of the world
 score against the teacher, over pictures from the same seeds.
@@ -72,9 +72,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("job", type=Path, help="folder of a finished job")
     parser.add_argument("--variant", default="half")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", default="300,1000", help="numbers of steps")
     parser.add_argument("--own", default="0,0.5", help="shares of a batch from the variant's own trajectories")
-    parser.add_argument("--noise", default="0,2", help="powers of the share of noise that a state weighs by")
     parser.add_argument("--pictures", type=int, default=768)
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
@@ -84,11 +83,11 @@ def main() -> None:
     plan, teacher = family.variants[options.variant].plan, Teacher(config.teacher)
     samples, judge = CalibrationSet(options.job / "calibration"), Judge(config, teacher, options.pictures)
     files = {entry: path for entry, path in files_in(options.job / "students").items() if entry in plan}
-    rows: list[dict[str, Any]] = [{"steps": 0} | judge.drop(options.job / "students", plan)]
-    for own, noise in itertools.product(map(float, options.own.split(",")), map(float, options.noise.split(","))):
+    rows: list[dict[str, Any]] = [{"steps": 0} | judge.drop(files, plan)]
+    for steps, own in itertools.product(map(int, options.steps.split(",")), map(float, options.own.split(","))):
         settings = config.finetuning.model_copy(
             update={
-                "steps": options.steps, "own_states": own, "noise_weight": noise, "plan": options.variant, "variants": [],
+                "steps": steps, "own_states": own, "plan": options.variant, "variants": [],
                 "replicas": 1, "measured": 0,
             }  # fmt: skip
         )
@@ -99,14 +98,14 @@ def main() -> None:
                     Path(out) / "checkpoints", config.seed, "cpu", lambda *_: None,
                 )  # fmt: skip
             (told,) = json.loads((Path(out) / "finetuning.json").read_text())["plans"]
-            row = {"steps": options.steps, "own_states": own, "noise_weight": noise, "velocity_error": told["after"]}
+            row = {"steps": steps, "own_states": own, "velocity_error": told["after"]}
             rows.append(row | judge.drop(files | files_in(Path(out)), plan))
         print(rows[-1], flush=True)
     table = Table(title=f"{options.variant}: {', '.join(map(str, plan))}; {options.pictures} pictures")
-    for heading in ("steps", "own states", "noise weight", "velocity error", "R, %"):
+    for heading in ("steps", "own states", "velocity error", "R, %"):
         table.add_column(heading)
     for row in rows:
-        shown = [row["steps"], row.get("own_states"), row.get("noise_weight")]
+        shown = [row["steps"], row.get("own_states")]
         error = f"{row['velocity_error']:.5f}" if "velocity_error" in row else ""
         drop = f"{row['R']:.1f} ({row['R_low']:.1f} to {row['R_high']:.1f})"
         table.add_row(*("" if value is None else f"{value:g}" for value in shown), error, drop)

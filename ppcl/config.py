@@ -137,9 +137,6 @@ class Finetuning(Section):
     own_states: float = Field(
         0.5, ge=0, le=1, description="share of a batch that comes from the variants' own trajectories instead of the teacher's"
     )
-    noise_weight: float = Field(
-        0.0, ge=0, description="a state weighs as its share of noise to this power; 2 is the error of the picture that the velocity points to"
-    )
     plan: str = Field(
         "variants",
         description="variants: every step trains a named variant or a part of one; any: any plan at all; a variant's name or a "

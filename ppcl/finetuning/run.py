@@ -128,9 +128,8 @@ class _Trainer:
         with torch.no_grad():
             target = self.velocity((), inputs, training=False).float()
         made = self.velocity(plan, inputs, training=True).float()
-        weight = self._weights(inputs).view(-1, *[1] * (target.ndim - 1))
-        error = (weight * (made - target).square()).sum()
-        sums = torch.stack([error.detach().double().cpu(), (weight * target.square()).sum().double().cpu()])
+        error = (made - target).square().sum()
+        sums = torch.stack([error.detach().double().cpu(), target.square().sum().double().cpu()])
         whole, energy = self.mesh.add_up(sums).tolist()
         self.optimizer.zero_grad(set_to_none=True)
         # The gradient of the error's logarithm: a plan with few replacements, whose error is small, counts as much as one
@@ -153,11 +152,6 @@ class _Trainer:
         self.step += 1
         self.switch(self.model, ())
         return {"loss": whole / energy, "entries": len(plan)}
-
-    def _weights(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """How much each state counts, `(B,)`: what a picture shows is settled at much noise."""
-        shares = inputs[self.architecture.timestep].float() / self.architecture.timestep_scale
-        return shares**self.settings.noise_weight
 
     def _reduce_gradients(self) -> None:
         if self.mesh.dp == 1:
