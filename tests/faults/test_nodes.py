@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,20 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from safetensors import safe_open
 
 from tests import bucket
 from tests.conftest import REPOSITORY
-from tests.faults.jobs import DEADLINE, Job, before, environment, same, students, trained_no_more_than_needed
+from tests.faults.jobs import (
+    DEADLINE,
+    Job,
+    before,
+    checkpoints,
+    environment,
+    same,
+    students,
+    trained_no_more_than_needed,
+)
 from tests.faults.test_workers import same_errors, same_probes
 
 pytestmark = pytest.mark.faults
@@ -163,15 +174,19 @@ def test_a_coordinator_that_is_killed_is_told_by_status_and_submitting_again_con
     code, said, wrong = ppcl("submit", config, "--address", head)
     assert code == 0, said + wrong
     deadline = time.monotonic() + DEADLINE
-    while not (status(head)["done"] or 0) or status(head)["stage"] != "students":
-        assert time.monotonic() < deadline and status(head)["state"] in ("PENDING", "RUNNING"), status(head)
-    (driver,) = (p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"][1:4] == ["-m", "jobs.cli", "compress"] and "auto" in p.info["cmdline"])
+    while len(checkpoints(result)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (driver,) = (p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] and p.info["cmdline"][1:4] == ["-m", "jobs.cli", "compress"] and "auto" in p.info["cmdline"])
     driver.kill()
     while status(head)["state"] == "RUNNING":
         assert time.monotonic() < deadline
     code, said, wrong = ppcl("status", "--address", head)
     assert code == 0 and "FAILED, students" in said and "failed with exit code 137; submitting the same configuration again continues it" in said
+    kept = {path.stem: int(safe_open(path, "pt").metadata()["step"]) for path in checkpoints(result) if "ffn" not in path.stem}
     code, said, wrong = ppcl("submit", config, "--address", head, "--follow")
     assert code == 0, said + wrong
     assert "probes: complete, skipped" in said and "students: done" in said
+    # What it told first was a step after those that were kept.
+    assert int(re.search(r"students: (\d+) of 60", said)[1]) > min(kept.values()) > 0
     same(students(result), undisturbed)
