@@ -86,7 +86,8 @@ def test_a_node_that_is_missing_is_waited_for_and_then_told(values, result, tmp_
     env = environment("node in students", tmp_path / "mark")
     with cluster((2, env), (2, env)) as address:
         job = Job(values, result, address=address, patience=20).end(2)
-    assert "distillation.pipeline × distillation.replicas asks for 2 workers, but the cluster has 2 CPUs, of which 1 can be used" in job.said
+    told = "distillation.pipeline × distillation.replicas asks for 2 workers, but the cluster has 2 CPUs, of which 1 can be used by workers"
+    assert f"students: waiting up to 20 s for nodes to come back: {told}" in job.said and job.error.startswith(f"ppcl: {told}")
 
 
 def faketime():
@@ -182,8 +183,9 @@ def test_a_coordinator_that_is_killed_is_told_by_status_and_submitting_again_con
     while status(head)["state"] == "RUNNING":
         assert time.monotonic() < deadline
     code, said, wrong = ppcl("status", "--address", head)
-    assert code == 0 and "FAILED, students" in said and "failed with exit code 137; submitting the same configuration again continues it" in said
-    kept = {path.stem: int(safe_open(path, "pt").metadata()["step"]) for path in checkpoints(result) if "ffn" not in path.stem}
+    # A shell may stand between, and gives the signal another number.
+    assert code == 0 and re.search(r"FAILED, students.* failed with exit code (137|-9); submitting the same configuration again continues it", said), said
+    kept = {path.stem: int(safe_open(path, "pt").metadata()["step"]) for path in checkpoints(result)}
     code, said, wrong = ppcl("submit", config, "--address", head, "--follow")
     assert code == 0, said + wrong
     assert "probes: complete, skipped" in said and "students: done" in said
