@@ -114,9 +114,9 @@ def run_ranks(
 ) -> None:
     """`function(arguments, report)` on every rank of a torch process group; returns when all have finished.
 
-    `places`: how many, and where they can run. `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a folder for Ray Train's own records, which no
-    rank reads; removed at the end. Raises `UserError` with the
-    sentence of a rank's `UserError`; anything else a rank raises comes through as Ray Train tells it.
+    `places`: how many ranks, and of what. `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a folder for
+    Ray Train's own records, which no rank reads; removed at the end. Raises `UserError` with the sentence of a rank's
+    `UserError`, or where the places stay too few; anything else a rank raises comes through as Ray Train tells it.
     """
     places.wait()
     workers, device, _ = places.asked

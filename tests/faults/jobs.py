@@ -53,6 +53,12 @@ class Job:
     def said(self):
         return self.log.read_text()
 
+    @property
+    def error(self):
+        """The sentence it ended with."""
+        (sentence,) = (line for line in self.said.splitlines() if line.startswith("ppcl: "))
+        return sentence
+
     def wait_until(self, happened):
         deadline = time.monotonic() + DEADLINE
         while not happened():

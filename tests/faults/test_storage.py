@@ -16,8 +16,7 @@ def test_a_bucket_that_fails_for_long_ends_in_one_sentence_and_the_job_goes_on_l
     url = f"{s3.bucket}/result"
     with s3.failing(bucket.error(503, "SlowDown"), lambda r: "students" in r.path and r.method == "PUT"):
         ended = Job(values, url, beside=tmp_path / "job").end(2)
-    last = ended.said.splitlines()[-1]
-    assert last.startswith("ppcl: the store of s3://") and "it answers 503 SlowDown; tried 3 times" in last, ended.said
+    assert ended.error.startswith("ppcl: the store of s3://") and "it answers 503 SlowDown; tried 3 times" in ended.error
     assert "Traceback" not in ended.said
     # And now and then it is slow.
     with s3.failing(bucket.slow(2), times=20):
@@ -35,8 +34,7 @@ def test_a_folder_that_becomes_read_only_is_told_and_the_job_goes_on_later(value
         pytest.skip("this user may not mount a folder read-only")
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
-        last = job.end(2).said.splitlines()[-1]
-        assert last.startswith("ppcl: ") and "cannot be written: Read-only file system" in last and "Traceback" not in job.said
+        assert "cannot be written: Read-only file system" in job.end(2).error and "Traceback" not in job.said
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
     job = Job(values, result).until("variants: ")

@@ -12,6 +12,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import psutil
 import pytest
 import yaml
 from safetensors.torch import load
@@ -65,11 +66,12 @@ def head(store, tmp_path_factory):
             time.sleep(1)
         yield address
     finally:
-        head.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(head.pid, 9)
+        # Asked to end, it takes half a minute.
+        family = [*psutil.Process(head.pid).children(recursive=True), head]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.kill()
+        head.wait()
 
 
 @pytest.fixture(scope="module")
