@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: one Ray for the whole session, one tiny teacher."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
 }
+
+# In the background of a shell Ctrl-C is ignored, and would be by the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
