@@ -1,13 +1,20 @@
 """FFNs with fewer hidden units, against greedy elimination by plain least squares, and in blocks of every family."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from accelerate import init_empty_weights
 
 from ppcl.architecture import Streams, architecture_of, embed, run_blocks
-from ppcl.plan import TextRun
+from ppcl.config import Distillation
+from ppcl.distillation.lessons import Depth
+from ppcl.plan import Interval, TextRun
 from ppcl.probes import Statistics
+from ppcl.replacements import load, save
 from ppcl.width import NarrowFfn, TextProjectors, eliminate, other_ffn, text_run
+from ppcl.width.surgery import at
 from tests import tiny
 from tests.ppcl.width.test_parts import MODELS, WIDTH, randomised
 
@@ -120,3 +127,32 @@ def test_a_narrow_ffn_within_a_text_run_is_the_images(model):
     assert torch.equal(made.img, again.img) and torch.equal(made.txt, again.txt)
     other = run_blocks(architecture, list(text_run(architecture, blocks, parts, projectors).values()), streams, context)
     assert not torch.allclose(made.img, other.img, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "interval", "streams"),
+    [
+        (tiny.flux_transformer, Interval(0, 2), {"img", "txt"}), (tiny.flux_transformer, Interval(3, 5), set()),
+        (tiny.sd3_transformer, Interval(1, 2), {"img", "txt"}), (tiny.sd3_transformer, Interval(3, 4), {"img", "txt"}),
+    ],
+)  # fmt: skip
+def test_students_of_every_family_are_narrow_where_blocks_have_ffns(tmp_path, model, interval, streams):
+    """FLUX's single-stream blocks have none of their own: their students stay whole."""
+    model = model()
+    architecture = architecture_of(model)
+    blocks = dict(enumerate(architecture.blocks(model)))
+    lesson = Depth(architecture, model, blocks, interval, Distillation(student_hidden=50, start="first"))
+    parts = architecture.parts_of(model, interval.first, blocks[interval.first])
+    assert set(parts) == streams == {name.split("-")[-1] for name in lesson.sums()}
+    for stream, where in parts.items():
+        whole, narrow = (at(block, f"{where.ffn}.{architecture.ffn_up}") for block in (blocks[interval.first], lesson.module.block))
+        assert narrow.out_features == whole.out_features // 2, stream
+    save(lesson.module, interval, architecture, tmp_path / f"{interval.name}.safetensors")
+    with init_empty_weights():
+        empty = type(model).from_config(model.config)
+    teacher = SimpleNamespace(architecture=architecture, empty_transformer=lambda: empty, place="here")
+    loaded = load(tmp_path / f"{interval.name}.safetensors", teacher)
+    streams, context = embed(model, tiny.inputs(model))
+    one, two = (student.streams(streams, context) for student in (lesson.module, loaded))
+    assert torch.equal(one.img, two.img)
