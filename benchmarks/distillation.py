@@ -108,6 +108,25 @@ def ours(options: argparse.Namespace, folder: Path, intervals: list[Interval], p
     return times
 
 
+def joint_loss(
+    architecture: Any, blocks: Sequence[torch.nn.Module], students: Sequence[torch.nn.Module], intervals: Sequence[Interval],
+    start: tuple[Any, dict[str, Any]], loss: str,
+) -> torch.Tensor:  # fmt: skip
+    """The teacher's forward, with all its boundaries kept, and the losses of all students added up."""
+    streams, context = start
+    with torch.no_grad():
+        kept = [streams]
+        for block in blocks:
+            kept.append(run_blocks(architecture, [block], kept[-1], context))
+    whole = torch.zeros(())
+    for interval, student in zip(intervals, students, strict=True):
+        made = run_blocks(architecture, [student], kept[interval.first], context)
+        for name in ("img", "txt"):
+            total, divisor = LOSSES[loss](getattr(made, name), getattr(kept[interval.last + 1], name), None)
+            whole = whole + total / divisor
+    return whole
+
+
 def reference(options: argparse.Namespace, folder: Path, intervals: list[Interval]) -> list[float]:
     """One process: the teacher's forward, all students' losses added up, one backward, one optimizer."""
     model = Teacher(folder).transformer()
@@ -119,16 +138,8 @@ def reference(options: argparse.Namespace, folder: Path, intervals: list[Interva
     for step in range(options.steps):
         inputs = samples.batch(batch_of(step, samples.ids(False), options.batch, 0), "cpu", torch.float32)
         with torch.no_grad():
-            streams, context = embed(model, inputs)
-            kept = [streams]
-            for block in blocks:
-                kept.append(run_blocks(architecture, [block], kept[-1], context))
-        loss = 0.0
-        for interval, student in zip(intervals, students, strict=True):
-            made = run_blocks(architecture, [student], kept[interval.first], context)
-            for name in ("img", "txt"):
-                total, count = LOSSES["normalized"](getattr(made, name), getattr(kept[interval.last + 1], name), None)
-                loss = loss + total / count
+            start = embed(model, inputs)
+        loss = joint_loss(architecture, blocks, students, intervals, start, "normalized")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(students.parameters(), 1.0)

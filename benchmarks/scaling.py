@@ -46,11 +46,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.distillation import SIDE, TEXT_TOKENS, RandomSamples, make_teacher
+from benchmarks.distillation import SIDE, TEXT_TOKENS, RandomSamples, joint_loss, make_teacher
 from ppcl.architecture import embed, run_blocks
 from ppcl.config import Distillation, Probes
 from ppcl.distillation.lessons import Seen, new_lesson
-from ppcl.distillation.loss import LOSSES
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import Pupil
 from ppcl.distillation.run import Segment, batch_of, distil
@@ -145,16 +144,8 @@ def _fsdp(options: argparse.Namespace, folder: Path, step_done: Callable[[], Non
     for step in range(options.steps):
         rows = batch_of(step, samples.ids(False), options.batch, 0)[rank::world]
         with torch.no_grad():
-            streams, context = embed(model, samples.batch(rows, "cpu", BF16))
-            kept = [streams]
-            for block in blocks:
-                kept.append(run_blocks(architecture, [block], kept[-1], context))
-        loss = 0.0
-        for interval, student in zip(intervals, students, strict=True):
-            made = run_blocks(architecture, [student], kept[interval.first], context)
-            for name in ("img", "txt"):
-                total, divisor = LOSSES["relative"](getattr(made, name), getattr(kept[interval.last + 1], name), None)
-                loss = loss + total / divisor
+            start = embed(model, samples.batch(rows, "cpu", BF16))
+        loss = joint_loss(architecture, blocks, students, intervals, start, "relative")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

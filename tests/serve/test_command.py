@@ -21,18 +21,9 @@ import pytest
 
 from ppcl.storage import Store
 from tests import made_result
+from tests.serve.waiting import PATIENCE, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Generous: a busy machine starts Ray and a replica in a minute or two.
-PATIENCE = 240.0
-
-
-def until(condition, what):
-    end = time.monotonic() + PATIENCE
-    while not (result := condition()):
-        assert time.monotonic() < end, f"{what}: not within {PATIENCE:g} s"
-        time.sleep(0.1)
-    return result
 
 
 class Command:

@@ -25,21 +25,12 @@ from serve.autoscaling import BACKLOG, BacklogPolicy
 from serve.config import load_settings
 from serve.requests import GenerationRequest, Picture
 from tests import made_result
+from tests.serve.waiting import PATIENCE, until
 
-# Generous: a busy machine starts a replica in a minute.
-PATIENCE = 180.0
 APP = "ppcl"
 DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "grafana.json"
 # So many that a picture is still under way when a test does something to its replica.
 LONG, SHORT = 400, 4
-
-
-def until(condition, what):
-    end = time.monotonic() + PATIENCE
-    while not (result := condition()):
-        assert time.monotonic() < end, f"{what}: not within {PATIENCE:g} s"
-        time.sleep(0.1)
-    return result
 
 
 class Site:
