@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.ranks import Places, Report, run_ranks
+from jobs.places import Places
+from jobs.ranks import Report, run_ranks
 from ppcl.artifacts import complete, write_atomically
 from ppcl.config import Config
 from ppcl.storage import gather, remove, resumable

@@ -27,6 +27,8 @@ import ray
 import ray.data
 
 from jobs.cluster import device_of
+from jobs.places import Places
+from jobs.watch import Life, Watch
 from ppcl.artifacts import key_of, write_atomically
 from ppcl.calibration import store
 from ppcl.calibration.draws import hashes, held_out
@@ -60,18 +62,21 @@ def calibrate(
     count = _cut(config, work.embeddings / _TEXTS)
     numbers = range(math.ceil(count / config.calibration.batch_size))
 
-    encoded = _Cache(work.embeddings, [_NEGATIVE, *(_name(n) for n in numbers)])
-    _pass(_Encoder, work, encoded, numbers, lambda done: progress(done, 2 * count))
-    encoded.complete()
-    sampled = _Cache(work.states, [_name(n) for n in numbers])
-    _pass(_Sampler, work, sampled, numbers, lambda done: progress(count + done, 2 * count))
-    sampled.complete()
+    # One place is enough: a cluster with fewer of them than workers still does the work.
+    with Watch("a worker of calibration", Places(1, work.device, "calibration.workers", config.patience)) as watch:
+        encoded = _Cache(work.embeddings, [_NEGATIVE, *(_name(n) for n in numbers)])
+        _pass(_Encoder, work, encoded, numbers, watch, lambda done: progress(done, 2 * count))
+        encoded.complete()
+        sampled = _Cache(work.states, [_name(n) for n in numbers])
+        _pass(_Sampler, work, sampled, numbers, watch, lambda done: progress(count + done, 2 * count))
+        sampled.complete()
 
     for name in (store.PROMPTS, store.STATES):
         shutil.rmtree(folder / name, ignore_errors=True)
     encoded.link_to(folder / store.PROMPTS)
     sampled.link_to(folder / store.STATES)
-    return _finish(config, teacher, folder, count)
+    notes = [f"calibration: {told}; others did its work" for told in watch.killed]
+    return _finish(config, teacher, folder, count) | {"notes": notes}
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ class _Actor:
     Ray wraps what an actor raises in errors of its own, which do not keep the cause: a `UserError` goes home as a row.
     """
 
-    def __init__(self, work: _Work):
+    def __init__(self, work: _Work, life: Life):
+        life.show()
         self.work = work
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -274,7 +280,9 @@ class _Cache:
                 shutil.copyfile(self.folder / name, folder / name)
 
 
-def _pass(actor: type[_Actor], work: _Work, cache: _Cache, numbers: range, progress: Callable[[int], None]) -> None:
+def _pass(
+    actor: type[_Actor], work: _Work, cache: _Cache, numbers: range, watch: Watch, progress: Callable[[int], None]
+) -> None:
     """Let actors make the files of a cache that are not there."""
     missing = [n for n in numbers if not cache.has(_name(n))]
     if actor is _Encoder and not missing and not cache.has(_NEGATIVE):
@@ -285,18 +293,18 @@ def _pass(actor: type[_Actor], work: _Work, cache: _Cache, numbers: range, progr
     progress(done)
     if not missing:
         return
-    for row in _rows(actor, work, missing):
+    for row in watch.results(_rows(actor, work, missing, watch.life)):
         if row["mistake"]:
             raise UserError(row["mistake"])
         done += int(row["prompts"])
         progress(done)
 
 
-def _rows(actor: type[_Actor], work: _Work, numbers: list[int]) -> Iterator[dict[str, Any]]:
+def _rows(actor: type[_Actor], work: _Work, numbers: list[int], life: Life) -> Iterator[dict[str, Any]]:
     """What a pool of actors gives back for the batches of these numbers, as they come."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=min(len(numbers), _MOST_BLOCKS))
-    # A pool that grows: a cluster with fewer places than workers still does the work.
+    # It grows as places are free.
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(work.config.calibration.workers, len(numbers)))
     gpus = 1 if work.device == "cuda" else 0
     # Restarts matter where a node can go away; on a single one Ray only warns of them, at length, on the console.
@@ -305,7 +313,7 @@ def _rows(actor: type[_Actor], work: _Work, numbers: list[int]) -> Iterator[dict
         # The way to say so is to change in Ray 2.64, whose successor is not there yet.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         made = rows.map_batches(
-            actor, fn_constructor_args=[work], batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus, **restarts
+            actor, fn_constructor_args=[work, life], batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus, **restarts
         )
     return made.iter_rows()
 

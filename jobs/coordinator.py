@@ -221,7 +221,7 @@ class Job:
 
     def _check_resources(self, device: str, only: str | None = None) -> None:
         """All stages' workers, before the first stage: not after hours of work. `only`: those of one stage."""
-        from jobs.ranks import check_resources
+        from jobs.places import check_resources
 
         config = self.config
         distillation = config.distillation.pipeline * config.distillation.replicas

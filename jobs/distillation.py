@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.ranks import Places, Report, drop_damaged, run_ranks
+from jobs.places import Places
+from jobs.ranks import Report, run_ranks
 from ppcl.artifacts import complete
+from ppcl.checkpoints import drop_damaged
 from ppcl.config import Config
 from ppcl.plan import Entry, entry_of
 from ppcl.storage import gather, remove, resumable, writing
@@ -83,7 +85,7 @@ def distil_plan(
         (folder / f"{entry.name}.json").unlink()
     remove(folder / "checkpoints")
     skipped = sum(c["skipped_steps"] for c in curves.values())
-    notes = [f"students: the checkpoint of {', '.join(damaged)} could not be read; trained again from the start"] if damaged else []
+    notes = [f"students: the checkpoint of {', '.join(damaged)} was damaged; trained again from the start"] if damaged else []
     if skipped:
         most = max(curves, key=lambda entry: curves[entry]["skipped_steps"])
         notes.append(

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.ranks import Places, Report, drop_damaged, run_ranks
+from jobs.places import Places
+from jobs.ranks import Report, run_ranks
 from ppcl.artifacts import complete
+from ppcl.checkpoints import drop_damaged
 from ppcl.config import Config
 from ppcl.storage import gather, remove, resumable, writing
 from ppcl.teacher import Teacher
@@ -74,5 +76,5 @@ def finetune_replacements(
     gather(folder)
     remove(folder / "checkpoints")
     made = json.loads((folder / "finetuning.json").read_text())
-    notes = ["finetuning: its checkpoint could not be read; trained again from the start"] if damaged else []
+    notes = ["finetuning: its checkpoint was damaged; trained again from the start"] if damaged else []
     return {"skipped_steps": made["skipped_steps"], "notes": notes}

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.ranks import Places, Report, run_ranks
+from jobs.places import Places
+from jobs.ranks import Report, run_ranks
 from ppcl import detection
 from ppcl.artifacts import complete
 from ppcl.config import Config

@@ -21,10 +21,9 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from safetensors import SafetensorError, safe_open
 
-from jobs.cluster import most
 from jobs.group import GroupConfig, free_places
+from jobs.places import Places
 from ppcl.errors import UserError
 
 # What a rank may wait for one that is alive, seconds: some have longer to load and to finish than others. Those that are dead or
@@ -52,56 +51,6 @@ class _Board:
 
     def read(self) -> tuple[int, int, dict[str, float], str | None]:
         return self.done, self.total, dict(self.values), self.refusal
-
-
-def check_resources(workers: int, device: str, key: str) -> None:
-    """Refuse at once what the cluster can never run. Raises `UserError` with what it has."""
-    kind = "GPU" if device == "cuda" else "CPU"
-    have = most(kind)
-    # Ray Data and the progress actors need a CPU beside the workers, or both would wait for each other.
-    usable = have if kind == "GPU" else have - 1
-    if workers > usable:
-        raise UserError(
-            f"{key} asks for {workers} workers, but the cluster has {have} {kind}s, of which {max(usable, 0)} can be used by "
-            f"workers; ask for fewer or add nodes"
-        )
-
-
-def drop_damaged(checkpoints: Path) -> list[str]:
-    """Remove checkpoints that cannot be read, such as one cut short; gives their names. What lies in a bucket has its sha256."""
-    dropped = []
-    for path in sorted(checkpoints.glob("*.safetensors")):
-        try:
-            safe_open(path, "pt")
-        except SafetensorError:
-            path.unlink()
-            dropped.append(path.stem)
-    return dropped
-
-
-class Places:
-    """Whether the cluster has places for some workers. A node that was lost may come back: for `patience` seconds it is waited for."""
-
-    def __init__(self, workers: int, device: str, key: str, patience: float):
-        self.asked, self.patience = (workers, device, key), patience
-        self.lacking_since: float | None = None
-
-    def enough(self) -> bool:
-        """Raises `UserError` once there have been too few for too long."""
-        try:
-            check_resources(*self.asked)
-        except UserError:
-            now = time.monotonic()
-            self.lacking_since = self.lacking_since or now
-            if now - self.lacking_since > self.patience:
-                raise
-            return False
-        self.lacking_since = None
-        return True
-
-    def wait(self) -> None:
-        while not self.enough():
-            time.sleep(1)
 
 
 def run_ranks(

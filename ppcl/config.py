@@ -212,8 +212,8 @@ class Config(Section):
     patience: float = Field(
         300.0,
         gt=0,
-        description="seconds after which a worker of Ray Train that gives no sign of life is taken for dead, and which a stage waits "
-        "for nodes that it needs and that were lost",
+        description="seconds after which a worker that gives no sign of life is taken for dead, and which a stage waits for nodes "
+        "that it needs and that were lost",
     )
     sampling: Sampling = Sampling()
     calibration: Calibration = Calibration()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from ppcl.checkpoints import load_checkpoint, save_checkpoint
 from ppcl.config import Distillation
 from ppcl.distillation.lessons import Lesson, Seen
 from ppcl.distillation.loss import LOSSES
@@ -94,8 +92,8 @@ class Pupil:
         return self.module
 
     def save(self, path: Path) -> None:
-        """Everything needed to go on, in one file that appears whole or not at all."""
-        tensors = {f"student.{k}": p.detach() for k, p in self.parameters.items()}
+        """Everything needed to go on."""
+        tensors = {f"student.{k}": p for k, p in self.parameters.items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for k, p in self.parameters.items():
             state = self.optimizer.state.get(p)
@@ -103,27 +101,20 @@ class Pupil:
                 tensors |= {f"exp_avg.{k}": state["exp_avg"], f"exp_avg_sq.{k}": state["exp_avg_sq"]}
         words = {"step": str(self.step), "skipped": str(self.skipped), "curve": json.dumps(self.curve)}
         words["updates"] = str(self.step - self.skipped)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, words)
-        # Or a machine that loses its power could leave the name without the content.
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        save_checkpoint(path, tensors, words)
 
     def load(self, path: Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            words = file.metadata()
-            self.step, self.skipped = int(words["step"]), int(words["skipped"])
-            self.curve = json.loads(words["curve"])
-            with torch.no_grad():
-                for k, p in self.parameters.items():
-                    p.copy_(file.get_tensor(f"student.{k}"))
-                    if self.average:
-                        self.average[k].copy_(file.get_tensor(f"average.{k}"))
-                    if f"exp_avg.{k}" in file.keys():  # noqa: SIM118  (not a dictionary)
-                        self.optimizer.state[p] = {
-                            "step": torch.tensor(float(words["updates"])),
-                            "exp_avg": file.get_tensor(f"exp_avg.{k}").to(p.device),
-                            "exp_avg_sq": file.get_tensor(f"exp_avg_sq.{k}").to(p.device),
-                        }
+        tensors, words = load_checkpoint(path)
+        self.step, self.skipped = int(words["step"]), int(words["skipped"])
+        self.curve = json.loads(words["curve"])
+        with torch.no_grad():
+            for k, p in self.parameters.items():
+                p.copy_(tensors[f"student.{k}"])
+                if self.average:
+                    self.average[k].copy_(tensors[f"average.{k}"])
+                if f"exp_avg.{k}" in tensors:
+                    self.optimizer.state[p] = {
+                        "step": torch.tensor(float(words["updates"])),
+                        "exp_avg": tensors[f"exp_avg.{k}"].to(p.device),
+                        "exp_avg_sq": tensors[f"exp_avg_sq.{k}"].to(p.device),
+                    }

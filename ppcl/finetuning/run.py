@@ -9,19 +9,17 @@ special case. What was distilled is kept beside it, for the plans that it is bet
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl.architecture import swap
+from ppcl.checkpoints import load_checkpoint, save_checkpoint
 from ppcl.config import Finetuning
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import learning_rate
@@ -178,8 +176,8 @@ class _Trainer:
         return (error / energy).tolist()
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Everything needed to go on, in one file that appears whole or not at all."""
-        tensors = {f"parameter.{k}": p.detach() for k, p in self.parameters.items()}
+        """Everything needed to go on."""
+        tensors = {f"parameter.{k}": p for k, p in self.parameters.items()}
         tensors |= {f"average.{k}": v for k, v in self.average.items()}
         for k, p in self.parameters.items():
             if state := self.optimizer.state.get(p):
@@ -187,17 +185,10 @@ class _Trainer:
         if self.trajectories:
             tensors |= self.trajectories.tensors()
         words = {"step": str(self.step), "skipped": str(self.skipped), "curve": json.dumps(self.curve)}
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{_CHECKPOINT}.partial"
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, partial, words)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, folder / _CHECKPOINT)
+        save_checkpoint(folder / _CHECKPOINT, tensors, words)
 
     def load_checkpoint(self, folder: Path) -> None:
-        with safe_open(folder / _CHECKPOINT, framework="pt") as file:
-            words = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+        tensors, words = load_checkpoint(folder / _CHECKPOINT)
         self.step, self.skipped = int(words["step"]), int(words["skipped"])
         self.curve = json.loads(words["curve"])
         with torch.no_grad():

@@ -1,7 +1,6 @@
 """Jobs on clusters of several nodes: one is lost in each stage, clocks differ, hosts share nothing but a bucket."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -30,7 +29,7 @@ from tests.faults.jobs import (
     students,
     trained_no_more_than_needed,
 )
-from tests.faults.test_workers import same_errors, same_probes
+from tests.faults.test_workers import SILENT, same_errors, same_files, same_probes
 
 pytestmark = pytest.mark.faults
 
@@ -77,9 +76,17 @@ def test_a_job_outlives_the_loss_of_a_node(values, whole, undisturbed, tmp_path,
     elif stage == "probes":
         same_probes(output, whole)
     else:
-        files = json.loads((whole / "manifest.json").read_text())["stages"][stage]["files"]
-        made = json.loads((output / "manifest.json").read_text())["stages"][stage]["files"]
-        assert made == files
+        same_files(output, whole, stage)
+
+
+def test_where_there_are_more_nodes_others_do_what_a_worker_of_calibration_does_not(values, whole, tmp_path):
+    output = before(whole, "calibration", tmp_path)
+    shutil.rmtree(output / "cache")
+    env = environment("calibration stopped", tmp_path / "mark")
+    with cluster((3, env), (3, env)) as address:
+        job = Job(values, output, address=address, patience=20).until("probes: ")
+    assert re.search(rf"calibration: a worker of calibration {SILENT}; others did its work", job.said)
+    same_files(output, whole, "calibration")
 
 
 def test_a_node_that_is_missing_is_waited_for_and_then_told(values, result, tmp_path):

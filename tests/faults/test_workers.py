@@ -4,6 +4,8 @@
 """
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ from safetensors import safe_open
 from tests.faults.jobs import Job, before, checkpoints, same, steps, students, trained_no_more_than_needed
 
 pytestmark = pytest.mark.faults
+
+# What is told of a process that was stopped, where the patience is 20 s.
+SILENT = r"\(process \d+ on [\d.]+\) gave no sign of life for 20 s, the configuration's patience"
 
 
 @pytest.mark.parametrize("fault", ["raises", "first killed", "last killed", "checkpoint"])
@@ -47,6 +52,11 @@ def test_a_job_outlives_the_loss_of_an_evaluator(values, whole, tmp_path):
     same_errors(job.output, whole)
 
 
+def same_files(output, whole, stage):
+    made, expected = (json.loads((folder / "manifest.json").read_text())["stages"][stage]["files"] for folder in (output, whole))
+    assert made == expected
+
+
 def same_errors(output, whole):
     made, expected = (json.loads((folder / "evaluation" / "evaluation.json").read_text())["variants"] for folder in (output, whole))
     assert made.keys() == expected.keys()
@@ -61,6 +71,20 @@ def test_a_rank_that_stops_answering_is_given_up_after_the_patience_that_is_set(
     trained_no_more_than_needed(job.tally)
 
 
+def test_an_evaluator_that_stops_answering_is_given_up_after_the_patience_that_is_set(values, whole, tmp_path):
+    job = Job(values, before(whole, "evaluation", tmp_path), "evaluation stopped", tmp_path / "mark", patience=20).end()
+    assert re.search(rf"evaluation: failed \(an evaluator {SILENT}\); trying again", job.said)
+    same_errors(job.output, whole)
+
+
+def test_a_worker_of_calibration_that_stops_answering_is_given_up_after_the_patience_that_is_set(values, whole, tmp_path):
+    output = before(whole, "calibration", tmp_path)
+    shutil.rmtree(output / "cache")
+    job = Job(values, output, "calibration stopped", tmp_path / "mark", patience=20).until("probes: ")
+    assert re.search(rf"calibration: failed \(a worker of calibration {SILENT}\); trying again", job.said)
+    same_files(output, whole, "calibration")
+
+
 @pytest.mark.parametrize(("pipeline", "replicas"), [(2, 1), (1, 1), (1, 2)])
 def test_a_killed_driver_leaves_what_any_number_of_workers_goes_on_from(values, result, undisturbed, pipeline, replicas):
     job = Job(values, result)
@@ -68,16 +92,19 @@ def test_a_killed_driver_leaves_what_any_number_of_workers_goes_on_from(values, 
     job.kill()
     started_over = []
     if (pipeline, replicas) == (2, 1):
-        # One that was cut short, too.
-        damaged = checkpoints(job.output)[0]
-        damaged.write_bytes(damaged.read_bytes()[:-100])
-        started_over = [damaged.stem]
+        # One that was cut short, too, and one of which a single bit is another.
+        cut, changed = checkpoints(job.output)[:2]
+        cut.write_bytes(cut.read_bytes()[:-100])
+        content = bytearray(changed.read_bytes())
+        content[-1000] ^= 1
+        changed.write_bytes(content)
+        started_over = sorted([cut.stem, changed.stem])
     job = Job(values, result, distillation__pipeline=pipeline, distillation__replicas=replicas).until("variants: ")
     assert "probes: complete, skipped" in job.said
     same(students(job.output), undisturbed)
     trained_no_more_than_needed(job.tally, started_over, at_any_moment=True)
-    told = [f"students: the checkpoint of {name} could not be read; trained again from the start" for name in started_over]
-    assert all(words in job.said for words in told) and all(0 in steps(job.tally)[name][1] for name in started_over)
+    told = f"students: the checkpoint of {', '.join(started_over)} was damaged; trained again from the start"
+    assert (told in job.said) == bool(started_over) and all(0 in steps(job.tally)[name][1] for name in started_over)
 
 
 def test_a_batch_that_is_not_finite_is_left_out_and_told(values, result, tmp_path):

@@ -3,13 +3,12 @@
 import time
 
 import pytest
-import torch
 from ray.train.torch import TorchConfig
-from safetensors.torch import save_file
 
 from jobs import ranks
 from jobs.group import GroupConfig, _Backend
-from jobs.ranks import Places, drop_damaged, run_ranks
+from jobs.places import Places
+from jobs.ranks import run_ranks
 
 
 class _Fails(_Backend):
@@ -44,12 +43,3 @@ def test_a_worker_group_that_fails_while_it_starts_leaves_no_place_taken(ray_clu
 def test_the_group_is_torchs_own_with_its_settings():
     config = GroupConfig(backend="gloo", timeout_s=7)
     assert isinstance(config, TorchConfig) and config.to_dict() == TorchConfig(backend="gloo", timeout_s=7).to_dict()
-
-
-def test_checkpoints_that_cannot_be_read_are_dropped_and_the_others_kept(tmp_path):
-    for name in ("00-01", "02-03", "04-05"):
-        save_file({"x": torch.arange(1000.0)}, tmp_path / f"{name}.safetensors")
-    (tmp_path / "02-03.safetensors").write_bytes((tmp_path / "02-03.safetensors").read_bytes()[:-1])
-    (tmp_path / "04-05.safetensors").write_bytes(b"")
-    assert drop_damaged(tmp_path) == ["02-03", "04-05"]
-    assert [path.stem for path in tmp_path.iterdir()] == ["00-01"] and drop_damaged(tmp_path) == []

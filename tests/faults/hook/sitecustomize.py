@@ -96,7 +96,7 @@ def in_mid_checkpoint(module, step):
     def save(inner, pupil, path):
         saves[0] += 1
         if saves[0] == step and once():
-            module.os.replace = kill
+            os.replace = kill
         inner(pupil, path)
 
     wrap(module.Pupil, "save", save)
@@ -144,6 +144,8 @@ FAULTS = {
     "nan": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, nan)),
     "checkpoint": ("ppcl.distillation.pupil", lambda m: in_mid_checkpoint(m, 4)),
     "probe": ("ppcl.probes.run", lambda m: in_probe(m, kill)),
+    "calibration stopped": ("ppcl.calibration.store", lambda m: in_calibration(m, stop)),
+    "evaluation stopped": ("ppcl.evaluation.velocity", lambda m: in_evaluation(m, stop)),
     "evaluation": ("ppcl.evaluation.velocity", lambda m: in_evaluation(m, kill)),
     "node in calibration": ("ppcl.calibration.store", lambda m: in_calibration(m, kill_node)),
     "node in probes": ("ppcl.probes.run", lambda m: in_probe(m, kill_node)),

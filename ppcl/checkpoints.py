@@ -1,0 +1,64 @@
+"""Checkpoints of training: safetensors files that appear whole or not at all, and know when they were changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+_SHA256 = "sha256"
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or does not hold what was written."""
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> None:
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, {**words, _SHA256: _sha256(tensors, words)})
+    # Or a machine that loses its power could leave the name without the content.
+    with open(partial, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Its tensors, on the CPU, and its words. Raises `DamagedError`."""
+    try:
+        with safe_open(path, "pt") as file:
+            words = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+    except SafetensorError as error:
+        raise DamagedError(f"{path} is no whole safetensors file") from error
+    if words.pop(_SHA256, None) != _sha256(tensors, words):
+        raise DamagedError(f"{path} does not hold what was written into it")
+    return tensors, words
+
+
+def drop_damaged(checkpoints: Path) -> list[str]:
+    """Remove the damaged ones; gives their names. What lies in a bucket has its sha256 there."""
+    dropped = []
+    for path in sorted(checkpoints.glob("*.safetensors")):
+        try:
+            load_checkpoint(path)
+        except DamagedError:
+            path.unlink()
+            dropped.append(path.stem)
+    return dropped
+
+
+def _sha256(tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> str:
+    """Of all that is in it; safetensors itself has no sum, and writes its words in any order."""
+    sha256 = hashlib.sha256(json.dumps(sorted(words.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha256.hexdigest()
