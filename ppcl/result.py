@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from ppcl.artifacts import CONFIG, Artifacts
-from ppcl.config import Config, Sampling
+from ppcl.config import Sampling
 from ppcl.errors import UserError
 from ppcl.plan import HOW_WRITTEN, Entry, written
 from ppcl.plug import Switch
@@ -78,8 +79,9 @@ class Result:
     def sampling(self) -> Sampling:
         """How the job called the pipeline: steps, size and further arguments."""
         try:
-            return Config.model_validate_json(self.artifacts.text(CONFIG)).sampling
-        except (OSError, ValueError):
+            # Alone: other settings may have other names in the version that wrote the result.
+            return Sampling.model_validate(json.loads(self.artifacts.text(CONFIG))["sampling"])
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{self.artifacts.place}/{CONFIG} is damaged or gone; run ppcl compress again, which makes it anew"
             ) from None

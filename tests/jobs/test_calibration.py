@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -48,8 +49,8 @@ def run(made, folder, progress=lambda done, total: None):
 def here(ray_cluster, monkeypatch):
     """The actors run in this process, one batch after the other: for what does not need Ray to be seen."""
 
-    def rows(actor, work, numbers):
-        made = actor(work)
+    def rows(actor, work, numbers, life):
+        made = actor(work, SimpleNamespace(show=lambda: None))
         for number in numbers:
             yield {name: values[0] for name, values in made({"number": [number]}).items()}
 
@@ -66,7 +67,7 @@ def reference(ray_cluster, teacher_folder, prompts, tmp_path_factory):
 
 def test_twelve_prompts_become_a_calibration_set(reference):
     folder, info, seen = reference
-    assert info == {"prompts": 12, "held_out_prompts": 3, "samples": 24, "dropped": 0}
+    assert info == {"prompts": 12, "held_out_prompts": 3, "samples": 24, "dropped": 0, "notes": []}
     samples = CalibrationSet(folder / "calibration")
     assert len(samples.ids(True)) == 6 and len(samples.ids(False)) == 18
     known = dict(samples.prompts(True) + samples.prompts(False))
@@ -116,7 +117,7 @@ def test_a_stopped_run_goes_on_and_a_changed_file_is_made_again(here, teacher_fo
 def test_guided_sampling_keeps_both_sides(here, teacher_folder, prompts, tmp_path):
     guided = config(teacher_folder, prompts, {"true_cfg_scale": 3.0, "negative_prompt": " "}, limit=4)
     info = run(guided, tmp_path)
-    assert info == {"prompts": 4, "held_out_prompts": 1, "samples": 16, "dropped": 0}
+    assert info == {"prompts": 4, "held_out_prompts": 1, "samples": 16, "dropped": 0, "notes": []}
     samples = CalibrationSet(tmp_path / "calibration")
     ids = samples.ids(False)
     conditional, not_conditional = samples.batch(ids[ids % 2 == 0]), samples.batch(ids[ids % 2 == 1])
@@ -134,7 +135,7 @@ def test_pictures_are_a_source_too(here, teacher_folder, tmp_path):
     path = tmp_path / "pictures.jsonl"
     path.write_text("".join(json.dumps({"prompt": PROMPTS[i], "image": f"{i}.png"}) + "\n" for i in range(3)))
     info = run(config(teacher_folder, path, source="images"), tmp_path)
-    assert info == {"prompts": 3, "held_out_prompts": 1, "samples": 6, "dropped": 0}
+    assert info == {"prompts": 3, "held_out_prompts": 1, "samples": 6, "dropped": 0, "notes": []}
     assert CalibrationSet(tmp_path / "calibration").batch([0])["hidden_states"].shape == (1, 16, 16)
 
 
@@ -146,7 +147,7 @@ def test_states_that_are_not_finite_are_refused(here, prompts, tmp_path):
     save_file(weights, path, metadata={"format": "pt"})
     # Only a trajectory's first state is noise alone, and so still finite.
     info = run(config(broken, prompts, states_per_prompt=4), tmp_path / "job")
-    assert info == {"prompts": 12, "held_out_prompts": 3, "samples": 12, "dropped": 36}
+    assert info == {"prompts": 12, "held_out_prompts": 3, "samples": 12, "dropped": 36, "notes": []}
     rows = pq.read_table(tmp_path / "job" / "calibration" / "states").to_pydict()
     assert set(rows["timestep"]) == {1.0}
 

@@ -200,6 +200,9 @@ def test_a_student_comes_back_from_its_file_as_it_was(tmp_path, teacher_folder):
 def test_the_jobs_sampling_is_told_or_asked_for(copy):
     sampling = Result(copy).sampling
     assert (sampling.steps, sampling.height, sampling.width, sampling.arguments) == (2, 32, 32, {})
+    config = copy / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"of_another_version": 1}))
+    assert Result(copy).sampling == sampling
     for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
         damage(copy / "config.json")
         with pytest.raises(UserError, match="config.json is damaged or gone"):
