@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoints import going_on, look_through
 from jobs.places import Places
 from jobs.ranks import Report, run_ranks
 from ppcl.artifacts import complete, write_atomically
 from ppcl.config import Config
-from ppcl.storage import gather, remove, resumable
+from ppcl.storage import gather, remove
 from ppcl.teacher import Teacher
 
 
@@ -20,7 +21,7 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
     import ray.train
 
     config = Config.model_validate(arguments["config"])
-    with resumable(arguments["runs"], arguments["attempt"]) as runs:
+    with going_on("ablation", arguments["runs"], arguments["attempt"], report) as runs:
         _seeds(config, arguments, ray.train.get_context().get_world_rank(), runs, report)
 
 
@@ -60,13 +61,13 @@ def ablate(
     from ppcl.ablation.summary import summary
 
     settings, runs = config.ablation, folder / "runs" / key
-    runs.mkdir(parents=True, exist_ok=True)
+    notes = look_through("ablation", runs)
     arguments = {
         "config": config.model_dump(mode="json"), "teacher": teacher.place, "calibration": str(calibration),
         "probes": str(probes), "detection": str(detection), "runs": str(runs), "device": device,
     }  # fmt: skip
     places = Places(settings.workers, device, "ablation.workers", config.patience)
-    run_ranks("ablation", _rank, arguments, places, folder / "runs" / "ray", progress)
+    notes += run_ranks("ablation", _rank, arguments, places, folder / "runs" / "ray", progress)
     gather(runs)
     seeds = {seed: json.loads((runs / f"seed-{seed}.json").read_text()) for seed in range(settings.seeds)}
     record = {
@@ -80,4 +81,4 @@ def ablate(
     }
     write_atomically(folder / "ablation.json", json.dumps(record, indent=1))
     remove(folder / "runs")
-    return {"seeds": settings.seeds}
+    return {"seeds": settings.seeds, "notes": notes}

@@ -12,6 +12,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class Job:
             "teacher": self.teacher.place, "teacher_sha256": self.teacher_hash, "prompts": self.prompts_hash
         }  # fmt: skip
         self.artifacts.start(identity)
-        self.reporter = Reporter(console, self.artifacts.log())
+        self.reporter = Reporter(console, self.artifacts.path(LOG))
         # Once there is a Ray to ask.
         self._check_places: Callable[[str], None] = lambda stage: None
 
@@ -209,15 +210,25 @@ class Job:
 
         artifacts = self.artifacts
         self._check_places = lambda stage: self._check_resources(device, stage)
-        with artifacts.alone():
+        with artifacts.alone(), self._log():
             self._check_resources(device)
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
             publish(artifacts.path(CONFIG))
             for stage in self.stages(device, ablation):
                 self._run_stage(stage)
             report = write_report(artifacts.root)
-            publish(artifacts.path(LOG))
             return f"{artifacts.place}/{report.name}"
+
+    @contextmanager
+    def _log(self) -> Iterator[None]:
+        """What earlier runs said before what this one says, and published however it ends."""
+        self.artifacts.continue_log()
+        try:
+            yield
+        finally:
+            # A store that does not answer has been told of.
+            with suppress(UserError):
+                publish(self.artifacts.path(LOG))
 
     def _check_resources(self, device: str, only: str | None = None) -> None:
         """All stages' workers, before the first stage: not after hours of work. `only`: those of one stage."""

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoints import going_on, look_through
 from jobs.places import Places
 from jobs.ranks import Report, run_ranks
 from ppcl.artifacts import complete
-from ppcl.checkpoints import drop_damaged
 from ppcl.config import Config
 from ppcl.plan import Entry, entry_of
-from ppcl.storage import gather, remove, resumable, writing
+from ppcl.storage import gather, remove, writing
 from ppcl.teacher import Teacher
 
 
@@ -24,7 +24,8 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
 
     config = Config.model_validate(arguments["config"])
     settings = config.distillation
-    with resumable(arguments["checkpoints"], arguments["attempt"]) as checkpoints, writing(arguments["folder"]) as folder:
+    going = going_on("students", arguments["checkpoints"], arguments["attempt"], report)
+    with going as checkpoints, writing(arguments["folder"]) as folder:
         distil(
             teacher=Teacher(arguments["teacher"]),
             samples=CalibrationSet(complete(arguments["calibration"])),
@@ -58,8 +59,7 @@ def distil_plan(
     workers = settings.pipeline * settings.replicas
     places = Places(workers, device, "distillation.pipeline × distillation.replicas", config.patience)
     checkpoints = folder / "checkpoints" / key
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    damaged = drop_damaged(checkpoints)
+    notes = look_through("students", checkpoints)
     if plan:
         arguments = {
             "config": config.model_dump(mode="json"),
@@ -70,7 +70,7 @@ def distil_plan(
             "checkpoints": str(checkpoints),
             "device": device,
         }
-        run_ranks("distillation", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
+        notes += run_ranks("distillation", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
         gather(folder)
     curves = {str(entry): json.loads((folder / f"{entry.name}.json").read_text()) for entry in plan}
     training = {
@@ -85,7 +85,6 @@ def distil_plan(
         (folder / f"{entry.name}.json").unlink()
     remove(folder / "checkpoints")
     skipped = sum(c["skipped_steps"] for c in curves.values())
-    notes = [f"students: the checkpoint of {', '.join(damaged)} was damaged; trained again from the start"] if damaged else []
     if skipped:
         most = max(curves, key=lambda entry: curves[entry]["skipped_steps"])
         notes.append(

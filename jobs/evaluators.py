@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,22 +33,32 @@ class _Evaluator:
     ):
         """`tuned`: the stages of fine-tuning and of the variants, where there are fine-tuned replacements."""
         life.show()
-        import diffusers
         import torch
 
         from ppcl.calibration.store import CalibrationSet
+
+        self.config, self.teacher, self.students, self.tuned, self.folder, self.device = config, teacher, students, tuned, folder, device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.samples = lru_cache(lambda calibration: CalibrationSet(complete(calibration)))
+
+    # Loaded by the first call: Ray keeps no error of a constructor as it was.
+    @cached_property
+    def pipeline(self) -> Any:
+        import diffusers
+        import torch
+
+        diffusers.utils.logging.set_verbosity_error()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.config.evaluation.workers))
+        return Teacher(self.teacher).pipeline(self.device, self.dtype)
+
+    @cached_property
+    def switch(self) -> Any:
         from ppcl.plug import Switch
         from ppcl.tuned import Tuned
 
-        diffusers.utils.logging.set_verbosity_error()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.evaluation.workers))
-        self.config, self.folder, self.device = config, folder, device
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.teacher = Teacher(teacher)
-        self.pipeline = self.teacher.pipeline(device, self.dtype)
+        tuned = self.tuned
         fine = Tuned.read(complete(tuned[0]), read_family(complete(tuned[1])).damage) if tuned else None
-        self.switch = Switch(self.teacher, files_in(complete(students)), fine)
-        self.samples = lru_cache(lambda calibration: CalibrationSet(complete(calibration)))
+        return Switch(Teacher(self.teacher), files_in(complete(self.students)), fine)
 
     def damages(self, calibration: Path, ids: np.ndarray) -> Any:
         from ppcl.evaluation.velocity import damages
@@ -94,7 +104,7 @@ class _Evaluator:
 
 
 class Evaluators:
-    """A pool of them, loaded; given back at the end of a `with` block."""
+    """A pool of them, given back at the end of a `with` block."""
 
     def __init__(
         self, config: Config, teacher: Teacher, students: Path, tuned: tuple[Path, Path] | None, folder: Path, device: str

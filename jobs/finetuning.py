@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoints import going_on, look_through
 from jobs.places import Places
 from jobs.ranks import Report, run_ranks
 from ppcl.artifacts import complete
-from ppcl.checkpoints import drop_damaged
 from ppcl.config import Config
-from ppcl.storage import gather, remove, resumable, writing
+from ppcl.storage import gather, remove, writing
 from ppcl.teacher import Teacher
 
 
@@ -25,7 +25,8 @@ def _rank(arguments: dict[str, Any], report: Report) -> None:
 
     config = Config.model_validate(arguments["config"])
     family = read_family(complete(arguments["variants"]))
-    with resumable(arguments["checkpoints"], arguments["attempt"]) as checkpoints, writing(arguments["folder"]) as folder:
+    going = going_on("finetuning", arguments["checkpoints"], arguments["attempt"], report)
+    with going as checkpoints, writing(arguments["folder"]) as folder:
         finetune(
             teacher=Teacher(arguments["teacher"]),
             files=files_in(complete(arguments["students"])),
@@ -59,8 +60,7 @@ def finetune_replacements(
     Checkpoints lie under `folder/checkpoints/<key>` until all is written.
     """
     checkpoints = folder / "checkpoints" / key
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    damaged = drop_damaged(checkpoints)
+    notes = look_through("finetuning", checkpoints)
     arguments = {
         "config": config.model_dump(mode="json"),
         "teacher": teacher.place,
@@ -72,9 +72,8 @@ def finetune_replacements(
         "device": device,
     }
     places = Places(config.finetuning.replicas, device, "finetuning.replicas", config.patience)
-    run_ranks("finetuning", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
+    notes += run_ranks("finetuning", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
     gather(folder)
     remove(folder / "checkpoints")
     made = json.loads((folder / "finetuning.json").read_text())
-    notes = ["finetuning: its checkpoint was damaged; trained again from the start"] if damaged else []
     return {"skipped_steps": made["skipped_steps"], "notes": notes}

@@ -32,7 +32,21 @@ _COLLECTIVE_TIMEOUT = 1800
 _UPDATE_EVERY = 1.0
 _LOOK_EVERY = 5.0
 
-Report = Callable[[int, int, dict[str, float]], None]
+
+class Report:
+    """What a rank tells: how far it is, called `report(done, total, values)`, and what the user shall know in the end."""
+
+    def __init__(self, board: Any):
+        self._board, self._last = board, 0.0
+
+    def __call__(self, done: int, total: int, values: dict[str, float]) -> None:
+        if time.monotonic() - self._last > _UPDATE_EVERY or done == total:
+            self._last = time.monotonic()
+            self._board.update.remote(done, total, values)
+
+    def note(self, sentence: str) -> None:
+        """Several ranks may have the same to say."""
+        ray.get(self._board.note.remote(sentence))
 
 
 @ray.remote(num_cpus=0)
@@ -41,10 +55,17 @@ class _Board:
 
     def __init__(self) -> None:
         self.done, self.total, self.values, self.refusal = 0, 0, {}, None
+        self.notes: dict[str, None] = {}
 
     def update(self, done: int, total: int, values: dict[str, float]) -> None:
         self.done, self.total = max(done, self.done), total
         self.values.update(values)
+
+    def note(self, sentence: str) -> None:
+        self.notes[sentence] = None
+
+    def noted(self) -> list[str]:
+        return list(self.notes)
 
     def refuse(self, sentence: str) -> None:
         self.refusal = self.refusal or sentence
@@ -60,8 +81,8 @@ def run_ranks(
     places: Places,
     scratch: Path,
     progress: Callable[[int, int, dict[str, float]], None],
-) -> None:
-    """`function(arguments, report)` on every rank of a torch process group; returns when all have finished.
+) -> list[str]:
+    """`function(arguments, report)` on every rank of a torch process group; gives their notes when all have finished.
 
     `places`: how many ranks, and of what. `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a folder for
     Ray Train's own records, which no rank reads; removed at the end. Raises `UserError` with the sentence of a rank's
@@ -79,16 +100,8 @@ def run_ranks(
 
         context = get_context()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-        last = 0.0
-
-        def report(done: int, total: int, values: dict[str, float]) -> None:
-            nonlocal last
-            if time.monotonic() - last > _UPDATE_EVERY or done == total:
-                last = time.monotonic()
-                board.update.remote(done, total, values)
-
         try:
-            function(config, report)
+            function(config, Report(board))
         except UserError as error:
             ray.get(board.refuse.remote(str(error)))
             raise
@@ -130,6 +143,7 @@ def run_ranks(
         if failures:
             free_places()
             raise UserError(refusal) if refusal else _told(failures[0], places.patience)
+        return ray.get(board.noted.remote())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Self
 
 import psutil
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.places import Places
-from ppcl.errors import UserError
 
 # Seconds between two signs, and between two looks at them; less where the patience is short.
 _EVERY = 5.0
@@ -45,11 +45,11 @@ class _Signs:
         self.heard[process] = time.monotonic()
 
     def silent(self, seconds: float) -> list[Process]:
-        """Those that were not heard of for so long; they are told once."""
-        silent = [process for process, last in self.heard.items() if time.monotonic() - last > seconds]
-        for process in silent:
-            del self.heard[process]
-        return silent
+        """Those that were not heard of for so long."""
+        return [process for process, last in self.heard.items() if time.monotonic() - last > seconds]
+
+    def forget(self, process: Process) -> None:
+        self.heard.pop(process, None)
 
 
 class Life(NamedTuple):
@@ -99,24 +99,30 @@ class Watch:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.life = Life(_Signs.options(scheduling_strategy=here).remote(), self.every)
         self.killed: list[str] = []
+        self.tried: set[Process] = set()
 
     def look(self) -> None:
         """Kill those that have been silent for the patience. Raises `UserError` where places have been too few for as long."""
         self.places.enough()
         nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         for process in ray.get(self.life.signs.silent.remote(self.places.patience)):
-            if process.node not in nodes:
-                continue
-            there = NodeAffinitySchedulingStrategy(process.node, soft=False)
-            try:
-                killed = ray.get(_kill.options(scheduling_strategy=there).remote(process), timeout=_A_TASK)
-            except ray.exceptions.RayError:  # the node went away meanwhile
-                continue
-            if killed:
+            if process.node in nodes and self._killed(process):
                 self.killed.append(
                     f"{self.who} (process {process.number} on {nodes[process.node]}) gave no sign of life for "
                     f"{self.places.patience:.0f} s, the configuration's patience"
                 )
+
+    def _killed(self, process: Process) -> bool:
+        """Whether it was killed; one that could not be, this time, is tried again at the next look."""
+        there = NodeAffinitySchedulingStrategy(process.node, soft=False)
+        try:
+            killed = ray.get(_kill.options(scheduling_strategy=there).remote(process), timeout=_A_TASK)
+        except ray.exceptions.RayError:
+            # Its task may still do it, too late to say so.
+            self.tried.add(process)
+            return False
+        self.life.signs.forget.remote(process)
+        return killed or process in self.tried
 
     def results(self, rows: Iterator[Any]) -> Iterator[Any]:
         """What an iterator that blocks gives, while somebody looks."""
@@ -152,5 +158,14 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         ray.kill(self.life.signs)
-        if self.killed and isinstance(error, Exception) and not isinstance(error, UserError):
+        if self.killed and _of_an_actor_that_died(error):
             raise RuntimeError(self.killed[-1]) from error
+
+
+def _of_an_actor_that_died(error: BaseException | None) -> bool:
+    """Ray Data wraps it, Ray Core does not."""
+    while error is not None:
+        if isinstance(error, RayActorError):
+            return True
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return False

@@ -169,11 +169,15 @@ class Artifacts:
         """A file that lies beside the stages, such as the configuration. Raises `OSError` where it cannot be read."""
         return self.store.read(name).decode() if self.store else self.path(name).read_text()
 
-    def log(self) -> Path:
-        """The file of the log on this node, with what is in it so far; what is added is published with the stages."""
-        if self.store:
-            self.store.download(LOG, self.path(LOG))
-        return self.path(LOG)
+    def continue_log(self) -> None:
+        """Begin the log on this node with what the store has of it, unless this node has more: what could not be published."""
+        if self.store is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            content, path = self.store.read(LOG), self.path(LOG)
+            if not path.exists() or not path.read_bytes().startswith(content):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
 
     def file(self, *parts: str) -> Path:
         """One file of a complete stage, downloaded where the job is in a bucket; not there if it is damaged or gone."""

@@ -6,13 +6,11 @@ tensors and a few words only.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ppcl.architecture import Architecture, PassThrough, Streams
@@ -20,6 +18,7 @@ from ppcl.errors import UserError
 from ppcl.plan import Entry, Ffn, Fold, Interval, TextRun, named, order, written
 from ppcl.students import Student
 from ppcl.teacher import Teacher
+from ppcl.tensors import save_tensors
 from ppcl.width import Basis, FfnMaps, NarrowFfn, RunBlock, RunStart, TextProjectors, other_ffn, text_run
 
 _FORMAT = "ppcl-replacement-1"
@@ -79,13 +78,10 @@ def files_in(folder: Path) -> dict[Entry, Path]:
 
 def save(module: Replacement, entry: Entry, architecture: Architecture, path: Path) -> None:
     """Write a replacement's tensors; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     words = {"format": _FORMAT, "transformer": architecture.transformer, "entry": str(entry)}
     if isinstance(module, Student):
         words["source"] = str(module.source)
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().contiguous().cpu() for k, v in module.state_dict().items()}, partial, words)
-    os.replace(partial, path)
+    save_tensors(path, module.state_dict(), words)
 
 
 def load(path: Path, teacher: Teacher, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Replacement:

@@ -397,11 +397,14 @@ def writing(folder: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def resumable(folder: str | Path, attempt: str) -> Iterator[Path]:
+def resumable(
+    folder: str | Path, attempt: str, whole: Callable[[Path], bool], damaged: Callable[[Path], None]
+) -> Iterator[Path]:
     """A folder of checkpoints, whole files that are replaced now and then, which the same work continues from, on any node.
 
     In a store: it begins with what lies there, and each file is uploaded soon after it was written. `attempt` names this
-    run of the work, the same on all nodes: they all begin with what was there when its first process looked.
+    run of the work, the same on all nodes: they all begin with what was there when its first process looked, but for files
+    that are not what their writer left, or not `whole`: those `damaged` is told of.
     """
     store = store_of(folder)
     if store is None:
@@ -411,7 +414,11 @@ def resumable(folder: str | Path, attempt: str) -> Iterator[Path]:
     with once_a_node(found):
         if not found.exists():
             coming = _made(found.with_name(f"{attempt}.coming"))
-            each(lambda name: store.download(name, coming / name), list(store.objects()))
+            names = list(store.objects())
+            there = each(lambda name: store.download(name, coming / name) and whole(coming / name), names)
+            for path in [coming / name for name, right in zip(names, there, strict=True) if not right]:
+                path.unlink(missing_ok=True)
+                damaged(path)
             os.replace(coming, found)
     with tempfile.TemporaryDirectory(dir=_made(_scratch() / "made")) as made:
         for path in [path for path in found.rglob("*") if path.is_file()]:

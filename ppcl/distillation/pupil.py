@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ppcl.checkpoints import load_checkpoint, save_checkpoint
 from ppcl.config import Distillation
 from ppcl.distillation.lessons import Lesson, Seen
 from ppcl.distillation.loss import LOSSES
 from ppcl.distillation.mesh import Mesh
 from ppcl.replacements import Replacement
+from ppcl.tensors import load_tensors, save_tensors
 
 
 def learning_rate(step: int, settings: Distillation) -> float:
@@ -101,10 +101,10 @@ class Pupil:
                 tensors |= {f"exp_avg.{k}": state["exp_avg"], f"exp_avg_sq.{k}": state["exp_avg_sq"]}
         words = {"step": str(self.step), "skipped": str(self.skipped), "curve": json.dumps(self.curve)}
         words["updates"] = str(self.step - self.skipped)
-        save_checkpoint(path, tensors, words)
+        save_tensors(path, tensors, words)
 
     def load(self, path: Path) -> None:
-        tensors, words = load_checkpoint(path)
+        tensors, words = load_tensors(path)
         self.step, self.skipped = int(words["step"]), int(words["skipped"])
         self.curve = json.loads(words["curve"])
         with torch.no_grad():

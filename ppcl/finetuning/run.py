@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl.architecture import swap
-from ppcl.checkpoints import load_checkpoint, save_checkpoint
 from ppcl.config import Finetuning
 from ppcl.distillation.mesh import Mesh
 from ppcl.distillation.pupil import learning_rate
@@ -30,6 +29,7 @@ from ppcl.plan import Entry
 from ppcl.plug import Switch
 from ppcl.replacements import save
 from ppcl.teacher import Teacher
+from ppcl.tensors import load_tensors, save_tensors
 from ppcl.tuned import Tuned, ratios_of
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -185,10 +185,10 @@ class _Trainer:
         if self.trajectories:
             tensors |= self.trajectories.tensors()
         words = {"step": str(self.step), "skipped": str(self.skipped), "curve": json.dumps(self.curve)}
-        save_checkpoint(folder / _CHECKPOINT, tensors, words)
+        save_tensors(folder / _CHECKPOINT, tensors, words)
 
     def load_checkpoint(self, folder: Path) -> None:
-        tensors, words = load_checkpoint(folder / _CHECKPOINT)
+        tensors, words = load_tensors(folder / _CHECKPOINT)
         self.step, self.skipped = int(words["step"]), int(words["skipped"])
         self.curve = json.loads(words["curve"])
         with torch.no_grad():

@@ -140,6 +140,7 @@ FAULTS = {
     "raises": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 1, fail)),
     "first killed": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, kill)),
     "last killed": ("ppcl.distillation.pupil", lambda m: before_step(m, LAST, 1, kill)),
+    "last killed between": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 1, kill)),
     "stopped": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, stop)),
     "nan": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, nan)),
     "checkpoint": ("ppcl.distillation.pupil", lambda m: in_mid_checkpoint(m, 4)),

@@ -1,4 +1,4 @@
-"""Checkpoints of training: safetensors files that appear whole or not at all, and know when they were changed since."""
+"""Tensor files of ours: safetensors that appear whole or not at all, and are known when they were changed since."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SHA256 = "sha256"
 
 
 class DamagedError(Exception):
-    """A checkpoint that cannot be read, or does not hold what was written."""
+    """A file that cannot be read, or does not hold what was written."""
 
 
-def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> None:
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -30,7 +30,7 @@ def save_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor], words: Mapp
     os.replace(partial, path)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Its tensors, on the CPU, and its words. Raises `DamagedError`."""
     try:
         with safe_open(path, "pt") as file:
@@ -43,16 +43,23 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     return tensors, words
 
 
-def drop_damaged(checkpoints: Path) -> list[str]:
-    """Remove the damaged ones; gives their names. What lies in a bucket has its sha256 there."""
-    dropped = []
-    for path in sorted(checkpoints.glob("*.safetensors")):
-        try:
-            load_checkpoint(path)
-        except DamagedError:
-            path.unlink()
-            dropped.append(path.stem)
-    return dropped
+def is_whole(path: Path) -> bool:
+    """False for a tensor file that is damaged; other files know nothing of themselves."""
+    if path.suffix != ".safetensors":
+        return True
+    try:
+        load_tensors(path)
+    except DamagedError:
+        return False
+    return True
+
+
+def drop_damaged(folder: Path) -> list[Path]:
+    """Remove the damaged tensor files of a folder and the folders in it; gives what they were."""
+    damaged = [path for path in sorted(folder.rglob("*.safetensors")) if not is_whole(path)]
+    for path in damaged:
+        path.unlink()
+    return damaged
 
 
 def _sha256(tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> str:
