@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,37 +28,29 @@ from ppcl.variants import read_family
 class _Evaluator:
     """Holds one pipeline and all its students; every measurement is one call."""
 
-    def __init__(
-        self, life: Life, config: Config, teacher: str, students: Path, tuned: tuple[Path, Path] | None, folder: Path, device: str
-    ):
-        """`tuned`: the stages of fine-tuning and of the variants, where there are fine-tuned replacements."""
+    def __init__(self, life: Life):
         life.show()
-        import torch
 
-        from ppcl.calibration.store import CalibrationSet
-
-        self.config, self.teacher, self.students, self.tuned, self.folder, self.device = config, teacher, students, tuned, folder, device
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.samples = lru_cache(lambda calibration: CalibrationSet(complete(calibration)))
-
-    # Loaded by the first call: Ray keeps no error of a constructor as it was.
-    @cached_property
-    def pipeline(self) -> Any:
+    def load(
+        self, config: Config, teacher: str, students: Path, tuned: tuple[Path, Path] | None, folder: Path, device: str
+    ) -> None:
+        """The first call, since Ray keeps no error of a constructor as it was. `tuned`: the stages of fine-tuning and of the
+        variants, where there are fine-tuned replacements."""
         import diffusers
         import torch
 
-        diffusers.utils.logging.set_verbosity_error()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.config.evaluation.workers))
-        return Teacher(self.teacher).pipeline(self.device, self.dtype)
-
-    @cached_property
-    def switch(self) -> Any:
+        from ppcl.calibration.store import CalibrationSet
         from ppcl.plug import Switch
         from ppcl.tuned import Tuned
 
-        tuned = self.tuned
+        diffusers.utils.logging.set_verbosity_error()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.evaluation.workers))
+        self.config, self.folder, self.device = config, folder, device
+        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.pipeline = Teacher(teacher).pipeline(device, self.dtype)
         fine = Tuned.read(complete(tuned[0]), read_family(complete(tuned[1])).damage) if tuned else None
-        return Switch(Teacher(self.teacher), files_in(complete(self.students)), fine)
+        self.switch = Switch(Teacher(teacher), files_in(complete(students)), fine)
+        self.samples = lru_cache(lambda calibration: CalibrationSet(complete(calibration)))
 
     def damages(self, calibration: Path, ids: np.ndarray) -> Any:
         from ppcl.evaluation.velocity import damages
@@ -114,10 +106,10 @@ class Evaluators:
         self._exit = ExitStack()
         self._watch = self._exit.enter_context(Watch("an evaluator", places))
         actor = _Evaluator.options(**({"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}))
-        parts = (self._watch.life, config, teacher.place, students, tuned, folder, device)
-        self.actors = [actor.remote(*parts) for _ in range(config.evaluation.workers)]
+        self.actors = [actor.remote(self._watch.life) for _ in range(config.evaluation.workers)]
         for one in self.actors:
             self._exit.callback(ray.kill, one)
+        self._loading = [one.load.remote(config, teacher.place, students, tuned, folder, device) for one in self.actors]
 
     def __enter__(self) -> Self:
         return self
@@ -128,15 +120,21 @@ class Evaluators:
     def all(self, call: Callable[[Any, Any], Any], items: list[Any], done: Callable[[int], None], by: int | None = None) -> list[Any]:
         """`call(actor, item)` for every item, in the order of the items, by all actors or so many; raises `UserError` as an actor did."""
         results = []
+        for _ in self._results(ray.get(one) for one in self._loading):
+            pass
+        self._loading = []
+        for result in self._results(ActorPool(self.actors[:by]).map(call, items)):
+            results.append(result)
+            done(len(results))
+        return results
+
+    def _results(self, coming: Iterator[Any]) -> Iterator[Any]:
         try:
-            for result in self._watch.results(ActorPool(self.actors[:by]).map(call, items)):
-                results.append(result)
-                done(len(results))
+            yield from self._watch.results(coming)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from error
             raise
-        return results
 
     def one(self, call: Callable[[Any], Any]) -> Any:
         """What one actor alone makes, while nothing else runs."""
