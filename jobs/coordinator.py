@@ -9,6 +9,7 @@ Every stage has a key, a hash of the configuration it reads and of the keys of t
 from __future__ import annotations
 
 import json
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -301,5 +302,5 @@ class Job:
 
 def _reason(error: BaseException) -> str:
     """The last line of what a worker or Ray says, which is the error itself; what comes before is where it happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if re.search(r"\w", line)]
     return lines[-1][:300] if lines else type(error).__name__

@@ -18,11 +18,13 @@ def test_a_bucket_that_fails_for_long_ends_in_one_sentence_and_the_job_goes_on_l
         ended = Job(values, url, beside=tmp_path / "job").end(2)
     assert ended.error.startswith("ppcl: the store of s3://") and "it answers 503 SlowDown; tried 3 times" in ended.error
     assert "Traceback" not in ended.said
+    said = Store(url).read("log.txt").decode()
+    assert "students: 11 replacements" in said
     # And now and then it is slow.
     with s3.failing(bucket.slow(2), times=20):
         ended = Job(values, url, beside=tmp_path / "job").until("variants: ")
     assert "probes: complete, skipped" in ended.said
-    assert "manifest.json" in Store(url).objects()
+    assert "manifest.json" in Store(url).objects() and Store(url).read("log.txt").decode().startswith(said)
     same(students(mirror(url)), undisturbed)
 
 
