@@ -193,7 +193,7 @@ def submit(
     ] = None,
     output: Annotated[str | None, typer.Option(help="where the result goes: a folder that the nodes share, or s3://bucket/key")] = None,
     address: _Api = _HERE,
-    follow: Annotated[bool, typer.Option("--follow", help="say the job's log until it ends")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="print the job's log until it ends")] = False,
     installed: Annotated[bool, typer.Option("--installed", help="use the ppcl installed on the cluster instead of sending this one")] = False,
 ) -> None:
     """Send a compression to a cluster; the same configuration again continues one that was stopped or failed."""

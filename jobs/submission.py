@@ -89,7 +89,7 @@ class Jobs:
             yield
         except AuthenticationError:
             raise UserError(
-                f"the cluster at {self.address} wants a token, and none or another was given; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+                f"the cluster at {self.address} needs a token; none or a wrong one was given; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             ) from None
         except (ConnectionError, requests.exceptions.RequestException) as error:
             raise UserError(f"the cluster at {self.address} does not answer any more ({type(error).__name__})") from None
