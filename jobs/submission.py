@@ -68,7 +68,7 @@ class Jobs:
         import requests
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"):
             logging.getLogger(name).setLevel(logging.ERROR)
         if not address.startswith(("http://", "https://")):
             raise UserError(f"--address {address!r} is no address of Ray's job API; give http://HEAD:8265, the head's dashboard")
