@@ -377,13 +377,24 @@ def between(head, breaks):
         thread.join(60)
 
 
-def test_following_goes_on_over_connections_that_end_and_says_nothing_twice(head):
-    sent(head, "counting-1", COUNTING)
+def test_following_goes_on_over_connections_that_end_and_says_nothing_twice(head, tmp_path):
+    # It ends when all its connections have.
+    sent(head, "counting-1", f"{COUNTING}; while [ ! -e {tmp_path}/end ]; do sleep 0.2; done; echo line 9")
     breaks = ["closed", "broken", "closed"]
+
+    def end():
+        deadline = time.monotonic() + 90
+        while breaks and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (tmp_path / "end").touch()
+
+    waiting = threading.Thread(target=end)
+    waiting.start()
     with between(head, breaks) as address:
         code, said, wrong = ppcl("logs", "counting-1", "-f", "--address", address)
+    waiting.join()
     assert code == 0 and not breaks and not wrong, wrong
-    assert re.findall(r"line \d", said) == [f"line {n}" for n in range(1, 9)]
+    assert re.findall(r"line \d", said) == [f"line {n}" for n in range(1, 10)]
 
 
 def test_following_gives_up_where_nothing_can_be_had_any_more(head, monkeypatch):
