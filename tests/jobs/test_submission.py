@@ -394,7 +394,7 @@ def test_following_goes_on_over_connections_that_end_and_says_nothing_twice(head
         code, said, wrong = ppcl("logs", "counting-1", "-f", "--address", address)
     waiting.join()
     assert code == 0 and not breaks and not wrong, wrong
-    assert re.findall(r"line \d", said) == [f"line {n}" for n in range(1, 10)]
+    assert re.findall(r"^line \d", said, re.M) == [f"line {n}" for n in range(1, 10)]
 
 
 def test_following_gives_up_where_nothing_can_be_had_any_more(head, monkeypatch):
