@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +17,11 @@ from typer.core import TyperGroup
 
 from ppcl.errors import UserError, cannot_write
 
+_CONTINUES = "stopped; the same command continues from what is complete"
+
 
 class _Stopped(Exception):
-    """Ctrl-C, under a name that typer does not answer itself."""
+    """Ctrl-C, under a name that typer does not answer itself, and with what it means."""
 
 
 class _Commands(TyperGroup):
@@ -25,7 +29,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise _Stopped from None
+            raise _Stopped(_CONTINUES) from None
 
 
 app = typer.Typer(
@@ -193,7 +197,7 @@ def submit(
     ] = None,
     output: Annotated[str | None, typer.Option(help="where the result goes: a folder that the nodes share, or s3://bucket/key")] = None,
     address: _Api = _HERE,
-    follow: Annotated[bool, typer.Option("--follow", help="say the job's log until it ends")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="print the job's log until it ends")] = False,
     installed: Annotated[bool, typer.Option("--installed", help="use the ppcl installed on the cluster instead of sending this one")] = False,
 ) -> None:
     """Send a compression to a cluster; the same configuration again continues one that was stopped or failed."""
@@ -206,8 +210,10 @@ def submit(
     typer.echo(f"{identity}: sent to {jobs.address}, its result goes to {settings.output}")
     if follow:
         _follow(jobs, identity)
-    else:
-        _tell(jobs.wait_until_begun(identity))
+        return
+    with _going_on(identity):
+        begun = jobs.wait_until_begun(identity)
+    _tell(begun)
 
 
 @app.command()
@@ -237,7 +243,7 @@ def logs(
 
     jobs = Jobs(address)
     if follow:
-        _follow(jobs, job)
+        _follow(jobs, jobs.identity(job))
     else:
         typer.echo(jobs.logs(job), nl=False)
 
@@ -285,11 +291,23 @@ def _tell(status: Any) -> None:
     typer.echo(", ".join(parts))
 
 
-def _follow(jobs: Any, identity: str | None) -> None:
-    """A job's log until it ends; Ctrl-C ends the following alone."""
-    ended = jobs.follow(identity, lambda text: typer.echo(text, nl=False))
+@contextmanager
+def _going_on(identity: str) -> Iterator[None]:
+    """Ctrl-C ends the looking on alone."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _Stopped(f"the job {identity} goes on; `ppcl logs {identity} -f` follows it, `ppcl stop {identity}` ends it") from None
+
+
+def _follow(jobs: Any, identity: str) -> None:
+    """A job's log until it ends."""
+    with _going_on(identity):
+        ended = jobs.follow(identity, lambda text: typer.echo(text, nl=False))
+    if ended.state == "FAILED":
+        raise UserError(f"the job {identity} failed: {ended.told.error}")
     if ended.state != "SUCCEEDED":
-        raise UserError(f"the job {ended.id} ended as {ended.state}; submitting the same configuration again continues it")
+        raise UserError(f"the job {identity} ended as {ended.state}; submitting the same configuration again continues it")
 
 
 @app.command()
@@ -398,8 +416,10 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(_fail(str(error), 2))
-    except (_Stopped, KeyboardInterrupt):
-        sys.exit(_fail("stopped; the same command continues from what is complete", 130))
+    except _Stopped as stopped:
+        sys.exit(_fail(str(stopped), 130))
+    except KeyboardInterrupt:
+        sys.exit(_fail(_CONTINUES, 130))
     except Exception as error:
         told = cannot_write(error)
         if told is None:

@@ -56,6 +56,7 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
     import ray
     import ray.data  # configures its logger when it is imported
     import ray.train
+    from ray.exceptions import AuthenticationError
 
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -68,7 +69,12 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
         else:
             _check_reachable(address)
             ray.init(address=address, **common)
+    except AuthenticationError:
+        raise needs_token(address or "this machine") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
+        # One that was looked up by its name was not asked before.
+        if address == "auto" and _asks_for_token(_health_check()):
+            raise needs_token(address) from None
         told = " ".join(str(error).split()) or type(error).__name__
         if told.startswith("Version mismatch"):
             raise UserError(f"the cluster at {address} runs another Ray or Python than this ppcl: {told}") from None
@@ -84,30 +90,50 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
         ray.shutdown()
 
 
+def needs_token(address: str) -> UserError:
+    return UserError(
+        f"the cluster at {address} needs a token; none or a wrong one was given; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+    )
+
+
 def _check_reachable(address: str) -> None:
-    """Raises `UserError` where nothing, or something else than a Ray, is at `host:port` or `ray://host:port`.
+    """Raises `UserError` where nothing, or something else than a Ray that lets us in, is at `host:port`.
 
     Ray itself would go on trying for minutes, with a page of warnings.
     """
     if address in _BY_NAME:
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise UserError(f"--address {address!r} is that of a Ray Client, which cannot run a job; give host:port of the GCS, as HEAD:6379")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"--address {address!r} is no address; give host:port, ray://host:port or auto")
+        raise UserError(f"--address {address!r} is no address; give host:port or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"no Ray cluster could be reached at {address}: {reason}; check the address of the head node") from None
-    if address.startswith("ray://"):
+    wrong = _health_check("--address", address)
+    if wrong is None:
         return
-    asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check", "--address", address]
+    if _asks_for_token(wrong):
+        raise needs_token(address)
+    raise UserError(f"what listens at {address} is not the head of a Ray cluster; give the address ray start printed there")
+
+
+def _health_check(*where: str) -> str | None:
+    """What Ray has against a cluster; None where it is well."""
+    asked = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--skip-version-check", *where]
     try:
-        answered = subprocess.run(asked, capture_output=True, timeout=_ANSWER_SECONDS).returncode == 0
+        answer = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=_ANSWER_SECONDS)
     except subprocess.TimeoutExpired:
-        answered = False
-    if not answered:
-        raise UserError(f"what listens at {address} is not the head of a Ray cluster; give the address ray start printed there")
+        return "no answer"
+    return answer.stderr if answer.returncode else None
+
+
+def _asks_for_token(wrong: str | None) -> bool:
+    # A wrong token is an `AuthenticationError`; where there is none Ray's own `authentication_token_loader` aborts the process.
+    return wrong is not None and ("AuthenticationError" in wrong or "authentication_token_loader" in wrong)
 
 
 def device_of(config: Config) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import shlex
 import shutil
 import tempfile
 import time
@@ -19,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from jobs.cluster import needs_token
 from jobs.progress import Told, told_by
 from ppcl.config import Config
 from ppcl.errors import UserError
@@ -27,8 +29,19 @@ _PACKAGES = ("ppcl", "jobs")
 _ANSWER_SECONDS = 10
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 _OLDEST_PYTHON = (3, 11)
+# What a job imports and does not bring with it, beside Ray.
+_NEEDED = (
+    "PIL", "accelerate", "diffusers", "fsspec", "jinja2", "matplotlib", "numpy", "psutil", "pyarrow", "pydantic", "rich", "s3fs",
+    "safetensors", "scipy", "tokenizers", "torch", "transformers", "typer", "yaml",
+)  # fmt: skip
 # How long a job may take to begin before it is called waiting, and to end after it was told to, seconds.
 _BEGIN_SECONDS, _STOP_SECONDS = 180, 120
+# How often in a row, a second apart, a log is asked for in vain before following it is given up: a head may restart meanwhile.
+_RECONNECTS = 120
+
+
+class _Refused(UserError):
+    """The cluster answered, but not with what it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class Jobs:
         import requests
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"):
             logging.getLogger(name).setLevel(logging.ERROR)
         if not address.startswith(("http://", "https://")):
             raise UserError(f"--address {address!r} is no address of Ray's job API; give http://HEAD:8265, the head's dashboard")
@@ -82,16 +95,19 @@ class Jobs:
     @contextmanager
     def _asking(self) -> Iterator[None]:
         """What goes wrong in a request, in one sentence."""
+        import aiohttp
         import requests
         from ray.exceptions import AuthenticationError
 
         try:
             yield
         except AuthenticationError:
-            raise UserError(
-                f"the cluster at {self.address} wants a token, and none or another was given; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
-            ) from None
-        except (ConnectionError, requests.exceptions.RequestException) as error:
+            raise needs_token(self.address) from None
+        except (RuntimeError, aiohttp.WSServerHandshakeError) as error:
+            # Ray's client raises it for every answer but 200, with the head's traceback and a full stop, and where a log's connection broke.
+            reason = _last_line(str(error).rstrip(". \n"))
+            raise _Refused(f"the cluster at {self.address} could not answer ({reason})") from None
+        except (ConnectionError, requests.exceptions.RequestException, aiohttp.ClientError) as error:
             raise UserError(f"the cluster at {self.address} does not answer any more ({type(error).__name__})") from None
 
     def submit(self, config: Config, installed: bool = False) -> str:
@@ -99,16 +115,19 @@ class Jobs:
 
         Raises `UserError` where a job on the same output is under way already.
         """
+
+        def taken(by: str) -> UserError:
+            return UserError(f"the job {by} works on {output} already; `ppcl logs {by} -f` follows it")
+
         output = str(config.output)
         name = f"ppcl-{hashlib.sha256(output.encode()).hexdigest()[:8]}"
         before = [job for job in self._details() if job.submission_id.startswith(f"{name}-")]
         for job in before:
             if str(job.status.value) not in _ENDED:
-                raise UserError(f"the job {job.submission_id} works on {output} already; `ppcl logs {job.submission_id} -f` follows it")
+                raise taken(job.submission_id)
         numbers = [int(job.submission_id.rpartition("-")[2]) for job in before]
         identity = f"{name}-{max(numbers, default=0) + 1}"
-        too_old = f"ppcl: the cluster runs a Python older than {'.'.join(map(str, _OLDEST_PYTHON))}"
-        check = f"python -c 'import sys; sys.version_info >= {_OLDEST_PYTHON} or sys.exit(\"{too_old}\")'"
+        check = shlex.join(["python", "-c", _check(() if installed else _NEEDED)])
         command = "ppcl" if installed else "python -m jobs.cli"
         with tempfile.TemporaryDirectory() as folder, self._asking():
             # JSON is YAML.
@@ -116,16 +135,22 @@ class Jobs:
             for package in () if installed else _PACKAGES:
                 source = Path(__file__).resolve().parent.parent / package
                 shutil.copytree(source, Path(folder, package), ignore=shutil.ignore_patterns("__pycache__"))
-            self.client.submit_job(
-                entrypoint=f"{check} && {command} compress config.yaml --address auto",
-                submission_id=identity,
-                metadata={"ppcl": "compress", "output": output, "teacher": str(config.teacher)},
-                runtime_env={
-                    "working_dir": folder,
-                    # A stopped job ends as by Ctrl-C: it gives its output free.
-                    "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60", "COLUMNS": "120"},
-                },
-            )
+            try:
+                self.client.submit_job(
+                    entrypoint=f"{check} && {command} compress config.yaml --address auto",
+                    submission_id=identity,
+                    metadata={"ppcl": "compress", "output": output, "teacher": str(config.teacher)},
+                    runtime_env={
+                        "working_dir": folder,
+                        # A stopped job ends as by Ctrl-C: it gives its output free.
+                        "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60", "COLUMNS": "120"},
+                    },
+                )
+            except RuntimeError as error:
+                # Somebody else sent it since our look at the jobs; Ray takes an id once.
+                if "already exists" not in str(error):
+                    raise
+                raise taken(identity) from None
         return identity
 
     def wait_until_begun(self, identity: str) -> Status:
@@ -160,34 +185,74 @@ class Jobs:
         return self._status(self._find(identity))
 
     def _status(self, job: Any) -> Status:
-        with self._asking():
-            told = told_by(self.client.get_job_logs(job.submission_id))
+        unread = None
+        try:
+            told = told_by(self._log(job.submission_id))
+        except _Refused as error:
+            # The node it was on may be gone, and the job is one all the same.
+            told, unread = Told(), f"its log cannot be read: {error}"
         if str(job.status.value) == "FAILED" and not told.error:
-            # Whoever was killed had no last word.
-            words = (job.message or "it left no word").partition(", last available logs")[0]
-            told = replace(told, error=f"{' '.join(words.split())}; submitting the same configuration again continues it")
+            told = replace(told, error=_last_words(job.message))
+        elif unread:
+            told = replace(told, error=unread)
         begun, ended = (t and datetime.fromtimestamp(t / 1000, UTC) for t in (job.start_time, job.end_time))
         return Status(job.submission_id, str(job.status.value), job.metadata["output"], told, begun, ended)
 
     def all(self) -> list[Status]:
         return [self._status(job) for job in self._details()]
 
-    def logs(self, identity: str | None = None) -> str:
-        job = self._find(identity)
-        with self._asking():
-            return self.client.get_job_logs(job.submission_id)
+    def identity(self, identity: str | None = None) -> str:
+        """The id of a job; without one that of the last that was sent. Raises `UserError` where there is none."""
+        return self._find(identity).submission_id
 
-    def follow(self, identity: str | None, say: Callable[[str], None]) -> Status:
-        """Say a job's log as it grows, until it ends."""
-        job = self._find(identity)
+    def logs(self, identity: str | None = None) -> str:
+        return self._log(self.identity(identity))
+
+    def _log(self, identity: str) -> str:
+        with self._asking():
+            return self.client.get_job_logs(identity)
+
+    def follow(self, identity: str, say: Callable[[str], None]) -> Status:
+        """Say a job's log as it grows, until the job ends, over connections that break.
+
+        Raises `UserError` where the cluster or the log stays out of reach.
+        """
+        said, in_vain = 0, 0
 
         async def tail() -> None:
-            async for text in self.client.tail_job_logs(job.submission_id):
-                say(text)
+            nonlocal said, in_vain
+            # Every connection begins with the log's first line.
+            known = said
+            async for text in self.client.tail_job_logs(identity):
+                in_vain = 0
+                new, known = text[known:], max(known - len(text), 0)
+                said += len(new)
+                say(new)
 
-        with self._asking():
-            asyncio.run(tail())
-        return self.status(job.submission_id)
+        while True:
+            in_vain += 1
+            wrong: UserError | None = None
+            try:
+                with self._asking():
+                    asyncio.run(tail())
+                # Closed in good order, which says nothing of the job.
+                in_vain = 0
+            except UserError as error:
+                wrong = error
+            try:
+                status = self.status(identity)
+                if status.state in _ENDED:
+                    break
+            except UserError as error:
+                wrong = error
+            if wrong and in_vain >= _RECONNECTS:
+                raise UserError(f"the job {identity} cannot be followed: {wrong}; it may go on: `ppcl logs {identity} -f` follows it again")
+            time.sleep(1)
+        try:
+            say(self._log(identity)[said:])
+        except _Refused as error:
+            say(f"the rest of its log cannot be read: {error}\n")
+        return status
 
     def stop(self, identity: str | None = None) -> Status:
         """Stop a job and wait until it has ended. Raises `UserError` for one that has ended already."""
@@ -200,6 +265,34 @@ class Jobs:
         while (status := self.status(job.submission_id)).state not in _ENDED and time.monotonic() < deadline:
             time.sleep(0.5)
         return status
+
+
+def _check(needed: tuple[str, ...]) -> str:
+    """Python for the cluster, of whatever age: ends with a sentence where a job could not run there."""
+    return (
+        "import sys; "
+        f"sys.version_info >= {_OLDEST_PYTHON} or sys.exit('ppcl: the cluster runs a Python older than {'.'.join(map(str, _OLDEST_PYTHON))}'); "
+        f"from importlib.util import find_spec; gone = [name for name in {needed} if not find_spec(name)]; "
+        "gone and sys.exit('ppcl: the cluster has no ' + ', '.join(gone) + '; "
+        "install the dependencies of ppcl on its nodes, or give them the image of cluster/Dockerfile')"
+    )
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")
+
+
+def _last_words(message: str | None) -> str:
+    """Why a job failed that did not say so itself, by what Ray says of it and the end of the log in there."""
+    words, _, log = (message or "it left no word").partition(", last available logs")
+    words = " ".join(words.split())
+    # Ray's own line about the command may come late, behind what a short command said.
+    lines = [line for line in log.splitlines()[1:] if line.strip() and not line.startswith("Running entrypoint for job ")]
+    if error := told_by("\n".join(lines)).error:
+        return error
+    if lines and told_by(lines[-1]) == Told():
+        words = f"{words}: {lines[-1].strip()}"
+    return f"{words}; submitting the same configuration again continues it"
 
 
 def absolute(config: Config) -> Config:

@@ -84,6 +84,8 @@ def test_the_cloud_file_is_one_that_ray_up_takes():
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
     jsonschema.validate(values, schema)
     assert values["head_node_type"] in values["available_node_types"]
+    # Files get into the container by the container's own rsync.
+    assert values["file_mounts"] and re.search(r"apt-get install .* rsync ", (CLUSTER / "Dockerfile").read_text())
     for commands in (values["head_start_ray_commands"], values["worker_start_ray_commands"]):
         assert all("RAY_AUTH_MODE=token" in command for command in commands if "ray start" in command)
 

@@ -191,7 +191,9 @@ def test_an_address_where_no_ray_is(job):
         assert code == 2 and f"no Ray cluster could be reached at 127.0.0.1:{port}: Connection refused" in error
         assert error.count("\n") == 1
     code, _, error = ppcl("compress", job, "--address", "somewhere")
-    assert code == 2 and error == "ppcl: --address 'somewhere' is no address; give host:port, ray://host:port or auto\n"
+    assert code == 2 and error == "ppcl: --address 'somewhere' is no address; give host:port or auto\n"
+    code, _, error = ppcl("compress", job, "--address", "ray://127.0.0.1:10001")
+    assert code == 2 and "give host:port of the GCS" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("name", "version"), [("ray_version", "2.44.1"), ("python_version", "3.9.18")])

@@ -1,5 +1,6 @@
 """Jobs sent to a real cluster with a dashboard, by the command line alone; teacher, prompts and result lie in a bucket."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -10,16 +11,21 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import packages_distributions
 
 import psutil
 import pytest
 import yaml
 from safetensors.torch import load
 
+from jobs.submission import Jobs
 from ppcl.config import Config
+from ppcl.errors import UserError
 from ppcl.storage import Store, _files
 from tests import bucket
+from tests.conftest import REPOSITORY
 from tests.jobs.test_compress import ppcl
 
 pytestmark = pytest.mark.dashboard
@@ -45,14 +51,14 @@ def store(s3_server, tmp_path_factory):
     _files.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def head(store, tmp_path_factory):
-    """`ray start --head` with a dashboard, from a folder where no ppcl is; gives the job API's address."""
-    away, dashboard = tmp_path_factory.mktemp("away"), free_port()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_JOB_START_TIMEOUT_SECONDS": "300"}
+@contextlib.contextmanager
+def started(away, **settings):
+    """`ray start --head` with a dashboard, from the folder `away` where no ppcl is; gives the addresses of the job API and of the GCS."""
+    dashboard, gcs = free_port(), free_port()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_JOB_START_TIMEOUT_SECONDS": "300"} | settings
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     head = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={free_port()}", "--num-cpus=4",
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=4",
          f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={free_port()}", f"--temp-dir={away}/ray",
          "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}",
          "--include-dashboard=true"],
@@ -60,11 +66,11 @@ def head(store, tmp_path_factory):
     )  # fmt: skip
     address, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 240
     try:
-        while ppcl("list", "--address", address)[0]:
+        while "nothing answers" in (wrong := ppcl("list", "--address", address)[2]) or "is not Ray's job API" in wrong:
             assert head.poll() is None, head.stdout.read()
             assert time.monotonic() < deadline, "the dashboard does not answer"
             time.sleep(1)
-        yield address
+        yield address, f"127.0.0.1:{gcs}"
     finally:
         # Asked to end, it takes half a minute.
         family = [*psutil.Process(head.pid).children(recursive=True), head]
@@ -72,6 +78,17 @@ def head(store, tmp_path_factory):
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 process.kill()
         head.wait()
+
+
+@pytest.fixture(scope="module")
+def away(tmp_path_factory):
+    return tmp_path_factory.mktemp("away")
+
+
+@pytest.fixture(scope="module")
+def head(store, away):
+    with started(away) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +236,187 @@ def test_a_job_that_is_not_there_is_told_with_those_that_are(head):
     for command in (["status"], ["logs"], ["logs", "-f"], ["stop"]):
         code, _, wrong = ppcl(command[0], "no-such-job", *command[1:], "--address", head)
         assert code == 2 and "there is no job 'no-such-job'" in wrong and wrong.count("\n") == 1
+
+
+def sent(head, identity, command):
+    """A job of ppcl to the job API, but with a command of the test's own; gives its id."""
+    from ray.job_submission import JobSubmissionClient
+
+    return JobSubmissionClient(head).submit_job(entrypoint=command, submission_id=identity, metadata={"ppcl": "compress", "output": "/nowhere"})
+
+
+def ended(head, identity):
+    deadline = time.monotonic() + 120
+    while (now := status(head, identity))["state"] in ("PENDING", "RUNNING"):
+        assert time.monotonic() < deadline, now
+        time.sleep(0.5)
+    return now
+
+
+COUNTING = "for i in 1 2 3 4 5 6 7 8; do echo line $i; sleep 0.5; done"
+
+
+def test_a_job_is_sent_once_by_two_who_send_it_at_once(head, store):
+    both = threading.Barrier(2, timeout=60)
+
+    class Simultaneous(Jobs):
+        def _details(self):
+            found = super()._details()
+            both.wait()
+            return found
+
+    config, told = Config(teacher="t", prompts="p", output=f"{store.url}/once"), []
+
+    def submit():
+        try:
+            told.append(("sent", Simultaneous(head).submit(config)))
+        except UserError as error:
+            told.append(("taken", str(error)))
+
+    threads = [threading.Thread(target=submit) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (_, identity), (_, sentence) = sorted(told)
+    assert sentence == f"the job {identity} works on {store.url}/once already; `ppcl logs {identity} -f` follows it"
+    assert ended(head, identity)["state"] == "FAILED"  # there is no such teacher
+
+
+def test_what_the_nodes_have_not_installed_is_told(head, store, monkeypatch):
+    from jobs import submission
+
+    monkeypatch.setattr(submission, "_NEEDED", (*submission._NEEDED, "no_such_package", "nor_this"))
+    jobs = Jobs(head)
+    identity = jobs.submit(Config(teacher="t", prompts="p", output=f"{store.url}/lacking"))
+    with pytest.raises(UserError, match=f"the job {identity} failed: the cluster has no no_such_package, nor_this; install the dependencies"):
+        jobs.wait_until_begun(identity)
+
+
+def test_what_a_job_needs_is_what_ppcl_depends_on_but_for_serving():
+    from jobs.submission import _NEEDED
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    names = {re.match(r"[\w-]+", line)[0].lower() for line in project["dependencies"]}
+    provided = packages_distributions()
+    assert {provided[name][0].lower() for name in _NEEDED} | {"ray", "fastapi", "prometheus_client"} == names
+
+
+def test_a_job_without_a_last_word_is_told_by_the_end_of_its_log(head):
+    sent(head, "wordless-1", "python -c 'import no_such_package'")
+    error = ended(head, "wordless-1")["error"]
+    assert error == (
+        "Job entrypoint command failed with exit code 1: ModuleNotFoundError: No module named 'no_such_package'; "
+        "submitting the same configuration again continues it"
+    )
+    code, _, wrong = ppcl("logs", "wordless-1", "-f", "--address", head)
+    assert code == 2 and wrong.endswith(f"ppcl: the job wordless-1 failed: {error}\n")
+
+
+def test_a_job_whose_log_cannot_be_read_is_listed_all_the_same(head, away):
+    for identity, command in (("unreadable-1", "echo good"), ("unreadable-2", "echo 'ppcl: no good'; exit 1")):
+        sent(head, identity, command)
+        ended(head, identity)
+        (log,) = away.glob(f"ray/session_2*/logs/job-driver-{identity}.log")
+        log.unlink()
+        log.mkdir()  # the head answers 500 from now on
+    code, said, wrong = ppcl("list", "--address", head)
+    assert code == 0, wrong
+    good, bad = (next(line for line in said.splitlines() if line.startswith(f"unreadable-{n}: ")) for n in (1, 2))
+    assert "SUCCEEDED" in good and "its log cannot be read: the cluster at" in good and "Is a directory" in good
+    assert bad.endswith("FAILED, output: /nowhere, no good")
+    code, said, wrong = ppcl("logs", "unreadable-1", "--address", head)
+    assert code == 2 and "could not answer" in wrong and wrong.count("\n") == 1
+    code, said, wrong = ppcl("logs", "unreadable-1", "-f", "--address", head)
+    assert code == 0 and "the rest of its log cannot be read" in said, wrong
+
+
+@contextlib.contextmanager
+def between(head, breaks):
+    """A server between us and the head; the first connections to a log end after a line each, as `breaks` says: "closed", "broken"."""
+    from aiohttp import ClientSession, ClientWSTimeout, web
+
+    async def relay(request):
+        async with ClientSession() as session:
+            if not request.path.endswith("/logs/tail"):
+                async with session.request(request.method, head + request.path_qs, data=await request.read()) as answer:
+                    return web.Response(body=await answer.read(), status=answer.status, content_type=answer.content_type)
+            ours, end = web.WebSocketResponse(), breaks.pop(0) if breaks else None
+            await ours.prepare(request)
+            async with session.ws_connect(head + request.path, timeout=ClientWSTimeout(ws_close=0.1)) as theirs:
+                async for message in theirs:
+                    await ours.send_str(message.data)
+                    if end == "closed":
+                        await ours.close()
+                    elif end == "broken":
+                        request.transport.abort()
+                    if end:
+                        break
+            return ours
+
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+
+    async def serve():
+        application = web.Application(client_max_size=2**30)
+        application.router.add_route("*", "/{path:.*}", relay)
+        runner = web.AppRunner(application, shutdown_timeout=1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        ready.set()
+        await over.wait()
+        await runner.cleanup()
+
+    port, over = free_port(), asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
+    thread.start()
+    assert ready.wait(60)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join(60)
+
+
+def test_following_goes_on_over_connections_that_end_and_says_nothing_twice(head, tmp_path):
+    # It ends when all its connections have.
+    sent(head, "counting-1", f"{COUNTING}; while [ ! -e {tmp_path}/end ]; do sleep 0.2; done; echo line 9")
+    breaks = ["closed", "broken", "closed"]
+
+    def end():
+        deadline = time.monotonic() + 90
+        while breaks and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (tmp_path / "end").touch()
+
+    waiting = threading.Thread(target=end)
+    waiting.start()
+    with between(head, breaks) as address:
+        code, said, wrong = ppcl("logs", "counting-1", "-f", "--address", address)
+    waiting.join()
+    assert code == 0 and not breaks and not wrong, wrong
+    assert re.findall(r"^line \d", said, re.M) == [f"line {n}" for n in range(1, 10)]
+
+
+def test_following_gives_up_where_nothing_can_be_had_any_more(head, monkeypatch):
+    from jobs import submission
+
+    sent(head, "lost-1", "sleep 600")
+    monkeypatch.setattr(submission, "_RECONNECTS", 2)
+    with between(head, []) as address:
+        jobs = Jobs(address)
+    with pytest.raises(UserError, match="the job lost-1 cannot be followed: the cluster at .* does not answer any more"):
+        jobs.follow("lost-1", print)
+    assert Jobs(head).stop("lost-1").state == "STOPPED"
+
+
+def test_ctrl_c_ends_the_following_and_not_the_job(head):
+    sent(head, "counting-2", f"{COUNTING}; sleep 600")
+    code, _, wrong = ppcl("logs", "-f", "--address", head, stop_at="line 2")
+    assert code == 130
+    assert wrong == "ppcl: the job counting-2 goes on; `ppcl logs counting-2 -f` follows it, `ppcl stop counting-2` ends it\n"
+    assert status(head, "counting-2")["state"] == "RUNNING"
+    code, said, _ = ppcl("stop", "counting-2", "--address", head)
+    assert code == 0 and "counting-2: STOPPED" in said
 
 
 def test_an_address_where_nothing_or_something_else_is(job):

@@ -1,0 +1,45 @@
+"""A real cluster that asks for a token, and who comes without it or with another."""
+
+import pytest
+import yaml
+
+from tests.jobs.test_compress import ppcl
+from tests.jobs.test_submission import started
+
+pytestmark = pytest.mark.dashboard
+
+TOKEN = "a" * 64
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    with started(tmp_path_factory.mktemp("away"), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) as addresses:
+        yield addresses
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"RAY_AUTH_MODE": "token"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64}], ids=["nothing", "no token", "a wrong one"]
+)
+def test_none_or_a_wrong_token_is_told(guarded, given, monkeypatch, tmp_path, teacher_folder):
+    api, gcs = guarded
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green cross\n")
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump({"teacher": str(teacher_folder), "prompts": "prompts.txt", "output": str(tmp_path / "result"), "device": "cpu"}))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray looks for a token there, too
+    monkeypatch.setenv("RAY_ADDRESS", gcs)  # what auto finds
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    for command, address in ((["list"], api), (["compress", job], gcs), (["compress", job], "auto")):
+        code, _, wrong = ppcl(*command, "--address", address)
+        last = wrong.splitlines()[-1]
+        assert code == 2 and last.startswith(f"ppcl: the cluster at {address} needs a token; none or a wrong one was given"), wrong
+        assert "Traceback" not in wrong
+
+
+def test_who_has_the_token_gets_in(guarded, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    code, said, wrong = ppcl("list", "--address", guarded[0])
+    assert code == 0 and said.startswith("no jobs of ppcl"), wrong
