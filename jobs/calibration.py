@@ -62,8 +62,10 @@ def calibrate(
     count = _cut(config, work.embeddings / _TEXTS)
     numbers = range(math.ceil(count / config.calibration.batch_size))
 
-    # One place is enough: a cluster with fewer of them than workers still does the work.
-    with Watch("a worker of calibration", Places(1, work.device, "calibration.workers", config.patience)) as watch:
+    # One place is enough: a cluster with fewer of them than workers still does the work, and Ray Data asks for more by itself.
+    places = Places(1, work.device, "calibration.workers", config.patience)
+    places.wait()
+    with Watch("a worker of calibration", places) as watch:
         encoded = _Cache(work.embeddings, [_NEGATIVE, *(_name(n) for n in numbers)])
         _pass(_Encoder, work, encoded, numbers, watch, lambda done: progress(done, 2 * count))
         encoded.complete()

@@ -137,17 +137,26 @@ def _asks_for_token(wrong: str | None) -> bool:
 
 
 def device_of(config: Config) -> str:
-    """What the job's workers use. Raises `UserError` where the configuration wants a GPU and the cluster has none."""
-    gpus = most("GPU")
-    if config.device == "cuda" and not gpus:
+    """What the job's workers use. Raises `UserError` where the configuration wants a GPU and the cluster can have none.
+
+    Where it has none yet, its autoscaler is asked for one.
+    """
+    if config.device == "cpu":
+        return "cpu"
+    if number("GPU"):
+        return "cuda"
+    from jobs import autoscaler
+
+    can = autoscaler.can_have([{"GPU": 1}])
+    if config.device == "cuda" and can is False:
         raise UserError("device is 'cuda', but the cluster has no GPU; set device: cpu or add GPU nodes")
-    return "cuda" if gpus and config.device != "cpu" else "cpu"
+    if config.device == "auto" and can is None:
+        raise UserError("the cluster's autoscaler does not say whether it can add a GPU; set device: cuda or device: cpu")
+    return "cuda" if config.device == "cuda" or can else "cpu"
 
 
-def most(kind: str) -> int:
-    """How many of a resource, such as `GPU`, the cluster has, or can have where it grows by itself."""
+def number(kind: str) -> int:
+    """How many of a resource, such as `GPU`, the cluster has now."""
     import ray
-    from ray._private.state import state
 
-    grown = state.get_max_resources_from_cluster_config() or {}
-    return int(max(ray.cluster_resources().get(kind, 0), grown.get(kind, 0)))
+    return int(ray.cluster_resources().get(kind, 0))

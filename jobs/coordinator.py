@@ -86,7 +86,7 @@ class Job:
         self.artifacts.start(identity)
         self.reporter = Reporter(console, self.artifacts.path(LOG))
         # Once there is a Ray to ask.
-        self._check_places: Callable[[str], None] = lambda stage: None
+        self._tell_of_nodes: Callable[[str], None] = lambda stage: None
 
     def stages(self, device: str, ablation: bool = False) -> Iterator[Stage]:
         """The stages in order. Later ones read what earlier ones left, so they are made one at a time.
@@ -110,7 +110,8 @@ class Job:
             "calibration",
             "prompts are encoded and the teacher's states on their trajectories kept",
             base,
-            lambda folder, update, key: calibrate(config, self.teacher, folder, update),
+            # The device is settled: there may be no GPU yet where there was none when it was.
+            lambda folder, update, key: calibrate(config.model_copy(update={"device": device}), self.teacher, folder, update),
         )
         base = [*base, _settings(config, "probes")]
         yield Stage(
@@ -210,7 +211,7 @@ class Job:
         from ppcl.report import write_report
 
         artifacts = self.artifacts
-        self._check_places = lambda stage: self._check_resources(device, stage)
+        self._tell_of_nodes = lambda stage: self._tell_of_missing_nodes(device, stage)
         with artifacts.alone(), self._log():
             self._check_resources(device)
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
@@ -231,29 +232,34 @@ class Job:
             with suppress(UserError):
                 publish(self.artifacts.path(LOG))
 
-    def _check_resources(self, device: str, only: str | None = None) -> None:
-        """All stages' workers, before the first stage: not after hours of work. `only`: those of one stage."""
-        from jobs.places import check_resources
-
+    def _needs(self) -> dict[str, tuple[int, str]]:
+        """By stage: its workers, and the key that asks for them."""
         config = self.config
-        distillation = config.distillation.pipeline * config.distillation.replicas
-        for stage, workers, key in (
-            ("calibration", config.calibration.workers, "calibration.workers"),
-            ("probes", config.probes.workers, "probes.workers"),
-            ("students", distillation, "distillation.pipeline × distillation.replicas"),
-            ("variants", config.evaluation.workers, "evaluation.workers"),
-            ("finetuning", config.finetuning.replicas if config.finetuning.steps else 1, "finetuning.replicas"),
-            ("evaluation", config.evaluation.workers, "evaluation.workers"),
-            ("ablation", config.ablation.workers, "ablation.workers"),
-        ):
-            if only in (None, stage):
-                check_resources(workers, device, key)
+        return {
+            "calibration": (config.calibration.workers, "calibration.workers"),
+            "probes": (config.probes.workers, "probes.workers"),
+            "students": (config.distillation.pipeline * config.distillation.replicas, "distillation.pipeline × distillation.replicas"),
+            "variants": (config.evaluation.workers, "evaluation.workers"),
+            "finetuning": (config.finetuning.replicas if config.finetuning.steps else 1, "finetuning.replicas"),
+            "evaluation": (config.evaluation.workers, "evaluation.workers"),
+            "ablation": (config.ablation.workers, "ablation.workers"),
+        }
 
-    def _tell_of_lost_nodes(self, stage: Stage) -> None:
-        try:
-            self._check_places(stage.name)
-        except UserError as lacking:
-            self.reporter.say(f"{stage.name}: waiting up to {duration(self.config.patience)} for nodes to come back: {lacking}")
+    def _check_resources(self, device: str) -> None:
+        """All stages' workers, before the first stage: not after hours of work."""
+        from jobs.places import refuse_impossible
+
+        refuse_impossible(self._needs().values(), device)
+
+    def _tell_of_missing_nodes(self, device: str, stage: str) -> None:
+        from jobs.places import lacking
+
+        if stage not in (needs := self._needs()):
+            return
+        workers, key = needs[stage]
+        # Calibration goes on with whatever places there are.
+        if told := lacking(1 if stage == "calibration" else workers, device, key):
+            self.reporter.say(f"{stage}: waiting for nodes, {duration(self.config.patience)} from the last sign of one: {told}")
 
     def _survived(self, stage: Stage, update: Update, key: str) -> dict[str, Any]:
         """What the stage tells; one that loses a worker or a node goes on from its checkpoints, or begins again, a few times.
@@ -268,6 +274,7 @@ class Job:
                 artifacts.forget(stage.name)
             folder = artifacts.path(stage.name)
             folder.mkdir(parents=True, exist_ok=True)
+            self._tell_of_nodes(stage.name)
             try:
                 return stage.run(folder, update, key)
             except UserError:
@@ -280,7 +287,6 @@ class Job:
                     log.writelines(traceback.format_exception(error))
             if attempt < _ATTEMPTS:
                 self.reporter.say(f"{stage.name}: failed ({reason}); trying again from what is complete, {attempt} of {_ATTEMPTS - 1} times")
-                self._tell_of_lost_nodes(stage)
         raise UserError(
             f"{stage.name} failed {_ATTEMPTS} times, the last time for {reason}; {LOG} in {artifacts.place} has all of it; what is "
             "complete is kept, and the same command continues"

@@ -208,12 +208,12 @@ class Config(Section):
     prompts: Place = Field(..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key")
     output: Place = Field(Path("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn at random")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one, or where the cluster's autoscaler can add one")
     patience: float = Field(
         300.0,
         gt=0,
         description="seconds after which a worker that gives no sign of life is taken for dead, and which a stage waits for nodes "
-        "that it needs and that were lost",
+        "that it needs and that are not there; while the cluster's autoscaler has nodes on their way, up to four times as long",
     )
     sampling: Sampling = Sampling()
     calibration: Calibration = Calibration()

@@ -94,7 +94,7 @@ def test_a_node_that_is_missing_is_waited_for_and_then_told(values, result, tmp_
     with cluster((2, env), (2, env)) as address:
         job = Job(values, result, address=address, patience=20).end(2)
     told = "distillation.pipeline × distillation.replicas asks for 2 workers, but the cluster has 2 CPUs, of which 1 can be used by workers"
-    assert f"students: waiting up to 20 s for nodes to come back: {told}" in job.said and job.error.startswith(f"ppcl: {told}")
+    assert f"students: waiting for nodes, 20 s from the last sign of one: {told}" in job.said and job.error.startswith(f"ppcl: {told}")
 
 
 def faketime():
