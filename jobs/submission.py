@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import shlex
 import shutil
 import tempfile
@@ -38,6 +39,19 @@ _NEEDED = (
 _BEGIN_SECONDS, _STOP_SECONDS = 180, 120
 # How often in a row, a second apart, a log is asked for in vain before following it is given up: a head may restart meanwhile.
 _RECONNECTS = 120
+
+
+# What Ray's client goes to if the environment has it, whatever address it is given.
+_OTHER_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 class _Refused(UserError):
@@ -89,7 +103,7 @@ class Jobs:
             raise UserError(
                 f"the cluster at {self.address} runs Ray {version}, this ppcl Ray {ray.__version__}; use the same on both sides"
             )
-        with self._asking():
+        with self._asking(), _without(*_OTHER_ADDRESSES):
             self.client = JobSubmissionClient(self.address)
 
     @contextmanager

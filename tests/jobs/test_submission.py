@@ -232,6 +232,14 @@ def test_paths_are_made_absolute_before_a_job_is_sent_and_urls_are_not(tmp_path,
     assert sent.evaluation.prompts == tmp_path / "e.txt"
 
 
+def test_the_address_that_is_given_counts_and_not_that_of_the_environment(head, monkeypatch):
+    known = [job.id for job in Jobs(head).all()]
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert [job.id for job in Jobs(head).all()] == known
+    assert os.environ["RAY_ADDRESS"] == os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:9"
+
+
 def test_a_job_that_is_not_there_is_told_with_those_that_are(head):
     for command in (["status"], ["logs"], ["logs", "-f"], ["stop"]):
         code, _, wrong = ppcl(command[0], "no-such-job", *command[1:], "--address", head)
