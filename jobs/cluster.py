@@ -56,8 +56,13 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
     import ray
     import ray.data  # configures its logger when it is imported
     import ray.train
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    from ray._raylet import AuthenticationTokenLoader
     from ray.exceptions import AuthenticationError
 
+    if address and is_token_auth_enabled() and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+        # Ray would abort the process.
+        raise needs_token(address)
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     common = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -132,8 +137,7 @@ def _health_check(*where: str) -> str | None:
 
 
 def _asks_for_token(wrong: str | None) -> bool:
-    # A wrong token is an `AuthenticationError`; where there is none Ray's own `authentication_token_loader` aborts the process.
-    return wrong is not None and ("AuthenticationError" in wrong or "authentication_token_loader" in wrong)
+    return wrong is not None and "AuthenticationError" in wrong
 
 
 def device_of(config: Config) -> str:
