@@ -23,7 +23,7 @@ test: setup
 	$(BIN)/ruff check ppcl jobs serve tests
 	$(BIN)/python -m pytest -q
 
-# Processes killed, stopped and spoilt in whole jobs; root lets it have two hosts, too. About half an hour.
+# Processes killed, stopped and spoilt in whole jobs; root lets it have two hosts, too. Half an hour on 2 cores.
 faults: setup
 	$(BIN)/python -m pytest -q -m faults tests/faults
 
