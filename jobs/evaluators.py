@@ -47,9 +47,10 @@ class _Evaluator:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.evaluation.workers))
         self.config, self.folder, self.device = config, folder, device
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.pipeline = Teacher(teacher).pipeline(device, self.dtype)
+        whole = Teacher(teacher)
+        self.pipeline = whole.pipeline(device, self.dtype)
         fine = Tuned.read(complete(tuned[0]), read_family(complete(tuned[1])).damage) if tuned else None
-        self.switch = Switch(Teacher(teacher), files_in(complete(students)), fine)
+        self.switch = Switch(whole, files_in(complete(students)), fine)
         self.samples = lru_cache(lambda calibration: CalibrationSet(complete(calibration)))
 
     def damages(self, calibration: Path, ids: np.ndarray) -> Any:
