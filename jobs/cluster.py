@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from ppcl.config import Config
 from ppcl.errors import UserError
+from ppcl.private_ray import close_embedded_ray
 
 # The embedded Ray's logical CPUs: enough for a small pipeline beside Ray Data, even on a machine with fewer cores.
 _LEAST_LOGICAL_CPUS = 4
@@ -51,8 +52,7 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
         os.environ.setdefault(name, value)
     os.environ[_SIGN_OF_LIFE] = str(config.patience)
     if address is None:
-        # Nobody else can reach the embedded Ray: it has no dashboard and listens on this machine alone.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        close_embedded_ray()
     import ray
     import ray.data  # configures its logger when it is imported
     import ray.train

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.errors import UserError
+from ppcl.private_ray import close_embedded_ray
 from ppcl.storage import is_url
 from serve.config import Served
 from serve.logs import plain
@@ -25,8 +26,6 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Nobody else can reach this Ray: it has no dashboard and listens on this machine alone.
-    "RAY_AUTH_MODE": "disabled",
     # Or the autoscaler would learn of the load only every ten seconds.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
@@ -75,6 +74,7 @@ def run(settings: Served, say: Callable[[str], None], quiet: bool = False) -> No
     before it served.
     """
     check(settings)
+    close_embedded_ray()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with _log(settings, say, quiet) as file, _Signals() as signals:

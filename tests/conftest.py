@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Or a failed assertion in it would not show its values.
+pytest.register_assert_rewrite("tests.listening")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Read when Ray is imported, and inherited by its workers, which import this repository from wherever they run.

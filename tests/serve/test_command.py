@@ -21,6 +21,7 @@ import pytest
 
 from ppcl.storage import Store
 from tests import made_result
+from tests.listening import nobody_else_gets_in
 from tests.serve.waiting import PATIENCE, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -135,6 +136,14 @@ def test_a_result_in_a_bucket_is_served_and_ctrl_c_finishes_what_is_under_way(st
     assert any("  503  POST  " in line and "shutting_down" in line for line in command.said)
     # Lines of requests come by a thread of their own, and may come after it.
     assert "stopping" in command.said and "secret" not in "\n".join(command.said), command.said
+
+
+def test_nobody_else_reaches_the_processes_of_a_server(start, result):
+    command = start(result).serving()
+    assert command.health() == 200
+    nobody_else_gets_in(command.process.pid)
+    command.send(signal.SIGTERM)
+    assert command.ended() == 0
 
 
 def test_a_second_signal_ends_what_is_under_way_with_a_clear_answer(start, result, tmp_path):
