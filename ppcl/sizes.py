@@ -50,7 +50,9 @@ class Sizes:
     def _rows(self, entry: Entry, within: TextRun | None) -> int:
         """Rows of modulations that an entry takes away."""
         if isinstance(entry, Interval):
-            return sum(sum(self.rows[block].values()) for block in entry.blocks) - sum(self.rows[entry.first].values())
+            # A single-stream block has none.
+            rows = [sum(self.rows.get(block, {}).values()) for block in entry.blocks]
+            return sum(rows) - rows[0]
         if isinstance(entry, TextRun):
             return sum(self.rows[block]["txt"] for block in entry.blocks[1:])
         return 0 if entry.kept else 3 * self.width * len(self._streams(entry, within))

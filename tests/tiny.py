@@ -7,14 +7,26 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from ppcl.demo import text
 
@@ -111,4 +123,59 @@ def qwen_pipeline(folder: Path, blocks: int = 6, seed: int = 0) -> Path:
         transformer=qwen_transformer(blocks, seed),
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+def _autoencoder() -> AutoencoderKL:
+    """Four latent channels, factor 2."""
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        block_out_channels=(4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=1.5, shift_factor=0.1,
+    ).eval()  # fmt: skip
+
+
+def _clip(width: int, projected: bool, seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """A CLIP text encoder of one layer over single letters."""
+    letters = [f"{chr(97 + i)}{end}" for i in range(26) for end in ("", "</w>")]
+    vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    config = CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=width, bos_token_id=len(letters), eos_token_id=len(letters) + 1,
+        pad_token_id=len(letters) + 1,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval(), tokenizer
+
+
+def _t5(width: int, seed: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((chr(97 + i), -2.0) for i in range(26))]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_kv=8, d_ff=2 * width, num_layers=1, num_heads=2)
+    torch.manual_seed(seed)
+    return T5EncoderModel(config).eval(), tokenizer
+
+
+def flux_pipeline(folder: Path, double: int = 4, single: int = 6, seed: int = 0) -> Path:
+    """A stock FluxPipeline folder with both text encoders: pictures of 16 × 16."""
+    clip, clip_tokenizer = _clip(20, False, seed)
+    t5, t5_tokenizer = _t5(24, seed)
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_autoencoder(), text_encoder=clip, tokenizer=clip_tokenizer,
+        text_encoder_2=t5, tokenizer_2=t5_tokenizer, transformer=flux_transformer(double, single, seed),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def sd3_pipeline(folder: Path, blocks: int = 6, seed: int = 0) -> Path:
+    """A stock StableDiffusion3Pipeline folder with all three text encoders: pictures of 16 × 16."""
+    (one, tokenizer), (two, tokenizer_2) = _clip(10, True, seed), _clip(10, True, seed + 1)
+    t5, t5_tokenizer = _t5(24, seed)
+    StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_autoencoder(), text_encoder=one, tokenizer=tokenizer,
+        text_encoder_2=two, tokenizer_2=tokenizer_2, text_encoder_3=t5, tokenizer_3=t5_tokenizer,
+        transformer=sd3_transformer(blocks, seed),
+    ).save_pretrained(folder)  # fmt: skip
     return folder
