@@ -46,7 +46,7 @@ def installed(folder: Path) -> Path:
 def served(result: Path, port: int, settings: list[str]) -> Iterator[str]:
     """The address at which the result is served, for the length of a `with` block."""
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "jobs.cli", "serve", str(result), "--port", str(port)]
+    command = [sys.executable, "-m", "jobs.cli.main", "serve", str(result), "--port", str(port)]
     for one in settings:
         command += ["--set", one]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

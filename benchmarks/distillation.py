@@ -37,13 +37,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppcl.architecture import architecture_of, embed, run_blocks
-from ppcl.config import Distillation
-from ppcl.distillation.loss import LOSSES
-from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.run import batch_of, distil
-from ppcl.plan import Interval
-from ppcl.teacher import Teacher
+from ppcl.config.schema import Distillation
+from ppcl.models import architecture_of, embed, run_blocks
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.plan import Interval
+from ppcl.training.distillation.trainer import batch_of, distil
+from ppcl.training.losses import LOSSES
+from ppcl.training.parallel_dims import Mesh
 
 CHANNELS, TEXT, SIDE, TEXT_TOKENS = 16, 64, 8, 32
 WARM_STEPS = 3

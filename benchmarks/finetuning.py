@@ -24,19 +24,19 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppcl.artifacts import CONFIG
-from ppcl.calibration.store import CalibrationSet
-from ppcl.config import Config
-from ppcl.distillation.mesh import Mesh
-from ppcl.evaluation.pictures import make_pictures
-from ppcl.evaluation.scores import relative_drop
-from ppcl.evaluation.world import load_world, passes, world_prompts
-from ppcl.finetuning.run import finetune
-from ppcl.plan import Entry
-from ppcl.plug import Switch
-from ppcl.replacements import files_in
-from ppcl.teacher import Teacher
-from ppcl.variants import read_family
+from ppcl.calibration.dataset import CalibrationSet
+from ppcl.config.schema import Config
+from ppcl.evaluation.images import make_pictures
+from ppcl.evaluation.prompt_checker import load_world, passes, world_prompts
+from ppcl.evaluation.scoring import relative_drop
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import files_in
+from ppcl.replacements.plan import Entry
+from ppcl.replacements.switcher import Switch
+from ppcl.search.variants import read_family
+from ppcl.storage.manifest import CONFIG
+from ppcl.training.finetuning.trainer import finetune
+from ppcl.training.parallel_dims import Mesh
 
 
 class Judge:

@@ -26,12 +26,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppcl.architecture import Streams, embed, run_blocks
 from ppcl.calibration.encoding import collate, encode
-from ppcl.calibration.recording import record
-from ppcl.config import Probes, Sampling
-from ppcl.probes import Probe, Statistics
-from ppcl.teacher import Teacher
+from ppcl.calibration.trajectory_recorder import record
+from ppcl.config.schema import Probes, Sampling
+from ppcl.linalg import Probe, Statistics
+from ppcl.models import Streams, embed, run_blocks
+from ppcl.models.teacher import Teacher
 
 # Of one block and stream: the tokens behind the block before, and what the block adds to them, `(n, d)` each.
 Pair = tuple[torch.Tensor, torch.Tensor]

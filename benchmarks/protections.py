@@ -29,19 +29,19 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppcl.artifacts import CONFIG
-from ppcl.calibration.store import CalibrationSet
-from ppcl.config import Config, Distillation
-from ppcl.distillation import run
-from ppcl.distillation.lessons import Depth, Fit, Seen, Wanted
-from ppcl.distillation.loss import relative
-from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.pupil import Pupil
-from ppcl.evaluation.velocity import Squares, variant_errors
-from ppcl.plan import Interval
-from ppcl.plug import Switch
-from ppcl.replacements import files_in
-from ppcl.teacher import Teacher
+from ppcl.calibration.dataset import CalibrationSet
+from ppcl.config.schema import Config, Distillation
+from ppcl.evaluation.velocity_error import Squares, variant_errors
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import files_in
+from ppcl.replacements.plan import Interval
+from ppcl.replacements.switcher import Switch
+from ppcl.storage.manifest import CONFIG
+from ppcl.training.distillation import trainer as run
+from ppcl.training.distillation.objectives import Depth, Fit, Seen, Wanted
+from ppcl.training.losses import relative
+from ppcl.training.parallel_dims import Mesh
+from ppcl.training.trainee import Pupil
 
 _MASSIVE = 20.0
 
@@ -132,7 +132,7 @@ def main() -> None:
     def errors(way: dict[str, Any], seed: int) -> tuple[float, float]:
         loss = way.get("loss", relative)
         with tempfile.TemporaryDirectory() as out, ExitStack() as patches:
-            patches.enter_context(patch.dict("ppcl.distillation.pupil.LOSSES", {"relative": loss}))
+            patches.enter_context(patch.dict("ppcl.training.trainee.LOSSES", {"relative": loss}))
             for name, value in way.items():
                 if name != "loss":
                     patches.enter_context(patch.object(run, name, value))

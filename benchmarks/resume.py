@@ -34,11 +34,11 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.distillation import RandomSamples, make_teacher
-from ppcl.config import Distillation
-from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.run import distil
-from ppcl.plan import Interval
-from ppcl.teacher import Teacher
+from ppcl.config.schema import Distillation
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.plan import Interval
+from ppcl.training.distillation.trainer import distil
+from ppcl.training.parallel_dims import Mesh
 
 RANKS = 2
 

@@ -47,20 +47,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.distillation import SIDE, TEXT_TOKENS, RandomSamples, joint_loss, make_teacher
-from ppcl.architecture import embed, run_blocks
-from ppcl.config import Distillation, Probes
-from ppcl.distillation.lessons import Seen, new_lesson
-from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.pupil import Pupil
-from ppcl.distillation.run import Segment, batch_of, distil
-from ppcl.plan import Interval
-from ppcl.probes import Statistics
-from ppcl.probes import run as probes_run
+from ppcl.config.schema import Distillation, Probes
+from ppcl.detection import fit_probes as probes_run
+from ppcl.linalg import Statistics
+from ppcl.models import embed, run_blocks
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.plan import Interval
 from ppcl.sizing import Model
 from ppcl.sizing.device import Device
-from ppcl.sizing.plan import rank_of
+from ppcl.sizing.memory import rank_of
 from ppcl.sizing.simulation import STUDENT_TRAFFIC, distillation_on, probes
-from ppcl.teacher import Teacher
+from ppcl.training.distillation.objectives import Seen, new_lesson
+from ppcl.training.distillation.trainer import Segment, batch_of, distil
+from ppcl.training.parallel_dims import Mesh
+from ppcl.training.trainee import Pupil
 
 WARM = 3
 BF16 = torch.bfloat16

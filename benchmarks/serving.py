@@ -46,7 +46,7 @@ from scipy.stats import t as student_t
 from ppcl.result import Result
 from serve.config import load_settings
 from serve.engine.engine import Engine
-from serve.requests import AUTO, GenerationRequest, Picture, Refused
+from serve.protocol import AUTO, GenerationRequest, Picture, Refused
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ("a photo of a red circle", "a photo of two blue squares", "a photo of a green cross left of a black triangle", "a photo of a yellow square")
@@ -57,7 +57,7 @@ out = Console(width=120)
 @contextmanager
 def served(options: argparse.Namespace, port: int) -> Iterator[openai.OpenAI]:
     """`ppcl serve` in a process of its own, ready."""
-    command = [sys.executable, "-m", "jobs.cli", "serve", str(options.result), "--port", str(port), "--set", f"engine.cpus={options.threads}"]
+    command = [sys.executable, "-m", "jobs.cli.main", "serve", str(options.result), "--port", str(port), "--set", f"engine.cpus={options.threads}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -252,7 +252,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from serve.config import load_settings
 from serve.engine.engine import Engine
-from serve.requests import GenerationRequest
+from serve.protocol import GenerationRequest
 engine = Engine(load_settings(Path(sys.argv[1])))
 async def first():
     card = engine.card

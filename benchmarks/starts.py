@@ -21,16 +21,16 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppcl.artifacts import CONFIG
-from ppcl.calibration.store import CalibrationSet
-from ppcl.config import Config
-from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.run import distil
-from ppcl.evaluation.velocity import Squares, variant_errors
-from ppcl.plan import Interval
-from ppcl.plug import Switch
-from ppcl.replacements import files_in
-from ppcl.teacher import Teacher
+from ppcl.calibration.dataset import CalibrationSet
+from ppcl.config.schema import Config
+from ppcl.evaluation.velocity_error import Squares, variant_errors
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import files_in
+from ppcl.replacements.plan import Interval
+from ppcl.replacements.switcher import Switch
+from ppcl.storage.manifest import CONFIG
+from ppcl.training.distillation.trainer import distil
+from ppcl.training.parallel_dims import Mesh
 
 
 def velocity_error(teacher: Teacher, students: Path, intervals: list[Interval], samples: CalibrationSet) -> float:

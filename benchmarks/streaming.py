@@ -72,11 +72,11 @@ def _calibrate(folder: Path, teacher: Path, count: int, batch: int, answers: Any
     """One calibration, in a process of its own, which watches itself."""
     import diffusers
 
-    from jobs.calibration import calibrate
-    from jobs.cluster import connected
-    from ppcl.calibration.store import CalibrationSet
-    from ppcl.config import Calibration, Config, Sampling
-    from ppcl.teacher import Teacher
+    from jobs.runtime.cluster import connected
+    from jobs.stages.calibration import calibrate
+    from ppcl.calibration.dataset import CalibrationSet
+    from ppcl.config.schema import Calibration, Config, Sampling
+    from ppcl.models.teacher import Teacher
 
     diffusers.logging.disable_progress_bar()
     lines = (ROOT / "demo" / "prompts.txt").read_text().splitlines()

@@ -21,9 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.cluster import needs_token
 from jobs.progress import Told, told_by
-from ppcl.config import Config
+from jobs.runtime.cluster import needs_token
+from ppcl.config.schema import Config
 from ppcl.errors import UserError
 
 _PACKAGES = ("ppcl", "jobs")
@@ -142,7 +142,7 @@ class Jobs:
         numbers = [int(job.submission_id.rpartition("-")[2]) for job in before]
         identity = f"{name}-{max(numbers, default=0) + 1}"
         check = shlex.join(["python", "-c", _check(() if installed else _NEEDED)])
-        command = "ppcl" if installed else "python -m jobs.cli"
+        command = "ppcl" if installed else "python -m jobs.cli.main"
         with tempfile.TemporaryDirectory() as folder, self._asking():
             # JSON is YAML.
             Path(folder, "config.yaml").write_text(config.model_dump_json(indent=1))

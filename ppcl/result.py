@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from ppcl.artifacts import CONFIG, Artifacts
-from ppcl.config import Sampling
+from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
-from ppcl.plan import HOW_WRITTEN, Entry, written
-from ppcl.plug import Switch
-from ppcl.replacements import files_in
-from ppcl.sizes import Sizes, sizes
-from ppcl.storage import is_url
-from ppcl.teacher import Teacher
-from ppcl.tuned import Tuned
-from ppcl.variants import TEACHER, Variant, read_family, trained
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.finetuned_selection import Tuned
+from ppcl.replacements.io import files_in
+from ppcl.replacements.parameter_counts import Sizes, sizes
+from ppcl.replacements.plan import HOW_WRITTEN, Entry, written
+from ppcl.replacements.switcher import Switch
+from ppcl.search.variants import TEACHER, Variant, read_family, trained
+from ppcl.storage.manifest import CONFIG, Artifacts
+from ppcl.storage.object_store import is_url
 
 CUSTOM = "custom"
 
@@ -97,7 +97,7 @@ class Result:
         return Variant.of(CUSTOM, plan, self._sizes)
 
     def fine_tuned(self, choice: Choice) -> bool:
-        """Whether a variant takes fine-tuned replacements; see `ppcl.tuned`."""
+        """Whether a variant takes fine-tuned replacements; see `ppcl.replacements.finetuned_selection`."""
         return bool(self._switch.fine_tuned(self.variant(choice).plan))
 
     @cached_property

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ppcl.settings import Section, commented, put, read_values, validated
-from ppcl.storage import Place
+from ppcl.config.loading import Section, commented, put, read_values, validated
+from ppcl.storage.object_store import Place
 
 
 class Http(Section):

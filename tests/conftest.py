@@ -65,7 +65,7 @@ def s3(s3_server, monkeypatch, tmp_path):
     for name, value in {**bucket.CREDENTIALS, "AWS_ENDPOINT_URL": s3_server.url, "AWS_MAX_ATTEMPTS": "3"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PPCL_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setattr("ppcl.storage._FIRST_PAUSE", 0.05)
+    monkeypatch.setattr("ppcl.storage.object_store._FIRST_PAUSE", 0.05)
     s3_server.requests.clear()
     s3_server.bucket = f"s3://{bucket.BUCKET}/{tmp_path.name}"
     return s3_server

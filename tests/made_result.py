@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ppcl.artifacts import CONFIG, Artifacts
-from ppcl.choice import choose
-from ppcl.config import Config, Variants
-from ppcl.plan import Interval
-from ppcl.replacements import files_in, save
-from ppcl.sizes import sizes
-from ppcl.students import Student, affine_map
-from ppcl.teacher import Teacher
-from ppcl.variants import Family, budget_name, make_variants
+from ppcl.config.schema import Config, Variants
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import files_in, save
+from ppcl.replacements.parameter_counts import sizes
+from ppcl.replacements.plan import Interval
+from ppcl.replacements.student_block import Student, affine_map
+from ppcl.search.pareto import choose
+from ppcl.search.variants import Family, budget_name, make_variants
+from ppcl.storage.manifest import CONFIG, Artifacts
 
 INTERVALS = [Interval(0, 1), Interval(2, 3), Interval(4, 5)]
 DAMAGE = dict(zip(INTERVALS, (0.3, 0.1, 0.2), strict=True))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ppcl.evaluation.pictures import make_pictures
+from ppcl.evaluation.images import make_pictures
 from ppcl.report import summary_rows, write_report
 from ppcl.result import Result
 

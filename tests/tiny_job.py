@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ppcl.config import Detection, Distillation, Finetuning, Probes, Width
-from ppcl.detection import detect
-from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.run import distil
-from ppcl.finetuning.run import finetune
-from ppcl.plan import entry_of
-from ppcl.probes.run import fit
-from ppcl.replacements import files_in
-from ppcl.teacher import Teacher
+from ppcl.config.schema import Detection, Distillation, Finetuning, Probes, Width
+from ppcl.detection.detect import detect
+from ppcl.detection.fit_probes import fit
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import files_in
+from ppcl.replacements.plan import entry_of
+from ppcl.training.distillation.trainer import distil
+from ppcl.training.finetuning.trainer import finetune
+from ppcl.training.parallel_dims import Mesh
 from tests import tiny
 from tests.samples import MemorySamples
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ppcl.architecture import Architecture, architecture_of, swapped
-from ppcl.distillation.run import Samples, batch_of
+from ppcl.models import Architecture, architecture_of, swapped
+from ppcl.training.distillation.trainer import Samples, batch_of
 
 _RATE = 0.05
 _TEMPERATURE = 1.0

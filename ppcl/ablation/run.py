@@ -18,20 +18,20 @@ from safetensors.torch import load_file
 from ppcl.ablation import selection
 from ppcl.ablation.gates import learned_gates
 from ppcl.ablation.sequential import distil_in_sequence
-from ppcl.calibration.store import CalibrationSet
-from ppcl.config import Config
-from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.run import distil
+from ppcl.calibration.dataset import CalibrationSet
+from ppcl.config.schema import Config
+from ppcl.detection.fit_probes import tokens_file
 from ppcl.errors import UserError
-from ppcl.evaluation.velocity import Squares, variant_errors
-from ppcl.evaluation.world import load_world, passes, world_prompts
-from ppcl.finetuning.run import finetune
-from ppcl.plan import Entry, Ffn, Fold, Interval, TextRun, clash, entry_of, order
-from ppcl.plug import Switch
-from ppcl.probes.run import tokens_file
-from ppcl.replacements import files_in
-from ppcl.sizes import sizes
-from ppcl.teacher import Teacher
+from ppcl.evaluation.prompt_checker import load_world, passes, world_prompts
+from ppcl.evaluation.velocity_error import Squares, variant_errors
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import files_in
+from ppcl.replacements.parameter_counts import sizes
+from ppcl.replacements.plan import Entry, Ffn, Fold, Interval, TextRun, clash, entry_of, order
+from ppcl.replacements.switcher import Switch
+from ppcl.training.distillation.trainer import distil
+from ppcl.training.finetuning.trainer import finetune
+from ppcl.training.parallel_dims import Mesh
 
 # Held-out samples that choices by a measured error look at.
 _LOOKED_AT = 64
@@ -177,8 +177,8 @@ def _measure(
     folders: Mapping[str, Path], seed: int, device: str, tell: Callable[[int], None],
 ) -> dict[str, Any]:  # fmt: skip
     """`library`: what rows share, in which their own folders have the last word: fine-tuning writes what it trains alone."""
-    from ppcl.evaluation.pictures import make_pictures
-    from ppcl.evaluation.scores import relative_drop
+    from ppcl.evaluation.images import make_pictures
+    from ppcl.evaluation.scoring import relative_drop
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipeline = teacher.pipeline(device, dtype)

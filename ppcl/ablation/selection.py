@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ppcl.architecture import PassThrough, architecture_of, swapped
+from ppcl.detection.cka import cka
+from ppcl.detection.intervals import Table, first_difference
 from ppcl.errors import UserError
-from ppcl.intervals import Table, first_difference
-from ppcl.plan import Interval
-from ppcl.similarity import cka
+from ppcl.models import PassThrough, architecture_of, swapped
+from ppcl.replacements.plan import Interval
 
 
 def contracted(removed: Iterable[int], spans: Sequence[range]) -> list[Interval]:

@@ -1,6 +1,6 @@
 """Sequential distillation: every student reads what the students before it made, as in common layer distillation.
 
-The same students, losses, batches and steps as `ppcl.distillation.run.distil`; only the inputs differ. So errors travel from
+The same students, losses, batches and steps as `ppcl.training.distillation.trainer.distil`; only the inputs differ. So errors travel from
 interval to interval, and no student can be used without those before it.
 """
 
@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from ppcl.architecture import run_blocks
-from ppcl.config import Distillation
-from ppcl.distillation.lessons import Depth, Seen, Wanted
-from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.pupil import Pupil
-from ppcl.distillation.run import Samples, Segment, batch_of
-from ppcl.distillation.start import fit_starts
-from ppcl.plan import Interval
-from ppcl.replacements import save
-from ppcl.segments import Chain
-from ppcl.teacher import Teacher
+from ppcl.config.schema import Distillation
+from ppcl.models import run_blocks
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import save
+from ppcl.replacements.plan import Interval
+from ppcl.training.distillation.closed_form import fit_starts
+from ppcl.training.distillation.objectives import Depth, Seen, Wanted
+from ppcl.training.distillation.trainer import Samples, Segment, batch_of
+from ppcl.training.parallel_dims import Mesh
+from ppcl.training.pipeline import Chain
+from ppcl.training.trainee import Pupil
 
 
 def distil_in_sequence(

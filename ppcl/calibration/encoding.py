@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ppcl.architecture import Architecture
-from ppcl.config import Sampling
+from ppcl.config.schema import Sampling
+from ppcl.models import Architecture
 
 Embedding = dict[str, torch.Tensor]
 """One prompt's arguments of the transformer: `encoder_hidden_states` `(T, d)`, `pooled_projections` `(d',)`."""

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ppcl.artifacts import key_of
 from ppcl.errors import UserError
-from ppcl.storage import Place, file_sha256, local_file, store_of
+from ppcl.storage.manifest import key_of
+from ppcl.storage.object_store import Place, file_sha256, local_file, store_of
 
 _PARQUET_ROWS = 1024
 

@@ -16,12 +16,12 @@ from matplotlib.axis import Axis
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ppcl import plan as plans
-from ppcl.plan import Ffn, Fold, entry_of
+from ppcl.replacements import plan as plans
+from ppcl.replacements.plan import Ffn, Fold, entry_of
 from ppcl.report import numbers
 from ppcl.report.summary import finite
 from ppcl.report.svg import COLOURS, SERIES, canvas, inline
-from ppcl.variants import TEACHER
+from ppcl.search.variants import TEACHER
 
 COLOUR_MAP = "viridis"  # even steps for every kind of colour vision
 ON_MAP = "#c4104f"  # of outlines on a heat map, whose colours are the same in light and dark mode

@@ -9,14 +9,14 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ppcl.artifacts import Artifacts, write_atomically
-from ppcl.plan import Ffn, Fold, Interval, TextRun, entry_of, order
+from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, entry_of, order
 from ppcl.report import figures, numbers
 from ppcl.report.pictures import picture_rows
 from ppcl.report.results import Results, read_results
 from ppcl.report.summary import finite, rows_of
-from ppcl.storage import publish
-from ppcl.variants import TEACHER
+from ppcl.search.variants import TEACHER
+from ppcl.storage.manifest import Artifacts, write_atomically
+from ppcl.storage.object_store import publish
 
 REPORT = "report.html"
 

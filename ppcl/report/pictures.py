@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from ppcl.report.results import Results
-from ppcl.variants import TEACHER
+from ppcl.search.variants import TEACHER
 
 ROWS = 8
 LARGEST = 384  # pixels: larger pictures are shown smaller, or the page of a 1024² model would weigh 60 MB

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppcl.artifacts import CONFIG, Artifacts
+from ppcl.storage.manifest import CONFIG, Artifacts
 
 STAGE_FILES = {
     "detection": "detection.json",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.report.results import Results, read_results
-from ppcl.variants import TEACHER
+from ppcl.search.variants import TEACHER
 
 
 def summary_rows(root: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ppcl.settings import Section
+from ppcl.config.loading import Section
 
 
 class Device(Section):

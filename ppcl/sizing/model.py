@@ -16,9 +16,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from ppcl.architecture import Architecture, Streams, architecture_of, embed
 from ppcl.errors import UserError
-from ppcl.teacher import Teacher
+from ppcl.models import Architecture, Streams, architecture_of, embed
+from ppcl.models.teacher import Teacher
 
 _TEXT_TOKENS = 512
 _PIXELS_A_TOKEN = 16  # of the VAE 8, of the patches 2, in every family
@@ -152,7 +152,7 @@ def _flops(architecture: Architecture, block: nn.Module, streams: Streams, conte
 
 
 def _sums_flops(architecture: Architecture, model: nn.Module, number: int, streams: Streams) -> int:
-    """Of `X^T X` and `X^T Y` of a block's streams, and again of what goes into its FFNs; see `ppcl.probes.run`."""
+    """Of `X^T X` and `X^T Y` of a block's streams, and again of what goes into its FFNs; see `ppcl.detection.fit_probes`."""
     tokens = {name: x.shape[1] for name, x in streams._asdict().items()}
     fitted = [*tokens, *architecture.parts_of(model, number, architecture.blocks(model)[number])]
     return sum(4 * tokens[name] * streams.img.shape[-1] ** 2 for name in fitted)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ppcl.distillation.run import segment_of
 from ppcl.errors import UserError
-from ppcl.plan import Interval
-from ppcl.segments import IN_FLIGHT, segments
+from ppcl.replacements.plan import Interval
 from ppcl.sizing.device import Device
+from ppcl.sizing.memory import GRADIENT_BYTES, TEACHER_BYTES, meshes, rank_of
 from ppcl.sizing.model import Model
-from ppcl.sizing.plan import GRADIENT_BYTES, TEACHER_BYTES, meshes, rank_of
+from ppcl.training.distillation.trainer import segment_of
+from ppcl.training.pipeline import IN_FLIGHT, segments
 
 # Bytes that a step moves a parameter of a student: its cast (6) and two reads in bfloat16 (4), its gradient (2) cast to
 # float32 (6), the norm (4) and the clip (8), AdamW's four tensors read and three written (28).
@@ -98,7 +98,7 @@ class Step:
 def play(works: Sequence[Work], send: Sequence[float], steps: int) -> list[list[float]]:
     """When each rank of a pipeline has done each step: `[step][rank]`, seconds. `send`: of a rank's streams to the next.
 
-    As `ppcl.segments.Chain` does it: receiving waits, sending does not, until `IN_FLIGHT` sends have not been taken.
+    As `ppcl.training.pipeline.Chain` does it: receiving waits, sending does not, until `IN_FLIGHT` sends have not been taken.
     """
     last = len(works) - 1
     done: list[list[float]] = []

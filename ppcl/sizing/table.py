@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from ppcl.sizing.memory import Rank
 from ppcl.sizing.model import Model
-from ppcl.sizing.plan import Rank
 from ppcl.sizing.simulation import Step
 
 _COLUMNS = ("GPUs", "pp × dp", "teacher", "students", "streams", "activations", "memory", "sent", "reduced", "FSDP")

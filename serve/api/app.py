@@ -10,19 +10,20 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from serve.api import errors, images, models
-from serve.api.body import read_object
-from serve.api.disconnect import unless_gone
-from serve.api.door import Door
-from serve.api.guard import Guard
-from serve.api.keys import Keys
-from serve.api.limits import generation
+from serve.api import errors, models
+from serve.api import responses as images
+from serve.api.auth import Keys
+from serve.api.client_disconnect import unless_gone
+from serve.api.drain import Door
 from serve.api.metrics import MEDIA_TYPE, HttpMetrics
+from serve.api.middleware import Guard
+from serve.api.request_body import read_object
 from serve.api.schema import ImageRequest, parse
-from serve.api.stream import EventStream
+from serve.api.sse import EventStream
+from serve.api.validation import generation
 from serve.config import Settings
-from serve.page import Page
-from serve.requests import Accepted, Backend, Event, GenerationRequest, Picture, PipelineCard, Preview, Refused
+from serve.playground import Page
+from serve.protocol import Accepted, Backend, Event, GenerationRequest, Picture, PipelineCard, Preview, Refused
 
 _NOT_READY_SECONDS = 2.0
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": ImageRequest.model_json_schema()}}}}

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from serve.requests import Refused
+from serve.protocol import Refused
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"

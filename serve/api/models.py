@@ -7,7 +7,7 @@ from typing import Any
 
 from serve.api.errors import invalid, shown
 from serve.config import Limits
-from serve.requests import AUTO, ModelCard, PipelineCard, Refused
+from serve.protocol import AUTO, ModelCard, PipelineCard, Refused
 
 
 def listing(cards: list[ModelCard], pipeline: PipelineCard, limits: Limits, created: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serve.api.errors import invalid, of_validation, shown
-from serve.requests import AUTO
+from serve.protocol import AUTO
 
 Scale = Annotated[float, Field(ge=0, le=100)]
 

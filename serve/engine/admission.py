@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ppcl.variants import Variant
+from ppcl.search.variants import Variant
 from serve.config import Elastic
 from serve.engine.backlog import Backlog
-from serve.engine.elastic import ElasticQuality
-from serve.engine.lately import Lately, Wanted
-from serve.engine.pipelines import Kind, Plan
-from serve.requests import GenerationRequest, Refused
+from serve.engine.demand_window import Lately, Wanted
+from serve.engine.quality_controller import ElasticQuality
+from serve.engine.shared_pipeline import Kind, Plan
+from serve.protocol import GenerationRequest, Refused
 
 # Seconds over which demand is looked at.
 _LATELY = 10.0

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serve.engine.batcher import Member
-from serve.engine.costs import Costs
-from serve.engine.pipelines import Kind
+from serve.engine.cost_model import Costs
+from serve.engine.shared_pipeline import Kind
 
 # Batches that make so large a share of the pictures a second that full ones do are large enough.
 _PAYS = 0.9

@@ -1,6 +1,6 @@
 """One thread that runs waiting calls in batches, fairly.
 
-A *group* is what can run as one batch. Which group is next is said by `serve.engine.turns`; within a group the calls that wait
+A *group* is what can run as one batch. Which group is next is said by `serve.engine.fair_queue`; within a group the calls that wait
 longest go first.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from serve.engine.turns import Turns
+from serve.engine.fair_queue import Turns
 
 
 class Cancelled(Exception):

@@ -1,4 +1,4 @@
-"""The engine: one process, one set of weights, many requests. It implements `serve.requests.Backend`.
+"""The engine: one process, one set of weights, many requests. It implements `serve.protocol.Backend`.
 
 Requests come on an event loop; pictures are drawn in threads; the two meet in one place, a queue of events a request.
 """
@@ -17,21 +17,21 @@ from typing import Any
 import torch
 
 from ppcl.errors import UserError
-from ppcl.variants import Variant
+from ppcl.search.variants import Variant
 from serve.config import Served
 from serve.engine import metrics as counted
 from serve.engine.admission import Admission
-from serve.engine.arithmetic import Arithmetic
 from serve.engine.backlog import Backlog, Work
 from serve.engine.batcher import Cancelled
-from serve.engine.costs import profile
-from serve.engine.elastic import ElasticQuality, ladder
+from serve.engine.compute_thread import Arithmetic
+from serve.engine.cost_model import profile
+from serve.engine.generation import Order, Studio, calls_per_step
+from serve.engine.loading import Weights, load, qualities
 from serve.engine.metrics import Metrics
-from serve.engine.picture import Order, Studio, calls_per_step
-from serve.engine.pipelines import Kind, SharedPipeline
-from serve.engine.weights import Weights, load, qualities
-from serve.logs import tell_failure
-from serve.requests import AUTO, Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
+from serve.engine.quality_controller import ElasticQuality, ladder
+from serve.engine.shared_pipeline import Kind, SharedPipeline
+from serve.logging import tell_failure
+from serve.protocol import AUTO, Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
 
 # Arguments of a pipeline's call that clients may give, where it takes them.
 _ARGUMENTS = ("negative_prompt", "guidance_scale", "true_cfg_scale")

@@ -12,7 +12,7 @@ import ray.autoscaler
 import typer
 import yaml
 
-from jobs import cli
+from jobs.cli import main as cli
 from tests.conftest import REPOSITORY
 
 CLUSTER = REPOSITORY / "cluster"

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import REPOSITORY
-from tests.jobs.test_compress import STAGES
+from tests.jobs.test_whole_job import STAGES
 
 DEADLINE = 900  # seconds for any one job, on a busy machine
 HOOK = Path(__file__).parent / "hook"
@@ -45,7 +45,7 @@ class Job:
         self.tally = Path(f"{beside}.tally")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.cli", "compress", str(config), *sets, *attached], cwd=REPOSITORY,
+                [sys.executable, "-m", "jobs.cli.main", "compress", str(config), *sets, *attached], cwd=REPOSITORY,
                 env=environment(fault, mark, self.tally) | (env or {}), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 

@@ -108,7 +108,7 @@ def faketime():
 
 
 def test_nodes_whose_clocks_are_hours_apart_do_a_job_through_a_bucket(values, whole, undisturbed, s3, tmp_path):
-    from ppcl.storage import Store, mirror
+    from ppcl.storage.object_store import Store, mirror
 
     library, url = faketime(), f"{s3.bucket}/result"
     store = Store(url)
@@ -140,7 +140,7 @@ def test_nodes_whose_clocks_are_hours_apart_do_a_job_through_a_bucket(values, wh
 def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_bucket(values, undisturbed, teacher_folder, tmp_path, monkeypatch):
     if os.geteuid():
         pytest.skip("network namespaces need root")
-    from ppcl.storage import Store, _files
+    from ppcl.storage.object_store import Store, _files
 
     with bucket.served("0.0.0.0") as proxy:
         for name, value in {**bucket.CREDENTIALS, "AWS_ENDPOINT_URL": proxy.url, "PPCL_SCRATCH": str(tmp_path / "here")}.items():
@@ -157,7 +157,7 @@ def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_buck
         places = {"teacher": f"{url}/teacher", "prompts": f"{url}/prompts.txt", "output": f"{url}/result"}
         config.write_text(yaml.safe_dump(values | places | {"distillation": values["distillation"] | {"replicas": 2}}))
         ended = subprocess.run(
-            [REPOSITORY / "cluster" / "two_nodes.sh", sys.executable, "-m", "jobs.cli", "compress", config, "--address", "10.77.0.1:6379"],
+            [REPOSITORY / "cluster" / "two_nodes.sh", sys.executable, "-m", "jobs.cli.main", "compress", config, "--address", "10.77.0.1:6379"],
             cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE,
             env=os.environ | {
                 "AWS_ENDPOINT_URL": f"http://10.77.0.254:{proxy.port}",
@@ -174,8 +174,8 @@ def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_buck
 
 
 def test_a_coordinator_that_is_killed_is_told_by_status_and_submitting_again_continues(head, values, result, undisturbed, tmp_path):
-    from tests.jobs.test_compress import ppcl
     from tests.jobs.test_submission import status
+    from tests.jobs.test_whole_job import ppcl
 
     config = tmp_path / "job.yaml"
     config.write_text(yaml.safe_dump(values | {"output": str(result)}))
@@ -185,7 +185,7 @@ def test_a_coordinator_that_is_killed_is_told_by_status_and_submitting_again_con
     while len(checkpoints(result)) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    (driver,) = (p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] and p.info["cmdline"][1:4] == ["-m", "jobs.cli", "compress"] and "auto" in p.info["cmdline"])
+    (driver,) = (p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] and p.info["cmdline"][1:4] == ["-m", "jobs.cli.main", "compress"] and "auto" in p.info["cmdline"])
     driver.kill()
     while status(head)["state"] == "RUNNING":
         assert time.monotonic() < deadline

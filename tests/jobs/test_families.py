@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from jobs.coordinator import Job
-from ppcl.config import Config
-from ppcl.plan import Ffn, Fold, Interval, TextRun
+from jobs.pipeline import Job
+from ppcl.config.schema import Config
+from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun
 from ppcl.result import Result
 from tests import tiny
 

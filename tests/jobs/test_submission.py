@@ -21,12 +21,12 @@ import yaml
 from safetensors.torch import load
 
 from jobs.submission import Jobs
-from ppcl.config import Config
+from ppcl.config.schema import Config
 from ppcl.errors import UserError
-from ppcl.storage import Store, _files
+from ppcl.storage.object_store import Store, _files
 from tests import bucket
 from tests.conftest import REPOSITORY
-from tests.jobs.test_compress import ppcl
+from tests.jobs.test_whole_job import ppcl
 
 pytestmark = pytest.mark.dashboard
 

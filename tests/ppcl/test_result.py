@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ppcl.artifacts import Artifacts
 from ppcl.errors import UserError
-from ppcl.replacements import load, save
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import load, save
 from ppcl.result import Result
-from ppcl.teacher import Teacher
+from ppcl.storage.manifest import Artifacts
 from tests import made_result, tiny
 
 
@@ -64,7 +64,7 @@ def test_switching_moves_references_only(result, pipeline):
 
 def test_a_variant_runs_its_students_where_their_intervals_were(result, pipeline):
     """Against the blocks called one after the other by hand."""
-    from ppcl.architecture import embed, head, run_blocks
+    from ppcl.models import embed, head, run_blocks
 
     result.switch(pipeline, "teacher")
     model, inputs = pipeline.transformer, tiny.inputs(pipeline.transformer)

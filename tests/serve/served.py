@@ -16,7 +16,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from serve.api import create_app
 from serve.config import Settings
-from serve.requests import Backend
+from serve.protocol import Backend
 
 PATIENCE = 60.0
 

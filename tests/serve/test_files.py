@@ -43,7 +43,7 @@ def test_kubernetes_waits_for_replicas_longer_than_they_may_take():
 
 
 def test_a_cluster_without_api_keys_is_refused(monkeypatch):
-    from serve.deployment import from_args
+    from serve.ray_app import from_args
 
     monkeypatch.delenv("PPCL_API_KEYS", raising=False)
     args = {"result": "/data/result", "engine": {"device": "cpu"}}

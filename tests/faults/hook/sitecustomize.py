@@ -137,21 +137,21 @@ def in_evaluation(module, action):
 
 STEP, LAST = 30, 60
 FAULTS = {
-    "raises": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 1, fail)),
-    "first killed": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, kill)),
-    "last killed": ("ppcl.distillation.pupil", lambda m: before_step(m, LAST, 1, kill)),
-    "last killed between": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 1, kill)),
-    "stopped": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, stop)),
-    "nan": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 0, nan)),
-    "checkpoint": ("ppcl.distillation.pupil", lambda m: in_mid_checkpoint(m, 4)),
-    "probe": ("ppcl.probes.run", lambda m: in_probe(m, kill)),
-    "calibration stopped": ("ppcl.calibration.store", lambda m: in_calibration(m, stop)),
-    "evaluation stopped": ("ppcl.evaluation.velocity", lambda m: in_evaluation(m, stop)),
-    "evaluation": ("ppcl.evaluation.velocity", lambda m: in_evaluation(m, kill)),
-    "node in calibration": ("ppcl.calibration.store", lambda m: in_calibration(m, kill_node)),
-    "node in probes": ("ppcl.probes.run", lambda m: in_probe(m, kill_node)),
-    "node in students": ("ppcl.distillation.run", lambda m: at_step(m, STEP, 1, kill_node)),
-    "node in evaluation": ("ppcl.evaluation.velocity", lambda m: in_evaluation(m, kill_node)),
+    "raises": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 1, fail)),
+    "first killed": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 0, kill)),
+    "last killed": ("ppcl.training.trainee", lambda m: before_step(m, LAST, 1, kill)),
+    "last killed between": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 1, kill)),
+    "stopped": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 0, stop)),
+    "nan": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 0, nan)),
+    "checkpoint": ("ppcl.training.trainee", lambda m: in_mid_checkpoint(m, 4)),
+    "probe": ("ppcl.detection.fit_probes", lambda m: in_probe(m, kill)),
+    "calibration stopped": ("ppcl.calibration.dataset", lambda m: in_calibration(m, stop)),
+    "evaluation stopped": ("ppcl.evaluation.velocity_error", lambda m: in_evaluation(m, stop)),
+    "evaluation": ("ppcl.evaluation.velocity_error", lambda m: in_evaluation(m, kill)),
+    "node in calibration": ("ppcl.calibration.dataset", lambda m: in_calibration(m, kill_node)),
+    "node in probes": ("ppcl.detection.fit_probes", lambda m: in_probe(m, kill_node)),
+    "node in students": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 1, kill_node)),
+    "node in evaluation": ("ppcl.evaluation.velocity_error", lambda m: in_evaluation(m, kill_node)),
 }
 
 
@@ -159,7 +159,7 @@ class Finder(importlib.abc.MetaPathFinder):
     """Wraps modules right after they were loaded."""
 
     def __init__(self):
-        self.hooks = [("ppcl.distillation.pupil", counted)] if TALLY else []
+        self.hooks = [("ppcl.training.trainee", counted)] if TALLY else []
         if FAULT:
             self.hooks.append(FAULTS[FAULT])
 

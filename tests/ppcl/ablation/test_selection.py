@@ -6,10 +6,10 @@ import torch
 from ppcl.ablation import selection
 from ppcl.ablation.gates import learned_gates
 from ppcl.ablation.summary import interval
-from ppcl.architecture import architecture_of
+from ppcl.detection.intervals import differences
 from ppcl.errors import UserError
-from ppcl.intervals import differences
-from ppcl.plan import Interval
+from ppcl.models import architecture_of
+from ppcl.replacements.plan import Interval
 from tests import tiny
 from tests.samples import MemorySamples
 

@@ -2,11 +2,11 @@ import torch
 from safetensors.torch import load_file
 
 from ppcl.ablation.sequential import distil_in_sequence
-from ppcl.config import Distillation
-from ppcl.distillation.mesh import Mesh
-from ppcl.distillation.run import distil
-from ppcl.plan import Interval
-from ppcl.teacher import Teacher
+from ppcl.config.schema import Distillation
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.plan import Interval
+from ppcl.training.distillation.trainer import distil
+from ppcl.training.parallel_dims import Mesh
 from tests.samples import MemorySamples
 
 INTERVALS = [Interval(0, 1), Interval(3, 5)]

@@ -5,13 +5,13 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
-from ppcl.architecture import architecture_of
-from ppcl.calibration.draws import generator, strata
+from ppcl.calibration.dataset import CalibrationSet, write_call, write_embeddings, write_held_out, write_states
 from ppcl.calibration.encoding import encode
-from ppcl.calibration.noising import noise_pictures
-from ppcl.calibration.recording import NEGATIVE, record
-from ppcl.calibration.store import CalibrationSet, write_call, write_embeddings, write_held_out, write_states
-from ppcl.config import Sampling
+from ppcl.calibration.noised_images import noise_pictures
+from ppcl.calibration.seeding import generator, strata
+from ppcl.calibration.trajectory_recorder import NEGATIVE, record
+from ppcl.config.schema import Sampling
+from ppcl.models import architecture_of
 from tests import tiny
 
 KEPT = 2

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from serve.config import Settings
-from serve.logs import log, log_as_json, plain, tell_failure
+from serve.logging import log, log_as_json, plain, tell_failure
 from tests.serve.api.test_client import waiting
 from tests.serve.served import Server, until
 

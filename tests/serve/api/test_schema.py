@@ -2,10 +2,10 @@
 
 import pytest
 
-from serve.api.limits import generation
 from serve.api.schema import ImageRequest, parse
+from serve.api.validation import generation
 from serve.config import Limits
-from serve.requests import PipelineCard, Refused
+from serve.protocol import PipelineCard, Refused
 
 CARD = PipelineCard(steps=20, height=64, width=96, multiple=16, arguments=("negative_prompt", "true_cfg_scale"))
 

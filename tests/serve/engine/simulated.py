@@ -10,16 +10,16 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ppcl.plan import Interval
-from ppcl.variants import Variant
+from ppcl.replacements.plan import Interval
+from ppcl.search.variants import Variant
 from serve.config import Elastic
 from serve.engine.admission import Admission
 from serve.engine.backlog import Backlog, Work
-from serve.engine.costs import Costs, Profile
-from serve.engine.elastic import ElasticQuality, ladder
-from serve.engine.pipelines import Kind
-from serve.engine.turns import Turns
-from serve.requests import AUTO, GenerationRequest, Refused
+from serve.engine.cost_model import Costs, Profile
+from serve.engine.fair_queue import Turns
+from serve.engine.quality_controller import ElasticQuality, ladder
+from serve.engine.shared_pipeline import Kind
+from serve.protocol import AUTO, GenerationRequest, Refused
 
 BATCH, QUEUE, STEPS, SIDE = 8, 64, 20, 64
 # Steps between looks at how urgent a picture is, as in the engine.

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ppcl.plan import Interval
+from ppcl.replacements.plan import Interval
 from serve.engine.backlog import Backlog, Work
-from serve.engine.costs import Costs, Profile
-from serve.engine.pipelines import Kind
+from serve.engine.cost_model import Costs, Profile
+from serve.engine.shared_pipeline import Kind
 
 LARGE, SMALL = Kind((), 1000), Kind((Interval(0, 1),), 1000)
 # One row takes 1 s, every further one 0.2 s; the small variant half of it; 1 s for text and decoding.

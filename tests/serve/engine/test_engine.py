@@ -9,7 +9,7 @@ import torch
 
 from serve.config import load_settings
 from serve.engine.engine import Engine
-from serve.requests import Accepted, GenerationRequest, Picture, Preview, Refused
+from serve.protocol import Accepted, GenerationRequest, Picture, Preview, Refused
 
 PATIENCE = 60.0
 ELASTIC = ("elastic.variants=[teacher,all]", "elastic.patience=1.5", "elastic.recover_seconds=0")

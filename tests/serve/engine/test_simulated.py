@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from serve.config import Elastic
-from serve.engine.costs import Profile
+from serve.engine.cost_model import Profile
 from tests.serve.engine.simulated import Machine, Simulation, compared, poisson
 
 SCORES = {"teacher": 0.93, "half": 0.85}

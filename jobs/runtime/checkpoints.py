@@ -1,0 +1,29 @@
+"""The checkpoints that the ranks of a stage go on from: damaged ones are left out and told, wherever they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from jobs.runtime.worker_group import Report
+from ppcl.storage.object_store import resumable
+from ppcl.storage.tensor_files import drop_damaged, is_whole
+
+
+def look_through(stage: str, folder: Path) -> list[str]:
+    """Before the ranks begin: make the folder, remove what is damaged in it, and tell that. (In a bucket each node looks itself.)"""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_damaged(stage, path) for path in drop_damaged(folder)]
+
+
+@contextmanager
+def going_on(stage: str, folder: str, attempt: str, report: Report) -> Iterator[Path]:
+    """On a rank: the folder, see `ppcl.storage.object_store.resumable`."""
+    with resumable(folder, attempt, is_whole, lambda path: report.note(_damaged(stage, path))) as checkpoints:
+        yield checkpoints
+
+
+def _damaged(stage: str, path: Path) -> str:
+    whose = "its checkpoint" if path.stem == "checkpoint" else f"the checkpoint of {path.stem}"
+    return f"{stage}: {whose} was damaged; trained again from the start"

@@ -1,0 +1,171 @@
+"""Actors that give no sign of life are killed: Ray finds a process that died, but waits for ever for one that is stopped.
+
+Each actor sends signs from a thread of its own, from the beginning of its constructor on: asked by a call, it could not
+answer before it has loaded its model. (The ranks of Ray Train are asked by Ray Train.)
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import psutil
+import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.runtime.resources import Places
+
+# Seconds between two signs, and between two looks at them; less where the patience is short.
+_EVERY = 5.0
+_A_TASK = 60.0
+
+
+class Process(NamedTuple):
+    """`started` tells it from a later one that was given the same number."""
+
+    node: str
+    number: int
+    started: float
+
+
+@ray.remote(num_cpus=0)
+class _Signs:
+    """When each process was heard of last, by this actor's own clock."""
+
+    def __init__(self) -> None:
+        self.heard: dict[Process, float] = {}
+
+    def hear(self, process: Process) -> None:
+        self.heard[process] = time.monotonic()
+
+    def silent(self, seconds: float) -> list[Process]:
+        """Those that were not heard of for so long."""
+        return [process for process, last in self.heard.items() if time.monotonic() - last > seconds]
+
+    def forget(self, process: Process) -> None:
+        self.heard.pop(process, None)
+
+
+class Life(NamedTuple):
+    """What an actor needs to give signs of life."""
+
+    signs: Any
+    every: float
+
+    def show(self) -> None:
+        """Called once, first in the actor's constructor."""
+        process = Process(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
+
+        # Who was never heard of cannot be missed.
+        ray.get(self.signs.hear.remote(process))
+
+        def go_on() -> None:
+            while True:
+                time.sleep(self.every)
+                self.signs.hear.remote(process)
+
+        threading.Thread(target=go_on, name="signs of life", daemon=True).start()
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(process: Process) -> bool:
+    """On the process's node; whether it was still there."""
+    try:
+        found = psutil.Process(process.number)
+        if found.create_time() != process.started:
+            return False
+        found.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+class Watch:
+    """Over some actors of one stage while their work is waited for: `with Watch("an evaluator", places) as watch`.
+
+    Actors are given `watch.life`. What ends the block with an error after an actor was killed is a `RuntimeError` that says so.
+    """
+
+    def __init__(self, who: str, places: Places):
+        self.who, self.places = who, places
+        self.every = min(_EVERY, places.patience / 4)
+        # On this node: another's loss must not take it away while the actors go on.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.life = Life(_Signs.options(scheduling_strategy=here).remote(), self.every)
+        self.killed: list[str] = []
+        self.tried: set[Process] = set()
+
+    def look(self) -> None:
+        """Kill those that have been silent for the patience. Raises `UserError` where places have been too few for as long."""
+        self.places.enough()
+        nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        for process in ray.get(self.life.signs.silent.remote(self.places.patience)):
+            if process.node in nodes and self._killed(process):
+                self.killed.append(
+                    f"{self.who} (process {process.number} on {nodes[process.node]}) gave no sign of life for "
+                    f"{self.places.patience:.0f} s, the configuration's patience"
+                )
+
+    def _killed(self, process: Process) -> bool:
+        """Whether it was killed; one that could not be, this time, is tried again at the next look."""
+        there = NodeAffinitySchedulingStrategy(process.node, soft=False)
+        try:
+            killed = ray.get(_kill.options(scheduling_strategy=there).remote(process), timeout=_A_TASK)
+        except ray.exceptions.RayError:
+            # Its task may still do it, too late to say so.
+            self.tried.add(process)
+            return False
+        self.life.signs.forget.remote(process)
+        return killed or process in self.tried
+
+    def results(self, rows: Iterator[Any]) -> Iterator[Any]:
+        """What an iterator that blocks gives, while somebody looks."""
+        coming: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+        def fetch() -> None:
+            try:
+                for row in rows:
+                    coming.put(("row", row))
+                coming.put(("end", None))
+            except BaseException as error:
+                coming.put(("error", error))
+
+        threading.Thread(target=fetch, name=f"what {self.who} makes", daemon=True).start()
+        looked = time.monotonic()
+        while True:
+            if time.monotonic() - looked > self.every:
+                self.look()
+                looked = time.monotonic()
+            try:
+                kind, value = coming.get(timeout=self.every)
+            except queue.Empty:
+                continue
+            if kind == "row":
+                yield value
+            elif kind == "error":
+                raise value
+            else:
+                return
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        ray.kill(self.life.signs)
+        if self.killed and _of_an_actor_that_died(error):
+            raise RuntimeError(self.killed[-1]) from error
+
+
+def _of_an_actor_that_died(error: BaseException | None) -> bool:
+    """Ray Data wraps it, Ray Core does not."""
+    while error is not None:
+        if isinstance(error, RayActorError):
+            return True
+        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,157 @@
+"""Run one function on every rank of a Ray Train worker group, with progress and errors that reach the user.
+
+Progress and refusals travel through one small actor: `ray.train.report` is a barrier over all ranks and would make the
+pipeline wait for its slowest rank at every step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.runtime.process_group import GroupConfig, free_places
+from jobs.runtime.resources import Places
+from ppcl.errors import UserError
+
+# What a rank may wait for one that is alive, seconds: some have longer to load and to finish than others. Those that are dead or
+# stopped are found much earlier.
+_COLLECTIVE_TIMEOUT = 1800
+_UPDATE_EVERY = 1.0
+_LOOK_EVERY = 5.0
+
+
+class Report:
+    """What a rank tells: how far it is, called `report(done, total, values)`, and what the user shall know in the end."""
+
+    def __init__(self, board: Any):
+        self._board, self._last = board, 0.0
+
+    def __call__(self, done: int, total: int, values: dict[str, float]) -> None:
+        if time.monotonic() - self._last > _UPDATE_EVERY or done == total:
+            self._last = time.monotonic()
+            self._board.update.remote(done, total, values)
+
+    def note(self, sentence: str) -> None:
+        """Several ranks may have the same to say."""
+        ray.get(self._board.note.remote(sentence))
+
+
+@ray.remote(num_cpus=0)
+class _Board:
+    """Where ranks leave their progress and, if they refuse their input, why."""
+
+    def __init__(self) -> None:
+        self.done, self.total, self.values, self.refusal = 0, 0, {}, None
+        self.notes: dict[str, None] = {}
+
+    def update(self, done: int, total: int, values: dict[str, float]) -> None:
+        self.done, self.total = max(done, self.done), total
+        self.values.update(values)
+
+    def note(self, sentence: str) -> None:
+        self.notes[sentence] = None
+
+    def noted(self) -> list[str]:
+        return list(self.notes)
+
+    def refuse(self, sentence: str) -> None:
+        self.refusal = self.refusal or sentence
+
+    def read(self) -> tuple[int, int, dict[str, float], str | None]:
+        return self.done, self.total, dict(self.values), self.refusal
+
+
+def run_ranks(
+    name: str,
+    function: Callable[[dict[str, Any], Report], None],
+    arguments: dict[str, Any],
+    places: Places,
+    scratch: Path,
+    progress: Callable[[int, int, dict[str, float]], None],
+) -> list[str]:
+    """`function(arguments, report)` on every rank of a torch process group; gives their notes when all have finished.
+
+    `places`: how many ranks, and of what. `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a folder for
+    Ray Train's own records, which no rank reads; removed at the end. Raises `UserError` with the sentence of a rank's
+    `UserError`, or where the places stay too few; anything else a rank raises comes through as Ray Train tells it.
+    """
+    places.wait()
+    workers, device, _ = places.asked
+    # On this node: another's loss must not take it away while the ranks go on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = _Board.options(scheduling_strategy=here).remote()
+
+    def loop(config: dict[str, Any]) -> None:
+        import torch
+        from ray.train import get_context
+
+        context = get_context()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        try:
+            function(config, Report(board))
+        except UserError as error:
+            ray.get(board.refuse.remote(str(error)))
+            raise
+
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=arguments | {"attempt": uuid.uuid4().hex},
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"GPU" if device == "cuda" else "CPU": 1}
+        ),
+        torch_config=GroupConfig(
+            backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT
+        ),
+        run_config=RunConfig(name=name, storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
+    )
+    failures: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failures.append(error)
+
+    # In a thread of its own: in the main thread `fit` would replace the handler of Ctrl-C for good, by one that ends the
+    # program as if it had succeeded.
+    thread = threading.Thread(target=fit, name=name, daemon=True)
+    thread.start()
+    looked = time.monotonic()
+    try:
+        while thread.is_alive():
+            thread.join(0.5)
+            done, total, values, refusal = ray.get(board.read.remote())
+            if total:
+                progress(done, total, values)
+            elif time.monotonic() - looked > _LOOK_EVERY:
+                # A node whose loss was not known yet may be missing now, and Ray Train would wait for ever.
+                looked = time.monotonic()
+                places.enough()
+        if failures:
+            free_places()
+            raise UserError(refusal) if refusal else _told(failures[0], places.patience)
+        return ray.get(board.noted.remote())
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _told(failure: BaseException, patience: float) -> BaseException:
+    """What ended a worker group; of ranks that did not answer Ray says which variable to set, and not which they are."""
+    failed = failure.worker_failures.items() if isinstance(failure, WorkerGroupError) else ()
+    for rank, error in failed:
+        if isinstance(error, WorkerHealthCheckTimeoutError):
+            return RuntimeError(f"rank {rank} gave no sign of life for {patience:.0f} s, the configuration's patience")
+    return failure

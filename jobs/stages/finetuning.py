@@ -1,0 +1,79 @@
+"""Fine-tuning on Ray Train: data-parallel replicas of the teacher with all its replacements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.runtime.checkpoints import going_on, look_through
+from jobs.runtime.resources import Places
+from jobs.runtime.worker_group import Report, run_ranks
+from ppcl.config.schema import Config
+from ppcl.models.teacher import Teacher
+from ppcl.storage.manifest import complete
+from ppcl.storage.object_store import gather, remove, writing
+
+
+def _rank(arguments: dict[str, Any], report: Report) -> None:
+    from ppcl.calibration.dataset import CalibrationSet
+    from ppcl.replacements.io import files_in
+    from ppcl.search.variants import read_family
+    from ppcl.training.finetuning.trainer import finetune
+    from ppcl.training.parallel_dims import Mesh
+
+    config = Config.model_validate(arguments["config"])
+    family = read_family(complete(arguments["variants"]))
+    going = going_on("finetuning", arguments["checkpoints"], arguments["attempt"], report)
+    with going as checkpoints, writing(arguments["folder"]) as folder:
+        finetune(
+            teacher=Teacher(arguments["teacher"]),
+            files=files_in(complete(arguments["students"])),
+            variants={name: variant.plan for name, variant in family.variants.items()},
+            damage=family.damage,
+            samples=CalibrationSet(complete(arguments["calibration"])),
+            settings=config.finetuning,
+            sampling_steps=config.sampling.steps,
+            mesh=Mesh.join(1, config.finetuning.replicas),
+            folder=folder,
+            checkpoints=checkpoints,
+            seed=config.seed,
+            device=arguments["device"],
+            report=report,
+        )
+
+
+def finetune_replacements(
+    config: Config,
+    teacher: Teacher,
+    calibration: Path,
+    students: Path,
+    variants: Path,
+    folder: Path,
+    device: str,
+    key: str,
+    progress: Callable[[int, int, dict[str, float]], None],
+) -> dict[str, Any]:
+    """Fine-tune what lies in `students`, for what lies in `variants`, into `folder`; gives what the manifest tells of the stage.
+
+    Checkpoints lie under `folder/checkpoints/<key>` until all is written.
+    """
+    checkpoints = folder / "checkpoints" / key
+    notes = look_through("finetuning", checkpoints)
+    arguments = {
+        "config": config.model_dump(mode="json"),
+        "teacher": teacher.place,
+        "students": str(students),
+        "variants": str(variants),
+        "calibration": str(calibration),
+        "folder": str(folder),
+        "checkpoints": str(checkpoints),
+        "device": device,
+    }
+    places = Places(config.finetuning.replicas, device, "finetuning.replicas", config.patience)
+    notes += run_ranks("finetuning", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
+    gather(folder)
+    remove(folder / "checkpoints")
+    made = json.loads((folder / "finetuning.json").read_text())
+    return {"skipped_steps": made["skipped_steps"], "notes": notes}

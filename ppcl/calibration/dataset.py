@@ -1,0 +1,242 @@
+"""The calibration set as files: embeddings and states in Parquet, tensors as bytes with their shape and type.
+
+    prompts/*.parquet   prompt_id, prompt, one column a prompt argument; the negative prompt has the id -1
+    states/*.parquet    sample_id, prompt_id, embedding_id, timestep, latents
+    call.json           the transformer's class and the arguments that all samples share
+    held_out.json       the ids of the held-out prompts
+
+Row groups are small, so that reading one sample reads about a megabyte around it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ppcl.calibration.encoding import Embedding, collate
+from ppcl.calibration.trajectory_recorder import Call, State
+from ppcl.errors import UserError
+from ppcl.models import architecture_of
+from ppcl.storage.manifest import write_atomically
+
+PROMPTS, STATES, CALL, HELD_OUT = "prompts", "states", "call.json", "held_out.json"
+
+_TENSOR = pa.struct([("data", pa.binary()), ("shape", pa.list_(pa.int32())), ("dtype", pa.string())])
+_STATE_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.int64()),
+        ("prompt_id", pa.int64()),
+        ("embedding_id", pa.int64()),
+        ("timestep", pa.float32()),
+        ("latents", _TENSOR),
+    ]
+)
+_ROW_GROUP_BYTES = 1 << 20
+_CACHE_BYTES = 256 << 20
+
+
+def pack(tensor: torch.Tensor) -> dict[str, Any]:
+    """A tensor as Parquet takes it. Arrow has no bfloat16: its bits are kept as those of uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    bits = tensor.view(torch.uint16) if tensor.dtype is torch.bfloat16 else tensor
+    return {
+        "data": bits.numpy().tobytes(),
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+    }
+
+
+def unpack(packed: dict[str, Any]) -> torch.Tensor:
+    # The bytes of a Python object must not be written to; a bytearray is the tensor's own.
+    return torch.frombuffer(bytearray(packed["data"]), dtype=getattr(torch, packed["dtype"])).reshape(packed["shape"])
+
+
+def write_embeddings(path: Path, ids: Sequence[int], texts: Sequence[str], embeddings: Sequence[Embedding]) -> None:
+    names = list(embeddings[0])
+    schema = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), *((name, _TENSOR) for name in names)])
+    rows = [
+        {"prompt_id": i, "prompt": text, **{name: pack(e[name]) for name in names}}
+        for i, text, e in zip(ids, texts, embeddings, strict=True)
+    ]
+    _write(path, pa.Table.from_pylist(rows, schema))
+
+
+def read_embeddings(path: Path) -> tuple[list[int], list[str], list[Embedding]]:
+    table = pq.read_table(path, partitioning=None)
+    names = table.column_names[2:]
+    rows = table.to_pylist()
+    embeddings = [{name: unpack(row[name]) for name in names} for row in rows]
+    return [row["prompt_id"] for row in rows], [row["prompt"] for row in rows], embeddings
+
+
+def write_states(path: Path, states: Sequence[State], call: Call | None, dropped: int) -> None:
+    """States as one file, in the order of their ids. `dropped` states of these prompts were not finite."""
+    rows = [
+        {
+            "sample_id": s.sample_id,
+            "prompt_id": s.prompt_id,
+            "embedding_id": s.embedding_id,
+            "timestep": s.timestep,
+            "latents": pack(s.latents),
+        }
+        for s in sorted(states, key=lambda s: s.sample_id)
+    ]
+    notes = {"dropped": str(dropped), "call": json.dumps(vars(call) if call else None)}
+    _write(path, pa.Table.from_pylist(rows, _STATE_SCHEMA.with_metadata(notes)))
+
+
+def read_notes(path: Path) -> tuple[int, Call | None]:
+    """How many states were dropped while a file of states was made, and the call they share."""
+    notes = pq.read_schema(path).metadata
+    call = json.loads(notes[b"call"])
+    return int(notes[b"dropped"]), Call(**call) if call else None
+
+
+def write_call(folder: Path, transformer: str, call: Call) -> None:
+    write_atomically(folder / CALL, json.dumps({"transformer": transformer, **vars(call)}, indent=1))
+
+
+def write_held_out(folder: Path, prompt_ids: Sequence[int]) -> None:
+    write_atomically(folder / HELD_OUT, json.dumps([int(i) for i in prompt_ids]))
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    """The whole file or none, in row groups of about a megabyte."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    rows = max(1, math.ceil(table.num_rows * _ROW_GROUP_BYTES / max(table.nbytes, 1)))
+    try:
+        pq.write_table(table, partial, row_group_size=rows, compression="zstd")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); free space or choose another output folder") from None
+
+
+class _Rows:
+    """Random access by id into a folder of Parquet files; the row groups last used are kept, up to a size."""
+
+    def __init__(self, folder: Path, id_column: str, also: Sequence[str] = ()):
+        columns = [id_column, *also]
+        self.files = sorted(folder.glob("*.parquet"))
+        ids, places, others = [], [], {name: [] for name in also}
+        for number, path in enumerate(self.files):
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    table = file.read_row_group(group, columns=columns)
+                    ids.append(table[id_column].to_numpy())
+                    rows = np.arange(table.num_rows)
+                    places.append(np.stack([np.full_like(rows, number), np.full_like(rows, group), rows], axis=1))
+                    for name in also:
+                        others[name].append(table[name].to_numpy())
+        if not ids:
+            raise UserError(f"{folder} holds no calibration samples; run the calibration again")
+        self.ids = np.concatenate(ids)
+        order = np.argsort(self.ids, kind="stable")
+        self.ids, self.places = self.ids[order], np.concatenate(places)[order]
+        self.others = {name: np.concatenate(values)[order] for name, values in others.items()}
+        self.cache: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self.cached = 0
+
+    def find(self, ids: Sequence[int]) -> np.ndarray:
+        """Positions of ids in `self.ids`. Raises `KeyError` for one that is not there."""
+        ids = np.asarray(ids, dtype=np.int64)
+        positions = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
+        if (self.ids[positions] != ids).any():
+            raise KeyError(f"no sample {ids[self.ids[positions] != ids][0]} in the calibration set")
+        return positions
+
+    def row(self, position: int) -> dict[str, Any]:
+        number, group, row = (int(i) for i in self.places[position])
+        return self._group(number, group).slice(row, 1).to_pylist()[0]
+
+    def _group(self, number: int, group: int) -> pa.Table:
+        key = (number, group)
+        if key not in self.cache:
+            with pq.ParquetFile(self.files[number]) as file:
+                self.cache[key] = file.read_row_group(group)
+            self.cached += self.cache[key].nbytes
+            while self.cached > _CACHE_BYTES and len(self.cache) > 1:
+                self.cached -= self.cache.popitem(last=False)[1].nbytes
+        self.cache.move_to_end(key)
+        return self.cache[key]
+
+
+class CalibrationSet:
+    """A finished calibration folder: which samples there are, and any of them as one call of the transformer.
+
+    Memory: 40 bytes a sample, and two caches of row groups of bounded size.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / CALL).exists() or not (self.folder / HELD_OUT).exists():
+            raise UserError(f"{self.folder} holds no complete calibration set; run ppcl compress again")
+        call = json.loads((self.folder / CALL).read_text())
+        self.architecture = architecture_of(call["transformer"])
+        self.call = Call(call["each"], call["whole"])
+        self._states = _Rows(self.folder / STATES, "sample_id", also=["prompt_id"])
+        self._prompts = _Rows(self.folder / PROMPTS, "prompt_id")
+        self._held_out = np.array(json.loads((self.folder / HELD_OUT).read_text()), dtype=np.int64)
+
+    def ids(self, held_out: bool) -> np.ndarray:
+        """Sample ids of one side of the split, ascending. Samples of one prompt are all on the same side."""
+        on_side = np.isin(self._states.others["prompt_id"], self._held_out) == held_out
+        return self._states.ids[on_side]
+
+    def prompts(self, held_out: bool) -> list[tuple[int, str]]:
+        """(prompt id, prompt) of one side of the split, ascending; only prompts that have samples."""
+        sampled = np.unique(self._states.others["prompt_id"])
+        wanted = set(sampled[np.isin(sampled, self._held_out) == held_out].tolist())
+        found = []
+        for path in self._prompts.files:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(columns=["prompt_id", "prompt"]):
+                    found += [(i, t) for i, t in zip(*batch.to_pydict().values(), strict=True) if i in wanted]
+        return sorted(found)
+
+    def batch(
+        self, ids: Sequence[int], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> dict[str, Any]:
+        """Arguments of one call of the stock transformer, one row an id, in the order given.
+
+        Latents and embeddings come in `dtype`. Timesteps, guidance and position ids stay float32, as the models cast
+        them themselves. Text is padded to the longest of the batch, with a mask where any is padded.
+        """
+        rows = [self._states.row(position) for position in self._states.find(ids)]
+        texts = [self._prompts.row(position) for position in self._prompts.find([r["embedding_id"] for r in rows])]
+        names = [name for name in texts[0] if name not in ("prompt_id", "prompt")]
+        prompt = collate([{name: unpack(text[name]) for name in names} for text in texts], self.architecture)
+        batch = {
+            self.architecture.latents: torch.stack([unpack(row["latents"]) for row in rows]).to(device, dtype),
+            self.architecture.timestep: torch.tensor([row["timestep"] for row in rows], device=device),
+        }
+        for name, value in prompt.items():
+            if value is not None:
+                value = value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            batch[name] = value
+        for name, value in self.call.each.items():
+            scalar = isinstance(value, int | float)
+            batch[name] = (
+                torch.full((len(rows),), float(value), device=device) if scalar else [_shapes(value)] * len(rows)
+            )
+        for name, value in self.call.whole.items():
+            batch[name] = torch.tensor(value, device=device)
+        return batch
+
+
+def _shapes(value: Any) -> Any:
+    """JSON's lists of numbers back as the tuples that the models take: `[[1, 4, 4]]` → `[(1, 4, 4)]`."""
+    if isinstance(value, list):
+        return tuple(value) if all(isinstance(v, int) for v in value) else [_shapes(v) for v in value]
+    return value

@@ -1,0 +1,152 @@
+"""States of pictures: VAE latents, noised along the straight path of rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from ppcl.calibration.encoding import Embedding, collate, pipeline_arguments
+from ppcl.calibration.seeding import generator, strata
+from ppcl.calibration.trajectory_recorder import Call, State, call_of, check_arguments
+from ppcl.config.schema import Sampling
+from ppcl.errors import UserError
+from ppcl.models import Architecture
+from ppcl.storage.object_store import local_file
+
+
+def noised(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """`x_t = (1 - t) x + t e`: `t` 0 is the picture, 1 is noise. Shapes `(B, ...)`, `(B, ...)`, `(B,)`."""
+    t = t.reshape(-1, *[1] * (latents.ndim - 1)).to(latents)
+    return (1 - t) * latents + t * noise
+
+
+@torch.no_grad()
+def picture_latents(
+    pipeline: Any, architecture: Architecture, images: Sequence[str], sampling: Sampling
+) -> torch.Tensor:
+    """The pictures' latents as the transformer takes them: the VAE's mean, normalised and packed as by the pipeline.
+
+    Pictures are scaled and cut to the sampling's size. Raises `UserError` for one that cannot be read.
+    """
+    vae = pipeline.vae
+    pixels = pipeline.image_processor.preprocess(
+        [_open(path) for path in images], sampling.height, sampling.width, resize_mode="crop"
+    ).to(vae.device, vae.dtype)
+    config = vae.config
+    if getattr(config, "latents_mean", None) is not None:
+        # The VAE of Qwen-Image is one of videos: a picture is a clip of one frame, normalised by channel.
+        latents = vae.encode(pixels[:, :, None]).latent_dist.mode()
+        mean, std = (
+            torch.tensor(v).view(1, -1, 1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std)
+        )
+        latents = ((latents - mean) / std)[:, :, 0]
+    else:
+        latents = vae.encode(pixels).latent_dist.mode()
+        latents = (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+    if architecture.packed_latents:
+        latents = pipeline._pack_latents(latents, *latents.shape)
+    return latents
+
+
+def noise_pictures(
+    pipeline: Any,
+    architecture: Architecture,
+    prompt_ids: Sequence[int],
+    embeddings: list[Embedding],
+    images: Sequence[str],
+    transformer_config: Mapping[str, Any],
+    sampling: Sampling,
+    states_per_prompt: int,
+    seed: int,
+) -> tuple[list[State], Call]:
+    """`states_per_prompt` noised latents of each picture; noise and timestep come from (seed, prompt id, slot) alone.
+
+    `pipeline` needs no transformer, only its configuration: something that stands in for it sees the pipeline's call.
+    """
+    call, shape = _first_call(pipeline, architecture, embeddings[0], transformer_config, sampling)
+    latents = picture_latents(pipeline, architecture, images, sampling).cpu()
+    if latents.shape[1:] != shape:
+        raise UserError(
+            f"a picture of {sampling.height} x {sampling.width} gives latents {tuple(latents.shape[1:])}, the pipeline "
+            f"takes {tuple(shape)}; set sampling.height and sampling.width to multiples of what its VAE and patches need"
+        )
+    states = []
+    for prompt_id, picture in zip(prompt_ids, latents, strict=True):
+        for slot, t in enumerate(strata(seed, prompt_id, states_per_prompt)):
+            noise = torch.randn(shape, generator=generator("noise", seed, prompt_id, slot)).to(picture)
+            states.append(
+                State(
+                    sample_id=2 * (states_per_prompt * prompt_id + slot),
+                    prompt_id=prompt_id,
+                    embedding_id=prompt_id,
+                    timestep=float(t) * architecture.timestep_scale,
+                    latents=noised(picture[None], noise[None], torch.tensor([t]))[0],
+                )
+            )
+    return states, call
+
+
+def _open(path: str) -> Image.Image:
+    try:
+        return Image.open(local_file(path)).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"the picture {path} cannot be read ({error}); replace it or take it out of the prompt file"
+        ) from None
+
+
+class _Called(Exception):
+    """Ends the pipeline's call at the transformer's."""
+
+
+class _StandIn(nn.Module):
+    """Has a transformer's configuration, device and type, and no weights; keeps what it is called with."""
+
+    def __init__(self, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.config, self.device, self.dtype = SimpleNamespace(**config), device, dtype
+        self.arguments: dict[str, Any] = {}
+
+    def cache_context(self, name: str) -> Any:
+        return torch.no_grad()
+
+    def forward(self, **arguments: Any) -> None:
+        self.arguments = arguments
+        raise _Called
+
+
+def _first_call(
+    pipeline: Any,
+    architecture: Architecture,
+    embedding: Embedding,
+    transformer_config: Mapping[str, Any],
+    sampling: Sampling,
+) -> tuple[Call, torch.Size]:
+    """The shared arguments of the pipeline's transformer calls, and the shape of one sample's latents."""
+    check_arguments(type(pipeline), sampling)
+    device = pipeline.vae.device
+    own = pipeline.transformer
+    stand_in = _StandIn(transformer_config, device, pipeline.vae.dtype)
+    pipeline.transformer = stand_in
+    arguments = pipeline_arguments(collate([embedding], architecture), str(device))
+    ignored = ("negative_prompt", "true_cfg_scale")
+    try:
+        pipeline(
+            **{k: v for k, v in sampling.arguments.items() if k not in ignored},
+            **arguments,
+            height=sampling.height,
+            width=sampling.width,
+            num_inference_steps=1,
+            generator=generator("first call"),
+            output_type="latent",
+        )
+    except _Called:
+        pass
+    finally:
+        pipeline.transformer = own
+    return call_of(architecture, stand_in.arguments), stand_in.arguments[architecture.latents].shape[1:]

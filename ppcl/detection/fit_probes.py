@@ -1,0 +1,189 @@
+"""What one rank does to fit probes: its segment's blocks, one pass over the teacher, sums and a few held-out tokens.
+
+    receive X from the rank before → run the segment's blocks, adding each one's streams to its sums → send X on
+
+Boundary `b` is the input of block `b`; the output of the last block of all is boundary `M`. A rank keeps held-out tokens
+of the boundaries behind its own blocks, the first rank those of `X_0` too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from ppcl.config.schema import Probes
+from ppcl.errors import UserError
+from ppcl.linalg.affine_fit import Probe
+from ppcl.linalg.moments import Statistics
+from ppcl.models import Streams, embed, run_blocks
+from ppcl.models.teacher import Teacher
+from ppcl.storage.manifest import write_atomically
+from ppcl.training.distillation.objectives import Seen, Wanted
+from ppcl.training.distillation.trainer import Samples, Segment, text_mask
+from ppcl.training.parallel_dims import Mesh
+from ppcl.training.pipeline import Chain, segments
+
+
+def probe_file(folder: Path, block: int) -> Path:
+    return folder / f"block-{block:02d}.safetensors"
+
+
+def tokens_file(folder: Path, boundary: int) -> Path:
+    return folder / f"tokens-{boundary:02d}.safetensors"
+
+
+def fit(
+    teacher: Teacher,
+    samples: Samples,
+    settings: Probes,
+    mesh: Mesh,
+    folder: Path,
+    seed: int,
+    device: str,
+    dtype: torch.dtype,
+    report: Callable[[int, int, dict[str, float]], None],
+) -> None:
+    """Fit the probes of this rank's blocks and write them, and the held-out tokens behind them, to `folder`."""
+    count = teacher.architecture.spans(teacher.empty_transformer())[-1].stop
+    part = segments([1.0] * count, mesh.pp)[mesh.stage]
+    segment = Segment(teacher, part, [], device, dtype)
+    chain = Chain(mesh.stage, mesh.pp, mesh.rank)
+    fitted, held_out = samples.ids(held_out=False), samples.ids(held_out=True)
+    total = len(fitted) + len(held_out)
+
+    # By block and stream; those of an FFN's own map are called `ffn_img` and `ffn_txt`.
+    sums: dict[tuple[int, str], Statistics] = {}
+    ffns = Wanted(residuals=frozenset(part))
+    for start in range(0, len(fitted), settings.batch_size):
+        before = None
+        for boundary, streams, seen in _walk(segment, chain, samples, fitted[start : start + settings.batch_size], ffns):
+            if before is not None:
+                _add(sums, boundary - 1, before, streams, seen, start, device)
+            before = streams
+        report(min(start + settings.batch_size, len(fitted)), total, {})
+    for block in part:
+        _write_probe(folder, block, {n: s for (b, n), s in sums.items() if b == block}, settings.ridge)
+
+    tokens: dict[tuple[int, str], list[torch.Tensor]] = {}
+    wanted = range(part.start if mesh.stage == 0 else part.start + 1, part.stop + 1)
+    for start in range(0, len(held_out), settings.batch_size):
+        ids = held_out[start : start + settings.batch_size]
+        for boundary, streams, seen in _walk(segment, chain, samples, ids, Wanted()):
+            for name, x in streams._asdict().items():
+                if boundary in wanted and x is not None:
+                    chosen = _chosen(x, name, seen.text_mask, ids, settings.tokens_per_sample, seed)
+                    tokens.setdefault((boundary, name), []).append(chosen.float().cpu())
+        report(len(fitted) + min(start + settings.batch_size, len(held_out)), total, {})
+    for boundary in wanted:
+        made = {n: torch.cat(parts) for (b, n), parts in tokens.items() if b == boundary}
+        _save(tokens_file(folder, boundary), made, {})
+    chain.flush()
+    mesh.barrier()
+
+
+@torch.no_grad()
+def _walk(
+    segment: Segment, chain: Chain, samples: Samples, ids: np.ndarray, wanted: Wanted
+) -> Iterator[tuple[int, Streams, Seen]]:
+    """One batch through the segment: each boundary, its streams, what was seen inside of the block before it.
+
+    Never more than one boundary is kept here.
+    """
+    start, context = embed(segment.transformer, samples.batch(ids, segment.device, segment.dtype))
+    streams = chain.receive(start)
+    mask = text_mask(segment.architecture, context)
+    seen = Seen(context=context, text_mask=mask)
+    yield segment.range.start, streams, seen
+    for number, block in segment.blocks.items():
+        with segment.listening(seen, wanted):
+            streams = run_blocks(segment.architecture, [block], streams, context)
+        if number + 1 == segment.range.stop:
+            chain.send(streams)
+        yield number + 1, streams, seen
+        seen.residuals.clear()
+
+
+def _add(
+    sums: dict[tuple[int, str], Statistics], block: int, before: Streams, after: Streams, seen: Seen, part: int, device: str
+) -> None:
+    """Count what a block, and its FFN alone, made of a batch, in its sums of either stream."""
+    pairs = {name: getattr(before, name) for name in Streams._fields}
+    pairs |= {f"ffn_{name}": x for (_, name), x in seen.residuals.items()}
+    for key, old in pairs.items():
+        name = key.removeprefix("ffn_")
+        new = getattr(after, name)
+        if old is not None and new is not None:
+            x = seen.tokens(old, name)
+            statistics = sums.setdefault((block, key), Statistics(x.shape[-1], x.shape[-1], device))
+            statistics.update(x, seen.tokens(new, name) - x, part=part)
+
+
+def _chosen(
+    x: torch.Tensor, name: str, mask: torch.Tensor | None, ids: np.ndarray, most: int, seed: int
+) -> torch.Tensor:
+    """At most `most` tokens of each sample, the same ones at every boundary, whatever the batches: `(n, d)`."""
+    chosen = []
+    for row, sample in enumerate(ids):
+        length = x.shape[1]
+        places = np.arange(length)
+        if name == "txt" and mask is not None:
+            places = places[mask[row].cpu().numpy()]
+        order = np.random.default_rng([seed, int(sample)]).permutation(len(places))[:most]
+        chosen.append(x[row, torch.as_tensor(np.sort(places[order]), device=x.device)])
+    return torch.cat(chosen)
+
+
+def _write_probe(folder: Path, block: int, sums: dict[str, Statistics], ridge: float) -> None:
+    tensors, words = {}, {}
+    for name, statistics in sums.items():
+        try:
+            probe, how = Probe.fit(statistics, ridge)
+        except UserError as error:
+            raise UserError(f"block {block}, {name} stream: {error}") from None
+        if not name.startswith("ffn_"):
+            tensors |= {f"{name}.weight": probe.weight, f"{name}.bias": probe.bias}
+        words |= {f"{name}.tokens": str(how.tokens), f"{name}.error": f"{how.error:.6g}"}
+        words |= {f"{name}.dropped": str(how.dropped), f"{name}.underdetermined": str(how.underdetermined)}
+        # What the map gets wrong, against the spread of the stream it is added to.
+        wrong, spread = how.error * float(statistics.yy.sum()), float(statistics.xx.diagonal().sum())
+        words[f"{name}.wrong"] = f"{wrong / spread if spread > 0 else 0.0:.6g}"
+    _save(probe_file(folder, block), tensors, words)
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], words: dict[str, str]) -> None:
+    write_atomically(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}, words))
+
+
+def ffn_error(path: Path) -> float | None:
+    """What the closed-form maps of a block's FFNs get wrong: the mean over its streams of the squared error, as a share of
+    the variance of the stream; None where the block has no FFN to replace."""
+    with safe_open(path, "pt") as file:
+        words = file.metadata() or {}
+    wrong = [float(words[f"ffn_{name}.wrong"]) for name in Streams._fields if f"ffn_{name}.wrong" in words]
+    return sum(wrong) / len(wrong) if wrong else None
+
+
+def has_text(path: Path) -> bool:
+    """Whether a block's text stream has parts of its own, which a text run could do without."""
+    with safe_open(path, "pt") as file:
+        return "ffn_txt.wrong" in (file.metadata() or {})
+
+
+def dropped(path: Path) -> int:
+    """Tokens of a block, of the stream that lost more, which the fit in this file left out for NaN or Inf."""
+    with safe_open(path, "pt") as file:
+        return max(int(value) for name, value in file.metadata().items() if name.endswith(".dropped"))
+
+
+def underdetermined(path: Path) -> int | None:
+    """The tokens of the fits in this file that had no more of them than the width, so that the ridge decided; None where
+    all had more."""
+    with safe_open(path, "pt") as file:
+        words = file.metadata()
+    few = [int(words[name.replace(".underdetermined", ".tokens")]) for name, value in words.items() if name.endswith(".underdetermined") and value == "True"]
+    return min(few, default=None)

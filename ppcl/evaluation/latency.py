@@ -1,0 +1,119 @@
+"""How long the blocks of a step take, and how much of it each replacement saves, measured where the job runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl.models import architecture_of, embed, run_blocks
+from ppcl.replacements.plan import Entry, Ffn, Fold, TextRun
+from ppcl.replacements.switcher import Switch
+
+# Entries of a kind that are timed, the others taken for the same; and how often each is.
+_OF_A_KIND = 3
+_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of one forward of the teacher, and of those the ones an entry saves: `alone`, and an FFN's `inside` of a
+    text run, where its text part is gone. Blocks are `blocks` in number."""
+
+    total: int
+    blocks: range
+    alone: Mapping[Entry, int]
+    inside: Mapping[Entry, int]
+
+    def saved(self, entry: Entry, within: TextRun | None = None, folded: bool = False) -> int:
+        """What folding saves of a replaced part is taken for the same as of the teacher's."""
+        if within is not None and entry.first != within.first and entry in self.inside:
+            return self.inside[entry]
+        return self.alone[entry]
+
+    def speedup(self, plan: Iterable[Entry]) -> float:
+        """How many times faster than the teacher a step is with a plan on, were savings to add up."""
+        plan = list(plan)
+        runs = [entry for entry in plan if isinstance(entry, TextRun)]
+        left = self.total - sum(self.saved(e, next((r for r in runs if isinstance(e, Ffn) and e.block in r.blocks), None)) for e in plan)
+        return self.total / max(1, left)
+
+
+def _synchronized() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _least(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """The least seconds each call took, which is what it takes when nothing else disturbs it. The calls take turns, so that a
+    drift of the machine's speed falls on all alike."""
+    taken: list[list[float]] = [[] for _ in calls]
+    for _ in range(_ROUNDS + 1):
+        for index, call in enumerate(calls):
+            begun = _synchronized()
+            call()
+            taken[index].append(_synchronized() - begun)
+    return [min(seconds[1:]) for seconds in taken]
+
+
+@torch.no_grad()
+def measure_times(transformer: nn.Module, switch: Switch, inputs: Mapping[str, Any]) -> Times:
+    """Time the teacher and the entries that the switch has, on one batch of the stock forward's arguments.
+
+    Entries of one kind and length in one block list are taken for alike: some of them are timed, all get their median.
+    """
+    architecture = architecture_of(transformer)
+    blocks, spans = switch.blocks(transformer), architecture.spans(transformer)
+    switch(transformer, ())
+    streams, context = embed(transformer, inputs)
+    (total,) = _least([lambda: transformer(**{**inputs, "return_dict": False})])
+
+    def saving(numbers: range, before: Sequence[Entry], after: Sequence[Entry]) -> float:
+        ways = [switch.entries(transformer, plan) for plan in (before, after)]
+        standing = [[way.get(number, blocks[number]) for number in numbers] for way in ways]
+        one, other = _least([lambda mods=mods: run_blocks(architecture, mods, streams, context) for mods in standing])
+        return one - other
+
+    groups: dict[Any, list[Entry]] = {}
+    for entry in switch.files:
+        span = next(index for index, span in enumerate(spans) if entry.first in span)
+        kind = 0 if isinstance(entry, Fold) else len(entry.blocks), getattr(entry, "kept", None)
+        groups.setdefault((span, type(entry), *kind), []).append(entry)
+    alone: dict[Entry, int] = {}
+    inside: dict[Entry, int] = {}
+    runs = [entry for entry in switch.files if isinstance(entry, TextRun)]
+    for group in groups.values():
+        some = group[:: max(1, len(group) // _OF_A_KIND)][:_OF_A_KIND]
+        whole = range(len(blocks))
+        alone |= _each(group, [saving(whole if isinstance(e, Fold) else e.blocks, (), (e,)) for e in some])
+        if isinstance(group[0], Ffn):
+            pairs = [(run, e) for e in group for run in runs if e.block in run.blocks[1:]][:_OF_A_KIND]
+            if pairs:
+                inside |= _each(group, [saving(run.blocks, (run,), (run, e)) for run, e in pairs])
+    return Times(round(1e6 * total), range(len(blocks)), alone, inside)
+
+
+def _each(group: Sequence[Entry], seconds: Sequence[float]) -> dict[Entry, int]:
+    return dict.fromkeys(group, round(1e6 * statistics.median(seconds)))
+
+
+@torch.no_grad()
+def forward_seconds(
+    transformer: nn.Module, switch: Switch, plans: Sequence[Sequence[Entry]], inputs: Mapping[str, Any]
+) -> list[float]:
+    """The least seconds of one forward with each plan on. The teacher is left plugged in."""
+
+    def forward(plan: Sequence[Entry]) -> None:
+        switch(transformer, plan)
+        transformer(**{**inputs, "return_dict": False})
+
+    try:
+        return _least([lambda plan=plan: forward(plan) for plan in plans])
+    finally:
+        switch(transformer, ())

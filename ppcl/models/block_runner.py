@@ -1,0 +1,101 @@
+"""Running a stock transformer in parts: `embed → blocks → head`, the stock forward untouched.
+
+`X_0`, the context of the blocks and the head all come from the stock forward itself, run with its block lists' entries
+swapped for a tap and pass-throughs. Nothing of any model's forward is written again here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl.models.adapter import Architecture, Streams, architecture_of
+
+
+class PassThrough(nn.Module):
+    """A block that gives back the streams it is given. Stands at a removed block's place, so the lists keep their length."""
+
+    # Read by the stock SD3 forward between blocks.
+    context_pre_only = False
+
+    def __init__(self, architecture: Architecture):
+        super().__init__()
+        self.architecture = architecture
+
+    def forward(self, **arguments: Any) -> tuple:
+        return self.architecture.to_returned(self.architecture.split(arguments)[0])
+
+
+class _Tap(PassThrough):
+    """Keeps what the first block is given; gives back `answer` where there is one."""
+
+    def __init__(self, architecture: Architecture, answer: Streams | None = None):
+        super().__init__(architecture)
+        self.answer = answer
+        self.seen: tuple[Streams, dict[str, Any]] | None = None
+
+    def forward(self, **arguments: Any) -> tuple:
+        self.seen = self.architecture.split(arguments)
+        return self.architecture.to_returned(self.answer or self.seen[0])
+
+
+def swap(transformer: nn.Module, entries: Mapping[int, nn.Module]) -> dict[int, nn.Module]:
+    """Put modules at block numbers; gives back what stood there. Moves references only.
+
+    Raises `UserError` for a block that does not exist, before anything is changed.
+    """
+    architecture = architecture_of(transformer)
+    places = {block: architecture.entry(transformer, block) for block in entries}
+    before = {block: blocks[index] for block, (blocks, index) in places.items()}
+    for block, (blocks, index) in places.items():
+        # ModuleList's own assignment re-registers the module; the dictionary alone is what its iteration reads.
+        blocks._modules[str(index)] = entries[block]
+    return before
+
+
+@contextlib.contextmanager
+def swapped(transformer: nn.Module, entries: Mapping[int, nn.Module]) -> Iterator[nn.Module]:
+    """Like `swap`, for the length of a `with` block."""
+    before = swap(transformer, entries)
+    try:
+        yield transformer
+    finally:
+        swap(transformer, before)
+
+
+def _tapped(transformer: nn.Module, tap: _Tap) -> contextlib.AbstractContextManager:
+    architecture = tap.architecture
+    count = len(architecture.blocks(transformer))
+    through = PassThrough(architecture)
+    return swapped(transformer, {0: tap} | {block: through for block in range(1, count)})
+
+
+@torch.no_grad()
+def embed(transformer: nn.Module, inputs: Mapping[str, Any]) -> tuple[Streams, dict[str, Any]]:
+    """`X_0` and the context every block is given, for one call of the transformer.
+
+    `inputs` are the stock forward's arguments. No block needs to be loaded.
+    """
+    tap = _Tap(architecture_of(transformer))
+    with _tapped(transformer, tap):
+        transformer(**inputs)
+    return tap.seen
+
+
+def head(transformer: nn.Module, streams: Streams, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The velocity that the stock head makes of the streams after the last block; the shape is the stock output's."""
+    with _tapped(transformer, _Tap(architecture_of(transformer), streams)):
+        return transformer(**{**inputs, "return_dict": False})[0]
+
+
+def run_blocks(
+    architecture: Architecture, blocks: Iterable[nn.Module], streams: Streams, context: Mapping[str, Any]
+) -> Streams:
+    """`X_v` from `X_{u-1}`: any run of blocks alone."""
+    for block in blocks:
+        streams = architecture.from_returned(block(**architecture.join(streams, context)))
+    return streams

@@ -1,0 +1,20 @@
+from ppcl.models.adapter import Architecture, Parts, register
+
+FLUX = register(
+    Architecture(
+        name="FLUX.1",
+        transformer="FluxTransformer2DModel",
+        pipelines=("FluxPipeline",),
+        block_lists=("transformer_blocks", "single_transformer_blocks"),
+        parts={
+            "transformer_blocks": {
+                "img": Parts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),
+                "txt": Parts("norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out"),
+            }
+        },
+        prompt_arguments=("encoder_hidden_states", "pooled_projections"),
+        shared_arguments=("img_ids", "txt_ids", "guidance"),
+        encoded=("encoder_hidden_states", "pooled_projections", None),
+        timestep_scale=1.0,
+    )
+)

@@ -1,0 +1,21 @@
+from ppcl.models.adapter import Architecture, Parts, register
+
+SD3 = register(
+    Architecture(
+        name="Stable Diffusion 3.5",
+        transformer="SD3Transformer2DModel",
+        pipelines=("StableDiffusion3Pipeline",),
+        block_lists=("transformer_blocks",),
+        parts={
+            "transformer_blocks": {
+                "img": Parts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),
+                "txt": Parts("norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out"),
+            }
+        },
+        prompt_arguments=("encoder_hidden_states", "pooled_projections"),
+        shared_arguments=(),
+        encoded=("encoder_hidden_states", None, "pooled_projections", None),
+        timestep_scale=1000.0,
+        packed_latents=False,
+    )
+)

@@ -1,0 +1,213 @@
+"""The teacher: a diffusers pipeline folder, or one in a bucket, read safely, whole or only the blocks a worker needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ppcl.errors import UserError
+from ppcl.models import Architecture, PassThrough, architecture_of, swap
+from ppcl.models.remote_safetensors import RemoteWeights
+from ppcl.storage.object_store import Store, each, file_sha256, is_url
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_WEIGHTS = ".safetensors"
+_TRUSTED_LIBRARIES = ("diffusers", "transformers")
+
+
+class Teacher:
+    """A pipeline folder that has been looked at: its files, classes and architecture, no weights loaded yet.
+
+    `place`: where it is, a folder or an `s3://` URL. `folder`: its files on this node; of a bucket the small ones, as
+    they were when the bucket was listed. Raises `UserError` where the folder is no diffusers pipeline, its transformer is
+    not supported, it wants code of its own, or its weights are pickles.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.store = Store(folder) if is_url(folder) else None
+        if self.store:
+            self._listed = self.store.objects()
+            self.folder = self.store.snapshot([name for name in self._listed if not name.endswith(_WEIGHTS)], self._listed)
+        else:
+            self.folder = Path(folder).absolute()
+        self.place = self.store.url if self.store else str(self.folder)
+        index = self._json("model_index.json")
+        entry = index.get("transformer")
+        if not entry:
+            raise UserError(f"{self.place} is a {index.get('_class_name')}, which has no transformer; point to an MMDiT pipeline")
+        self.architecture: Architecture = architecture_of(entry[1])
+        self.pipeline_class: str = index["_class_name"]
+        for name, value in index.items():
+            if isinstance(value, list) and value[0] is not None and value[0] not in _TRUSTED_LIBRARIES:
+                raise UserError(
+                    f"{self.place}/model_index.json takes {name} from {value[0]!r}: code from a model folder is never "
+                    f"run; only classes of {' and '.join(_TRUSTED_LIBRARIES)} are loaded"
+                )
+        if self.pipeline_class not in self.architecture.pipelines:
+            raise UserError(
+                f"{self.place} is a {self.pipeline_class}; supported for {self.architecture.transformer}: "
+                f"{', '.join(self.architecture.pipelines)}"
+            )
+        for name in self._names():
+            if PurePosixPath(name).suffix in _PICKLES:
+                raise UserError(
+                    f"{self.place}/{name} is a pickle, which can run code when it is loaded; convert the weights to safetensors "
+                    "(save_pretrained with safe_serialization) and remove the file"
+                )
+        self.transformer_files = self._transformer_files()
+
+    def _names(self) -> list[str]:
+        """The paths of all files under the pipeline's folder."""
+        if self.store:
+            return sorted(self._listed)
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.exists():
+            raise UserError(
+                f"{self.place} is no diffusers pipeline folder: {path.name} is missing; point to a folder written by save_pretrained"
+            )
+        try:
+            return json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.place}/{name} is not valid JSON ({error}); get an intact copy of it") from None
+
+    def _transformer_files(self) -> dict[str, str]:
+        """Where each tensor of the transformer lies: name to the path of a safetensors file, relative to the pipeline's folder."""
+        sharded = "transformer/diffusion_pytorch_model.safetensors.index.json"
+        if (self.folder / sharded).exists():
+            return {name: f"transformer/{file}" for name, file in self._json(sharded)["weight_map"].items()}
+        single = "transformer/diffusion_pytorch_model.safetensors"
+        if single not in self._names():
+            raise UserError(
+                f"{self.place}/transformer holds no diffusion_pytorch_model.safetensors; save the transformer as safetensors"
+            )
+        if self.store:
+            return dict.fromkeys(RemoteWeights(self.store, single).names, single)
+        with _open(self.folder / single) as file:
+            return dict.fromkeys(file.keys(), single)
+
+    def _sha256(self, name: str) -> str:
+        """A file's sha256. Of an object what its writer left as that, else its tag, which changes with the content too:
+        weights are not read for it."""
+        if self.store and name.endswith(_WEIGHTS):
+            return self.store.sha256(name) or f"tag {self._listed[name].tag}"
+        return file_sha256(self.folder / name)
+
+    def sha256(self) -> str:
+        """One hash over the transformer's configuration and weights: what a result refers to its teacher by."""
+        digest = hashlib.sha256((self.folder / "transformer" / "config.json").read_bytes())
+        for sha256 in each(self._sha256, sorted(set(self.transformer_files.values()))):
+            digest.update(sha256.encode())
+        return digest.hexdigest()
+
+    def part_hashes(self) -> dict[str, str]:
+        """The sha256 of every file of the pipeline's other parts (text encoders, tokenizers, VAE, scheduler), by its path."""
+        index = self._json("model_index.json")
+        parts = {name for name, value in index.items() if isinstance(value, list) and name != "transformer"}
+        names = [name for name in self._names() if name.split("/")[0] in parts]
+        return dict(zip(names, each(self._sha256, names), strict=True))
+
+    def with_weights(self, transformer: bool = True) -> Path:
+        """The folder with all its weights on this node, or with all but the transformer's."""
+        if self.store:
+            wanted = [name for name in self._listed if transformer or not name.startswith("transformer/") or not name.endswith(_WEIGHTS)]
+            return self.store.snapshot(wanted, self._listed)
+        return self.folder
+
+    def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+        """The stock diffusers pipeline, loaded whole. The transformer's parameters do not require gradients."""
+        import diffusers
+
+        pipeline_class = getattr(diffusers, self.pipeline_class)
+        pipeline = pipeline_class.from_pretrained(
+            self.with_weights(), dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        # What takes a gradient is taken for a part in training, whose products are not kept.
+        pipeline.transformer.requires_grad_(False)
+        return pipeline.to(device)
+
+    def pipeline_without_transformer(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+        """The stock pipeline with `transformer=None`: enough to encode prompts and pictures."""
+        import diffusers
+
+        pipeline_class = getattr(diffusers, self.pipeline_class)
+        pipeline = pipeline_class.from_pretrained(
+            self.with_weights(transformer=False), transformer=None, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device)
+
+    def config(self) -> dict[str, Any]:
+        return self._json("transformer/config.json")
+
+    def empty_transformer(self) -> nn.Module:
+        """The transformer with all its parameters on the meta device: structure without memory."""
+        import diffusers
+
+        with init_empty_weights():
+            return getattr(diffusers, self.architecture.transformer).from_config(self.config()).eval()
+
+    def transformer(
+        self, keep: Collection[int] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
+        """The transformer with the blocks `keep` (all by default), everything else of it being embedders and head.
+
+        Only the kept tensors are read from the safetensors files. At the other blocks' places stand pass-throughs, so a
+        rank's memory is its own blocks. Parameters do not require gradients. Raises `UserError` for NaN or Inf weights.
+        """
+        model = self.empty_transformer()
+        count = len(self.architecture.blocks(model))
+        keep = set(range(count)) if keep is None else set(keep)
+        dropped = [self._prefix(model, block) for block in range(count) if block not in keep]
+        through = PassThrough(self.architecture)
+        swap(model, {block: through for block in range(count) if block not in keep})
+        for name, tensor in self._tensors(lambda n: not n.startswith(tuple(dropped)) if dropped else True):
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"the weight {name} in {self.place}/{self.transformer_files[name]} has NaN or infinite values; get an intact copy of it"
+                )
+            # Without being told, accelerate would bring it back to the type the structure was made with.
+            set_module_tensor_to_device(model, name, device, tensor, dtype=dtype if tensor.is_floating_point() else None)
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if missing:
+            raise UserError(f"{self.place}/transformer lacks {len(missing)} weights, the first being {missing[0]}")
+        return model.requires_grad_(False)
+
+    def _prefix(self, model: nn.Module, block: int) -> str:
+        """A block's prefix in the names of its tensors, such as `transformer_blocks.3.`."""
+        for name, span in zip(self.architecture.block_lists, self.architecture.spans(model), strict=True):
+            if block in span:
+                return f"{name}.{block - span.start}."
+        raise UserError(f"block {block} does not exist in {self.place}")
+
+    def _tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
+        by_file: dict[str, list[str]] = {}
+        for name, file in self.transformer_files.items():
+            if wanted(name):
+                by_file.setdefault(file, []).append(name)
+        for file, names in by_file.items():
+            if self.store:
+                yield from RemoteWeights(self.store, file).tensors(names)
+                continue
+            with _open(self.folder / file) as opened:
+                for name in names:
+                    yield name, opened.get_tensor(name)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}); get an intact copy of it") from None

@@ -1,0 +1,1 @@
+"""Choosing plans: Pareto fronts over parameters and time, and the named variants."""

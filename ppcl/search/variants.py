@@ -1,0 +1,182 @@
+"""Variants: which of the trained replacements are on, under names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppcl.config.schema import Variants
+from ppcl.errors import UserError
+from ppcl.evaluation.latency import Times
+from ppcl.replacements.parameter_counts import Sizes
+from ppcl.replacements.plan import Entry, Interval, checked, entry_of, order, written
+from ppcl.search.pareto import Plan, candidates, choose_blocks, target_candidates
+
+TEACHER = "teacher"
+ALL = "all"
+
+# A name is also a folder of pictures and a part of an address.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The plan that is on. `parameters` of the transformer, `share` of the teacher's, `blocks` that run.
+
+    `budget`: the share of the parameters it was chosen for, None where it was not chosen by budget.
+    """
+
+    name: str
+    plan: tuple[Entry, ...]
+    parameters: int
+    share: float
+    blocks: int
+    budget: float | None = None
+
+    @classmethod
+    def of(cls, name: str, plan: Iterable[Entry], sizes: Sizes, budget: float | None = None) -> Variant:
+        on = tuple(sorted(plan, key=order))
+        parameters = sizes.parameters(on)
+        return cls(name, on, parameters, parameters / sizes.total, sizes.running(on), budget)
+
+
+def trained(plan: Iterable[Entry | str | Sequence[int]], known: Iterable[Entry], spans: list[range]) -> list[Entry]:
+    """A sorted, checked choice of entries. Raises `UserError` where one is impossible or was not trained."""
+    chosen, known = checked(plan, spans), sorted(known, key=order)
+    for entry in chosen:
+        if entry not in known:
+            raise UserError(f"there is no replacement {entry}; there are {', '.join(map(str, known)) or 'none'}")
+    return chosen
+
+
+def budget_name(budget: float) -> str:
+    """`p75` for 0.75."""
+    return f"p{budget * 100:g}"
+
+
+def blocks_name(blocks: int) -> str:
+    """`b40` for 40 blocks that run."""
+    return f"b{blocks}"
+
+
+def names_of(settings: Variants) -> list[str]:
+    """What the variants of a configuration will be called, but for the teacher. Raises `UserError` where that cannot be."""
+    own = {"variants.targets": settings.targets, "variants.custom": settings.custom}
+    made = [TEACHER, *map(budget_name, settings.budgets), *map(blocks_name, settings.blocks), ALL]
+    for key, names in own.items():
+        for name in names:
+            if name in made:
+                raise UserError(f"{key}: the name {name!r} is taken by a variant made anyway; choose another")
+            if not _NAME.fullmatch(name):
+                raise UserError(f"{key}: {name!r} is no name for a variant; use letters, digits, '.', '_' and '-'")
+            if written(name):
+                raise UserError(f"{key}: {name!r} reads as a plan and cannot name a variant; choose another name")
+            made.append(name)
+    return made[1:]
+
+
+def plans_to_measure(settings: Variants, sizes: Sizes, times: Times | None, damage: Mapping[Entry, float]) -> dict[str, list[Plan]]:
+    """By name, the plans among which those of the budgets and targets are chosen; `times` is needed for targets.
+
+    Raises `UserError` where one cannot be met.
+    """
+    plans = {budget_name(budget): candidates(budget, sizes, damage) for budget in settings.budgets}
+    return plans | {name: target_candidates(name, target, sizes, times, damage) for name, target in settings.targets.items()}
+
+
+def best_plans(
+    settings: Variants, plans: Mapping[str, Sequence[Plan]], errors: Mapping[Plan, float], speedups: Mapping[Plan, float]
+) -> dict[str, Plan]:
+    """By name, the plan of the smallest velocity error among those that are as fast as wanted, else the fastest one.
+
+    `errors` and `speedups` (times the teacher's speed) are measured, of each plan as a whole.
+    """
+    chosen = {}
+    for name, some in plans.items():
+        speedup = settings.targets[name].speedup if name in settings.targets else None
+        fast = [plan for plan in some if speedup is None or speedups[plan] >= speedup]
+        chosen[name] = min(fast, key=errors.__getitem__) if fast else max(some, key=speedups.__getitem__)
+    return chosen
+
+
+def make_variants(
+    settings: Variants, sizes: Sizes, damage: Mapping[Entry, float], spans: list[range], chosen: Mapping[str, Plan]
+) -> dict[str, Variant]:
+    """The named variants: the teacher, one a budget, one a number of blocks, one a target, all intervals on, and the custom ones.
+
+    `chosen`: the plans of the budgets and targets. Raises `UserError`.
+    """
+    names_of(settings)
+
+    def variant(name: str, plan: Iterable[Entry], budget: float | None = None) -> Variant:
+        return Variant.of(name, plan, sizes, budget)
+
+    made = {TEACHER: variant(TEACHER, ())}
+    made |= {budget_name(b): variant(budget_name(b), chosen[budget_name(b)], b) for b in settings.budgets}
+    made |= {blocks_name(most): variant(blocks_name(most), choose_blocks(most, sizes, damage)) for most in settings.blocks}
+    made |= {name: variant(name, chosen[name]) for name in settings.targets}
+    if intervals := [entry for entry in damage if isinstance(entry, Interval)]:
+        made[ALL] = variant(ALL, intervals)
+    for name, plan in settings.custom.items():
+        try:
+            made[name] = variant(name, trained(plan, sizes.replacements, spans))
+        except UserError as error:
+            raise UserError(f"variants.custom.{name}: {error}") from None
+    return made
+
+
+@dataclass(frozen=True)
+class Family:
+    """What `variants.json` says: the teacher's size, what each entry alone costs, and the named variants.
+
+    `damage`: relative squared error of the velocity with that one entry on, before any fine-tuning.
+    """
+
+    parameters: int
+    blocks: int
+    spans: list[range]
+    damage: dict[Entry, float]
+    variants: dict[str, Variant]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "teacher": {
+                "parameters": self.parameters,
+                "blocks": self.blocks,
+                "spans": [[span.start, span.stop] for span in self.spans],
+            },
+            "damage": {str(entry): self.damage[entry] for entry in sorted(self.damage, key=order)},
+            "variants": {
+                v.name: {
+                    "plan": [str(entry) for entry in v.plan],
+                    "parameters": v.parameters,
+                    "share": v.share,
+                    "blocks": v.blocks,
+                    "budget": v.budget,
+                }
+                for v in self.variants.values()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Family:
+        teacher = values["teacher"]
+        return cls(
+            parameters=teacher["parameters"],
+            blocks=teacher["blocks"],
+            spans=[range(*span) for span in teacher["spans"]],
+            damage={entry_of(name): value for name, value in values["damage"].items()},
+            variants={
+                name: Variant(name, **{**v, "plan": tuple(map(entry_of, v["plan"]))})
+                for name, v in values["variants"].items()
+            },
+        )
+
+
+def read_family(folder: Path) -> Family:
+    """What the stage `variants` left in its folder."""
+    return Family.from_json(json.loads((folder / "variants.json").read_text()))

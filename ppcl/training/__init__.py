@@ -1,0 +1,1 @@
+"""Training of replacements: what distillation and fine-tuning share."""

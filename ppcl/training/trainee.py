@@ -1,0 +1,120 @@
+"""A replacement in training: its optimizer, its average, its curve, and its checkpoint, keyed by the entry alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from ppcl.config.schema import Distillation
+from ppcl.replacements.io import Replacement
+from ppcl.storage.tensor_files import load_tensors, save_tensors
+from ppcl.training.distillation.objectives import Lesson, Seen
+from ppcl.training.losses import LOSSES
+from ppcl.training.parallel_dims import Mesh
+
+
+def learning_rate(step: int, settings: Distillation) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Pupil:
+    """Takes one lesson on the teacher's own streams. No gradient and no error comes from any other."""
+
+    def __init__(self, lesson: Lesson, settings: Distillation, mesh: Mesh):
+        self.lesson = lesson
+        self.module = lesson.module.float().requires_grad_(True).train()
+        self.settings, self.mesh = settings, mesh
+        self.parameters = dict(self.module.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+        self.average = {k: p.detach().clone() for k, p in self.parameters.items()} if settings.ema else {}
+        self.step = 0
+        self.skipped = 0
+        self.curve: list[dict[str, float]] = []
+
+    def learn(self, seen: Seen, bfloat16: bool) -> dict[str, float]:
+        """One optimizer step on what a batch left of the teacher; gives the loss, whole and by part.
+
+        A step whose gradient is not finite is left out and counted: one bad batch must not end a student.
+        """
+        device = next(iter(self.parameters.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            parts = self.lesson.losses(seen, LOSSES[self.settings.loss])
+        sums = {name: part[0] for name, part in parts.items()}
+        divisors = {name: part[1] for name, part in parts.items()}
+        total = self.mesh.add_up(torch.tensor(list(divisors.values()), dtype=torch.float64))
+        loss = sum(s / n for s, n in zip(sums.values(), total.tolist(), strict=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self._reduce_gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.gradient_clip)
+        if torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, self.settings)
+            self.optimizer.step()
+            if self.average:
+                weight = 1 - min(self.settings.ema, (self.step + 1) / (self.step + 10))
+                torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], weight)
+        else:
+            self.skipped += 1
+        self.step += 1
+        parts = torch.stack([s.detach().double().cpu() for s in sums.values()]) / total
+        parts = self.mesh.add_up(parts).tolist()
+        return {"loss": sum(parts)} | dict(zip(sums, parts))
+
+    def _reduce_gradients(self) -> None:
+        if self.mesh.dp == 1:
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        # One message a student instead of one a parameter.
+        flat = self.mesh.add_up(torch.cat([g.reshape(-1) for g in gradients]))
+        for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            g.copy_(part.view_as(g))
+
+    def trained(self) -> Replacement:
+        """What to keep: the average where one is kept."""
+        if self.average:
+            with torch.no_grad():
+                for k, p in self.parameters.items():
+                    p.copy_(self.average[k])
+        return self.module
+
+    def save(self, path: Path) -> None:
+        """Everything needed to go on."""
+        tensors = {f"student.{k}": p for k, p in self.parameters.items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for k, p in self.parameters.items():
+            state = self.optimizer.state.get(p)
+            if state:
+                tensors |= {f"exp_avg.{k}": state["exp_avg"], f"exp_avg_sq.{k}": state["exp_avg_sq"]}
+        words = {"step": str(self.step), "skipped": str(self.skipped), "curve": json.dumps(self.curve)}
+        words["updates"] = str(self.step - self.skipped)
+        save_tensors(path, tensors, words)
+
+    def load(self, path: Path) -> None:
+        tensors, words = load_tensors(path)
+        self.step, self.skipped = int(words["step"]), int(words["skipped"])
+        self.curve = json.loads(words["curve"])
+        with torch.no_grad():
+            for k, p in self.parameters.items():
+                p.copy_(tensors[f"student.{k}"])
+                if self.average:
+                    self.average[k].copy_(tensors[f"average.{k}"])
+                if f"exp_avg.{k}" in tensors:
+                    self.optimizer.state[p] = {
+                        "step": torch.tensor(float(words["updates"])),
+                        "exp_avg": tensors[f"exp_avg.{k}"].to(p.device),
+                        "exp_avg_sq": tensors[f"exp_avg_sq.{k}"].to(p.device),
+                    }

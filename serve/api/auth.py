@@ -1,0 +1,93 @@
+"""Who may use the API: keys from the environment and from a file; without any, this machine alone."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+from ipaddress import ip_address
+
+from ppcl.errors import UserError
+from serve.config import Http
+from serve.protocol import Refused
+
+# What fits into an Authorization header.
+_KEY = re.compile(r"[\x21-\x7e]+")
+
+
+class Keys:
+    """The keys of `http.api_keys_env` and `http.api_keys_file`, kept as digests.
+
+    Raises `UserError` where the file cannot be read or holds no key, or where a key cannot stand in a header.
+    """
+
+    def __init__(self, http: Http):
+        found = [key.strip() for key in os.environ.get(http.api_keys_env, "").split(",") if key.strip()]
+        if http.api_keys_file is not None:
+            try:
+                lines = http.api_keys_file.read_text().splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "it is not text"
+                raise UserError(f"http.api_keys_file {http.api_keys_file} cannot be read: {reason}") from None
+            if not any(line.strip() for line in lines):
+                raise UserError(f"http.api_keys_file {http.api_keys_file} holds no key; write one a line, or leave the setting out")
+            found += [line.strip() for line in lines if line.strip()]
+        for number, key in enumerate(found, start=1):
+            if not _KEY.fullmatch(key):
+                raise UserError(f"API key {number} of {len(found)} holds blanks or characters beyond ASCII; use letters and digits")
+        self._digests = [_digest(key) for key in found]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, authorization: str | None) -> None:
+        """Raises `Refused` unless the header `Authorization` holds one of the keys. Takes as long for a near miss as for any."""
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise _refused("no API key was given; send the header Authorization: Bearer KEY", "missing_api_key")
+        given, known = _digest(key.strip()), False
+        for digest in self._digests:
+            known |= hmac.compare_digest(given, digest)
+        if not known:
+            raise _refused("this API key is not known here; check it, or ask who runs this server for one", "invalid_api_key")
+
+
+def check_exposure(http: Http, keys: Keys) -> None:
+    """Raises `UserError` where others could reach a server that asks for no key."""
+    if not keys and not loopback(http.host):
+        raise UserError(
+            f"http.host is {http.host!r}, which others can reach, and there is no API key; set {http.api_keys_env} or "
+            "http.api_keys_file, or listen at 127.0.0.1"
+        )
+
+
+def check_host(host: str | None) -> None:
+    """Raises `Refused` unless the header `Host` names this machine.
+
+    A server without keys is for its own machine: a page that has its own name resolve to 127.0.0.1 must not use it from
+    the browser of somebody who has it open.
+    """
+    name = (host or "").rpartition("]")[0].removeprefix("[") or (host or "").partition(":")[0]
+    if not loopback(name):
+        raise Refused(
+            403, "invalid_request_error",
+            "this server has no API keys, so it answers only under the names localhost and 127.0.0.1", "forbidden_host",
+        )  # fmt: skip
+
+
+def loopback(name: str) -> bool:
+    if name.lower() == "localhost":
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _refused(message: str, code: str) -> Refused:
+    return Refused(401, "authentication_error", message, code)

@@ -1,0 +1,195 @@
+"""Ray Serve: replicas of the engine, and the ingress that speaks HTTP.
+
+`serve deploy` and KubeRay build the application by `serve.ray_app:from_args`, with the settings under `args`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from ray import serve
+from ray.serve import metrics as ray_metrics
+from ray.serve.handle import DeploymentHandle
+
+from ppcl.config.loading import validated
+from ppcl.errors import UserError
+from serve.api.drain import Door
+from serve.autoscaling import BACKLOG
+from serve.config import Served
+from serve.engine.metrics import INSTRUMENTS, VERBS, Instrument, Metrics
+from serve.logging import log_as_json
+from serve.protocol import Event, GenerationRequest, ModelCard, PipelineCard, Refused
+
+ENGINE = "engine"
+INGRESS = "ingress"
+
+# Requests of an ingress replica at once: they only wait there, the engines bound how many there are.
+_INGRESS_REQUESTS = 4096
+
+
+class RayMetrics(Metrics):
+    """Kept here, for the ingress' own `/metrics`, and by Ray, whose endpoint has those of all replicas."""
+
+    def __init__(self):
+        super().__init__()
+        kinds = {"counter": ray_metrics.Counter, "gauge": ray_metrics.Gauge, "histogram": ray_metrics.Histogram}
+        self._rays = {}
+        for one in INSTRUMENTS:
+            more = {"boundaries": list(one.buckets)} if one.buckets else {}
+            self._rays[one] = kinds[one.kind](one.name, description=one.description, tag_keys=one.labels, **more)
+
+    def record(self, instrument: Instrument, value: float = 1, **labels: str) -> None:
+        super().record(instrument, value, **labels)
+        getattr(self._rays[instrument], VERBS[instrument.kind])(value, tags=labels)
+
+
+@serve.deployment(name=ENGINE)
+class Replica:
+    """One engine: ready once it has loaded, warmed up and profiled."""
+
+    def __init__(self, settings: dict[str, Any], threads: int):
+        import torch
+
+        from serve.engine.engine import Engine
+
+        served = Served.model_validate(settings)
+        log_as_json(served.log.file)
+        torch.set_num_threads(threads)
+        self.engine = Engine(served, RayMetrics())
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event | Refused, None]:
+        """The engine's events. A refusal is the last one of them: exceptions lose their fields on Ray's way."""
+        events = self.engine.generate(request)
+        try:
+            async for event in events:
+                yield event
+        except Refused as refused:
+            yield refused
+        finally:
+            await events.aclose()
+
+    async def models(self) -> list[ModelCard]:
+        return await self.engine.models()
+
+    async def pipeline(self) -> PipelineCard:
+        return await self.engine.pipeline()
+
+    async def healthy(self) -> bool:
+        return await self.engine.healthy()
+
+    async def metrics_text(self) -> str:
+        return await self.engine.metrics_text()
+
+    async def check_health(self) -> None:
+        if not await self.engine.healthy():
+            raise RuntimeError("a thread of the engine has ended")
+
+    def load(self) -> dict[str, float]:
+        return self.engine.load()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {BACKLOG: self.load()["backlog_seconds"]}
+
+    async def close(self) -> None:
+        """What is under way ends with an error."""
+        await asyncio.to_thread(self.engine.close)
+
+
+@serve.deployment(name=INGRESS)
+@serve.ingress()
+class Ingress:
+    """The HTTP API over the engine's replicas."""
+
+    def __init__(self, engine: DeploymentHandle, settings: dict[str, Any]):
+        self.handle, self.settings, self.door = engine, Served.model_validate(settings), Door()
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from serve.api import create_app
+        from serve.ray_backend import RayBackend
+
+        log_as_json(self.settings.log.file)
+        return create_app(RayBackend(self.handle, self.settings.http), self.settings, self.door, behind_ray=True)
+
+    def stop(self) -> int:
+        """Refuse what comes from now on; how many requests are under way."""
+        self.door.open = False
+        return self.door.under_way
+
+
+def cpus(settings: Served) -> float:
+    """CPUs of a replica."""
+    if settings.engine.cpus is not None:
+        return settings.engine.cpus
+    return 1 if uses_gpu(settings) else max(1, (os.cpu_count() or 1) // settings.autoscaling.max_replicas)
+
+
+def uses_gpu(settings: Served) -> bool:
+    """Whether replicas run on GPUs of the cluster."""
+    import ray
+
+    device = settings.engine.device
+    return device == "cuda" or (device == "auto" and bool(ray.cluster_resources().get("GPU", 0)))
+
+
+def from_args(args: dict[str, Any]) -> serve.Application:
+    """The application of a cluster, from the settings of a file. Raises `UserError`.
+
+    A cluster's proxies listen where others reach them, whatever `http.host` says, so there have to be API keys.
+    """
+    from serve.api import Keys
+
+    settings = validated(Served, args, "args")
+    if not Keys(settings.http):
+        raise UserError(
+            f"a cluster that serves needs API keys; set {settings.http.api_keys_env} on its nodes, or http.api_keys_file under args"
+        )
+    return application(settings)
+
+
+def application(settings: Served) -> serve.Application:
+    """The application, for the cluster that this process is connected to."""
+    scaling = settings.autoscaling
+    gpus = settings.engine.gpus if uses_gpu(settings) else 0
+    graceful = {"graceful_shutdown_timeout_s": scaling.shutdown_seconds, "graceful_shutdown_wait_loop_s": 0.5}
+    engine = Replica.options(
+        ray_actor_options={"num_cpus": cpus(settings), "num_gpus": gpus},
+        # The engine itself refuses what is too much for it, and says when to come back.
+        max_ongoing_requests=2 * settings.engine.queue,
+        max_queued_requests=2 * scaling.max_replicas * settings.engine.queue,
+        autoscaling_config=_autoscaling(settings),
+        health_check_period_s=5,
+        **graceful,
+    ).bind(_part(settings, {"result", "teacher", "limits", "engine", "elastic", "log"}), max(1, int(cpus(settings))))
+    return Ingress.options(
+        num_replicas=settings.http.replicas,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_INGRESS_REQUESTS,
+        **graceful,
+    ).bind(engine, _part(settings, {"result", "http", "limits", "log"}))
+
+
+def _part(settings: Served, names: set[str]) -> dict[str, Any]:
+    """What a deployment is made from: plain values, so that Ray can tell whether they changed."""
+    return settings.model_dump(mode="json", include=names)
+
+
+def _autoscaling(settings: Served) -> dict[str, Any]:
+    scaling = settings.autoscaling
+    policy = {
+        "backlog": {
+            "policy_function": "serve.autoscaling:BacklogPolicy",
+            "policy_kwargs": {"target_seconds": scaling.target_backlog_seconds},
+        }
+    }
+    return {
+        "min_replicas": scaling.min_replicas,
+        "max_replicas": scaling.max_replicas,
+        "target_ongoing_requests": scaling.target_requests,
+        "upscale_delay_s": scaling.upscale_delay_seconds,
+        "downscale_delay_s": scaling.downscale_delay_seconds,
+        "look_back_period_s": scaling.look_back_seconds,
+        "metrics_interval_s": scaling.look_back_seconds / 5,
+    } | ({"policy": policy[scaling.policy]} if scaling.policy in policy else {})

@@ -1,0 +1,80 @@
+"""Actors that stop, are gone, or have no place: real processes."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from jobs.runtime.resources import Places
+from jobs.runtime.watchdog import Watch
+from ppcl.errors import UserError
+
+PATIENCE = 6.0
+
+
+@pytest.fixture
+def watch(ray_cluster):
+    with Watch("a worker", Places(1, "cpu", "workers", PATIENCE)) as watch:
+        yield watch
+
+
+def worker(ray, life, stops=None):
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def __init__(self):
+            life.show()
+            self.stop_in("constructor")
+
+        def stop_in(self, where):
+            if where == stops:
+                os.kill(os.getpid(), signal.SIGSTOP)
+
+        def work(self, seconds=0.0):
+            self.stop_in("work")
+            time.sleep(seconds)
+            return os.getpid()
+
+    return Worker.remote()
+
+
+def made(ray, *actors, seconds=0.0):
+    """Asked at once, and waited for."""
+    asked = [actor.work.remote(seconds) for actor in actors]
+    return (ray.get(one) for one in asked)
+
+
+def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster):
+    told = rf"a worker \(process \d+ on [\d.]+\) gave no sign of life for {PATIENCE:.0f} s, the configuration's patience"
+    with pytest.raises(RuntimeError, match=told), Watch("a worker", Places(1, "cpu", "workers", PATIENCE)) as watch:
+        list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life, "constructor"))))
+
+
+def test_the_others_go_on(ray_cluster, watch):
+    stopped, well = worker(ray_cluster, watch.life, "work"), worker(ray_cluster, watch.life)
+    coming = watch.results(made(ray_cluster, well, stopped))
+    assert next(coming) > 0
+    with pytest.raises(ray_cluster.exceptions.ActorDiedError):
+        next(coming)
+    assert len(watch.killed) == 1
+    assert len(list(watch.results(made(ray_cluster, well)))) == 1
+
+
+def test_one_that_works_for_longer_than_the_patience_is_left_alone_and_one_that_is_gone_is_not_told(ray_cluster, watch):
+    gone, well = worker(ray_cluster, watch.life), worker(ray_cluster, watch.life)
+    list(watch.results(made(ray_cluster, gone)))
+    ray_cluster.kill(gone)
+    assert list(watch.results(made(ray_cluster, well, seconds=1.5 * PATIENCE)))
+    assert not watch.killed
+
+
+def test_a_users_mistake_stays_what_it_is(ray_cluster):
+    with pytest.raises(UserError, match="mistake"), Watch("a worker", Places(1, "cpu", "workers", PATIENCE)) as watch:
+        watch.killed.append("a worker gave no sign of life")
+        raise UserError("mistake")
+
+
+def test_places_that_are_gone_end_the_waiting(ray_cluster):
+    told = "workers asks for 99 workers, but the cluster has 4 CPUs, of which 3 can be used by workers"
+    with pytest.raises(UserError, match=told), Watch("a worker", Places(99, "cpu", "workers", 2.0)) as watch:
+        list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life), seconds=60)))

@@ -1,0 +1,45 @@
+"""Worker groups that cannot start, and what they leave."""
+
+import time
+
+import pytest
+from ray.train.torch import TorchConfig
+
+from jobs.runtime import worker_group as ranks
+from jobs.runtime.process_group import GroupConfig, _Backend
+from jobs.runtime.resources import Places
+from jobs.runtime.worker_group import run_ranks
+
+
+class _Fails(_Backend):
+    def on_start(self, worker_group, backend_config):
+        raise RuntimeError("no process group today")
+
+
+class _Config(GroupConfig):
+    @property
+    def backend_cls(self):
+        return _Fails
+
+
+def _groups(job):
+    from ray.util.placement_group import placement_group_table
+
+    return [group["state"] for identity, group in placement_group_table().items() if identity.endswith(job)]
+
+
+def test_a_worker_group_that_fails_while_it_starts_leaves_no_place_taken(ray_cluster, monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "GroupConfig", _Config)
+    job = ray_cluster.get_runtime_context().get_job_id()
+    with pytest.raises(Exception, match="no process group today"):
+        run_ranks("test", lambda arguments, report: None, {}, Places(2, "cpu", "workers", 1.0), tmp_path / "ray", lambda *told: None)
+    assert _groups(job)
+    deadline = time.monotonic() + 60
+    while set(_groups(job)) != {"REMOVED"}:
+        assert time.monotonic() < deadline, _groups(job)
+        time.sleep(0.2)
+
+
+def test_the_group_is_torchs_own_with_its_settings():
+    config = GroupConfig(backend="gloo", timeout_s=7)
+    assert isinstance(config, TorchConfig) and config.to_dict() == TorchConfig(backend="gloo", timeout_s=7).to_dict()

@@ -1,0 +1,213 @@
+"""`ppcl compress` as a user runs it: a process of its own, its embedded Ray, stopped and continued."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STAGES = ["calibration", "probes", "detection", "students", "variants", "finetuning", "evaluation"]
+
+
+def ppcl(*arguments, stop_at=None):
+    """Run the command; `stop_at`: press Ctrl-C when that is first said. Gives (exit code, stdout, stderr)."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli.main", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if stop_at and stop_at in line:
+            # To the whole group, as a terminal does it.
+            os.killpg(process.pid, signal.SIGINT)
+            stop_at = None
+    error = process.stderr.read()
+    return process.wait(timeout=120), "".join(said), error
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, teacher_folder):
+    """A configuration of a small, whole job; the result goes to `result` beside it."""
+    folder = tmp_path_factory.mktemp("job")
+    colours, shapes = ("red", "green", "blue", "black"), ("circle", "square", "triangle")
+    (folder / "prompts.txt").write_text("\n".join(f"a photo of a {c} {s}" for c in colours for s in shapes))
+    values = {
+        "teacher": str(teacher_folder),
+        "prompts": "prompts.txt",
+        "output": str(folder / "result"),
+        "device": "cpu",
+        "sampling": {"steps": 3, "height": 32, "width": 32},
+        "calibration": {"states_per_prompt": 2, "held_out": 0.3},
+        "probes": {"workers": 2},
+        "distillation": {"steps": 30, "batch_size": 4, "warmup": 2, "pipeline": 2, "checkpoint_every": 5},
+        "finetuning": {"steps": 20, "batch_size": 4, "warmup": 2, "measured": 5, "checkpoint_every": 5},
+        "variants": {"budgets": [0.9], "custom": {}},
+        "evaluation": {"limit": 3},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def entries(job):
+    return json.loads((job.parent / "result" / "manifest.json").read_text())["stages"]
+
+
+@pytest.fixture(scope="module")
+def finished(job):
+    """The job's result, interrupted in three stages on the way: in Ray Data's and in both of Ray Train's."""
+    for stage in ("calibration", "students", "finetuning"):
+        code, said, error = ppcl("compress", job, stop_at=f"{stage}: ")
+        assert code == 130, said + error
+        assert error == "ppcl: stopped; the same command continues from what is complete\n"
+        assert list(entries(job)) == STAGES[: STAGES.index(stage)]
+    code, said, error = ppcl("compress", job)
+    assert code == 0, said + error
+    return job.parent / "result", said
+
+
+def test_an_interrupted_job_continues_from_what_is_complete(finished):
+    _, said = finished
+    for stage in STAGES[:5]:
+        assert f"{stage}: complete, skipped" in said
+    for stage in STAGES[5:]:
+        assert f"{stage}: done" in said
+
+
+def test_the_end_is_a_table_and_a_report(finished):
+    result, said = finished
+    for heading in ("variant", "blocks", "parameters", "share", "seconds a step", "velocity error", "world score", "R"):
+        assert heading in said
+    assert f"report: {result / 'report.html'}" in said
+    assert "<svg" in (result / "report.html").read_text()
+    assert "students: done" in (result / "log.txt").read_text()
+    assert not list(result.rglob("*.partial")) and not list(result.rglob("checkpoints"))
+
+
+def test_the_same_command_again_computes_nothing(finished, job):
+    before = entries(job)
+    code, said, _ = ppcl("compress", job)
+    assert code == 0 and entries(job) == before
+    assert [f"{stage}: complete, skipped" in said for stage in STAGES] == [True] * len(STAGES)
+
+
+def test_a_damaged_artifact_is_found_by_its_hash_and_made_again(finished, job):
+    result, _ = finished
+    student = next((result / "students").glob("*.safetensors"))
+    content = student.read_bytes()
+    tensors = load(content)
+    student.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, said, error = ppcl("compress", job)
+    assert code == 0, said + error
+    assert f"students: students/{student.name} is damaged or gone" in said
+    assert "students: done" in said and "probes: complete, skipped" in said
+    again = load(student.read_bytes())
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+
+
+def test_variants_and_generate_from_the_command_line(finished, tmp_path):
+    result, _ = finished
+    code, said, error = ppcl("variants", result, "--json")
+    assert code == 0, error
+    rows = json.loads(said)
+    assert rows[0]["variant"] == "teacher" and rows[0]["share"] == 1 and len(rows) > 1
+    smallest = rows[-1]
+    assert smallest["parameters"] < rows[0]["parameters"] and smallest["velocity_error"] > 0
+    intervals = ",".join(smallest["plan"])
+    pictures = {}
+    for name, variant in {"teacher": "teacher", "named": smallest["variant"], "intervals": intervals}.items():
+        path = tmp_path / f"{name}.png"
+        code, _, error = ppcl("generate", result, "a red circle", "--variant", variant, "-o", path)
+        assert code == 0, error
+        pictures[name] = Image.open(path)
+        assert pictures[name].size == (32, 32)
+    assert pictures["named"].tobytes() == pictures["intervals"].tobytes() != pictures["teacher"].tobytes()
+
+
+def test_more_workers_than_the_cluster_has_are_refused_at_once(job, tmp_path):
+    code, said, error = ppcl("compress", job, "--output", tmp_path / "other", "--set", "distillation.pipeline=64")
+    assert code == 2 and "asks for 64 workers" in error and "calibration" not in said
+
+
+def test_a_disk_that_fills_up_is_told_and_the_job_goes_on_when_there_is_space(job, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    try:
+        code, said, error = ppcl("compress", job, "--output", disk / "result")
+        assert code == 2, said + error
+        assert "No space left on device" in error and "free space" in error and error.count("\n") == 1
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        code, said, _ = ppcl("compress", job, "--output", disk / "result", stop_at="calibration: done")
+        assert code == 130 and "calibration: done" in said
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_the_ablation_uses_what_the_job_has_and_ends_with_a_table(finished, job):
+    result, _ = finished
+    settings = {"seeds": 2, "steps": 3, "batch_size": 4, "finetuning_steps": 2, "gate_steps": 2, "ffns": 1}
+    # Variants that a job names are none of the ablation's plans.
+    changes = [f"ablation.{key}={value}" for key, value in settings.items()] + ["finetuning.variants=[p90]"]
+    overrides = [part for change in changes for part in ("--set", change)]
+    code, said, error = ppcl("ablate", job, *overrides)
+    assert code == 0, said + error
+    assert "detection: complete, skipped" in said and "Ablation: " in said and "2 seeds" in said
+    made = json.loads((result / "ablation" / "ablation.json").read_text())
+    rows = {row["name"]: row for row in made["rows"]}
+    for row in ("sensitivity", "probes", "nonsequential", "finetuned", "uniform", "gates", "hidden"):
+        mean, low, high = rows[row]["velocity_error"]
+        assert low <= mean <= high and mean > 0 and row in rows and rows[row]["label"].strip() in said
+    assert rows["ffn"]["share"] < rows["text"]["share"] <= rows["nonsequential"]["share"] < 1
+    assert not (result / "ablation" / "runs").exists()
+    assert "Ablation</h2>" in (result / "report.html").read_text()
+    code, said, _ = ppcl("ablate", job, *overrides)
+    assert code == 0 and "ablation: complete, skipped" in said
+
+
+def test_an_address_where_no_ray_is(job):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        # Bound but not listening: the connection is refused.
+        code, _, error = ppcl("compress", job, "--address", f"127.0.0.1:{port}")
+        assert code == 2 and f"no Ray cluster could be reached at 127.0.0.1:{port}: Connection refused" in error
+        assert error.count("\n") == 1
+    code, _, error = ppcl("compress", job, "--address", "somewhere")
+    assert code == 2 and error == "ppcl: --address 'somewhere' is no address; give host:port or auto\n"
+    code, _, error = ppcl("compress", job, "--address", "ray://127.0.0.1:10001")
+    assert code == 2 and "give host:port of the GCS" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "version"), [("ray_version", "2.44.1"), ("python_version", "3.9.18")])
+def test_a_cluster_with_another_ray_or_python_is_told(job, ray_cluster, name, version):
+    from ray._common.usage import usage_constants
+    from ray._private import ray_constants, worker
+
+    where = {"namespace": ray_constants.KV_NAMESPACE_CLUSTER}
+    gcs, key = worker.global_worker.gcs_client, usage_constants.CLUSTER_METADATA_KEY
+    told = gcs.internal_kv_get(key, **where)
+    # What a node of such a cluster writes when it starts.
+    gcs.internal_kv_put(key, json.dumps(json.loads(told) | {name: version}).encode(), True, **where)
+    try:
+        code, _, error = ppcl("compress", job, "--address", ray_cluster.get_runtime_context().gcs_address)
+    finally:
+        gcs.internal_kv_put(key, told, True, **where)
+    assert code == 2 and "runs another Ray or Python than this ppcl" in error and version in error and error.count("\n") == 1

@@ -1,0 +1,110 @@
+"""The configuration: every mistake is a sentence that names the key, and the printed defaults are the defaults."""
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from ppcl.config.schema import Config, commented_defaults, load_config
+from ppcl.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(values):
+        path = tmp_path / "job.yaml"
+        path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+GOOD = {"teacher": "models/t", "prompts": "p.txt"}
+
+
+def test_paths_of_the_file_are_relative_to_it_and_overrides_win(write, tmp_path):
+    path = write(GOOD | {"distillation": {"steps": 7}})
+    config = load_config(path, ["distillation.steps=9", "variants.budgets=[0.5]", "sampling.arguments.true_cfg_scale=4.0"], "out")
+    assert config.teacher == tmp_path / "models/t" and config.prompts == tmp_path / "p.txt"
+    assert (config.distillation.steps, config.variants.budgets, str(config.output)) == (9, [0.5], "out")
+    assert config.sampling.arguments == {"true_cfg_scale": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "sentence"),
+    [
+        (GOOD | {"step": 1}, [], "unknown key step; known here: teacher, prompts"),
+        (GOOD | {"distillation": {"lr": 1}}, [], "unknown key distillation.lr; known here: steps"),
+        (GOOD | {"distilation": {}}, [], "unknown key distilation; the nearest is distillation; known here"),
+        (GOOD, ["distillation.stpes=1"], "unknown key distillation.stpes; the nearest is distillation.steps; known here"),
+        (GOOD | {"step": 1, "sede": 2}, [], r"unknown key sede; .* \(and 1 more\)"),
+        (GOOD | {3: 1}, [], "3 is 3: keys should be strings"),
+        (GOOD, ["distillation.steps=-3"], "distillation.steps is -3: input should be greater than or equal to 1"),
+        (GOOD, ["calibration.held_out=1"], "calibration.held_out is 1"),
+        (GOOD, ["variants.budgets=[0.5, 1.5]"], "variants.budgets.1 is 1.5: input should be less than 1"),
+        (GOOD, ["distillation.betas=[0.9, 1.0]"], "distillation.betas.1 is 1.0: input should be less than 1"),
+        (GOOD, ["distillation.learning_rate=.inf"], "distillation.learning_rate is inf: input should be a finite number"),
+        (GOOD, ["distillation.replicas=20"], "distillation.replicas is 20: it must not be more than batch_size, 16: each replica"),
+        (GOOD, ["finetuning.batch_size=2", "finetuning.replicas=3"], "finetuning.replicas is 3: it must not be more than batch_size, 2"),
+        (GOOD, ["probes.ridge=.nan"], "probes.ridge is nan"),
+        (GOOD, ["sampling.steps=2.5"], "sampling.steps is 2.5: input should be a valid integer"),
+        (GOOD, ["variants.custom.mine=3"], "variants.custom.mine is 3: input should be a valid list"),
+        (GOOD, ["detection.stream=audio"], "detection.stream is 'audio'"),
+        (GOOD, ["seed.x=1"], "seed is {'x': 1}: input should be a valid integer"),
+        (GOOD, ["seed"], "not of the form key=value"),
+        (GOOD, ["=1"], "not of the form key=value"),
+        (GOOD, ["sampling..steps=1"], "not of the form key=value"),
+        (GOOD | {"sampling": 3}, ["sampling.steps=1"], "--set 'sampling.steps=1': sampling is a value, not a section"),
+        (GOOD | {"sampling": 3}, [], "sampling is 3: it is a section, with the keys steps, height"),
+        (GOOD | {"teacher": 3}, [], "teacher is 3: input should be a path"),
+        ("teacher:\nprompts: p", [], "the key teacher is missing"),
+        (GOOD, ["seed=[1"], "not valid YAML"),
+        ({"teacher": "t"}, [], "the key prompts is missing"),
+        ("", [], "is not a mapping"),
+        ("- a", [], "is not a mapping"),
+        ("a: [", [], "is not valid YAML"),
+    ],
+)
+def test_a_mistake_is_one_sentence(write, values, overrides, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_config(write(values), overrides)
+    said = str(caught.value)
+    assert "\n" not in said and "pydantic" not in said and "pathlib" not in said and len(said) < 400
+
+
+@pytest.mark.parametrize("section", [name for name, field in Config.model_fields.items() if isinstance(field.default, BaseModel)])
+def test_an_unknown_key_is_refused_in_every_section(write, section):
+    with pytest.raises(UserError, match=f"unknown key {section}.unheard_of; known here: "):
+        load_config(write(GOOD | {section: {"unheard_of": 1}}))
+
+
+def test_a_section_without_keys_has_the_defaults_and_can_be_overridden(write):
+    path = write("teacher: t\nprompts: p\ndistillation:\n  # steps: 3\n")
+    assert load_config(path).distillation == Config(teacher="t", prompts="p").distillation
+    assert load_config(path, ["distillation.steps=5"]).distillation.steps == 5
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="does not exist; `ppcl config` prints one"):
+        load_config(tmp_path / "no.yaml")
+
+
+def fields(model, prefix=""):
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+def test_the_printed_defaults_are_the_defaults_and_every_key_is_described(tmp_path):
+    printed = commented_defaults()
+    values = yaml.safe_load(printed)
+    for key, field in fields(Config):
+        assert field.description, key
+        assert f"# {field.description}" in printed
+        here = values
+        for part in key.split("."):
+            assert part in here, key
+            here = here[part]
+    values |= {"teacher": "t", "prompts": "p"}
+    assert Config.model_validate(values) == Config(teacher="t", prompts="p")

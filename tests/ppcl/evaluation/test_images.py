@@ -1,0 +1,59 @@
+"""Pictures of variants by the stock pipeline: a seed's picture is its own, and timing leaves the teacher plugged in."""
+
+import numpy as np
+import pytest
+
+from ppcl.config.schema import Sampling
+from ppcl.evaluation.images import load_pictures, make_pictures, picture_path, save_pictures, seconds_per_step
+from ppcl.result import Result
+from tests import made_result
+
+SAMPLING = Sampling(steps=3, height=32, width=32, arguments={"true_cfg_scale": 2.0, "negative_prompt": "a photo of a cross"})
+PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, teacher_folder):
+    return Result(made_result.result(tmp_path_factory.mktemp("result") / "job", teacher_folder))
+
+
+@pytest.fixture(scope="module")
+def pipeline(result):
+    return result.pipeline()
+
+
+def test_a_seeds_picture_does_not_depend_on_the_batch_it_is_made_in(pipeline, tmp_path):
+    both = make_pictures(pipeline, PROMPTS, [5, 6], SAMPLING)
+    assert both.shape == (2, 32, 32, 3) and both.dtype == np.uint8
+    turned = make_pictures(pipeline, PROMPTS[::-1], [6, 5], SAMPLING)
+    # Sums in another order may round one level away.
+    assert np.abs(both.astype(int) - turned[::-1]).max() <= 1
+    reseeded = make_pictures(pipeline, PROMPTS, [5, 7], SAMPLING)
+    assert np.abs(both.astype(int) - reseeded).max(axis=(1, 2, 3))[1] > 1
+    paths = [picture_path(tmp_path, "p75", index) for index in range(2)]
+    save_pictures(both, paths)
+    assert np.array_equal(load_pictures(paths), both)
+
+
+def test_timing_gives_every_variant_its_turns_and_leaves_the_teacher(result, pipeline, monkeypatch):
+    blocks = list(pipeline.transformer.transformer_blocks)
+    turns = []
+
+    def switch(transformer, intervals):
+        turns.append(tuple(intervals))
+        result._switch(transformer, intervals)
+
+    variants = {name: result.variants[name].plan for name in ("teacher", "all")}
+    seconds = seconds_per_step(pipeline, switch, variants, PROMPTS[:1], SAMPLING)
+    assert seconds.keys() == variants.keys() and all(value > 0 for value in seconds.values())
+    # One turn to warm up, three rounds, and the teacher put back.
+    assert turns == [(), *[(), variants["all"]] * 3, ()]
+    assert all(a is b for a, b in zip(blocks, pipeline.transformer.transformer_blocks, strict=True))
+
+
+def test_a_pipeline_that_fails_while_timed_is_left_with_the_teacher(result, pipeline, monkeypatch):
+    blocks = list(pipeline.transformer.transformer_blocks)
+    monkeypatch.setattr(pipeline.transformer, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        seconds_per_step(pipeline, result._switch, {"all": result.variants["all"].plan}, PROMPTS[:1], SAMPLING)
+    assert all(a is b for a, b in zip(blocks, pipeline.transformer.transformer_blocks, strict=True))

@@ -1,0 +1,127 @@
+"""Width replacements in a block, against the same arithmetic written out, for every family."""
+
+import pytest
+import torch
+from torch import nn
+
+from ppcl.models import Streams, architecture_of, embed, run_blocks
+from ppcl.replacements import FfnMaps, TextProjectors, other_ffn, text_run
+from ppcl.replacements.plan import TextRun
+from tests import tiny
+
+MODELS = {"qwen": tiny.qwen_transformer, "flux": tiny.flux_transformer, "sd3": tiny.sd3_transformer}
+WIDTH = 32
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+def randomised(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.2
+    return module.requires_grad_(False)
+
+
+def heard(module, run, argument=None):
+    """What `module` was called with while `run` ran."""
+    seen = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs[argument] if argument else args[0]), with_kwargs=True
+    )
+    try:
+        result = run()
+    finally:
+        handle.remove()
+    return seen[0], result
+
+
+@torch.no_grad()
+def test_a_replaced_ffn_is_the_residual_map_behind_the_attention(model):
+    architecture = architecture_of(model)
+    block = architecture.blocks(model)[1]
+    parts = architecture.parts_of(model, 1, block)
+    maps = randomised(FfnMaps.new(parts, WIDTH))
+    streams, context = embed(model, tiny.inputs(model))
+    made = run_blocks(architecture, [other_ffn(architecture, block, parts, maps)], streams, context)
+    for stream in Streams._fields:
+        norm2 = block.get_submodule(parts[stream].norm2)
+        g, _ = heard(norm2, lambda: run_blocks(architecture, [block], streams, context))
+        assert torch.allclose(getattr(made, stream), g + maps[stream](g), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_text_run_feeds_the_attention_from_its_first_block(model):
+    architecture = architecture_of(model)
+    blocks, run = architecture.blocks(model), TextRun(0, 2)
+    projectors = randomised(TextProjectors(run, WIDTH, text_goes_on=True))
+    parts = architecture.parts_of(model, 0, blocks[0])
+    placed = text_run(architecture, {b: blocks[b] for b in run.blocks}, parts, projectors)
+    streams, context = embed(model, tiny.inputs(model))
+
+    z, first = heard(blocks[0].attn, lambda: run_blocks(architecture, [blocks[0]], streams, context), architecture.txt)
+    after = run_blocks(architecture, [placed[0]], streams, context)
+    assert torch.equal(after.img, first.img) and torch.equal(after.txt, torch.cat([first.txt, z], -1))
+
+    # The image stream of a later block depends on the text by the attention's text input alone.
+    class Given(nn.Module):
+        def __init__(self, attention, text):
+            super().__init__()
+            self.attention, self.text = attention, text
+
+        def forward(self, **named):
+            return self.attention(**{**named, architecture.txt: self.text})
+
+    expected = first.img
+    for number in (1, 2):
+        block, attention = blocks[number], blocks[number].attn
+        block.attn = Given(attention, projectors.z[str(number)](z))
+        expected = run_blocks(architecture, [block], Streams(expected, first.txt), context).img
+        block.attn = attention
+        after = run_blocks(architecture, [placed[number]], after, context)
+        assert torch.allclose(after.img, expected, atol=1e-5)
+    assert torch.allclose(after.txt, first.txt + projectors.h(first.txt), atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_ffn_replaced_within_a_text_run_is_the_images(model):
+    architecture = architecture_of(model)
+    blocks, run = architecture.blocks(model), TextRun(0, 1)
+    parts = architecture.parts_of(model, 0, blocks[0])
+    projectors, maps = randomised(TextProjectors(run, WIDTH, True)), randomised(FfnMaps.new(parts, WIDTH), 1)
+    streams, context = embed(model, tiny.inputs(model))
+    both = text_run(architecture, {b: blocks[b] for b in run.blocks}, parts, projectors, {0: maps, 1: maps})
+    made = run_blocks(architecture, [both[0], both[1]], streams, context)
+
+    start = run_blocks(architecture, [both[0]], streams, context)
+    text_only = text_run(architecture, {b: blocks[b] for b in run.blocks}, parts, projectors)
+    g, _ = heard(
+        blocks[1].get_submodule(parts["img"].norm2), lambda: run_blocks(architecture, [text_only[1]], start, context)
+    )
+    assert torch.allclose(made.img, g + maps["img"](g), atol=1e-5)
+    first = run_blocks(architecture, [other_ffn(architecture, blocks[0], parts, maps)], streams, context)
+    assert torch.allclose(made.txt, first.txt + projectors.h(first.txt), atol=1e-5)
+
+
+@torch.no_grad()
+def test_views_leave_the_teachers_block_as_it_was(model):
+    architecture = architecture_of(model)
+    blocks = architecture.blocks(model)
+    parts = architecture.parts_of(model, 1, blocks[1])
+    streams, context = embed(model, tiny.inputs(model))
+    before = run_blocks(architecture, blocks, streams, context)
+    modules = dict(model.named_modules())
+    maps = randomised(FfnMaps.new(parts, WIDTH))
+    projectors = randomised(TextProjectors(TextRun(0, 1), WIDTH, True))
+    placed = text_run(architecture, {0: blocks[0], 1: blocks[1]}, parts, projectors, {1: maps})
+    run_blocks(architecture, [*placed.values()], streams, context)
+    assert dict(model.named_modules()) == modules
+    after = run_blocks(architecture, blocks, streams, context)
+    assert torch.equal(before.img, after.img)
+    # No weight is copied: what is left of the block is the block's own memory.
+    storages = {p.untyped_storage().data_ptr() for p in [*blocks[1].parameters(), *maps.parameters(), *projectors.parameters()]}
+    assert {p.untyped_storage().data_ptr() for p in placed[1].parameters()} <= storages
+    own = sum(p.numel() for p in blocks[1].parameters())
+    assert sum(p.numel() for p in placed[1].parameters()) < 0.6 * own

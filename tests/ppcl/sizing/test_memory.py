@@ -1,0 +1,134 @@
+"""Sizing: the published numbers of the published models, and what real ranks hold and send."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+
+from ppcl.config.schema import Distillation
+from ppcl.errors import UserError
+from ppcl.models.teacher import Teacher
+from ppcl.sizing import FORMULAS, Model, layouts
+from ppcl.sizing.memory import intervals
+from ppcl.sizing.model import model_of
+from ppcl.sizing.table import gigabytes, rows_of
+from ppcl.training.distillation.objectives import Wanted, new_lesson
+from ppcl.training.distillation.trainer import Segment, segment_of
+from ppcl.training.parallel_dims import Mesh
+from ppcl.training.pipeline import Chain
+from ppcl.training.trainee import Pupil
+from tests import ranks, tiny
+from tests.conftest import REPOSITORY
+
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+SIZE, BATCH, LENGTH = 64, 8, 2
+
+
+@pytest.fixture(scope="module")
+def models():
+    with warnings.catch_warnings(action="ignore"):
+        return [model_of(name, 1024, 1024) for name in ("qwen-image", "flux.1-dev", "sd3.5-large")]
+
+
+def test_parameters_and_streams_are_those_of_the_published_models(models):
+    assert [round(m.parameters / 1e9, 2) for m in models] == [20.43, 11.90, 8.06]
+    assert [len(m.blocks) for m in models] == [60, 57, 38]
+    assert [m.stream_bytes for m in models] == [(4096 + 512) * 3072 * 2] * 2 + [(4096 + 333) * 2432 * 2]
+
+
+def test_more_gpus_hold_less_each_and_send_less_than_fsdp_would_gather(models):
+    for model in models:
+        rows = list(layouts(model, intervals(model, 4), 16, GPUS))
+        assert [row.gpus for row in rows] == list(GPUS)
+        memory = [row.memory for row in rows]
+        assert memory == sorted(memory, reverse=True) and memory[-1] < memory[0] / 4
+        assert all(row.sent + row.reduced < row.fsdp for row in rows[1:])
+
+
+def test_the_sizing_page_holds_what_the_code_computes(models):
+    page = (REPOSITORY / "cluster" / "README.md").read_text()
+    found = [re.sub(r" *\| *", "|", line.strip()) for line in page.splitlines()]
+    for model in models:
+        for row in rows_of(list(layouts(model, intervals(model, 4), 16, GPUS))):
+            assert "|" + "|".join(row) + "|" in found, (model.name, row)
+    assert FORMULAS in page
+
+
+def _measure(folder, out):
+    """What one rank of two holds after a step, and sent, in bytes."""
+    teacher, mesh = Teacher(folder), Mesh.join(2, 1)
+    plan = intervals(_model(folder), LENGTH)
+    count = len(teacher.architecture.blocks(teacher.empty_transformer()))
+    segment = Segment(teacher, segment_of(mesh.stage, 2, count, plan), plan, "cpu", torch.bfloat16)
+    chain = Chain(mesh.stage, 2, mesh.rank)
+    lessons = [new_lesson(segment.architecture, segment.transformer, segment.blocks, e, Distillation(), count) for e in segment.plan]
+    pupils = [Pupil(lesson, Distillation(precision="bfloat16"), mesh) for lesson in lessons]
+    inputs = tiny.inputs(tiny.qwen_transformer(), BATCH)
+    text = inputs["encoder_hidden_states"][:1].expand(BATCH, -1, -1).repeat(1, 8, 1)
+    inputs |= {
+        "hidden_states": torch.randn(BATCH, (SIZE // 16) ** 2, inputs["hidden_states"].shape[-1]).bfloat16(),
+        "encoder_hidden_states": text.bfloat16(), "encoder_hidden_states_mask": None, "img_shapes": [[(1, SIZE // 16, SIZE // 16)]] * BATCH,
+    }  # fmt: skip
+    wanted = Wanted()
+    for pupil in pupils:
+        wanted |= pupil.lesson.wanted
+    seen = segment.run(inputs, chain, wanted)
+    most = 0
+    for pupil in pupils:
+        own, kept, held = {p.untyped_storage().data_ptr() for p in pupil.parameters.values()}, {}, []
+
+        def keep(x, own=own, kept=kept, held=held):
+            if x.untyped_storage().data_ptr() not in own:
+                held.append(x)
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            pupil.learn(seen, bfloat16=True)
+        most = max(most, sum(kept.values()))
+    chain.flush()
+    mesh.barrier()
+    students = 0
+    for pupil in pupils:
+        for p in pupil.parameters.values():
+            state = pupil.optimizer.state[p]
+            students += p.nbytes + p.grad.nbytes + state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
+    streams = sum(x.nbytes for s in seen.boundaries.values() for x in s if x is not None)
+    measured = {
+        "teacher": sum(p.nbytes for p in segment.transformer.parameters()), "students": students, "activations": most,
+        "streams": streams, "sent": chain.bytes_sent,
+    }  # fmt: skip
+    (out / f"{mesh.rank}.json").write_text(json.dumps(measured))
+
+
+def _model(folder):
+    teacher = Teacher(folder)
+    return Model.of("tiny", teacher.architecture.transformer, teacher.config(), 7 * 8, SIZE, SIZE)
+
+
+def test_two_real_ranks_hold_and_send_what_is_computed(teacher_folder, tmp_path):
+    ranks.run(2, _measure, teacher_folder, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    model = _model(teacher_folder)
+    (row,) = layouts(model, intervals(model, LENGTH), BATCH, [2])
+    measured = max(found, key=lambda f: f["teacher"] + f["students"])
+    assert measured["teacher"] == row.teacher
+    assert measured["students"] == row.students
+    assert found[0]["sent"] == row.sent == BATCH * model.stream_bytes and found[1]["sent"] == 0
+    # Beside the student's own, autograd keeps what the loss needs.
+    assert row.activations <= measured["activations"] < 1.25 * row.activations
+    # A rank that sends has two sends under way, too.
+    assert row.streams in (measured["streams"], measured["streams"] + 2 * row.sent)
+
+
+def test_what_cannot_be_sized_is_told(tmp_path):
+    with pytest.raises(UserError, match="no diffusers pipeline folder.*or name one of flux.1-dev, qwen-image, sd3.5-large"):
+        model_of(str(tmp_path / "gpt"), 1024, 1024)
+    with pytest.raises(UserError, match="1000 × 1024 pixels: both must be multiples of 16"):
+        model_of("qwen-image", 1024, 1000)
+
+
+def test_bytes_are_told_in_three_digits():
+    assert [gigabytes(n) for n in (0, 999, 28.31e6, 999.9e6, 40.9e9, 151e9)] == ["–", "999 B", "28.3 MB", "1000 MB", "40.9 GB", "151 GB"]

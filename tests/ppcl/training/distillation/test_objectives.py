@@ -1,0 +1,225 @@
+"""Width and depth in one phase: the closed-form starts, the mesh, what a plan leaves of a transformer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ppcl.config.schema import Distillation
+from ppcl.models import architecture_of, embed, run_blocks
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import files_in, load
+from ppcl.replacements.parameter_counts import sizes
+from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun
+from ppcl.replacements.switcher import Switch
+from ppcl.training.distillation.objectives import new_lesson
+from ppcl.training.distillation.trainer import Segment, distil, segment_of
+from ppcl.training.losses import normalized, relative
+from ppcl.training.parallel_dims import Mesh
+from ppcl.training.pipeline import Chain
+from tests import ranks, tiny
+from tests.samples import MemorySamples
+
+# The plan's entries overlap: nothing of one lesson enters another.
+PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), TextRun(4, 5), Ffn(0), Ffn(2), Ffn(5), Fold()]
+SETTINGS = Distillation(steps=4, batch_size=8, learning_rate=1e-3, warmup=1, ridge=1e-9)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.qwen_pipeline(tmp_path_factory.mktemp("teacher") / "pipeline")
+
+
+def train(folder, out, settings=SETTINGS):
+    mesh = Mesh.join(settings.pipeline, settings.replicas)
+    with torch.enable_grad():
+        distil(
+            Teacher(folder), MemorySamples(), PLAN, settings, mesh, out, out / "checkpoints", 0, "cpu", lambda *_: None, 0.05
+        )
+
+
+@pytest.fixture(scope="module")
+def started(folder, tmp_path_factory):
+    """Closed-form starts: a rate this small leaves them as they are."""
+    out = tmp_path_factory.mktemp("started")
+    train(folder, out, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12}))
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    train(folder, out)
+    return out
+
+
+class Heard:
+    """Everything the stock forward's blocks did on the fitting samples, by hooks of the test's own."""
+
+    def __init__(self, folder):
+        model = Teacher(folder).transformer()
+        samples = MemorySamples()
+        inputs = samples.batch(samples.ids(held_out=False))
+        self.mask = inputs["encoder_hidden_states_mask"].bool()
+        self.z, self.g, self.h = {}, {}, {}
+        for number, block in enumerate(model.transformer_blocks):
+            block.attn.register_forward_pre_hook(
+                lambda _, a, kw, n=number: self.z.update({n: kw["encoder_hidden_states"]}), with_kwargs=True
+            )
+            block.img_norm2.register_forward_pre_hook(lambda _, a, n=number: self.g.update({(n, "img"): a[0]}))
+            block.txt_norm2.register_forward_pre_hook(lambda _, a, n=number: self.g.update({(n, "txt"): a[0]}))
+            block.register_forward_hook(lambda _, a, out, n=number: self.h.update({(n, "txt"): out[0], (n, "img"): out[1]}))
+        with torch.no_grad():
+            model(**inputs)
+
+    def tokens(self, x, text):
+        return (x[self.mask] if text else x.flatten(0, 1)).double().numpy()
+
+
+def lstsq(x, y):
+    solution = np.linalg.lstsq(np.hstack([x, np.ones((len(x), 1))]), y, rcond=None)[0]
+    return solution[:-1].T, solution[-1]
+
+
+def assert_map(linear, x, y):
+    weight, bias = lstsq(x, y)
+    assert np.allclose(linear.weight.numpy(), weight, atol=2e-3) and np.allclose(linear.bias.numpy(), bias, atol=2e-3)
+
+
+@torch.no_grad()
+def test_the_starts_are_the_least_squares_maps(folder, started):
+    heard, teacher = Heard(folder), Teacher(folder)
+    maps = load(started / "ffn-02.safetensors", teacher)
+    for stream in ("img", "txt"):
+        g = heard.tokens(heard.g[2, stream], stream == "txt")
+        assert_map(maps[stream], g, heard.tokens(heard.h[2, stream], stream == "txt") - g)
+    projectors = load(started / "text-01-03.safetensors", teacher)
+    for number in (2, 3):
+        assert_map(projectors.z[str(number)], heard.tokens(heard.z[1], True), heard.tokens(heard.z[number], True))
+    after = heard.tokens(heard.h[1, "txt"], True)
+    assert_map(projectors.h, after, heard.tokens(heard.h[3, "txt"], True) - after)
+
+
+def test_behind_the_last_block_no_text_stream_is_made(folder, started):
+    assert load(started / "text-04-05.safetensors", Teacher(folder)).h is None
+
+
+@pytest.mark.parametrize(("pp", "dp"), [(2, 1), (1, 2)])
+def test_the_mesh_does_not_change_the_replacements(folder, trained, tmp_path, pp, dp, monkeypatch):
+    # The plan of the other tests overlaps everywhere and leaves no place to cut.
+    plan = [Interval(0, 1), TextRun(1, 2), TextRun(3, 5), Ffn(0), Ffn(5), Fold()]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    monkeypatch.setattr("tests.ppcl.training.distillation.test_objectives.PLAN", plan)
+    train(folder, alone)
+    ranks.run(pp * dp, _train_plan, folder, shared, plan, SETTINGS.model_copy(update={"pipeline": pp, "replicas": dp}))
+    assert files_in(alone).keys() == files_in(shared).keys() == set(plan)
+    for entry, path in files_in(alone).items():
+        one, two = (load(p, Teacher(folder)).state_dict() for p in (path, files_in(shared)[entry]))
+        for name in one:
+            difference = (one[name] - two[name]).norm() / one[name].norm().clamp_min(1e-6)
+            assert difference <= 2e-5, f"{entry} {name}: {difference:.2e}"
+
+
+def _train_plan(folder, out, plan, settings):
+    globals()["PLAN"] = plan
+    train(folder, out, settings)
+
+
+def test_training_lowers_every_loss_that_is_not_at_its_optimum(folder, tmp_path):
+    train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 30, "learning_rate": 3e-3}))
+    for entry in PLAN[:-1]:
+        curve = json.loads((tmp_path / f"{entry.name}.json").read_text())["curve"]
+        first, last = (np.mean([point["loss"] for point in part]) for part in (curve[:3], curve[-3:]))
+        assert last < (1.02 if isinstance(entry, Ffn) else 0.98) * first, entry
+
+
+@torch.no_grad()
+def test_the_losses_are_those_written_out(folder, started):
+    """Every lesson's losses on one batch against the stock blocks with hooks, and the modules called by hand."""
+    teacher = Teacher(folder)
+    segment = Segment(teacher, range(6), PLAN, "cpu", torch.float32)
+    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, Ffn(2), Distillation(start="first"), 6)
+    lesson.module.load_state_dict(load(started / "ffn-02.safetensors", teacher).state_dict())
+    samples = MemorySamples()
+    seen = segment.run(samples.batch(samples.ids(held_out=False)), Chain(0, 1), lesson.wanted)
+    heard = Heard(folder)
+    parts = {name: float(total / n) for name, (total, n) in lesson.losses(seen, normalized).items()}
+    g, h = (torch.tensor(heard.tokens(x[2, "txt"], True)).float() for x in (heard.g, heard.h))
+    added = lesson.module["txt"](g)
+    assert parts["txt"] == pytest.approx(
+        float((F.normalize(g + added, dim=-1) - F.normalize(h, dim=-1)).square().sum(-1).mean()), rel=1e-4
+    )
+    assert parts["txt_ffn"] == pytest.approx(float((added - (h - g)).square().sum() / (h - g).square().sum()), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(folder):
+    """With one sample, one token and one timestep each map can be exact: then the images must be the teacher's."""
+    teacher = Teacher(folder)
+    segment = Segment(teacher, range(6), [], "cpu", torch.float32)
+    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
+    seen = segment.run(MemorySamples().batch([3]), Chain(0, 1), lesson.wanted)
+    for number, linear in lesson.module.z.items():
+        x, y = (seen.text_inputs[b][0].double() for b in (1, int(number)))
+        linear.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
+        linear.bias.zero_()
+    h, after = (seen.boundaries[b].txt[0].double() for b in (2, 4))
+    lesson.module.h.weight.copy_(torch.linalg.lstsq(h, after - h).solution.T)
+    lesson.module.h.bias.zero_()
+    model = teacher.transformer()
+    inputs = MemorySamples().batch([3])
+    expected = model(**inputs, return_dict=False)[0]
+    switch = Switch(teacher, {TextRun(1, 3): None})
+    switch._loaded[TextRun(1, 3), False, "cpu", torch.float32] = lesson.module
+    switch(model, [TextRun(1, 3)])
+    assert torch.allclose(model(**inputs, return_dict=False)[0], expected, atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [Ffn(2)], [TextRun(1, 3)], [TextRun(4, 5)], [Interval(0, 1), Ffn(2)], [TextRun(1, 3), Ffn(2), Ffn(0), Ffn(5)],
+        [TextRun(1, 3), TextRun(4, 5), Ffn(2), Ffn(5)], [Fold()], [Fold(), Interval(0, 1), Interval(3, 5), Ffn(2)],
+        [Fold(), TextRun(1, 3), Ffn(0), Ffn(2), Ffn(5)],
+    ],
+)  # fmt: skip
+def test_a_plan_counts_what_the_plugged_transformer_holds(folder, trained, plan):
+    teacher = Teacher(folder)
+    model, switch = teacher.transformer(), Switch(teacher, files_in(trained))
+    counted = sizes(teacher, switch.files)
+    before = model(**MemorySamples().batch([0, 1]), return_dict=False)[0]
+    switch(model, plan)
+    assert sum(p.numel() for p in model.parameters()) == counted.parameters(plan) < counted.total
+    made = model(**MemorySamples().batch([0, 1]), return_dict=False)[0]
+    assert made.shape == before.shape and not torch.allclose(made, before)
+    switch(model, [])
+    assert torch.equal(model(**MemorySamples().batch([0, 1]), return_dict=False)[0], before)
+
+
+def test_a_target_that_is_nothing_leaves_the_loss_finite():
+    total, divisor = relative(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4))
+    assert float(total) / divisor == 0.0
+
+
+def test_a_cut_never_falls_into_a_text_run():
+    plan = [TextRun(1, 3), Ffn(0), Ffn(5)]
+    for stage in range(2):
+        part = segment_of(stage, 2, 6, plan)
+        assert all((entry.first in part) == (entry.last in part) for entry in plan)
+
+
+@torch.no_grad()
+def test_the_teachers_own_streams_are_what_is_seen(folder):
+    segment = Segment(Teacher(folder), range(6), PLAN, "cpu", torch.float32)
+    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
+    inputs = MemorySamples().batch([0, 1])
+    seen = segment.run(inputs, Chain(0, 1), lesson.wanted)
+    model = Teacher(folder).transformer()
+    streams, context = embed(model, inputs)
+    expected = run_blocks(architecture_of(model), architecture_of(model).blocks(model)[:3], streams, context)
+    assert torch.equal(seen.boundaries[3].img, expected.img)
+    # No hook is left behind.
+    assert not any(module._forward_pre_hooks for module in segment.transformer.modules())

@@ -1,0 +1,248 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from ppcl.config.schema import Distillation
+from ppcl.models import architecture_of, embed, run_blocks
+from ppcl.models.teacher import Teacher
+from ppcl.replacements.io import files_in, load
+from ppcl.replacements.plan import Ffn, Interval
+from ppcl.replacements.switcher import Switch
+from ppcl.training.distillation.closed_form import fit_starts
+from ppcl.training.distillation.objectives import new_lesson
+from ppcl.training.distillation.trainer import Segment, batch_of, distil, segment_of
+from ppcl.training.losses import normalized, relative
+from ppcl.training.parallel_dims import Mesh
+from ppcl.training.pipeline import Chain
+from tests import ranks, tiny
+from tests.samples import MemorySamples
+
+INTERVALS = [Interval(0, 1), Interval(3, 5)]
+SETTINGS = Distillation(steps=6, batch_size=8, learning_rate=1e-3, warmup=2, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.qwen_pipeline(tmp_path_factory.mktemp("teacher") / "pipeline")
+
+
+def train(folder, out, settings=SETTINGS, intervals=INTERVALS, stop_after=None):
+    """One rank's part, in whatever process group this process is in."""
+
+    def report(done, total, losses):
+        if stop_after is not None and done == stop_after:
+            raise KeyboardInterrupt
+
+    mesh = Mesh.join(settings.pipeline, settings.replicas)
+    with torch.enable_grad():
+        distil(Teacher(folder), MemorySamples(), intervals, settings, mesh, out, out / "checkpoints", 0, "cpu", report)
+
+
+def students(out):
+    return {path.stem: load_file(path) for path in sorted(out.glob("*.safetensors"))}
+
+
+def assert_same(a, b, tolerance=1e-5):
+    assert a.keys() == b.keys() and len(a) == len(INTERVALS)
+    for name in a:
+        for key in a[name]:
+            difference = (a[name][key] - b[name][key]).norm() / a[name][key].norm().clamp_min(1e-6)
+            assert difference <= tolerance, f"{name} {key}: {difference:.2e}"
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train(folder, out)
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.mark.parametrize(("pp", "dp"), [(2, 1), (1, 2), (2, 2)])
+def test_the_mesh_does_not_change_the_students(folder, alone, tmp_path, pp, dp):
+    settings = SETTINGS.model_copy(update={"pipeline": pp, "replicas": dp})
+    ranks.run(pp * dp, train, folder, tmp_path, settings)
+    assert_same(students(alone), students(tmp_path))
+
+
+def test_training_lowers_the_loss_and_changes_the_students(folder, tmp_path):
+    train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 40}))
+    for interval in INTERVALS:
+        curve = json.loads((tmp_path / f"{interval.name}.json").read_text())["curve"]
+        assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
+
+
+def test_a_stopped_run_continues_to_the_same_students(folder, alone, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path, stop_after=5)
+    assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) == 2
+    assert not students(tmp_path)
+    train(folder, tmp_path)
+    assert_same(students(alone), students(tmp_path))
+
+
+def test_a_closed_form_start_is_fitted_once(folder, alone, tmp_path, monkeypatch):
+    fits = []
+    monkeypatch.setattr("ppcl.training.distillation.trainer.fit_starts", lambda *given: fits.append(len(given[0])) or fit_starts(*given))
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path, stop_after=1)
+    train(folder, tmp_path)
+    assert fits == [2]
+    assert_same(students(alone), students(tmp_path))
+
+
+def test_a_student_whose_checkpoint_is_behind_catches_up_alone(folder, alone, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path, stop_after=3)
+    behind = (tmp_path / "checkpoints" / "00-01.safetensors").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path, stop_after=5)
+    (tmp_path / "checkpoints" / "00-01.safetensors").write_bytes(behind)
+    train(folder, tmp_path)
+    assert_same(students(alone), students(tmp_path))
+
+
+def test_checkpoints_of_one_rank_are_continued_by_two(folder, alone, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path, stop_after=5)
+    ranks.run(2, train, folder, tmp_path, SETTINGS.model_copy(update={"pipeline": 2}))
+    assert_same(students(alone), students(tmp_path))
+
+
+def test_a_rank_holds_its_own_blocks_only(folder):
+    teacher = Teacher(folder)
+    whole = teacher.transformer()
+    block = sum(p.numel() for p in architecture_of(whole).blocks(whole)[0].parameters())
+    rest = sum(p.numel() for p in whole.parameters()) - 6 * block
+    parts = [segment_of(stage, 2, 6, INTERVALS) for stage in range(2)]
+    assert [b for part in parts for b in part] == list(range(6))
+    for part in parts:
+        segment = Segment(teacher, part, INTERVALS, "cpu", torch.float32)
+        assert sum(p.numel() for p in segment.transformer.parameters()) == len(part) * block + rest
+        assert all(i.first in part and i.last in part for i in segment.plan)
+
+
+def test_a_student_in_training_keeps_what_goes_into_its_interval_and_what_comes_out(folder):
+    segment = Segment(Teacher(folder), range(6), INTERVALS, "cpu", torch.float32)
+    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, Interval(3, 5), Distillation(), 6)
+    inputs = MemorySamples().batch([0, 1])
+    # The first block's own output is needed for the fit of the affine start, and no longer.
+    assert segment.run(inputs, Chain(0, 1), lesson.wanted_to_start).boundaries.keys() == {4, 6}
+    seen = segment.run(inputs, Chain(0, 1), lesson.wanted)
+    assert seen.boundaries.keys() == {3, 6}
+    assert lesson.losses(seen, normalized).keys() == {"img", "txt"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("start", "source"), [("first", 3), ("middle", 4)])
+def test_an_untrained_student_is_the_teachers_block(folder, tmp_path, start, source):
+    # A rate this small leaves the start as it is.
+    train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "start": start}))
+    teacher = Teacher(folder)
+    student = load(tmp_path / "03-05.safetensors", teacher)
+    model = teacher.transformer()
+    block = architecture_of(model).blocks(model)[source]
+    streams, context = embed(model, MemorySamples().batch([0, 1]))
+    expected = run_blocks(architecture_of(model), [block], streams, context)
+    assert torch.allclose(student.streams(streams, context).img, expected.img, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_affine_start_is_the_least_squares_map_behind_the_first_block(folder, tmp_path):
+    train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "ridge": 1e-9}))
+    teacher, samples = Teacher(folder), MemorySamples()
+    student = load(tmp_path / "03-05.safetensors", teacher)
+    model = teacher.transformer()
+    architecture, blocks = architecture_of(model), architecture_of(model).blocks(model)
+    inputs = samples.batch(samples.ids(held_out=False))
+    streams, context = embed(model, inputs)
+    x = run_blocks(architecture, blocks[:4], streams, context).img.reshape(-1, 32).double().numpy()
+    y = run_blocks(architecture, blocks[:6], streams, context).img.reshape(-1, 32).double().numpy()
+    design = np.hstack([x, np.ones((len(x), 1))])
+    solution = np.linalg.lstsq(design, y - x, rcond=None)[0]
+    assert np.allclose(student.affine["img"].weight.numpy().T, solution[:-1], atol=2e-3)
+    assert np.allclose(student.affine["img"].bias.numpy(), solution[-1], atol=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", ["first", "middle", "affine"])
+def test_a_narrow_student_starts_as_its_block_with_the_ffns_of_the_narrow_block(folder, tmp_path, start):
+    settings = SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "start": start, "student_hidden": 50})
+    source = {"first": 3, "affine": 3, "middle": 4}[start]
+    train(folder, tmp_path / "one", settings, [Interval(3, 5)])
+    # What the block itself is with half of its hidden units, a replacement of its own.
+    train(folder, tmp_path / "two", settings, [Ffn(source, 50)])
+    teacher = Teacher(folder)
+    student = load(tmp_path / "one" / "03-05.safetensors", teacher)
+    assert student.block.img_mlp.net[0].proj.out_features == 64 and (start == "affine") == bool(student.affine)
+    student.affine.clear()
+    model = teacher.transformer()
+    architecture = architecture_of(model)
+    streams, context = embed(model, MemorySamples().batch([0, 1]))
+    Switch(teacher, files_in(tmp_path / "two"))(model, [Ffn(source, 50)])
+    expected = run_blocks(architecture, [architecture.blocks(model)[source]], streams, context)
+    made = student.streams(streams, context)
+    assert torch.allclose(made.img, expected.img, atol=1e-5) and torch.allclose(made.txt, expected.txt, atol=1e-5)
+
+
+def test_narrow_students_are_smaller_and_the_same_on_any_mesh_and_after_a_stop(folder, tmp_path):
+    settings = SETTINGS.model_copy(update={"student_hidden": 25})
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "alone", settings, stop_after=3)
+    train(folder, tmp_path / "alone", settings)
+    ranks.run(2, train, folder, tmp_path / "shared", settings.model_copy(update={"pipeline": 2}))
+    assert_same(students(tmp_path / "alone"), students(tmp_path / "shared"))
+    train(folder, tmp_path / "whole")
+    whole = students(tmp_path / "whole")
+    for name, tensors in students(tmp_path / "alone").items():
+        assert sum(t.numel() for t in tensors.values()) < sum(t.numel() for t in whole[name].values())
+
+
+def test_a_batch_with_nan_is_left_out_and_counted(folder, tmp_path, monkeypatch):
+    healthy = MemorySamples.batch
+    poisoned = int(batch_of(3, MemorySamples().ids(False), SETTINGS.batch_size, 0)[0])
+
+    def batch(self, ids, device="cpu", dtype=torch.float32):
+        made = healthy(self, ids, device, dtype)
+        if poisoned == ids[0] and len(ids) == SETTINGS.batch_size:
+            made["hidden_states"][0, 0, 0] = float("nan")
+        return made
+
+    monkeypatch.setattr(MemorySamples, "batch", batch)
+    train(folder, tmp_path, SETTINGS.model_copy(update={"start": "first"}))
+    record = json.loads((tmp_path / "03-05.json").read_text())
+    assert record["skipped_steps"] >= 1
+    assert all(t.isfinite().all() for s in students(tmp_path).values() for t in s.values())
+
+
+def test_losses_against_their_formulas():
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(2, 5, 8, generator=g), torch.randn(2, 5, 8, generator=g)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    total, tokens = normalized(s, t, mask)
+    by_hand = [((a / a.norm() - b / b.norm()) ** 2).sum() for a, b in zip(s[mask], t[mask])]
+    assert tokens == 8 and torch.isclose(total, torch.stack(by_hand).sum())
+    # Eq. 6's squared distance of unit vectors is 2 - 2 cos.
+    assert torch.isclose(total, (2 - 2 * F.cosine_similarity(s, t, dim=-1))[mask].sum())
+    total, energy = relative(s, t)
+    assert np.isclose(float(total) / energy, float((s - t).square().sum() / t.square().sum()))
+
+
+def test_batches_cover_every_sample_once_an_epoch():
+    ids = np.arange(100, 124)
+    seen = np.concatenate([batch_of(step, ids, 8, seed=3) for step in range(3)])
+    assert sorted(seen) == list(ids)
+    assert not np.array_equal(batch_of(0, ids, 8, seed=3), batch_of(3, ids, 8, seed=3))
+
+
+@pytest.fixture(autouse=True)
+def _clean(tmp_path):
+    yield
+    shutil.rmtree(tmp_path, ignore_errors=True)
