@@ -41,7 +41,8 @@ from ppcl.config.schema import Distillation
 from ppcl.models import architecture_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.plan import Interval
-from ppcl.training.distillation.trainer import batch_of, distil
+from ppcl.training.data import batch_of
+from ppcl.training.distillation.trainer import distil
 from ppcl.training.losses import LOSSES
 from ppcl.training.parallel_dims import Mesh
 

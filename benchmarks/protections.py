@@ -37,8 +37,9 @@ from ppcl.replacements.io import files_in
 from ppcl.replacements.plan import Interval
 from ppcl.replacements.switcher import Switch
 from ppcl.storage.manifest import CONFIG
+from ppcl.training.captured import Seen, Wanted
 from ppcl.training.distillation import trainer as run
-from ppcl.training.distillation.objectives import Depth, Fit, Seen, Wanted
+from ppcl.training.distillation.objectives import Depth, Fit
 from ppcl.training.losses import relative
 from ppcl.training.parallel_dims import Mesh
 from ppcl.training.trainee import Pupil

@@ -57,9 +57,12 @@ from ppcl.sizing import Model
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import rank_of
 from ppcl.sizing.simulation import STUDENT_TRAFFIC, distillation_on, probes
-from ppcl.training.distillation.objectives import Seen, new_lesson
-from ppcl.training.distillation.trainer import Segment, batch_of, distil
+from ppcl.training.captured import Seen
+from ppcl.training.data import batch_of
+from ppcl.training.distillation.objectives import new_lesson
+from ppcl.training.distillation.trainer import distil
 from ppcl.training.parallel_dims import Mesh
+from ppcl.training.teacher_segment import Segment
 from ppcl.training.trainee import Pupil
 
 WARM = 3

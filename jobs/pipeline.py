@@ -27,7 +27,8 @@ from ppcl.models.teacher import Teacher
 from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, entry_of
 from ppcl.search.variants import names_of
 from ppcl.storage.manifest import CONFIG, LOG, Artifacts, key_of, write_atomically
-from ppcl.storage.object_store import file_sha256, local_file, publish
+from ppcl.storage.mirror import local_file, publish
+from ppcl.storage.node_cache import file_sha256
 from ppcl.training.finetuning.plan_sampler import draws_of
 
 # A stage is tried so often before its failure is the user's.

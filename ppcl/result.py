@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ppcl.config.location import is_url
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
@@ -21,7 +22,6 @@ from ppcl.replacements.plan import HOW_WRITTEN, Entry, written
 from ppcl.replacements.switcher import Switch
 from ppcl.search.variants import TEACHER, Variant, read_family, trained
 from ppcl.storage.manifest import CONFIG, Artifacts
-from ppcl.storage.object_store import is_url
 
 CUSTOM = "custom"
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ppcl.config.loading import Section, commented, put, read_values, validated
-from ppcl.storage.object_store import Place
+from ppcl.config.location import Place
 
 
 class Http(Section):

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ppcl.config.location import is_url
 from ppcl.errors import UserError
 from ppcl.private_ray import close_embedded_ray
-from ppcl.storage.object_store import is_url
 from serve.config import Served
 from serve.logging import plain
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jobs.runtime.worker_group import Report
-from ppcl.storage.object_store import resumable
+from ppcl.storage.checkpoint_sync import resumable
 from ppcl.storage.tensor_files import drop_damaged, is_whole
 
 

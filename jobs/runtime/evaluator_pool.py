@@ -21,7 +21,7 @@ from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
 from ppcl.search.variants import read_family
 from ppcl.storage.manifest import complete
-from ppcl.storage.object_store import writing
+from ppcl.storage.mirror import writing
 
 
 @ray.remote

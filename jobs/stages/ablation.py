@@ -14,7 +14,7 @@ from jobs.runtime.worker_group import Report, run_ranks
 from ppcl.config.schema import Config
 from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import complete, write_atomically
-from ppcl.storage.object_store import gather, remove
+from ppcl.storage.mirror import gather, remove
 
 
 def _rank(arguments: dict[str, Any], report: Report) -> None:

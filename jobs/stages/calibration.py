@@ -36,7 +36,8 @@ from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import key_of, write_atomically
-from ppcl.storage.object_store import each, exists, file_sha256, gather, here, local_file, publish, remove, store_of
+from ppcl.storage.mirror import exists, gather, here, local_file, publish, remove, store_of
+from ppcl.storage.node_cache import each, file_sha256
 
 # Blocks a pass is cut into at most: each is one task of Ray.
 _MOST_BLOCKS = 1000

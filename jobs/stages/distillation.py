@@ -14,7 +14,7 @@ from ppcl.config.schema import Config
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.plan import Entry, entry_of
 from ppcl.storage.manifest import complete
-from ppcl.storage.object_store import gather, remove, writing
+from ppcl.storage.mirror import gather, remove, writing
 
 
 def _rank(arguments: dict[str, Any], report: Report) -> None:

@@ -14,7 +14,7 @@ from ppcl.replacements.io import files_in
 from ppcl.replacements.parameter_counts import sizes
 from ppcl.search.variants import TEACHER, Family, best_plans, make_variants, plans_to_measure, read_family
 from ppcl.storage.manifest import write_atomically
-from ppcl.storage.object_store import gather
+from ppcl.storage.mirror import gather
 
 Progress = Callable[[int, int], None]
 

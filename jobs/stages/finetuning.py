@@ -13,7 +13,7 @@ from jobs.runtime.worker_group import Report, run_ranks
 from ppcl.config.schema import Config
 from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import complete
-from ppcl.storage.object_store import gather, remove, writing
+from ppcl.storage.mirror import gather, remove, writing
 
 
 def _rank(arguments: dict[str, Any], report: Report) -> None:

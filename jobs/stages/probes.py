@@ -13,7 +13,7 @@ from ppcl.detection import detect as detection
 from ppcl.detection.fit_probes import dropped, underdetermined
 from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import complete
-from ppcl.storage.object_store import gather, writing
+from ppcl.storage.mirror import gather, writing
 
 
 def _rank(arguments: dict[str, Any], report: Report) -> None:

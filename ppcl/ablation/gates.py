@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ppcl.models import Architecture, architecture_of, swapped
-from ppcl.training.distillation.trainer import Samples, batch_of
+from ppcl.training.data import Samples, batch_of
 
 _RATE = 0.05
 _TEMPERATURE = 1.0

@@ -18,11 +18,13 @@ from ppcl.models import run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import save
 from ppcl.replacements.plan import Interval
+from ppcl.training.captured import Seen, Wanted
+from ppcl.training.data import Samples, batch_of
 from ppcl.training.distillation.closed_form import fit_starts
-from ppcl.training.distillation.objectives import Depth, Seen, Wanted
-from ppcl.training.distillation.trainer import Samples, Segment, batch_of
+from ppcl.training.distillation.objectives import Depth
 from ppcl.training.parallel_dims import Mesh
 from ppcl.training.pipeline import Chain
+from ppcl.training.teacher_segment import Segment
 from ppcl.training.trainee import Pupil
 
 

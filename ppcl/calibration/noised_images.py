@@ -16,7 +16,7 @@ from ppcl.calibration.trajectory_recorder import Call, State, call_of, check_arg
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models import Architecture
-from ppcl.storage.object_store import local_file
+from ppcl.storage.mirror import local_file
 
 
 def noised(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

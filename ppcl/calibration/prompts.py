@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ppcl.config.location import Place
 from ppcl.errors import UserError
 from ppcl.storage.manifest import key_of
-from ppcl.storage.object_store import Place, file_sha256, local_file, store_of
+from ppcl.storage.mirror import local_file, store_of
+from ppcl.storage.node_cache import file_sha256
 
 _PARQUET_ROWS = 1024
 

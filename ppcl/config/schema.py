@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from ppcl.config.loading import Section, commented, put, read_values, validated
-from ppcl.storage.object_store import Place, is_url
+from ppcl.config.location import Place, is_url
 
 
 def _at_most_a_batch(replicas: int, info: ValidationInfo) -> int:

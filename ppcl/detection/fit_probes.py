@@ -23,10 +23,11 @@ from ppcl.linalg.moments import Statistics
 from ppcl.models import Streams, embed, run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import write_atomically
-from ppcl.training.distillation.objectives import Seen, Wanted
-from ppcl.training.distillation.trainer import Samples, Segment, text_mask
+from ppcl.training.captured import Seen, Wanted
+from ppcl.training.data import Samples
 from ppcl.training.parallel_dims import Mesh
 from ppcl.training.pipeline import Chain, segments
+from ppcl.training.teacher_segment import Segment, text_mask
 
 
 def probe_file(folder: Path, block: int) -> Path:

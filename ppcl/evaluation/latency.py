@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,34 +13,13 @@ from torch import nn
 from ppcl.models import architecture_of, embed, run_blocks
 from ppcl.replacements.plan import Entry, Ffn, Fold, TextRun
 from ppcl.replacements.switcher import Switch
+from ppcl.search.latency_table import Times
 
 # Entries of a kind that are timed, the others taken for the same; and how often each is.
 _OF_A_KIND = 3
 _ROUNDS = 7
 
 
-@dataclass(frozen=True)
-class Times:
-    """Microseconds of one forward of the teacher, and of those the ones an entry saves: `alone`, and an FFN's `inside` of a
-    text run, where its text part is gone. Blocks are `blocks` in number."""
-
-    total: int
-    blocks: range
-    alone: Mapping[Entry, int]
-    inside: Mapping[Entry, int]
-
-    def saved(self, entry: Entry, within: TextRun | None = None, folded: bool = False) -> int:
-        """What folding saves of a replaced part is taken for the same as of the teacher's."""
-        if within is not None and entry.first != within.first and entry in self.inside:
-            return self.inside[entry]
-        return self.alone[entry]
-
-    def speedup(self, plan: Iterable[Entry]) -> float:
-        """How many times faster than the teacher a step is with a plan on, were savings to add up."""
-        plan = list(plan)
-        runs = [entry for entry in plan if isinstance(entry, TextRun)]
-        left = self.total - sum(self.saved(e, next((r for r in runs if isinstance(e, Ffn) and e.block in r.blocks), None)) for e in plan)
-        return self.total / max(1, left)
 
 
 def _synchronized() -> float:

@@ -14,10 +14,12 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ppcl.config.location import is_url
 from ppcl.errors import UserError
 from ppcl.models import Architecture, PassThrough, architecture_of, swap
 from ppcl.models.remote_safetensors import RemoteWeights
-from ppcl.storage.object_store import Store, each, file_sha256, is_url
+from ppcl.storage.node_cache import each, file_sha256
+from ppcl.storage.object_store import Store
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHTS = ".safetensors"

@@ -12,11 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, entry_of, order
 from ppcl.report import figures, numbers
 from ppcl.report.pictures import picture_rows
-from ppcl.report.results import Results, read_results
 from ppcl.report.summary import finite, rows_of
 from ppcl.search.variants import TEACHER
 from ppcl.storage.manifest import Artifacts, write_atomically
-from ppcl.storage.object_store import publish
+from ppcl.storage.mirror import publish
+from ppcl.storage.results import Results, read_results
 
 REPORT = "report.html"
 

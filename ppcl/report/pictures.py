@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ppcl.report.results import Results
 from ppcl.search.variants import TEACHER
+from ppcl.storage.results import Results
 
 ROWS = 8
 LARGEST = 384  # pixels: larger pictures are shown smaller, or the page of a 1024² model would weigh 60 MB

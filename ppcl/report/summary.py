@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ppcl.report.results import Results, read_results
 from ppcl.search.variants import TEACHER
+from ppcl.storage.results import Results, read_results
 
 
 def summary_rows(root: Path) -> list[dict[str, Any]]:

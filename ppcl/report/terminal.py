@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ppcl.report import numbers
-from ppcl.report.results import read_results
 from ppcl.report.summary import summary_rows
+from ppcl.storage.results import read_results
 
 
 def summary_table(root: Path) -> Table:

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from ppcl.config.schema import Target
 from ppcl.errors import UserError
-from ppcl.evaluation.latency import Times
 from ppcl.replacements.parameter_counts import Sizes
 from ppcl.replacements.plan import Entry, Ffn, Fold, Interval, TextRun, order
+from ppcl.search.latency_table import Times
 
 Plan = tuple[Entry, ...]
 # What is saved, what it costs in damage, and by which plan.

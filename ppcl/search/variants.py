@@ -11,9 +11,9 @@ from typing import Any
 
 from ppcl.config.schema import Variants
 from ppcl.errors import UserError
-from ppcl.evaluation.latency import Times
 from ppcl.replacements.parameter_counts import Sizes
 from ppcl.replacements.plan import Entry, Interval, checked, entry_of, order, written
+from ppcl.search.latency_table import Times
 from ppcl.search.pareto import Plan, candidates, choose_blocks, target_candidates
 
 TEACHER = "teacher"

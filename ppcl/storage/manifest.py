@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppcl.config.location import is_url
 from ppcl.errors import UserError
-from ppcl.storage import object_store as storage
 from ppcl.storage.lease import hold
-from ppcl.storage.object_store import Store, each, file_sha256, is_url, mirror, store_of
+from ppcl.storage.mirror import store_of
+from ppcl.storage.node_cache import each, file_sha256, mirror
+from ppcl.storage.object_store import Store
 
 MANIFEST = "manifest.json"
 CONFIG = "config.json"  # the full configuration of the last run
@@ -214,7 +216,7 @@ class Artifacts:
     def forget(self, stage: str) -> None:
         """Drop a stage's entry, then its files."""
         self.forget_entry(stage)
-        storage.remove(self.path(stage))
+        remove(self.path(stage))
 
     def state(self, stage: str, key: str, tell: Callable[[str], None]) -> bool:
         """Whether a stage can be skipped; says through `tell` why a complete one has to be made again."""
@@ -238,9 +240,9 @@ def complete(folder: str | Path) -> Path:
     """
     if store_of(folder) is None:
         return Path(folder)
-    here = storage.here(folder)
+    on_this_node = to_local(folder)
     artifacts = Artifacts(here.parent)
-    with storage.once_a_node(here):
+    with once_a_node(on_this_node):
         if artifacts.entry(here.name) is None:
             raise UserError(f"{artifacts.place} has no complete {here.name}; run ppcl compress again")
         if bad := artifacts.damaged(here.name):

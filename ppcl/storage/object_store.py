@@ -11,39 +11,30 @@ sha256 that its writer left in the object's metadata, or against a manifest.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import random
-import shutil
 import socket
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from fsspec.asyn import sync
-from pydantic import PlainSerializer, WrapValidator
 
+from ppcl.config.location import _SCHEME
 from ppcl.errors import UserError, cannot_write
+from ppcl.storage.node_cache import T, _scratch, each, file_sha256, once_a_node
 
-_SCHEME = "s3://"
-_MIRROR = "ppcl-mirror"
 _SHA256 = "sha256"  # in an object's metadata
 
 # Tries of one request, if AWS_MAX_ATTEMPTS does not say otherwise, and the pause after the first, seconds; it doubles.
 _ATTEMPTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _CONNECT_SECONDS, _READ_SECONDS = 10, 30
-# Objects on their way at once.
-_AT_ONCE = 8
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 _UNREACHABLE = ("EndpointConnectionError", "ConnectTimeoutError")
 _REFUSED = {
@@ -54,23 +45,12 @@ _REFUSED = {
     "InvalidToken": "the session token is wrong",
 }
 
-T = TypeVar("T")
 
 
-def is_url(place: Any) -> bool:
-    return isinstance(place, str) and place.startswith(_SCHEME)
 
 
-def _place(value: Any, path: Callable[[Any], Path]) -> Path | str:
-    if not is_url(value):
-        return path(value)
-    if not value.removeprefix(_SCHEME).split("/")[0]:
-        raise ValueError("the bucket's name is missing; give s3://bucket/key")
-    return value.rstrip("/")
 
 
-# A setting that is a path, or the URL of something in a bucket, which stays text.
-Place = Annotated[Path, WrapValidator(_place), PlainSerializer(str, when_used="json")]
 
 
 class Object(NamedTuple):
@@ -291,208 +271,33 @@ def _reason(error: Exception) -> str:
     return words[0] if words else type(error).__name__
 
 
-def each(call: Callable[[Any], T], items: Collection[Any]) -> list[T]:
-    """`call(item)` for every item, several at once, in the order of the items; raises what the first of them raised."""
-    if not items:
-        return []
-    with ThreadPoolExecutor(min(_AT_ONCE, len(items))) as pool:
-        return list(pool.map(call, items))
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _scratch() -> Path:
-    return Path(os.environ.get("PPCL_SCRATCH") or Path(tempfile.gettempdir()) / f"ppcl-{os.getuid()}").absolute()
 
 
-def mirror(url: str) -> Path:
-    """Where the files under a URL are worked on, on this node."""
-    return _scratch() / _MIRROR / url.removeprefix(_SCHEME)
 
 
-def store_of(path: str | Path) -> Store | None:
-    """The store whose mirror a path lies in, on whatever node; None for an ordinary path."""
-    parts = Path(path).parts
-    if _MIRROR not in parts:
-        return None
-    return Store(_SCHEME + "/".join(parts[parts.index(_MIRROR) + 1 :]))
 
 
-def here(path: str | Path) -> Path:
-    """A path of another node on this one: itself, or its place in this node's mirror."""
-    store = store_of(path)
-    return Path(path) if store is None else mirror(store.url)
 
 
-def local_file(place: str | Path) -> Path:
-    """One file, downloaded to this node where it lies in a bucket. A path inside of a mirror is downloaded too."""
-    store = Store(place) if is_url(place) else store_of(place)
-    if store is None:
-        return Path(place)
-    path, tag = mirror(store.url), mirror(store.url).with_name(f".{store.url.rpartition('/')[2]}.tag")
-    answer = store.head()
-    if answer is None:
-        raise UserError(f"{store.url} does not exist; upload it or correct the URL")
-    with once_a_node(path):
-        if not path.is_file() or not tag.is_file() or tag.read_text() != answer["ETag"]:
-            if not store.download("", path):
-                raise UserError(f"{store.url} is damaged: its content is not what its sha256 says; upload it again")
-            tag.write_text(answer["ETag"])
-    return path
 
 
-def exists(path: str | Path) -> bool:
-    """Whether a file is there; of a mirror, whether it is in the store."""
-    store = store_of(path)
-    return Path(path).exists() if store is None else store.head() is not None
 
 
-def publish(path: Path) -> None:
-    """Upload a file of a mirror, if it is one."""
-    store = store_of(path)
-    if store is not None:
-        store.upload(path, "")
 
 
-def remove(path: Path) -> None:
-    """Remove a file or folder, here and in the store whose mirror it is in."""
-    store = store_of(path)
-    if store is not None:
-        parent = Store(store.url.rpartition("/")[0])
-        parent.remove(store.url.rpartition("/")[2])
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
-def gather(folder: Path) -> None:
-    """Download what other nodes uploaded into a folder of a mirror."""
-    store = store_of(folder)
-    if store is None:
-        return
-    names = [name for name in store.objects() if "checkpoints" not in name.split("/")]
-
-    def get(name: str) -> None:
-        if not store.download(name, folder / name):
-            raise UserError(f"{store.url}/{name} changed or went away while it was read; run the same command again")
-
-    each(get, names)
 
 
-@contextlib.contextmanager
-def writing(folder: str | Path) -> Iterator[Path]:
-    """A folder for what one process makes: the folder itself, or a temporary one whose files are uploaded at the end."""
-    store = store_of(folder)
-    if store is None:
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory(dir=_made(_scratch() / "made")) as made:
-        yield Path(made)
-        files = [path for path in sorted(Path(made).rglob("*")) if path.is_file()]
-        each(lambda path: store.upload(path, str(path.relative_to(made))), files)
 
 
-@contextlib.contextmanager
-def resumable(
-    folder: str | Path, attempt: str, whole: Callable[[Path], bool], damaged: Callable[[Path], None]
-) -> Iterator[Path]:
-    """A folder of checkpoints, whole files that are replaced now and then, which the same work continues from, on any node.
-
-    In a store: it begins with what lies there, and each file is uploaded soon after it was written. `attempt` names this
-    run of the work, the same on all nodes: they all begin with what was there when its first process looked, but for files
-    that are not what their writer left, or not `whole`: those `damaged` is told of.
-    """
-    store = store_of(folder)
-    if store is None:
-        yield Path(folder)
-        return
-    found = _scratch() / "checkpoints" / attempt
-    with once_a_node(found):
-        if not found.exists():
-            coming = _made(found.with_name(f"{attempt}.coming"))
-            names = list(store.objects())
-            there = each(lambda name: store.download(name, coming / name) and whole(coming / name), names)
-            for path in [coming / name for name, right in zip(names, there, strict=True) if not right]:
-                path.unlink(missing_ok=True)
-                damaged(path)
-            os.replace(coming, found)
-    with tempfile.TemporaryDirectory(dir=_made(_scratch() / "made")) as made:
-        for path in [path for path in found.rglob("*") if path.is_file()]:
-            own = Path(made) / path.relative_to(found)
-            own.parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, own)
-        with _Uploads(Path(made), store):
-            yield Path(made)
-    shutil.rmtree(found, ignore_errors=True)
 
 
-class _Uploads:
-    """Uploads what is written into a folder, in the background; what lies there already, and unfinished files, are left out."""
-
-    EVERY = 1.0
-
-    def __init__(self, folder: Path, store: Store):
-        self.folder, self.store = folder, store
-        self.known = {path: self._version(path) for path in self._files()}
-        self.failure: Exception | None = None
-        self.ending = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="uploads", daemon=True)
-
-    def _files(self) -> list[Path]:
-        return [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.suffix != ".partial"]
-
-    @staticmethod
-    def _version(path: Path) -> tuple[int, int]:
-        stat = path.stat()
-        return stat.st_mtime_ns, stat.st_ino
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.ending.set()
-        self.thread.join()
-        if error is None and self.failure is not None:
-            raise self.failure
-
-    def _run(self) -> None:
-        last = False
-        while not last:
-            last = self.ending.wait(self.EVERY)
-            try:
-                self._upload()
-                self.failure = None
-            except Exception as error:
-                # The work goes on: the next checkpoint is tried again, and the end raises what the last try did.
-                self.failure = error
-
-    def _upload(self) -> None:
-        for path in self._files():
-            if self.known.get(path) == self._version(path):
-                continue
-            # A second name: the first may come to stand for the next checkpoint while this one is on its way.
-            held = path.with_name(f"{path.name}.held.partial")
-            held.unlink(missing_ok=True)
-            os.link(path, held)
-            version = self._version(held)
-            self.store.upload(held, str(path.relative_to(self.folder)))
-            held.unlink()
-            self.known[path] = version
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
-@contextlib.contextmanager
-def once_a_node(path: Path) -> Iterator[None]:
-    """One process of this node at a time: what one of them downloads, the others find."""
-    _made(path.parent)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -11,17 +10,11 @@ import torch
 from ppcl.config.schema import Distillation
 from ppcl.replacements.io import Replacement
 from ppcl.storage.tensor_files import load_tensors, save_tensors
-from ppcl.training.distillation.objectives import Lesson, Seen
+from ppcl.training.captured import Seen
+from ppcl.training.distillation.objectives import Lesson
 from ppcl.training.losses import LOSSES
+from ppcl.training.optim import learning_rate
 from ppcl.training.parallel_dims import Mesh
-
-
-def learning_rate(step: int, settings: Distillation) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < settings.warmup:
-        return settings.learning_rate * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Pupil:

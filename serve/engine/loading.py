@@ -12,10 +12,10 @@ import torch
 from ppcl.errors import UserError
 from ppcl.replacements.plan import Entry, Interval
 from ppcl.replacements.switcher import Switch
-from ppcl.report.results import read_results
 from ppcl.result import Result
 from ppcl.search.variants import Variant
 from ppcl.storage.manifest import Artifacts
+from ppcl.storage.results import read_results
 
 # Longer texts are no plan of any transformer.
 _LONGEST_PLAN = 4096

@@ -108,7 +108,8 @@ def faketime():
 
 
 def test_nodes_whose_clocks_are_hours_apart_do_a_job_through_a_bucket(values, whole, undisturbed, s3, tmp_path):
-    from ppcl.storage.object_store import Store, mirror
+    from ppcl.storage.node_cache import mirror
+    from ppcl.storage.object_store import Store
 
     library, url = faketime(), f"{s3.bucket}/result"
     store = Store(url)

@@ -11,7 +11,8 @@ pytestmark = pytest.mark.faults
 
 
 def test_a_bucket_that_fails_for_long_ends_in_one_sentence_and_the_job_goes_on_later(values, undisturbed, s3, tmp_path):
-    from ppcl.storage.object_store import Store, mirror
+    from ppcl.storage.node_cache import mirror
+    from ppcl.storage.object_store import Store
 
     url = f"{s3.bucket}/result"
     with s3.failing(bucket.error(503, "SlowDown"), lambda r: "students" in r.path and r.method == "PUT"):

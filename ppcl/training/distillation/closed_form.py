@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ppcl.linalg import Statistics
-from ppcl.training.distillation.objectives import Lesson, Seen
+from ppcl.training.captured import Seen
+from ppcl.training.distillation.objectives import Lesson
 from ppcl.training.parallel_dims import Mesh
 
 

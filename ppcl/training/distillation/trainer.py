@@ -10,28 +10,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from ppcl.config.schema import Distillation
-from ppcl.models import Architecture, embed, run_blocks
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.block_view import at
 from ppcl.replacements.io import save
 from ppcl.replacements.low_rank_modulation import fit_basis
 from ppcl.replacements.plan import Entry, Ffn, Fold, Interval
 from ppcl.storage.manifest import write_atomically
+from ppcl.training.captured import Seen, Wanted
+from ppcl.training.data import Samples, batch_of
 from ppcl.training.distillation.closed_form import fit_starts
-from ppcl.training.distillation.objectives import Seen, Wanted, new_lesson
+from ppcl.training.distillation.objectives import new_lesson
 from ppcl.training.parallel_dims import Mesh
 from ppcl.training.pipeline import Chain, segments
+from ppcl.training.teacher_segment import Segment
 from ppcl.training.trainee import Pupil
 
 # What training costs beside a teacher block's forward: a student its own forward and a backward of twice that, a block
@@ -41,22 +41,8 @@ FFN_COST = 0.25
 _CURVE_POINTS = 200
 
 
-class Samples(Protocol):
-    """The calibration set, as far as it is needed here."""
-
-    def ids(self, held_out: bool) -> np.ndarray: ...
-
-    def batch(self, ids: Sequence[int], device: str, dtype: torch.dtype) -> dict[str, Any]: ...
 
 
-def batch_of(step: int, ids: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The sample ids of a step: consecutive pieces of one endless run of seeded shuffles, whatever ranks there are."""
-    wanted = range(step * size, (step + 1) * size)
-    orders = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(ids)
-        for epoch in {position // len(ids) for position in wanted}
-    }
-    return np.array([orders[position // len(ids)][position % len(ids)] for position in wanted])
 
 
 def segment_of(stage: int, pp: int, blocks: int, plan: Sequence[Entry]) -> range:
@@ -73,73 +59,8 @@ def segment_of(stage: int, pp: int, blocks: int, plan: Sequence[Entry]) -> range
     return segments(costs, pp, plan)[stage]
 
 
-def text_mask(architecture: Architecture, context: dict[str, Any]) -> torch.Tensor | None:
-    """`(B, T)`, true where a text token is no padding; None where all count."""
-    mask = context.get(architecture.text_mask) if architecture.text_mask else None
-    return None if mask is None else mask.bool()
 
 
-class Segment:
-    """One rank's blocks, and what its lessons must see of them."""
-
-    def __init__(self, teacher: Teacher, blocks: range, plan: Sequence[Entry], device: str, dtype: torch.dtype):
-        self.architecture = teacher.architecture
-        self.range = blocks
-        self.plan = [entry for entry in plan if entry.first in blocks]
-        self.device, self.dtype = device, dtype
-        self.transformer = teacher.transformer(keep=blocks, device=device, dtype=dtype)
-        self.blocks = {b: self.architecture.blocks(self.transformer)[b] for b in blocks}
-
-    @torch.no_grad()
-    def run(self, inputs: dict[str, Any], chain: Chain, wanted: Wanted) -> Seen:
-        """One batch through the segment. The last block's output is boundary `stop`."""
-        start, context = embed(self.transformer, inputs)
-        streams = chain.receive(start)
-        seen = Seen(context=context, text_mask=text_mask(self.architecture, context))
-        if self.range.start in wanted.boundaries:
-            seen.boundaries[self.range.start] = streams
-        with self.listening(seen, wanted):
-            for number, block in self.blocks.items():
-                streams = run_blocks(self.architecture, [block], streams, context)
-                if number + 1 in wanted.boundaries:
-                    seen.boundaries[number + 1] = streams
-        chain.send(streams)
-        return seen
-
-    @contextmanager
-    def listening(self, seen: Seen, wanted: Wanted) -> Iterator[None]:
-        """Hooks that keep what goes on inside of blocks."""
-        handles = []
-
-        def listen(module: torch.nn.Module, keep: Callable[[tuple, dict], None]) -> None:
-            handles.append(module.register_forward_pre_hook(lambda _, args, named: keep(args, named), with_kwargs=True))
-
-        for number, block in self.blocks.items():
-            if number in wanted.text_inputs:
-
-                def text(args: tuple, named: dict, number: int = number) -> None:
-                    seen.text_inputs[number] = named[self.architecture.txt]
-
-                listen(at(block, self.architecture.attention), text)
-            if number in wanted.residuals:
-                for stream, parts in self.architecture.parts_of(self.transformer, number, block).items():
-
-                    def residual(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
-                        seen.residuals[key] = args[0]
-
-                    listen(at(block, parts.norm2), residual)
-            if number in wanted.hidden:
-                for stream, parts in self.architecture.parts_of(self.transformer, number, block).items():
-
-                    def hidden(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
-                        seen.hidden[key] = args[0]
-
-                    listen(at(block, f"{parts.ffn}.{self.architecture.ffn_down}"), hidden)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def distil(

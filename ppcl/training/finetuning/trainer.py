@@ -26,11 +26,11 @@ from ppcl.replacements.io import save
 from ppcl.replacements.plan import Entry
 from ppcl.replacements.switcher import Switch
 from ppcl.storage.tensor_files import load_tensors, save_tensors
-from ppcl.training.distillation.trainer import Samples, batch_of
+from ppcl.training.data import Samples, batch_of
 from ppcl.training.finetuning.plan_sampler import One, Within, draws_of, random_plans, trainable
 from ppcl.training.finetuning.rollouts import Trajectories, visited
+from ppcl.training.optim import learning_rate
 from ppcl.training.parallel_dims import Mesh
-from ppcl.training.trainee import learning_rate
 
 _CHECKPOINT = "checkpoint.safetensors"
 _CURVE_POINTS = 200

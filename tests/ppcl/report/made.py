@@ -12,8 +12,8 @@ from PIL import Image
 from ppcl.ablation.run import ROWS
 from ppcl.config.schema import Config
 from ppcl.demo import world
-from ppcl.report.results import STAGE_FILES
 from ppcl.storage.manifest import CONFIG, Artifacts
+from ppcl.storage.results import STAGE_FILES
 
 BLOCKS = 16
 INTERVALS = [(1, 2), (4, 6), (7, 8), (9, 11), (13, 14)]

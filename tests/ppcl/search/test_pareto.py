@@ -7,9 +7,9 @@ import pytest
 
 from ppcl.config.schema import Target
 from ppcl.errors import UserError
-from ppcl.evaluation.latency import Times
 from ppcl.replacements.parameter_counts import Sizes
 from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, checked, clash
+from ppcl.search.latency_table import Times
 from ppcl.search.pareto import candidates, choose, choose_blocks, front, target_candidates
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]

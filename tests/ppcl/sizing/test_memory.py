@@ -14,10 +14,12 @@ from ppcl.sizing import FORMULAS, Model, layouts
 from ppcl.sizing.memory import intervals
 from ppcl.sizing.model import model_of
 from ppcl.sizing.table import gigabytes, rows_of
-from ppcl.training.distillation.objectives import Wanted, new_lesson
-from ppcl.training.distillation.trainer import Segment, segment_of
+from ppcl.training.captured import Wanted
+from ppcl.training.distillation.objectives import new_lesson
+from ppcl.training.distillation.trainer import segment_of
 from ppcl.training.parallel_dims import Mesh
 from ppcl.training.pipeline import Chain
+from ppcl.training.teacher_segment import Segment
 from ppcl.training.trainee import Pupil
 from tests import ranks, tiny
 from tests.conftest import REPOSITORY

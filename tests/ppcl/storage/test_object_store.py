@@ -10,9 +10,12 @@ import torch
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.storage import object_store as storage
+from ppcl.storage.checkpoint_sync import resumable
 from ppcl.storage.lease import LOCK, hold
 from ppcl.storage.manifest import Artifacts, complete
-from ppcl.storage.object_store import Store, local_file, mirror, publish, resumable, store_of, writing
+from ppcl.storage.mirror import local_file, publish, store_of, writing
+from ppcl.storage.node_cache import mirror
+from ppcl.storage.object_store import Store
 from ppcl.storage.tensor_files import is_whole, save_tensors
 from tests.bucket import error, slow
 
@@ -34,7 +37,7 @@ def test_a_mirrors_path_says_where_it_comes_from_on_whatever_node(monkeypatch, t
     path = mirror("s3://b/runs/qwen") / "students" / "0.safetensors"
     assert store_of(path).url == "s3://b/runs/qwen/students/0.safetensors" and store_of(tmp_path) is None
     monkeypatch.setenv("PPCL_SCRATCH", str(tmp_path / "two"))
-    assert storage.here(path) == mirror("s3://b/runs/qwen") / "students" / "0.safetensors" != path
+    assert here(path) == mirror("s3://b/runs/qwen") / "students" / "0.safetensors" != path
 
 
 def test_objects_are_listed_read_by_range_and_removed(store, tmp_path):
@@ -151,12 +154,12 @@ def test_a_stage_is_uploaded_before_its_entry_and_verified_when_read(store, s3):
     assert puts == ["a", "manifest.json"]
 
     said = []
-    storage.shutil.rmtree(artifacts.root)  # another node
+    shutil.rmtree(artifacts.root)  # another node
     assert Artifacts(store.url).state("probes", "key", said.append) and artifacts.path("probes", "a").read_bytes() == b"1"
     artifacts.path("probes", "stale").write_bytes(b"")
     assert [p.name for p in complete(artifacts.path("probes")).iterdir()] == ["a"]
     store.write("probes/a", b"2")
-    storage.shutil.rmtree(artifacts.root)
+    shutil.rmtree(artifacts.root)
     assert not Artifacts(store.url).state("probes", "key", said.append)
     assert said == ["probes: probes/a is damaged or gone (its sha256 differs from the manifest's); making it again"]
     with pytest.raises(UserError, match="probes/a is damaged or gone"):
@@ -182,7 +185,7 @@ def test_what_a_process_makes_is_uploaded_when_it_ends_well(store):
         (made / "deep").mkdir()
         (made / "deep" / "a").write_text("1")
     assert set(store.objects()) == {"students/deep/a"}
-    storage.gather(folder)
+    gather(folder)
     assert (folder / "deep" / "a").read_text() == "1"
 
 
@@ -198,7 +201,7 @@ def test_checkpoints_go_up_while_the_work_goes_on_and_another_node_begins_with_t
     with resumable(folder, "two", everything, nobody) as first, resumable(folder, "two", everything, nobody) as second:
         assert [p.read_text() for p in (first / "a", second / "a")] == ["1", "1"]
         (first / "new").write_text("2")
-        storage.os.replace(first / "new", first / "a")
+        os.replace(first / "new", first / "a")
         assert (second / "a").read_text() == "1"
     assert store.read("students/checkpoints/a") == b"2"
 
@@ -229,7 +232,7 @@ def test_a_second_job_is_refused_and_a_dead_ones_place_is_taken(store, monkeypat
     assert LOCK not in store.objects()
     with hold(store) as check:
         # By the store's clock: this node's is an hour off.
-        monkeypatch.setattr("time.time", lambda real=storage.time.time: real() + 3600)
+        monkeypatch.setattr("time.time", lambda real=time.time: real() + 3600)
         with pytest.raises(UserError, match="another ppcl works"), hold(store):
             pass
         monkeypatch.setattr("ppcl.storage.lease._DEAD_AFTER", -1.0)

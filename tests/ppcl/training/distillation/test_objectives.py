@@ -15,10 +15,11 @@ from ppcl.replacements.parameter_counts import sizes
 from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun
 from ppcl.replacements.switcher import Switch
 from ppcl.training.distillation.objectives import new_lesson
-from ppcl.training.distillation.trainer import Segment, distil, segment_of
+from ppcl.training.distillation.trainer import distil, segment_of
 from ppcl.training.losses import normalized, relative
 from ppcl.training.parallel_dims import Mesh
 from ppcl.training.pipeline import Chain
+from ppcl.training.teacher_segment import Segment
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 

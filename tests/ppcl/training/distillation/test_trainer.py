@@ -13,12 +13,14 @@ from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in, load
 from ppcl.replacements.plan import Ffn, Interval
 from ppcl.replacements.switcher import Switch
+from ppcl.training.data import batch_of
 from ppcl.training.distillation.closed_form import fit_starts
 from ppcl.training.distillation.objectives import new_lesson
-from ppcl.training.distillation.trainer import Segment, batch_of, distil, segment_of
+from ppcl.training.distillation.trainer import distil, segment_of
 from ppcl.training.losses import normalized, relative
 from ppcl.training.parallel_dims import Mesh
 from ppcl.training.pipeline import Chain
+from ppcl.training.teacher_segment import Segment
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 

@@ -13,7 +13,8 @@ from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in, load
 from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, clash, order
 from ppcl.replacements.switcher import Switch
-from ppcl.training.distillation.trainer import batch_of, distil
+from ppcl.training.data import batch_of
+from ppcl.training.distillation.trainer import distil
 from ppcl.training.finetuning.plan_sampler import Any, One, Within, draws_of, random_plans
 from ppcl.training.finetuning.rollouts import Trajectories, visited
 from ppcl.training.finetuning.trainer import finetune

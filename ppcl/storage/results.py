@@ -1,4 +1,4 @@
-"""What a job has made so far, read for the report: a stage that is not there is told, never an error."""
+"""What a job's stages have left, read for those who show it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,58 @@
+"""Folders of this node that its processes share: mirrors of buckets, snapshots, downloads that happen once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ppcl.config.location import _SCHEME
+
+_MIRROR = "ppcl-mirror"
+
+# Objects on their way at once.
+_AT_ONCE = 8
+
+T = TypeVar("T")
+
+
+def each(call: Callable[[Any], T], items: Collection[Any]) -> list[T]:
+    """`call(item)` for every item, several at once, in the order of the items; raises what the first of them raised."""
+    if not items:
+        return []
+    with ThreadPoolExecutor(min(_AT_ONCE, len(items))) as pool:
+        return list(pool.map(call, items))
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _scratch() -> Path:
+    return Path(os.environ.get("PPCL_SCRATCH") or Path(tempfile.gettempdir()) / f"ppcl-{os.getuid()}").absolute()
+
+
+def mirror(url: str) -> Path:
+    """Where the files under a URL are worked on, on this node."""
+    return _scratch() / _MIRROR / url.removeprefix(_SCHEME)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def once_a_node(path: Path) -> Iterator[None]:
+    """One process of this node at a time: what one of them downloads, the others find."""
+    _made(path.parent)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
