@@ -38,13 +38,13 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppcl.config.schema import Distillation
-from ppcl.models import architecture_of, embed, run_blocks
+from ppcl.models import adapter_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.plan import Interval
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.losses import LOSSES
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 
 CHANNELS, TEXT, SIDE, TEXT_TOKENS = 16, 64, 8, 32
 WARM_STEPS = 3
@@ -103,14 +103,14 @@ def ours(options: argparse.Namespace, folder: Path, intervals: list[Interval], p
     times = []
     with tempfile.TemporaryDirectory() as out:
         distil(
-            Teacher(folder), RandomSamples(256), intervals, settings, Mesh.join(pp, dp), Path(out), Path(out) / "c", 0,
+            Teacher(folder), RandomSamples(256), intervals, settings, ParallelDims.join(pp, dp), Path(out), Path(out) / "c", 0,
             "cpu", lambda done, total, losses: times.append(time.monotonic()),
         )  # fmt: skip
     return times
 
 
 def joint_loss(
-    architecture: Any, blocks: Sequence[torch.nn.Module], students: Sequence[torch.nn.Module], intervals: Sequence[Interval],
+    adapter: Any, blocks: Sequence[torch.nn.Module], students: Sequence[torch.nn.Module], intervals: Sequence[Interval],
     start: tuple[Any, dict[str, Any]], loss: str,
 ) -> torch.Tensor:  # fmt: skip
     """The teacher's forward, with all its boundaries kept, and the losses of all students added up."""
@@ -118,10 +118,10 @@ def joint_loss(
     with torch.no_grad():
         kept = [streams]
         for block in blocks:
-            kept.append(run_blocks(architecture, [block], kept[-1], context))
+            kept.append(run_blocks(adapter, [block], kept[-1], context))
     whole = torch.zeros(())
     for interval, student in zip(intervals, students, strict=True):
-        made = run_blocks(architecture, [student], kept[interval.first], context)
+        made = run_blocks(adapter, [student], kept[interval.first], context)
         for name in ("img", "txt"):
             total, divisor = LOSSES[loss](getattr(made, name), getattr(kept[interval.last + 1], name), None)
             whole = whole + total / divisor
@@ -131,8 +131,8 @@ def joint_loss(
 def reference(options: argparse.Namespace, folder: Path, intervals: list[Interval]) -> list[float]:
     """One process: the teacher's forward, all students' losses added up, one backward, one optimizer."""
     model = Teacher(folder).transformer()
-    architecture = architecture_of(model)
-    blocks = architecture.blocks(model)
+    adapter = adapter_of(model)
+    blocks = adapter.blocks(model)
     students = torch.nn.ModuleList([copy.deepcopy(blocks[i.first]).requires_grad_(True) for i in intervals])
     optimizer = torch.optim.AdamW(students.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, foreach=True)
     samples, times = RandomSamples(256), []
@@ -140,7 +140,7 @@ def reference(options: argparse.Namespace, folder: Path, intervals: list[Interva
         inputs = samples.batch(batch_of(step, samples.ids(False), options.batch, 0), "cpu", torch.float32)
         with torch.no_grad():
             start = embed(model, inputs)
-        loss = joint_loss(architecture, blocks, students, intervals, start, "normalized")
+        loss = joint_loss(adapter, blocks, students, intervals, start, "normalized")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(students.parameters(), 1.0)

@@ -26,17 +26,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
-from ppcl.evaluation.images import make_pictures
-from ppcl.evaluation.prompt_checker import load_world, passes, world_prompts
+from ppcl.evaluation.images import generate_images
+from ppcl.evaluation.prompt_checker import checker_prompts, correctness, load_checker
 from ppcl.evaluation.scoring import relative_drop
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
-from ppcl.replacements.plan import Entry
-from ppcl.replacements.switcher import Switch
-from ppcl.search.variants import read_family
+from ppcl.replacements.plan import Replacement
+from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.search.variants import read_catalog
 from ppcl.storage.manifest import CONFIG
 from ppcl.training.finetuning.trainer import finetune
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 
 
 class Judge:
@@ -45,26 +45,26 @@ class Judge:
     def __init__(self, config: Config, teacher: Teacher, pictures: int):
         self.config, self.teacher = config, teacher
         self.pipeline = teacher.pipeline("cpu", torch.float32)
-        self.world = load_world(config.evaluation.world)
-        self.prompts = world_prompts(self.world, pictures, config.seed)
-        self.teachers = self.right(Switch(teacher, {}), ())
+        self.world = load_checker(config.evaluation.world)
+        self.prompts = checker_prompts(self.world, pictures, config.seed)
+        self.teachers = self.right(VariantSwitcher(teacher, {}), ())
 
     @torch.no_grad()
-    def right(self, switch: Switch, plan: tuple[Entry, ...]) -> dict[str, np.ndarray]:
+    def right(self, switch: VariantSwitcher, plan: tuple[Replacement, ...]) -> dict[str, np.ndarray]:
         switch(self.pipeline.transformer, plan)
         right: dict[str, list[bool]] = {}
         size = self.config.evaluation.batch_size
         for start in range(0, len(self.prompts), size):
             some = self.prompts[start : start + size]
             seeds = [1_000_000 + self.config.seed + start + index for index in range(len(some))]
-            made = make_pictures(self.pipeline, [p.text for p in some], seeds, self.config.sampling)
-            for category, found in passes(self.world, made, some).items():
+            made = generate_images(self.pipeline, [p.text for p in some], seeds, self.config.sampling)
+            for category, found in correctness(self.world, made, some).items():
                 right.setdefault(category, []).extend(found)
         switch(self.pipeline.transformer, ())
         return {category: np.asarray(found, np.float64) for category, found in right.items()}
 
-    def drop(self, files: dict[Entry, Path], plan: tuple[Entry, ...]) -> dict[str, float]:
-        right = self.right(Switch(self.teacher, files), plan)
+    def drop(self, files: dict[Replacement, Path], plan: tuple[Replacement, ...]) -> dict[str, float]:
+        right = self.right(VariantSwitcher(self.teacher, files), plan)
         return relative_drop(right, self.teachers, self.config.evaluation.confidence, self.config.seed)
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
     config = Config.model_validate_json((options.job / CONFIG).read_text())
-    family = read_family(options.job / "variants")
+    family = read_catalog(options.job / "variants")
     plan, teacher = family.variants[options.variant].plan, Teacher(config.teacher)
     samples, judge = CalibrationSet(options.job / "calibration"), Judge(config, teacher, options.pictures)
     files = {entry: path for entry, path in files_in(options.job / "students").items() if entry in plan}
@@ -94,7 +94,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as out:
             with torch.enable_grad():
                 finetune(
-                    teacher, files, {options.variant: plan}, {}, samples, settings, config.sampling.steps, Mesh(), Path(out),
+                    teacher, files, {options.variant: plan}, {}, samples, settings, config.sampling.steps, ParallelDims(), Path(out),
                     Path(out) / "checkpoints", config.seed, "cpu", lambda *_: None,
                 )  # fmt: skip
             (told,) = json.loads((Path(out) / "finetuning.json").read_text())["plans"]

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ppcl.calibration.encoding import collate, encode
 from ppcl.calibration.trajectory_recorder import record
 from ppcl.config.schema import Probes, Sampling
-from ppcl.linalg import Probe, Statistics
+from ppcl.linalg import Moments, Probe
 from ppcl.models import Streams, embed, run_blocks
 from ppcl.models.teacher import Teacher
 
@@ -42,25 +42,25 @@ CHUNK = 8  # prompts a sampling run
 def pairs(options: argparse.Namespace, prompts: list[str], first_id: int) -> dict[tuple[int, str], Pair]:
     """The tokens of `options.states` states of each prompt, by block and stream; padding left out."""
     teacher = Teacher(options.teacher)
-    pipeline, architecture = teacher.pipeline(), teacher.architecture
+    pipeline, adapter = teacher.pipeline(), teacher.adapter
     sampling = Sampling(steps=options.sampling_steps, height=options.size, width=options.size)
     found: dict[tuple[int, str], list[Pair]] = {}
     for start in range(0, len(prompts), CHUNK):
         texts = prompts[start : start + CHUNK]
         ids = [first_id + start + i for i in range(len(texts))]
-        embeddings = encode(pipeline, architecture, texts, sampling)
-        states, call = record(pipeline, architecture, ids, embeddings, None, sampling, options.states, options.seed)
-        text = collate([embeddings[ids.index(s.embedding_id)] for s in states], architecture)
+        embeddings = encode(pipeline, adapter, texts, sampling)
+        states, call = record(pipeline, adapter, ids, embeddings, None, sampling, options.states, options.seed)
+        text = collate([embeddings[ids.index(s.embedding_id)] for s in states], adapter)
         inputs = {
-            architecture.latents: torch.stack([s.latents for s in states]),
-            architecture.timestep: torch.tensor([s.timestep for s in states]),
+            adapter.latents: torch.stack([s.latents for s in states]),
+            adapter.timestep: torch.tensor([s.timestep for s in states]),
             **{name: [[tuple(shape) for shape in value]] * len(states) for name, value in call.each.items()},
             **text,
         }
         streams, context = embed(pipeline.transformer, inputs)
-        mask = text[architecture.text_mask] if architecture.text_mask else None
-        for number, block in enumerate(architecture.blocks(pipeline.transformer)):
-            after = run_blocks(architecture, [block], streams, context)
+        mask = text[adapter.text_mask] if adapter.text_mask else None
+        for number, block in enumerate(adapter.blocks(pipeline.transformer)):
+            after = run_blocks(adapter, [block], streams, context)
             for name in Streams._fields:
                 x, y = (getattr(s, name) for s in (streams, after))
                 x, y = (t[mask.bool()] if name == "txt" and mask is not None else t.flatten(0, 1) for t in (x, y))
@@ -71,7 +71,7 @@ def pairs(options: argparse.Namespace, prompts: list[str], first_id: int) -> dic
 
 def closed(ridge: float) -> Callable[[torch.Tensor, torch.Tensor, int], Probe]:
     def fit(x: torch.Tensor, y: torch.Tensor, seed: int) -> Probe:
-        statistics = Statistics(x.shape[1], y.shape[1])
+        statistics = Moments(x.shape[1], y.shape[1])
         statistics.update(x, y)
         return Probe.fit(statistics, ridge)[0]
 

@@ -3,11 +3,11 @@
     python benchmarks/protections.py runs/demo --steps 200 --seeds 3
 
 - mean start: a student's block is the mean of the blocks it stands for, its affine map fitted behind that.
-- sensitivity: the learning rate of a student falls with the damage that its interval does, as the fourth root.
+- sensitivity: the learning rate of a student falls with the sensitivity that its interval does, as the fourth root.
 - massive: values beyond 20 times the mean magnitude of a token count nowhere in the loss.
 - noisy: a sample's loss weighs by its share of noise, 2 t.
 
-Takes the calibration set, the intervals and their damages from a finished job; nothing of the job is changed.
+Takes the calibration set, the intervals and their sensitivities from a finished job; nothing of the job is changed.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config, Distillation
-from ppcl.evaluation.velocity_error import Squares, variant_errors
+from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
 from ppcl.replacements.plan import Interval
-from ppcl.replacements.switcher import Switch
+from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.storage.manifest import CONFIG
-from ppcl.training.captured import Seen, Wanted
+from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.distillation import trainer as run
-from ppcl.training.distillation.objectives import Depth, Fit
+from ppcl.training.distillation.objectives import MomentUpdate, StudentObjective
 from ppcl.training.losses import relative
-from ppcl.training.parallel_dims import Mesh
-from ppcl.training.trainee import Pupil
+from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.trainee import Trainee
 
 _MASSIVE = 20.0
 
@@ -51,7 +51,7 @@ class Watched:
     """Samples that remember the shares of noise of the batch last taken."""
 
     def __init__(self, samples: CalibrationSet, teacher: Teacher):
-        self.samples, self.architecture = samples, teacher.architecture
+        self.samples, self.adapter = samples, teacher.adapter
         self.noise = torch.zeros(0)
 
     def ids(self, held_out: bool) -> np.ndarray:
@@ -59,27 +59,27 @@ class Watched:
 
     def batch(self, ids: Sequence[int], device: str, dtype: torch.dtype) -> dict[str, Any]:
         inputs = self.samples.batch(ids, device, dtype)
-        self.noise = inputs[self.architecture.timestep] / self.architecture.timestep_scale
+        self.noise = inputs[self.adapter.timestep] / self.adapter.timestep_scale
         return inputs
 
 
-class MeanStart(Depth):
-    def __init__(self, architecture: Any, transformer: Any, blocks: Any, entry: Interval, settings: Distillation):
-        super().__init__(architecture, transformer, blocks, entry, settings)
-        self.wanted_to_start = Wanted(frozenset({entry.first, entry.last + 1}))
+class MeanStart(StudentObjective):
+    def __init__(self, adapter: Any, transformer: Any, blocks: Any, entry: Interval, settings: Distillation):
+        super().__init__(adapter, transformer, blocks, entry, settings)
+        self.init_capture = CaptureSpec(frozenset({entry.first, entry.last + 1}))
         removed = [dict(blocks[number].named_parameters()) for number in entry.blocks]
         with torch.no_grad():
             for name, parameter in self.module.block.named_parameters():
                 parameter.copy_(torch.stack([block[name].float() for block in removed]).mean(0))
 
     @torch.no_grad()
-    def _pairs(self, seen: Seen) -> Iterator[Fit]:
-        joined = self.module.architecture.join(seen.boundaries[self.entry.first], seen.context)
-        before = self.module.architecture.from_returned(self.module.block(**joined))
-        after = seen.boundaries[self.entry.last + 1]
+    def _pairs(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+        joined = self.module.adapter.join(captured.boundaries[self.entry.first], captured.context)
+        before = self.module.adapter.from_returned(self.module.block(**joined))
+        after = captured.boundaries[self.entry.last + 1]
         for name in self.module.affine:
-            x = seen.tokens(getattr(before, name), name)
-            yield name, x, seen.tokens(getattr(after, name), name) - x
+            x = captured.tokens(getattr(before, name), name)
+            yield name, x, captured.tokens(getattr(after, name), name) - x
 
 
 def massive(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
@@ -95,14 +95,14 @@ def noisy(watched: Watched) -> Callable[..., tuple[torch.Tensor, float]]:
     return loss
 
 
-class Sensitive(Pupil):
+class Sensitive(Trainee):
     """`scales`: of the learning rate, by interval."""
 
     scales: dict[Interval, float] = {}
 
-    def __init__(self, lesson: Any, settings: Any, mesh: Mesh):
-        rate = settings.learning_rate * self.scales[lesson.entry]
-        super().__init__(lesson, settings.model_copy(update={"learning_rate": rate}), mesh)
+    def __init__(self, objective: Any, settings: Any, dims: ParallelDims):
+        rate = settings.learning_rate * self.scales[objective.entry]
+        super().__init__(objective, settings.model_copy(update={"learning_rate": rate}), dims)
 
 
 def main() -> None:
@@ -116,9 +116,9 @@ def main() -> None:
     teacher = Teacher(config.teacher)
     watched = Watched(CalibrationSet(options.job / "calibration"), teacher)
     intervals = [Interval(*p) for p in json.loads((options.job / "detection" / "detection.json").read_text())["intervals"]]
-    damage = json.loads((options.job / "variants" / "variants.json").read_text())["damage"]
-    least = min(damage[str(interval)] for interval in intervals)
-    Sensitive.scales = {interval: (least / damage[str(interval)]) ** 0.25 for interval in intervals}
+    sensitivity = json.loads((options.job / "variants" / "variants.json").read_text())["damage"]
+    least = min(sensitivity[str(interval)] for interval in intervals)
+    Sensitive.scales = {interval: (least / sensitivity[str(interval)]) ** 0.25 for interval in intervals}
     settings = config.distillation.model_copy(
         update={"steps": options.steps, "warmup": options.steps // 10, "pipeline": 1, "replicas": 1, "loss": "relative"}
     )
@@ -137,7 +137,7 @@ def main() -> None:
             for name, value in way.items():
                 if name != "loss":
                     patches.enter_context(patch.object(run, name, value))
-            run.distil(teacher, watched, intervals, settings, Mesh(), Path(out), Path(out) / "c", seed, "cpu", lambda *_: None)
+            run.distil(teacher, watched, intervals, settings, ParallelDims(), Path(out), Path(out) / "c", seed, "cpu", lambda *_: None)
             return velocity_errors(teacher, Path(out), intervals, watched)
 
     table = Table(title=f"{sum(i.removed for i in intervals)} blocks removed, {options.steps} steps, {options.seeds} seeds")
@@ -159,15 +159,15 @@ def main() -> None:
 
 def velocity_errors(teacher: Teacher, students: Path, intervals: list[Interval], samples: Watched) -> tuple[float, float]:
     """The velocity error on held-out samples with all students on: of all, and of those with more noise than picture."""
-    model, switch = teacher.transformer(), Switch(teacher, files_in(students))
+    model, switch = teacher.transformer(), VariantSwitcher(teacher, files_in(students))
     ids = samples.ids(held_out=True)
     parts = [
         variant_errors(model, switch, {"all": intervals}, samples.batch(ids[i : i + 32], "cpu", torch.float32))["all"]
         for i in range(0, len(ids), 32)
     ]
-    squares = Squares.joined(parts)
+    squares = ErrorSums.joined(parts)
     half = squares.timestep > 0.5
-    return squares.overall(), Squares(squares.timestep[half], squares.error[half], squares.norm[half]).overall()
+    return squares.overall(), ErrorSums(squares.timestep[half], squares.error[half], squares.norm[half]).overall()
 
 
 if __name__ == "__main__":

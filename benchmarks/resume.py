@@ -38,7 +38,7 @@ from ppcl.config.schema import Distillation
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.plan import Interval
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 
 RANKS = 2
 
@@ -67,7 +67,7 @@ def _rank(rank: int, port: int, options: argparse.Namespace, teacher: Path, out:
     samples = Counted(options.samples, out / f"read-{rank}.txt")
     (out / f"ready-{rank}").touch()
     distil(
-        Teacher(teacher), samples, plan, settings, Mesh.join(RANKS, 1), out / "students", out / "checkpoints", 0, "cpu",
+        Teacher(teacher), samples, plan, settings, ParallelDims.join(RANKS, 1), out / "students", out / "checkpoints", 0, "cpu",
         lambda done, total, losses: None,
     )  # fmt: skip
     dist.destroy_process_group()

@@ -49,7 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.distillation import SIDE, TEXT_TOKENS, RandomSamples, joint_loss, make_teacher
 from ppcl.config.schema import Distillation, Probes
 from ppcl.detection import fit_probes as probes_run
-from ppcl.linalg import Statistics
+from ppcl.linalg import Moments
 from ppcl.models import embed, run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.plan import Interval
@@ -57,13 +57,13 @@ from ppcl.sizing import Model
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import rank_of
 from ppcl.sizing.simulation import STUDENT_TRAFFIC, distillation_on, probes
-from ppcl.training.captured import Seen
+from ppcl.training.captured import CapturedActivations
 from ppcl.training.data import batch_of
-from ppcl.training.distillation.objectives import new_lesson
+from ppcl.training.distillation.objectives import new_objective
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.parallel_dims import Mesh
-from ppcl.training.teacher_segment import Segment
-from ppcl.training.trainee import Pupil
+from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.teacher_segment import TeacherSegment
+from ppcl.training.trainee import Trainee
 
 WARM = 3
 BF16 = torch.bfloat16
@@ -112,7 +112,7 @@ def _distil(options: argparse.Namespace, folder: Path, pp: int, dp: int, kind: s
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as out:
         distil(
-            Teacher(folder), RandomSamples(256), plan_of(kind, options.blocks), settings, Mesh.join(pp, dp), Path(out),
+            Teacher(folder), RandomSamples(256), plan_of(kind, options.blocks), settings, ParallelDims.join(pp, dp), Path(out),
             Path(out) / "c", 0, "cpu", lambda *told: step_done(),
         )  # fmt: skip
 
@@ -123,24 +123,24 @@ def _probe(options: argparse.Namespace, folder: Path, pp: int, step_done: Callab
             return np.arange(1 if held_out else options.batch * options.steps)
 
     with tempfile.TemporaryDirectory() as out:
-        probes_run.fit(
-            Teacher(folder), Fitted(0), Probes(batch_size=options.batch), Mesh.join(pp, 1), Path(out), 0, "cpu", BF16,
+        probes_run.fit_probes(
+            Teacher(folder), Fitted(0), Probes(batch_size=options.batch), ParallelDims.join(pp, 1), Path(out), 0, "cpu", BF16,
             lambda done, total, told: step_done(),
         )  # fmt: skip
 
 
 def _fsdp(options: argparse.Namespace, folder: Path, step_done: Callable[[], None]) -> None:
     """The teacher's forward, all students' losses added up, one backward, one optimizer; everything sharded."""
-    mesh, rank, world = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank(), dist.get_world_size()
+    dims, rank, world = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank(), dist.get_world_size()
     teacher = Teacher(folder)
-    model, architecture = teacher.transformer(dtype=BF16), teacher.architecture
-    blocks, intervals = architecture.blocks(model), plan_of("even", options.blocks)
+    model, adapter = teacher.transformer(dtype=BF16), teacher.adapter
+    blocks, intervals = adapter.blocks(model), plan_of("even", options.blocks)
     students = [copy.deepcopy(blocks[i.first]).float().requires_grad_(True) for i in intervals]
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, dims=dims, reshard_after_forward=True)
     precision = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
     for student in students:
-        fully_shard(student, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+        fully_shard(student, dims=dims, reshard_after_forward=True, mp_policy=precision)
     parameters = [p for student in students for p in student.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, foreach=True)
     samples = RandomSamples(256)
@@ -148,7 +148,7 @@ def _fsdp(options: argparse.Namespace, folder: Path, step_done: Callable[[], Non
         rows = batch_of(step, samples.ids(False), options.batch, 0)[rank::world]
         with torch.no_grad():
             start = embed(model, samples.batch(rows, "cpu", BF16))
-        loss = joint_loss(architecture, blocks, students, intervals, start, "relative")
+        loss = joint_loss(adapter, blocks, students, intervals, start, "relative")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -170,30 +170,30 @@ def _seconds(work: Callable[[], Any], times: int = 7) -> float:
 def _rates(options: argparse.Namespace, folder: Path, model: Model) -> dict[str, float]:
     """This machine as a device, from pieces of work alone, on two ranks."""
     teacher, rank = Teacher(folder), dist.get_rank()
-    segment = Segment(teacher, range(2), [Interval(0, 1)], "cpu", BF16)
-    architecture, samples = segment.architecture, RandomSamples(256)
+    segment = TeacherSegment(teacher, range(2), [Interval(0, 1)], "cpu", BF16)
+    adapter, samples = segment.adapter, RandomSamples(256)
     streams, context = embed(segment.transformer, samples.batch(range(options.batch), "cpu", BF16))
 
     @torch.no_grad()
     def forward() -> Any:
-        return run_blocks(architecture, segment.blocks.values(), streams, context)
+        return run_blocks(adapter, segment.blocks.values(), streams, context)
 
     flops = options.batch * sum(model.flops[:2]) / _seconds(forward)
-    lesson = new_lesson(architecture, segment.transformer, segment.blocks, Interval(0, 1), Distillation(start="first"), 2)
-    pupil = Pupil(lesson, Distillation(), Mesh())
-    seen = Seen(boundaries={0: streams, 2: forward()}, context=context)
-    pupil.learn(seen, True)
-    own = sum(p.numel() for p in pupil.parameters.values())
+    objective = new_objective(adapter, segment.transformer, segment.blocks, Interval(0, 1), Distillation(start="first"), 2)
+    trainee = Trainee(objective, Distillation(), ParallelDims())
+    captured = CapturedActivations(boundaries={0: streams, 2: forward()}, context=context)
+    trainee.train_step(captured, True)
+    own = sum(p.numel() for p in trainee.parameters.values())
 
     def update() -> None:
-        torch.nn.utils.clip_grad_norm_(pupil.parameters.values(), 1.0)
-        pupil.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), 1.0)
+        trainee.optimizer.step()
 
     memory = own * 40 / _seconds(update)  # the norm, the clip and AdamW
-    learn = _seconds(lambda: pupil.learn(seen, True))
+    learn = _seconds(lambda: trainee.train_step(captured, True))
     trained = options.batch * model.trained_flops[0] / max(learn - own * STUDENT_TRAFFIC / memory, 1e-9)
     x = streams.img.flatten(0, 1).float()
-    sums = 4 * x.shape[0] * x.shape[1] ** 2 / _seconds(lambda: Statistics(x.shape[1], x.shape[1]).update(x, x))
+    sums = 4 * x.shape[0] * x.shape[1] ** 2 / _seconds(lambda: Moments(x.shape[1], x.shape[1]).update(x, x))
     large, small = torch.zeros(own), torch.zeros(1)
     one, other = (_seconds(lambda x=x: dist.all_reduce(x)) for x in (small, large))
 
@@ -304,13 +304,13 @@ def device_of(rate: dict[str, float], model: Model, blocks: int) -> Device:
 
 def predicted(key: str, model: Model, device: Device, batch: int, blocks: int, cores: int) -> float | None:
     """Steps a second against one rank's; all ranks together cannot have more than the cores there are."""
-    what, _, mesh = key.partition(" ")
+    what, _, dims = key.partition(" ")
     if what == "FSDP":
         return None
     if what == "probes":
-        alone, step = (probes(model, batch, pp, device) for pp in (1, int(mesh)))
+        alone, step = (probes(model, batch, pp, device) for pp in (1, int(dims)))
     else:
-        pp, dp, kind = MESHES[mesh]
+        pp, dp, kind = MESHES[dims]
         here = device.model_copy(update={"link": device.network}) if dp > 1 else device
         alone = distillation_on(model, plan_of(kind, blocks), batch, 1, 1, device)
         step = distillation_on(model, plan_of(kind, blocks), batch, pp, dp, here)
@@ -326,7 +326,7 @@ def _told(
     for heading in ("", "workers", "steps a second", "times one", "of the cores", "predicted", "sent a rank and step, kB", "by formula", "FSDP's, kB"):
         lines.add_column(heading, justify="left" if not heading else "right")
     for key, row in best.items():
-        what, _, mesh = key.partition(" ")
+        what, _, dims = key.partition(" ")
         base = best["distillation 1, uneven" if "uneven" in key else "probes 1" if what == "probes" else "distillation 1"]
         row["times_one"] = row["steps_per_second"] / base["steps_per_second"]
         row["of_cores"] = row["times_one"] / min(row["ranks"], cores)
@@ -336,7 +336,7 @@ def _told(
         row["fsdp_bytes"] = fsdp_bytes(model, plan, row["ranks"])
         row["predicted"] = predicted(key, model, device, options.batch, options.blocks, cores)
         if what == "distillation":
-            pp, dp, _ = MESHES[mesh]
+            pp, dp, _ = MESHES[dims]
             first = rank_of(replace(model, affine=0), plan, options.batch // dp, 0, pp, dp)
             row["formula_bytes"] = first.sent + first.reduced
         elif what == "probes":

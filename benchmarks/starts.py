@@ -23,24 +23,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
-from ppcl.evaluation.velocity_error import Squares, variant_errors
+from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
 from ppcl.replacements.plan import Interval
-from ppcl.replacements.switcher import Switch
+from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.storage.manifest import CONFIG
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 
 
 def velocity_error(teacher: Teacher, students: Path, intervals: list[Interval], samples: CalibrationSet) -> float:
-    model, switch = teacher.transformer(), Switch(teacher, files_in(students))
+    model, switch = teacher.transformer(), VariantSwitcher(teacher, files_in(students))
     ids = samples.ids(held_out=True)
     parts = [
         variant_errors(model, switch, {"all": intervals}, samples.batch(ids[i : i + 32]))["all"]
         for i in range(0, len(ids), 32)
     ]
-    return Squares.joined(parts).overall()
+    return ErrorSums.joined(parts).overall()
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
             )
             with tempfile.TemporaryDirectory() as out:
                 distil(
-                    teacher, samples, intervals, settings, Mesh.join(1, 1), Path(out), Path(out) / "c", seed, "cpu",
+                    teacher, samples, intervals, settings, ParallelDims.join(1, 1), Path(out), Path(out) / "c", seed, "cpu",
                     lambda done, total, losses: None,
                 )  # fmt: skip
                 errors.append(velocity_error(teacher, Path(out), intervals, samples))

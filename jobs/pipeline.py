@@ -24,12 +24,12 @@ from jobs.progress import Reporter, Update, duration
 from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, entry_of
+from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun, parse_replacement
 from ppcl.search.variants import names_of
 from ppcl.storage.manifest import CONFIG, LOG, Artifacts, key_of, write_atomically
-from ppcl.storage.mirror import local_file, publish
+from ppcl.storage.mirror import local_file, upload
 from ppcl.storage.node_cache import file_sha256
-from ppcl.training.finetuning.plan_sampler import draws_of
+from ppcl.training.finetuning.plan_sampler import plan_sampler
 
 # A stage is tried so often before its failure is the user's.
 _ATTEMPTS = 3
@@ -141,7 +141,7 @@ class Job:
             )  # fmt: skip
             return
         found = json.loads(path("detection", "detection.json").read_text())
-        plan = [entry_of(text) for text in found["plan"]]
+        plan = [parse_replacement(text) for text in found["plan"]]
         self._tell(plan, found["blocks"])
         if not plan:
             raise UserError(
@@ -150,7 +150,7 @@ class Job:
         if config.finetuning.steps:
             # Which plans the variants have is not known yet; that they have one is all that can be looked at here.
             names = dict.fromkeys(names_of(config.variants), plan)
-            draws_of(config.finetuning, plan, names, [range(*span) for span in found["spans"]])
+            plan_sampler(config.finetuning, plan, names, [range(*span) for span in found["spans"]])
         base = [*base, found["plan"], _settings(config, "distillation")]
         yield Stage(
             "students",
@@ -164,7 +164,7 @@ class Job:
         base = [*base, _settings(config, "variants")]
         yield Stage(
             "variants",
-            "the damage of every replacement, and the variants of the budgets",
+            "the sensitivity of every replacement, and the variants of the budgets",
             base,
             lambda folder, update, key: choose_variants(
                 config, self.teacher, calibration, path("students"), folder, device, update
@@ -199,7 +199,7 @@ class Job:
         )
 
     def _tell(self, plan: list[Any], blocks: int) -> None:
-        kinds = {"intervals": Interval, "text runs": TextRun, "FFNs": Ffn, "for all blocks": Fold}
+        kinds = {"intervals": Interval, "text runs": TextRun, "FFNs": Ffn, "for all blocks": LowRankModulation}
         for what, kind in kinds.items():
             entries = [entry for entry in plan if isinstance(entry, kind)]
             if entries:
@@ -216,7 +216,7 @@ class Job:
         with artifacts.alone(), self._log():
             self._check_resources(device)
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
-            publish(artifacts.path(CONFIG))
+            upload(artifacts.path(CONFIG))
             for stage in self.stages(device, ablation):
                 self._run_stage(stage)
             report = write_report(artifacts.root)
@@ -231,7 +231,7 @@ class Job:
         finally:
             # A store that does not answer has been told of.
             with suppress(UserError):
-                publish(self.artifacts.path(LOG))
+                upload(self.artifacts.path(LOG))
 
     def _needs(self) -> dict[str, tuple[int, str]]:
         """By stage: its workers, and the key that asks for them."""
@@ -253,13 +253,13 @@ class Job:
         refuse_impossible(self._needs().values(), device)
 
     def _tell_of_missing_nodes(self, device: str, stage: str) -> None:
-        from jobs.runtime.resources import lacking
+        from jobs.runtime.resources import shortfall
 
         if stage not in (needs := self._needs()):
             return
         workers, key = needs[stage]
         # Calibration goes on with whatever places there are.
-        if told := lacking(1 if stage == "calibration" else workers, device, key):
+        if told := shortfall(1 if stage == "calibration" else workers, device, key):
             self.reporter.say(f"{stage}: waiting for nodes, {duration(self.config.patience)} from the last sign of one: {told}")
 
     def _survived(self, stage: Stage, update: Update, key: str) -> dict[str, Any]:
@@ -302,7 +302,7 @@ class Job:
         with self.reporter.stage(stage.name, stage.what) as update:
             info = self._survived(stage, update, key)
         artifacts.commit(stage.name, key, time.monotonic() - begun, info)
-        publish(artifacts.path(LOG))
+        upload(artifacts.path(LOG))
         for note in info.get("notes", ()):
             self.reporter.say(note)
 

@@ -15,18 +15,18 @@ from ppcl.config.location import is_url
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.finetuned_selection import Tuned
+from ppcl.replacements.finetuned_selection import FinetunedSelection
 from ppcl.replacements.io import files_in
-from ppcl.replacements.parameter_counts import Sizes, sizes
-from ppcl.replacements.plan import HOW_WRITTEN, Entry, written
-from ppcl.replacements.switcher import Switch
-from ppcl.search.variants import TEACHER, Variant, read_family, trained
+from ppcl.replacements.parameter_counts import ParameterCounts, parameter_counts
+from ppcl.replacements.plan import PLAN_SYNTAX, Replacement, parse_text
+from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.search.variants import TEACHER, Variant, available_plan, read_catalog
 from ppcl.storage.manifest import CONFIG, Artifacts
 
 CUSTOM = "custom"
 
 # A variant's name, a plan as text, or a plan as a list.
-Choice = str | Sequence[Entry | str | Sequence[int]]
+Choice = str | Sequence[Replacement | str | Sequence[int]]
 
 
 class Result:
@@ -40,25 +40,25 @@ class Result:
         self.artifacts = Artifacts(folder)
         job = self.artifacts.manifest()["job"]
         self._check("variants")
-        self.family = read_family(self.artifacts.path("variants"))
+        self.catalog = read_catalog(self.artifacts.path("variants"))
         self._check("students")
         self.teacher = _teacher(teacher or job["teacher"], job["teacher_sha256"])
         self.replacements = self._verified("students", files_in(self.artifacts.path("students")))
         self.tuned = self._tuned()
-        self._switch = Switch(self.teacher, self.replacements, self.tuned)
+        self._switch = VariantSwitcher(self.teacher, self.replacements, self.tuned)
 
-    def _verified(self, stage: str, files: Mapping[Entry, Path]) -> dict[Entry, Path]:
+    def _verified(self, stage: str, files: Mapping[Replacement, Path]) -> dict[Replacement, Path]:
         """Those that the manifest names: no other was verified."""
         known = {self.artifacts.path(name) for name in self.artifacts.entry(stage).files}
         return {entry: path for entry, path in files.items() if path in known}
 
-    def _tuned(self) -> Tuned | None:
+    def _tuned(self) -> FinetunedSelection | None:
         """The fine-tuned replacements, where fine-tuning was done for the variants as they are."""
         done, variants = self.artifacts.entry("finetuning"), self.artifacts.entry("variants")
         if not done or done.info.get("variants") != variants.key:
             return None
         self._check("finetuning")
-        tuned = Tuned.read(self.artifacts.path("finetuning"), self.family.damage)
+        tuned = FinetunedSelection.read(self.artifacts.path("finetuning"), self.catalog.sensitivity)
         return replace(tuned, files=self._verified("finetuning", tuned.files))
 
     def _check(self, stage: str) -> None:
@@ -73,7 +73,7 @@ class Result:
 
     @property
     def variants(self) -> dict[str, Variant]:
-        return self.family.variants
+        return self.catalog.variants
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -93,24 +93,24 @@ class Result:
         """
         if isinstance(choice, str) and choice in self.variants:
             return self.variants[choice]
-        plan = trained(self._entries(choice), self.replacements, self.family.spans)
+        plan = available_plan(self._entries(choice), self.replacements, self.catalog.block_ranges)
         return Variant.of(CUSTOM, plan, self._sizes)
 
-    def fine_tuned(self, choice: Choice) -> bool:
+    def finetuned(self, choice: Choice) -> bool:
         """Whether a variant takes fine-tuned replacements; see `ppcl.replacements.finetuned_selection`."""
-        return bool(self._switch.fine_tuned(self.variant(choice).plan))
+        return bool(self._switch.finetuned(self.variant(choice).plan))
 
     @cached_property
-    def _sizes(self) -> Sizes:
-        return sizes(self.teacher, self.replacements)
+    def _sizes(self) -> ParameterCounts:
+        return parameter_counts(self.teacher, self.replacements)
 
-    def _entries(self, choice: Choice) -> Sequence[Entry | str | Sequence[int]]:
+    def _entries(self, choice: Choice) -> Sequence[Replacement | str | Sequence[int]]:
         if not isinstance(choice, str):
             return choice
-        plan = written(choice)
+        plan = parse_text(choice)
         if plan is None:
             raise UserError(
-                f"there is no variant {choice!r}; there are {', '.join(self.variants)}, and plans written as {HOW_WRITTEN}, "
+                f"there is no variant {choice!r}; there are {', '.join(self.variants)}, and plans written as {PLAN_SYNTAX}, "
                 f"of {', '.join(map(str, self.replacements))}"
             )
         return plan

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ppcl.config.loading import Section, commented, put, read_values, validated
-from ppcl.config.location import Place
+from ppcl.config.location import Location
 
 
 class Http(Section):
@@ -129,8 +129,8 @@ class Settings(Section):
 class Served(Settings):
     """What is served, and how."""
 
-    result: Place = Field(..., description="what ppcl compress wrote: a folder, or s3://bucket/key")
-    teacher: Place | None = Field(None, description="where the teacher is, if it has moved")
+    result: Location = Field(..., description="what ppcl compress wrote: a folder, or s3://bucket/key")
+    teacher: Location | None = Field(None, description="where the teacher is, if it has moved")
 
 
 def load_settings(

@@ -10,23 +10,23 @@ import torch
 
 from ppcl.config.schema import Config, Variants
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import files_in, save
-from ppcl.replacements.parameter_counts import sizes
+from ppcl.replacements.io import files_in, save_replacement
+from ppcl.replacements.parameter_counts import parameter_counts
 from ppcl.replacements.plan import Interval
-from ppcl.replacements.student_block import Student, affine_map
+from ppcl.replacements.student_block import StudentBlock, affine_map
 from ppcl.search.pareto import choose
-from ppcl.search.variants import Family, budget_name, make_variants
+from ppcl.search.variants import VariantCatalog, budget_name, make_variants
 from ppcl.storage.manifest import CONFIG, Artifacts
 
 INTERVALS = [Interval(0, 1), Interval(2, 3), Interval(4, 5)]
-DAMAGE = dict(zip(INTERVALS, (0.3, 0.1, 0.2), strict=True))
+SENSITIVITY = dict(zip(INTERVALS, (0.3, 0.1, 0.2), strict=True))
 
 
-def student(teacher: Teacher, interval: Interval, affine: bool) -> Student:
-    block = copy.deepcopy(teacher.architecture.blocks(teacher.transformer())[interval.first])
+def student(teacher: Teacher, interval: Interval, affine: bool) -> StudentBlock:
+    block = copy.deepcopy(teacher.adapter.blocks(teacher.transformer())[interval.first])
     generator = torch.Generator().manual_seed(interval.first)
-    made = Student(
-        teacher.architecture, interval, interval.first, block, {"img": affine_map(32)} if affine else None
+    made = StudentBlock(
+        teacher.adapter, interval, interval.first, block, {"img": affine_map(32)} if affine else None
     )
     with torch.no_grad():
         for p in made.parameters():
@@ -42,15 +42,15 @@ def result(root: Path, teacher_folder: Path) -> Path:
     artifacts.path(CONFIG).write_text(config.model_dump_json())
     for number, interval in enumerate(INTERVALS):
         made = student(teacher, interval, affine=number == 0)
-        save(made, interval, teacher.architecture, artifacts.path("students", f"{interval.name}.safetensors"))
+        save_replacement(made, interval, teacher.adapter, artifacts.path("students", f"{interval.name}.safetensors"))
     artifacts.commit("students", "0")
-    counted = sizes(teacher, files_in(artifacts.path("students")))
-    spans = [range(6)]
+    counted = parameter_counts(teacher, files_in(artifacts.path("students")))
+    block_ranges = [range(6)]
     settings = Variants(budgets=[0.9, 0.75], custom={"ends": [(0, 1), (4, 5)]})
-    chosen = {budget_name(budget): choose(budget, counted, DAMAGE) for budget in settings.budgets}
-    made = make_variants(settings, counted, DAMAGE, spans, chosen)
+    chosen = {budget_name(budget): choose(budget, counted, SENSITIVITY) for budget in settings.budgets}
+    made = make_variants(settings, counted, SENSITIVITY, block_ranges, chosen)
     artifacts.path("variants").mkdir()
-    family = Family(counted.total, len(counted.blocks), spans, DAMAGE, made)
-    artifacts.path("variants", "variants.json").write_text(json.dumps(family.to_json()))
+    catalog = VariantCatalog(counted.total, len(counted.blocks), block_ranges, SENSITIVITY, made)
+    artifacts.path("variants", "variants.json").write_text(json.dumps(catalog.to_json()))
     artifacts.commit("variants", "1")
     return root

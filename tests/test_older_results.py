@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ppcl.evaluation.images import make_pictures
+from ppcl.evaluation.images import generate_images
 from ppcl.report import summary_rows, write_report
 from ppcl.result import Result
 
@@ -31,7 +31,7 @@ def test_its_variants_are_opened_and_draw_the_pictures_that_were_evaluated(folde
     for name in result.variants:
         result.switch(pipeline, name)
         with torch.no_grad():
-            made = make_pictures(pipeline, prompts, [1_000_000, 1_000_001], result.sampling)
+            made = generate_images(pipeline, prompts, [1_000_000, 1_000_001], result.sampling)
         kept = np.stack([np.asarray(Image.open(folder / "evaluation" / "pictures" / name / f"{i:04d}.png")) for i in range(2)])
         # Rounded to 8 bits, on another machine perhaps.
         assert np.abs(made.astype(int) - kept.astype(int)).max() <= 2, name

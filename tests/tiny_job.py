@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from ppcl.config.schema import Detection, Distillation, Finetuning, Probes, Width
 from ppcl.detection.detect import detect
-from ppcl.detection.fit_probes import fit
+from ppcl.detection.fit_probes import fit_probes
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
-from ppcl.replacements.plan import entry_of
+from ppcl.replacements.plan import parse_replacement
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.finetuning.trainer import finetune
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 from tests import tiny
 from tests.samples import MemorySamples
 
@@ -31,26 +31,26 @@ def run(folder: Path) -> dict[str, Path]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     teacher = Teacher(tiny.qwen_pipeline(folder / "teacher"))
-    samples, mesh = MemorySamples(48), Mesh.join(1, 1)
+    samples, dims = MemorySamples(48), ParallelDims.join(1, 1)
     made = {name: folder / name for name in ("probes", "students", "finetuning")}
     for path in made.values():
         path.mkdir()
-    fit(
-        teacher, samples, Probes(batch_size=8, tokens_per_sample=4), mesh, made["probes"], seed=0, device="cpu",
+    fit_probes(
+        teacher, samples, Probes(batch_size=8, tokens_per_sample=4), dims, made["probes"], seed=0, device="cpu",
         dtype=torch.float32, report=_silent,
     )  # fmt: skip
-    spans = teacher.architecture.spans(teacher.empty_transformer())
-    found = detect(made["probes"], spans, Detection(), Width(text_similarity=0.5, hidden=[50]), _silent)
-    plan = [entry_of(text) for text in found["plan"]]
+    block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
+    found = detect(made["probes"], block_ranges, Detection(), Width(text_similarity=0.5, hidden=[50]), _silent)
+    plan = [parse_replacement(text) for text in found["plan"]]
     (folder / "plan.json").write_text(json.dumps(found["plan"]))
     settings = Distillation(steps=12, batch_size=4, warmup=2, learning_rate=1e-3, student_hidden=50, ema=0.9)
     with torch.enable_grad():
         distil(
-            teacher, samples, plan, settings, mesh, made["students"], folder / "checkpoints", 0, "cpu", _silent, 1e-4,
+            teacher, samples, plan, settings, dims, made["students"], folder / "checkpoints", 0, "cpu", _silent, 1e-4,
         )  # fmt: skip
         tuning = Finetuning(steps=8, batch_size=4, warmup=2, measured=3, learning_rate=1e-3, plan="any")
         finetune(
-            teacher, files_in(made["students"]), {"none": []}, dict.fromkeys(plan, 0.1), samples, tuning, 4, mesh,
+            teacher, files_in(made["students"]), {"none": []}, dict.fromkeys(plan, 0.1), samples, tuning, 4, dims,
             made["finetuning"], folder / "finetuning-checkpoints", 0, "cpu", _silent,
         )  # fmt: skip
     return made

@@ -6,21 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jobs.runtime.worker_group import Report
-from ppcl.storage.checkpoint_sync import resumable
+from jobs.runtime.worker_group import RankReporter
+from ppcl.storage.checkpoint_sync import synced_checkpoints
 from ppcl.storage.tensor_files import drop_damaged, is_whole
 
 
-def look_through(stage: str, folder: Path) -> list[str]:
+def drop_damaged_checkpoints(stage: str, folder: Path) -> list[str]:
     """Before the ranks begin: make the folder, remove what is damaged in it, and tell that. (In a bucket each node looks itself.)"""
     folder.mkdir(parents=True, exist_ok=True)
     return [_damaged(stage, path) for path in drop_damaged(folder)]
 
 
 @contextmanager
-def going_on(stage: str, folder: str, attempt: str, report: Report) -> Iterator[Path]:
+def open_checkpoints(stage: str, folder: str, attempt: str, report: RankReporter) -> Iterator[Path]:
     """On a rank: the folder, see `ppcl.storage.object_store.resumable`."""
-    with resumable(folder, attempt, is_whole, lambda path: report.note(_damaged(stage, path))) as checkpoints:
+    with synced_checkpoints(folder, attempt, is_whole, lambda path: report.note(_damaged(stage, path))) as checkpoints:
         yield checkpoints
 
 

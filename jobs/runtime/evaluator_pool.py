@@ -13,22 +13,22 @@ import numpy as np
 import ray
 from ray.util import ActorPool
 
-from jobs.runtime.resources import Places
-from jobs.runtime.watchdog import Life, Watch
+from jobs.runtime.resources import Resources
+from jobs.runtime.watchdog import Heartbeat, Watchdog
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
-from ppcl.search.variants import read_family
-from ppcl.storage.manifest import complete
-from ppcl.storage.mirror import writing
+from ppcl.search.variants import read_catalog
+from ppcl.storage.manifest import fetch_stage
+from ppcl.storage.mirror import upload_on_exit
 
 
 @ray.remote
 class _Evaluator:
     """Holds one pipeline and all its students; every measurement is one call."""
 
-    def __init__(self, life: Life):
+    def __init__(self, life: Heartbeat):
         life.show()
 
     def load(
@@ -40,8 +40,8 @@ class _Evaluator:
         import torch
 
         from ppcl.calibration.dataset import CalibrationSet
-        from ppcl.replacements.finetuned_selection import Tuned
-        from ppcl.replacements.switcher import Switch
+        from ppcl.replacements.finetuned_selection import FinetunedSelection
+        from ppcl.replacements.switcher import VariantSwitcher
 
         diffusers.utils.logging.set_verbosity_error()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.evaluation.workers))
@@ -49,21 +49,21 @@ class _Evaluator:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         whole = Teacher(teacher)
         self.pipeline = whole.pipeline(device, self.dtype)
-        fine = Tuned.read(complete(tuned[0]), read_family(complete(tuned[1])).damage) if tuned else None
-        self.switch = Switch(whole, files_in(complete(students)), fine)
-        self.samples = lru_cache(lambda calibration: CalibrationSet(complete(calibration)))
+        fine = FinetunedSelection.read(fetch_stage(tuned[0]), read_catalog(fetch_stage(tuned[1])).sensitivity) if tuned else None
+        self.switch = VariantSwitcher(whole, files_in(fetch_stage(students)), fine)
+        self.samples = lru_cache(lambda calibration: CalibrationSet(fetch_stage(calibration)))
 
-    def damages(self, calibration: Path, ids: np.ndarray) -> Any:
-        from ppcl.evaluation.velocity_error import damages
+    def sensitivities(self, calibration: Path, ids: np.ndarray) -> Any:
+        from ppcl.evaluation.velocity_error import sensitivities
 
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
-        return damages(self.pipeline.transformer, self.switch, inputs)
+        return sensitivities(self.pipeline.transformer, self.switch, inputs)
 
     def times(self, calibration: Path, ids: np.ndarray) -> Any:
-        from ppcl.evaluation.latency import measure_times
+        from ppcl.evaluation.latency import measure_latencies
 
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
-        return measure_times(self.pipeline.transformer, self.switch, inputs)
+        return measure_latencies(self.pipeline.transformer, self.switch, inputs)
 
     def forward_seconds(self, calibration: Path, ids: np.ndarray, plans: list[Any]) -> list[float]:
         from ppcl.evaluation.latency import forward_seconds
@@ -78,17 +78,17 @@ class _Evaluator:
         return variant_errors(self.pipeline.transformer, self.switch, variants, inputs)
 
     def pictures(self, variant: str, plan: Any, texts: list[str], indices: list[int]) -> None:
-        from ppcl.evaluation.images import make_pictures, picture_path, save_pictures
+        from ppcl.evaluation.images import generate_images, image_path, save_images
 
         self.switch(self.pipeline.transformer, plan)
         # Seeds above those of calibration, so that no test picture starts from noise that was fitted on.
         seeds = [1_000_000 + self.config.seed + index for index in indices]
-        made = make_pictures(self.pipeline, texts, seeds, self.config.sampling)
-        with writing(self.folder) as folder:
-            save_pictures(made, [picture_path(folder, variant, index) for index in indices])
+        made = generate_images(self.pipeline, texts, seeds, self.config.sampling)
+        with upload_on_exit(self.folder) as folder:
+            save_images(made, [image_path(folder, variant, index) for index in indices])
 
-    def fine_tuned(self, variants: dict[str, Any]) -> dict[str, bool]:
-        return {name: bool(self.switch.fine_tuned(plan)) for name, plan in variants.items()}
+    def finetuned(self, variants: dict[str, Any]) -> dict[str, bool]:
+        return {name: bool(self.switch.finetuned(plan)) for name, plan in variants.items()}
 
     def seconds(self, variants: dict[str, Any], texts: list[str]) -> dict[str, float]:
         from ppcl.evaluation.images import seconds_per_step
@@ -96,16 +96,16 @@ class _Evaluator:
         return seconds_per_step(self.pipeline, self.switch, variants, texts, self.config.sampling)
 
 
-class Evaluators:
+class EvaluatorPool:
     """A pool of them, given back at the end of a `with` block."""
 
     def __init__(
         self, config: Config, teacher: Teacher, students: Path, tuned: tuple[Path, Path] | None, folder: Path, device: str
     ):
-        places = Places(config.evaluation.workers, device, "evaluation.workers", config.patience)
+        places = Resources(config.evaluation.workers, device, "evaluation.workers", config.patience)
         places.wait()
         self._exit = ExitStack()
-        self._watch = self._exit.enter_context(Watch("an evaluator", places))
+        self._watch = self._exit.enter_context(Watchdog("an evaluator", places))
         actor = _Evaluator.options(**({"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}))
         self.actors = [actor.remote(self._watch.life) for _ in range(config.evaluation.workers)]
         for one in self.actors:

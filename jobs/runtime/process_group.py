@@ -32,7 +32,7 @@ def _listen_at_the_nodes_address() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def free_places() -> None:
+def free_resources() -> None:
     """Remove this job's placement groups: Ray Train leaves that of a worker group which fails while it starts."""
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 

@@ -13,7 +13,7 @@ from ppcl.errors import UserError
 _LAUNCHING = 4
 
 
-def lacking(workers: int, device: str, key: str) -> str | None:
+def shortfall(workers: int, device: str, key: str) -> str | None:
     """What the cluster lacks now for these workers, in words for the user; None where it has it."""
     kind = _kind(device)
     have = number(kind)
@@ -31,7 +31,7 @@ def refuse_impossible(needs: Iterable[tuple[int, str]], device: str) -> None:
 
     An autoscaler is asked for the most of them: that it can is known only once it does.
     """
-    missing = [(workers, key, told) for workers, key in needs if (told := lacking(workers, device, key))]
+    missing = [(workers, key, told) for workers, key in needs if (told := shortfall(workers, device, key))]
     if not missing:
         return
     workers, _, told = max(missing, key=lambda need: need[0])
@@ -60,7 +60,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-class Places:
+class Resources:
     """Whether the cluster has places for some workers.
 
     What is missing is asked of its autoscaler, where one runs, and waited for: a node that was lost may come back, too. That takes
@@ -74,7 +74,7 @@ class Places:
 
     def enough(self) -> bool:
         """Raises `UserError` once there have been too few for too long."""
-        told = lacking(*self.asked)
+        told = shortfall(*self.asked)
         if told is None:
             self.lacking_since = None
             return True

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.runtime.resources import Places
+from jobs.runtime.resources import Resources
 
 # Seconds between two signs, and between two looks at them; less where the patience is short.
 _EVERY = 5.0
@@ -52,7 +52,7 @@ class _Signs:
         self.heard.pop(process, None)
 
 
-class Life(NamedTuple):
+class Heartbeat(NamedTuple):
     """What an actor needs to give signs of life."""
 
     signs: Any
@@ -86,18 +86,18 @@ def _kill(process: Process) -> bool:
     return True
 
 
-class Watch:
+class Watchdog:
     """Over some actors of one stage while their work is waited for: `with Watch("an evaluator", places) as watch`.
 
     Actors are given `watch.life`. What ends the block with an error after an actor was killed is a `RuntimeError` that says so.
     """
 
-    def __init__(self, who: str, places: Places):
+    def __init__(self, who: str, places: Resources):
         self.who, self.places = who, places
         self.every = min(_EVERY, places.patience / 4)
         # On this node: another's loss must not take it away while the actors go on.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.life = Life(_Signs.options(scheduling_strategy=here).remote(), self.every)
+        self.life = Heartbeat(_Signs.options(scheduling_strategy=here).remote(), self.every)
         self.killed: list[str] = []
         self.tried: set[Process] = set()
 

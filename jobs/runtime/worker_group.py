@@ -22,8 +22,8 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.runtime.process_group import GroupConfig, free_places
-from jobs.runtime.resources import Places
+from jobs.runtime.process_group import GroupConfig, free_resources
+from jobs.runtime.resources import Resources
 from ppcl.errors import UserError
 
 # What a rank may wait for one that is alive, seconds: some have longer to load and to finish than others. Those that are dead or
@@ -33,7 +33,7 @@ _UPDATE_EVERY = 1.0
 _LOOK_EVERY = 5.0
 
 
-class Report:
+class RankReporter:
     """What a rank tells: how far it is, called `report(done, total, values)`, and what the user shall know in the end."""
 
     def __init__(self, board: Any):
@@ -50,7 +50,7 @@ class Report:
 
 
 @ray.remote(num_cpus=0)
-class _Board:
+class _ProgressActor:
     """Where ranks leave their progress and, if they refuse their input, why."""
 
     def __init__(self) -> None:
@@ -74,11 +74,11 @@ class _Board:
         return self.done, self.total, dict(self.values), self.refusal
 
 
-def run_ranks(
+def run_worker_group(
     name: str,
-    function: Callable[[dict[str, Any], Report], None],
+    function: Callable[[dict[str, Any], RankReporter], None],
     arguments: dict[str, Any],
-    places: Places,
+    places: Resources,
     scratch: Path,
     progress: Callable[[int, int, dict[str, float]], None],
 ) -> list[str]:
@@ -92,7 +92,7 @@ def run_ranks(
     workers, device, _ = places.asked
     # On this node: another's loss must not take it away while the ranks go on.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = _Board.options(scheduling_strategy=here).remote()
+    board = _ProgressActor.options(scheduling_strategy=here).remote()
 
     def loop(config: dict[str, Any]) -> None:
         import torch
@@ -101,7 +101,7 @@ def run_ranks(
         context = get_context()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         try:
-            function(config, Report(board))
+            function(config, RankReporter(board))
         except UserError as error:
             ray.get(board.refuse.remote(str(error)))
             raise
@@ -141,7 +141,7 @@ def run_ranks(
                 looked = time.monotonic()
                 places.enough()
         if failures:
-            free_places()
+            free_resources()
             raise UserError(refusal) if refusal else _told(failures[0], places.patience)
         return ray.get(board.noted.remote())
     finally:

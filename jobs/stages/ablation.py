@@ -8,29 +8,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.runtime.checkpoints import going_on, look_through
-from jobs.runtime.resources import Places
-from jobs.runtime.worker_group import Report, run_ranks
+from jobs.runtime.checkpoints import drop_damaged_checkpoints, open_checkpoints
+from jobs.runtime.resources import Resources
+from jobs.runtime.worker_group import RankReporter, run_worker_group
 from ppcl.config.schema import Config
 from ppcl.models.teacher import Teacher
-from ppcl.storage.manifest import complete, write_atomically
-from ppcl.storage.mirror import gather, remove
+from ppcl.storage.manifest import fetch_stage, write_atomically
+from ppcl.storage.mirror import download, remove
 
 
-def _rank(arguments: dict[str, Any], report: Report) -> None:
+def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
     import ray.train
 
     config = Config.model_validate(arguments["config"])
-    with going_on("ablation", arguments["runs"], arguments["attempt"], report) as runs:
+    with open_checkpoints("ablation", arguments["runs"], arguments["attempt"], report) as runs:
         _seeds(config, arguments, ray.train.get_context().get_world_rank(), runs, report)
 
 
-def _seeds(config: Config, arguments: dict[str, Any], rank: int, runs: Path, report: Report) -> None:
+def _seeds(config: Config, arguments: dict[str, Any], rank: int, runs: Path, report: RankReporter) -> None:
     """The seeds of one worker, each with its record in `runs` when it is done."""
     from ppcl.ablation.run import read_detection, run_seed
 
-    calibration, probes = complete(arguments["calibration"]), complete(arguments["probes"])
-    detection = read_detection(complete(Path(arguments["detection"]).parent) / Path(arguments["detection"]).name)
+    calibration, probes = fetch_stage(arguments["calibration"]), fetch_stage(arguments["probes"])
+    detection = read_detection(fetch_stage(Path(arguments["detection"]).parent) / Path(arguments["detection"]).name)
     mine = list(range(config.ablation.seeds))[rank :: config.ablation.workers]
     for index, seed in enumerate(mine):
         done = runs / f"seed-{seed}.json"
@@ -61,14 +61,14 @@ def ablate(
     from ppcl.ablation.summary import summary
 
     settings, runs = config.ablation, folder / "runs" / key
-    notes = look_through("ablation", runs)
+    notes = drop_damaged_checkpoints("ablation", runs)
     arguments = {
         "config": config.model_dump(mode="json"), "teacher": teacher.place, "calibration": str(calibration),
         "probes": str(probes), "detection": str(detection), "runs": str(runs), "device": device,
     }  # fmt: skip
-    places = Places(settings.workers, device, "ablation.workers", config.patience)
-    notes += run_ranks("ablation", _rank, arguments, places, folder / "runs" / "ray", progress)
-    gather(runs)
+    places = Resources(settings.workers, device, "ablation.workers", config.patience)
+    notes += run_worker_group("ablation", _rank, arguments, places, folder / "runs" / "ray", progress)
+    download(runs)
     seeds = {seed: json.loads((runs / f"seed-{seed}.json").read_text()) for seed in range(settings.seeds)}
     record = {
         "seeds": settings.seeds,

@@ -27,8 +27,8 @@ import ray
 import ray.data
 
 from jobs.runtime.cluster import device_of
-from jobs.runtime.resources import Places
-from jobs.runtime.watchdog import Life, Watch
+from jobs.runtime.resources import Resources
+from jobs.runtime.watchdog import Heartbeat, Watchdog
 from ppcl.calibration import dataset as store
 from ppcl.calibration.prompts import check_prompts, read_prompts
 from ppcl.calibration.seeding import hashes, held_out
@@ -36,8 +36,8 @@ from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import key_of, write_atomically
-from ppcl.storage.mirror import exists, gather, here, local_file, publish, remove, store_of
-from ppcl.storage.node_cache import each, file_sha256
+from ppcl.storage.mirror import download, exists, local_file, remove, store_of, to_local, upload
+from ppcl.storage.node_cache import file_sha256, parallel_map
 
 # Blocks a pass is cut into at most: each is one task of Ray.
 _MOST_BLOCKS = 1000
@@ -64,9 +64,9 @@ def calibrate(
     numbers = range(math.ceil(count / config.calibration.batch_size))
 
     # One place is enough: a cluster with fewer of them than workers still does the work, and Ray Data asks for more by itself.
-    places = Places(1, work.device, "calibration.workers", config.patience)
+    places = Resources(1, work.device, "calibration.workers", config.patience)
     places.wait()
-    with Watch("a worker of calibration", places) as watch:
+    with Watchdog("a worker of calibration", places) as watch:
         encoded = _Cache(work.embeddings, [_NEGATIVE, *(_name(n) for n in numbers)])
         _pass(_Encoder, work, encoded, numbers, watch, lambda done: progress(done, 2 * count))
         encoded.complete()
@@ -124,7 +124,7 @@ class _Actor:
     Ray wraps what an actor raises in errors of its own, which do not keep the cause: a `UserError` goes home as a row.
     """
 
-    def __init__(self, work: _Work, life: Life):
+    def __init__(self, work: _Work, life: Heartbeat):
         life.show()
         self.work = work
 
@@ -169,7 +169,7 @@ class _Encoder(_Actor):
 
         work, sampling = self.work, self.work.config.sampling
         check_arguments(type(self.pipeline), sampling)
-        negative = here(work.embeddings / _NEGATIVE)
+        negative = to_local(work.embeddings / _NEGATIVE)
         if not exists(work.embeddings / _NEGATIVE):
             text = negative_prompt(type(self.pipeline), sampling)
             # An empty prompt stands there where none is used, so that the cache has the same files in any case.
@@ -177,15 +177,15 @@ class _Encoder(_Actor):
                 negative,
                 [NEGATIVE],
                 [text or ""],
-                encode(self.pipeline, self.teacher.architecture, [text or ""], sampling),
+                encode(self.pipeline, self.teacher.adapter, [text or ""], sampling),
             )
-            publish(negative)
+            upload(negative)
         rows = _texts(work, number)
         texts = [row["prompt"] for row in rows]
-        embeddings = encode(self.pipeline, self.teacher.architecture, texts, sampling)
-        path = here(work.embeddings / _name(number))
+        embeddings = encode(self.pipeline, self.teacher.adapter, texts, sampling)
+        path = to_local(work.embeddings / _name(number))
         store.write_embeddings(path, [row["prompt_id"] for row in rows], texts, embeddings)
-        publish(path)
+        upload(path)
         return len(rows)
 
 
@@ -209,22 +209,22 @@ class _Sampler(_Actor):
             states, call = self._states(number, [ids[row] for row in whole], [embeddings[row] for row in whole], whole)
         finite = [state for state in states if state.latents.isfinite().all()]
         expected = len(states) * len(ids) // max(len(whole), 1) if whole else len(ids)
-        path = here(work.states / _name(number))
+        path = to_local(work.states / _name(number))
         store.write_states(path, finite, call, dropped=expected - len(finite))
-        publish(path)
+        upload(path)
         return len(ids)
 
     def _states(self, number: int, ids: list[int], embeddings: list[Any], rows: list[int]) -> Any:
         from ppcl.calibration.encoding import negative_prompt
-        from ppcl.calibration.noised_images import noise_pictures
+        from ppcl.calibration.noised_images import noise_images
         from ppcl.calibration.trajectory_recorder import record
 
-        work, architecture = self.work, self.teacher.architecture
+        work, adapter = self.work, self.teacher.adapter
         sampling, settings = work.config.sampling, work.config.calibration
         if settings.source == "images":
             images = [_texts(work, number)[row]["image"] for row in rows]
-            return noise_pictures(
-                self.pipeline, architecture, ids, embeddings, images, self.teacher.config(), sampling,
+            return noise_images(
+                self.pipeline, adapter, ids, embeddings, images, self.teacher.config(), sampling,
                 settings.states_per_prompt, work.config.seed,
             )  # fmt: skip
         negative = None
@@ -232,7 +232,7 @@ class _Sampler(_Actor):
             _, _, (negative,) = store.read_embeddings(local_file(work.embeddings / _NEGATIVE))
         return record(
             self.pipeline,
-            architecture,
+            adapter,
             ids,
             embeddings,
             negative,
@@ -251,7 +251,7 @@ class _Cache:
         if above := store_of(folder):
             # All is needed on this node in the end; what was damaged on the way is made again.
             self.there &= set(above.objects())
-            whole = each(lambda name: above.download(name, folder / name), sorted(self.there))
+            whole = parallel_map(lambda name: above.download(name, folder / name), sorted(self.there))
             for name in [name for name, right in zip(sorted(self.there), whole, strict=True) if not right]:
                 above.remove(name)
                 self.there.remove(name)
@@ -269,7 +269,7 @@ class _Cache:
 
     def complete(self) -> None:
         if store_of(self.folder):
-            gather(self.folder)
+            download(self.folder)
             return
         hashes = {name: file_sha256(self.folder / name) for name in self.names}
         write_atomically(self.folder / _COMPLETE, json.dumps(hashes))
@@ -284,7 +284,7 @@ class _Cache:
 
 
 def _pass(
-    actor: type[_Actor], work: _Work, cache: _Cache, numbers: range, watch: Watch, progress: Callable[[int], None]
+    actor: type[_Actor], work: _Work, cache: _Cache, numbers: range, watch: Watchdog, progress: Callable[[int], None]
 ) -> None:
     """Let actors make the files of a cache that are not there."""
     missing = [n for n in numbers if not cache.has(_name(n))]
@@ -303,7 +303,7 @@ def _pass(
         progress(done)
 
 
-def _rows(actor: type[_Actor], work: _Work, numbers: list[int], life: Life) -> Iterator[dict[str, Any]]:
+def _rows(actor: type[_Actor], work: _Work, numbers: list[int], life: Heartbeat) -> Iterator[dict[str, Any]]:
     """What a pool of actors gives back for the batches of these numbers, as they come."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=min(len(numbers), _MOST_BLOCKS))
@@ -335,7 +335,7 @@ def _cut(config: Config, path: Path) -> int:
             writer.write_table(pa.table(columns, schema=schema))
             count += len(batch)
     os.replace(partial, path)
-    publish(path)
+    upload(path)
     return count
 
 
@@ -366,7 +366,7 @@ def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dic
             "only 1 prompt has finite states and at least 2 are needed; give more prompts or check the teacher"
         )
     out = held_out(hashed, config.calibration.held_out)
-    store.write_call(folder, teacher.architecture.transformer, call)
+    store.write_call(folder, teacher.adapter.transformer, call)
     store.write_held_out(folder, ids[out])
     return {"prompts": prompts, "held_out_prompts": len(out), "samples": samples, "dropped": dropped}
 

@@ -1,4 +1,4 @@
-"""Distillation on Ray Train: a `(dp, pp)` mesh of ranks, each with its own segment and replacements."""
+"""Distillation on Ray Train: a `(dp, pp)` dims of ranks, each with its own segment and replacements."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.runtime.checkpoints import going_on, look_through
-from jobs.runtime.resources import Places
-from jobs.runtime.worker_group import Report, run_ranks
+from jobs.runtime.checkpoints import drop_damaged_checkpoints, open_checkpoints
+from jobs.runtime.resources import Resources
+from jobs.runtime.worker_group import RankReporter, run_worker_group
 from ppcl.config.schema import Config
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Entry, entry_of
-from ppcl.storage.manifest import complete
-from ppcl.storage.mirror import gather, remove, writing
+from ppcl.replacements.plan import Replacement, parse_replacement
+from ppcl.storage.manifest import fetch_stage
+from ppcl.storage.mirror import download, remove, upload_on_exit
 
 
-def _rank(arguments: dict[str, Any], report: Report) -> None:
+def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
     from ppcl.calibration.dataset import CalibrationSet
     from ppcl.training.distillation.trainer import distil
-    from ppcl.training.parallel_dims import Mesh
+    from ppcl.training.parallel_dims import ParallelDims
 
     config = Config.model_validate(arguments["config"])
     settings = config.distillation
-    going = going_on("students", arguments["checkpoints"], arguments["attempt"], report)
-    with going as checkpoints, writing(arguments["folder"]) as folder:
+    going = open_checkpoints("students", arguments["checkpoints"], arguments["attempt"], report)
+    with going as checkpoints, upload_on_exit(arguments["folder"]) as folder:
         distil(
             teacher=Teacher(arguments["teacher"]),
-            samples=CalibrationSet(complete(arguments["calibration"])),
-            plan=[entry_of(text) for text in arguments["plan"]],
+            samples=CalibrationSet(fetch_stage(arguments["calibration"])),
+            plan=[parse_replacement(text) for text in arguments["plan"]],
             settings=settings,
-            mesh=Mesh.join(settings.pipeline, settings.replicas),
+            dims=ParallelDims.join(settings.pipeline, settings.replicas),
             folder=folder,
             checkpoints=checkpoints,
             seed=config.seed,
@@ -45,7 +45,7 @@ def distil_plan(
     config: Config,
     teacher: Teacher,
     calibration: Path,
-    plan: Sequence[Entry],
+    plan: Sequence[Replacement],
     folder: Path,
     device: str,
     key: str,
@@ -57,9 +57,9 @@ def distil_plan(
     """
     settings = config.distillation
     workers = settings.pipeline * settings.replicas
-    places = Places(workers, device, "distillation.pipeline × distillation.replicas", config.patience)
+    places = Resources(workers, device, "distillation.pipeline × distillation.replicas", config.patience)
     checkpoints = folder / "checkpoints" / key
-    notes = look_through("students", checkpoints)
+    notes = drop_damaged_checkpoints("students", checkpoints)
     if plan:
         arguments = {
             "config": config.model_dump(mode="json"),
@@ -70,8 +70,8 @@ def distil_plan(
             "checkpoints": str(checkpoints),
             "device": device,
         }
-        notes += run_ranks("distillation", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
-        gather(folder)
+        notes += run_worker_group("distillation", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
+        download(folder)
     curves = {str(entry): json.loads((folder / f"{entry.name}.json").read_text()) for entry in plan}
     training = {
         "steps": settings.steps,

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.runtime.evaluator_pool import Evaluators
+from jobs.runtime.evaluator_pool import EvaluatorPool
 from ppcl.config.schema import Config
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
-from ppcl.replacements.parameter_counts import sizes
-from ppcl.search.variants import TEACHER, Family, best_plans, make_variants, plans_to_measure, read_family
+from ppcl.replacements.parameter_counts import parameter_counts
+from ppcl.search.variants import TEACHER, VariantCatalog, best_plans, make_variants, plans_to_measure, read_catalog
 from ppcl.storage.manifest import write_atomically
-from ppcl.storage.mirror import gather
+from ppcl.storage.mirror import download
 
 Progress = Callable[[int, int], None]
 
@@ -31,20 +31,20 @@ def choose_variants(
 ) -> dict[str, Any]:
     """Measure what each entry of the plan costs alone, and some plans a budget as a whole; write `variants.json`."""
     from ppcl.calibration.dataset import CalibrationSet
-    from ppcl.evaluation.velocity_error import Squares
+    from ppcl.evaluation.velocity_error import ErrorSums
 
     ids, size = CalibrationSet(calibration).ids(held_out=True), config.evaluation.batch_size
     chunks = _chunks(ids, size)
     # A plan is chosen on part of them; what is told of it later is measured on all.
     some = _chunks(ids[:: max(1, len(ids) // _CHOSEN_ON)], size)
     total = len(chunks) + len(some) + 2
-    with Evaluators(config, teacher, students, None, folder, device) as evaluators:
-        parts = evaluators.all(lambda a, c: a.damages.remote(calibration, c), chunks, lambda done: progress(done, total))
-        damage = {i: Squares.joined(part[i] for part in parts).overall() for i in parts[0]}
-        counted, settings = sizes(teacher, files_in(students)), config.variants
-        spans = teacher.architecture.spans(teacher.empty_transformer())
+    with EvaluatorPool(config, teacher, students, None, folder, device) as evaluators:
+        parts = evaluators.all(lambda a, c: a.sensitivities.remote(calibration, c), chunks, lambda done: progress(done, total))
+        sensitivity = {i: ErrorSums.joined(part[i] for part in parts).overall() for i in parts[0]}
+        counted, settings = parameter_counts(teacher, files_in(students)), config.variants
+        block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
         times = evaluators.one(lambda a: a.times.remote(calibration, ids[:size])) if settings.targets else None
-        plans = plans_to_measure(settings, counted, times, damage)
+        plans = plans_to_measure(settings, counted, times, sensitivity)
         every = list(dict.fromkeys(plan for some_plans in plans.values() for plan in some_plans))
         progress(len(chunks) + 1, total)
         speedups: dict[Any, float] = {}
@@ -57,17 +57,17 @@ def choose_variants(
         parts = evaluators.all(
             lambda a, c: a.errors.remote(calibration, c, named), some, lambda done: progress(len(chunks) + 2 + done, total)
         )
-        errors = {plan: Squares.joined(part[number] for part in parts).overall() for number, plan in named.items()}
+        errors = {plan: ErrorSums.joined(part[number] for part in parts).overall() for number, plan in named.items()}
     chosen = best_plans(settings, plans, errors, speedups)
-    made = make_variants(settings, counted, damage, spans, chosen)
+    made = make_variants(settings, counted, sensitivity, block_ranges, chosen)
     notes = [
         f"variants: {name} was measured at {speedups[chosen[name]]:.2f} times the teacher's speed, not the {target.speedup:g} that "
         "variants.targets asks for; no plan measured was faster"
         for name, target in settings.targets.items()
         if target.speedup and speedups[chosen[name]] < target.speedup
     ]
-    family = Family(counted.total, len(counted.blocks), spans, damage, made)
-    write_atomically(folder / "variants.json", json.dumps(family.to_json(), indent=1))
+    catalog = VariantCatalog(counted.total, len(counted.blocks), block_ranges, sensitivity, made)
+    write_atomically(folder / "variants.json", json.dumps(catalog.to_json(), indent=1))
     return {"variants": list(made), "notes": notes}
 
 
@@ -88,14 +88,14 @@ def evaluate(
     """
     from ppcl.calibration.dataset import CalibrationSet
     from ppcl.evaluation.image_metrics import psnr, ssim
-    from ppcl.evaluation.images import load_pictures, picture_path
-    from ppcl.evaluation.prompt_checker import load_world, passes
-    from ppcl.evaluation.scoring import relative_drop, world_scores
-    from ppcl.evaluation.velocity_error import Squares
+    from ppcl.evaluation.images import image_path, load_images
+    from ppcl.evaluation.prompt_checker import correctness, load_checker
+    from ppcl.evaluation.scoring import checker_scores, relative_drop
+    from ppcl.evaluation.velocity_error import ErrorSums
 
     settings = config.evaluation
-    family = read_family(variants)
-    on = {name: v.plan for name, v in family.variants.items()}
+    catalog = read_catalog(variants)
+    on = {name: v.plan for name, v in catalog.variants.items()}
     prompts = _prompts(config, CalibrationSet(calibration))
     indices = list(range(len(prompts)))
     ids = _chunks(CalibrationSet(calibration).ids(held_out=True), settings.batch_size)
@@ -103,11 +103,11 @@ def evaluate(
     total = len(ids) + len(work) + 1
 
     texts = [p.text for p in prompts]
-    with Evaluators(config, teacher, students, (finetuning, variants) if finetuning else None, folder, device) as evaluators:
+    with EvaluatorPool(config, teacher, students, (finetuning, variants) if finetuning else None, folder, device) as evaluators:
         # Timed first, while nothing else runs.
         seconds = evaluators.one(lambda a: a.seconds.remote(on, texts[: settings.batch_size]))
         progress(1, total)
-        tuned = evaluators.one(lambda a: a.fine_tuned.remote(on))
+        tuned = evaluators.one(lambda a: a.finetuned.remote(on))
         errors = evaluators.all(lambda a, c: a.errors.remote(calibration, c, on), ids, lambda d: progress(1 + d, total))
         evaluators.all(
             lambda a, item: a.pictures.remote(item[0], on[item[0]], [texts[i] for i in item[1]], item[1]),
@@ -115,14 +115,14 @@ def evaluate(
             lambda d: progress(1 + len(ids) + d, total),
         )
 
-    gather(folder)
-    world = load_world(settings.world) if settings.world else None
-    reference = load_pictures([picture_path(folder, TEACHER, i) for i in indices])
-    teachers = passes(world, reference, prompts) if world else None
+    download(folder)
+    world = load_checker(settings.world) if settings.world else None
+    reference = load_images([image_path(folder, TEACHER, i) for i in indices])
+    teachers = correctness(world, reference, prompts) if world else None
     measured, right = {}, {}
     for name in on:
-        pictures = load_pictures([picture_path(folder, name, i) for i in indices])
-        squares = Squares.joined(part[name] for part in errors)
+        pictures = load_images([image_path(folder, name, i) for i in indices])
+        squares = ErrorSums.joined(part[name] for part in errors)
         row = {
             "fine_tuned": tuned[name],
             "velocity_error": squares.overall(),
@@ -133,8 +133,8 @@ def evaluate(
             "world": None, "R": None, "R_low": None, "R_high": None,
         }  # fmt: skip
         if world:
-            passed = passes(world, pictures, prompts)
-            row["world"] = world_scores(passed, settings.confidence, config.seed)
+            passed = correctness(world, pictures, prompts)
+            row["world"] = checker_scores(passed, settings.confidence, config.seed)
             row |= relative_drop(passed, teachers, settings.confidence, config.seed)
             right[name] = [bool(world.check(p, t.text)) for p, t in zip(pictures, prompts, strict=True)]
         measured[name] = row
@@ -152,12 +152,12 @@ def evaluate(
 def _prompts(config: Config, calibration: Any) -> list[Any]:
     """The test prompts: those of the configuration, else the world's held-out captions, else calibration's held-out ones."""
     from ppcl.calibration.prompts import read_prompts
-    from ppcl.evaluation.prompt_checker import TestPrompt, load_world, named_prompts, world_prompts
+    from ppcl.evaluation.prompt_checker import TestPrompt, checker_prompts, load_checker, named_prompts
 
     settings = config.evaluation
     if settings.prompts is not None:
         texts = [p.text for p in read_prompts(settings.prompts, config.calibration.prompt_column, None, settings.limit)]
-        return named_prompts(load_world(settings.world), texts) if settings.world else [TestPrompt(t) for t in texts]
+        return named_prompts(load_checker(settings.world), texts) if settings.world else [TestPrompt(t) for t in texts]
     if settings.world:
-        return world_prompts(load_world(settings.world), settings.limit, config.seed)
+        return checker_prompts(load_checker(settings.world), settings.limit, config.seed)
     return [TestPrompt(text) for _, text in calibration.prompts(held_out=True)][: settings.limit]

@@ -7,35 +7,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.runtime.checkpoints import going_on, look_through
-from jobs.runtime.resources import Places
-from jobs.runtime.worker_group import Report, run_ranks
+from jobs.runtime.checkpoints import drop_damaged_checkpoints, open_checkpoints
+from jobs.runtime.resources import Resources
+from jobs.runtime.worker_group import RankReporter, run_worker_group
 from ppcl.config.schema import Config
 from ppcl.models.teacher import Teacher
-from ppcl.storage.manifest import complete
-from ppcl.storage.mirror import gather, remove, writing
+from ppcl.storage.manifest import fetch_stage
+from ppcl.storage.mirror import download, remove, upload_on_exit
 
 
-def _rank(arguments: dict[str, Any], report: Report) -> None:
+def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
     from ppcl.calibration.dataset import CalibrationSet
     from ppcl.replacements.io import files_in
-    from ppcl.search.variants import read_family
+    from ppcl.search.variants import read_catalog
     from ppcl.training.finetuning.trainer import finetune
-    from ppcl.training.parallel_dims import Mesh
+    from ppcl.training.parallel_dims import ParallelDims
 
     config = Config.model_validate(arguments["config"])
-    family = read_family(complete(arguments["variants"]))
-    going = going_on("finetuning", arguments["checkpoints"], arguments["attempt"], report)
-    with going as checkpoints, writing(arguments["folder"]) as folder:
+    catalog = read_catalog(fetch_stage(arguments["variants"]))
+    going = open_checkpoints("finetuning", arguments["checkpoints"], arguments["attempt"], report)
+    with going as checkpoints, upload_on_exit(arguments["folder"]) as folder:
         finetune(
             teacher=Teacher(arguments["teacher"]),
-            files=files_in(complete(arguments["students"])),
-            variants={name: variant.plan for name, variant in family.variants.items()},
-            damage=family.damage,
-            samples=CalibrationSet(complete(arguments["calibration"])),
+            files=files_in(fetch_stage(arguments["students"])),
+            variants={name: variant.plan for name, variant in catalog.variants.items()},
+            sensitivity=catalog.sensitivity,
+            samples=CalibrationSet(fetch_stage(arguments["calibration"])),
             settings=config.finetuning,
             sampling_steps=config.sampling.steps,
-            mesh=Mesh.join(1, config.finetuning.replicas),
+            dims=ParallelDims.join(1, config.finetuning.replicas),
             folder=folder,
             checkpoints=checkpoints,
             seed=config.seed,
@@ -60,7 +60,7 @@ def finetune_replacements(
     Checkpoints lie under `folder/checkpoints/<key>` until all is written.
     """
     checkpoints = folder / "checkpoints" / key
-    notes = look_through("finetuning", checkpoints)
+    notes = drop_damaged_checkpoints("finetuning", checkpoints)
     arguments = {
         "config": config.model_dump(mode="json"),
         "teacher": teacher.place,
@@ -71,9 +71,9 @@ def finetune_replacements(
         "checkpoints": str(checkpoints),
         "device": device,
     }
-    places = Places(config.finetuning.replicas, device, "finetuning.replicas", config.patience)
-    notes += run_ranks("finetuning", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
-    gather(folder)
+    places = Resources(config.finetuning.replicas, device, "finetuning.replicas", config.patience)
+    notes += run_worker_group("finetuning", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
+    download(folder)
     remove(folder / "checkpoints")
     made = json.loads((folder / "finetuning.json").read_text())
     return {"skipped_steps": made["skipped_steps"], "notes": notes}

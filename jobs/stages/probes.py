@@ -6,30 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.runtime.resources import Places
-from jobs.runtime.worker_group import Report, run_ranks
+from jobs.runtime.resources import Resources
+from jobs.runtime.worker_group import RankReporter, run_worker_group
 from ppcl.config.schema import Config
 from ppcl.detection import detect as detection
 from ppcl.detection.fit_probes import dropped, underdetermined
 from ppcl.models.teacher import Teacher
-from ppcl.storage.manifest import complete
-from ppcl.storage.mirror import gather, writing
+from ppcl.storage.manifest import fetch_stage
+from ppcl.storage.mirror import download, upload_on_exit
 
 
-def _rank(arguments: dict[str, Any], report: Report) -> None:
+def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
     import torch
 
     from ppcl.calibration.dataset import CalibrationSet
-    from ppcl.detection.fit_probes import fit
-    from ppcl.training.parallel_dims import Mesh
+    from ppcl.detection.fit_probes import fit_probes
+    from ppcl.training.parallel_dims import ParallelDims
 
     config, device = Config.model_validate(arguments["config"]), arguments["device"]
-    with writing(arguments["folder"]) as folder:
-        fit(
+    with upload_on_exit(arguments["folder"]) as folder:
+        fit_probes(
             teacher=Teacher(arguments["teacher"]),
-            samples=CalibrationSet(complete(arguments["calibration"])),
+            samples=CalibrationSet(fetch_stage(arguments["calibration"])),
             settings=config.probes,
-            mesh=Mesh.join(config.probes.workers, 1),
+            dims=ParallelDims.join(config.probes.workers, 1),
             folder=folder,
             seed=config.seed,
             device=device,
@@ -50,7 +50,7 @@ def fit_probes(
 
     `dropped`: calibration tokens left out for NaN or Inf, at the block that lost most. `notes`: what the user should know.
     """
-    places = Places(config.probes.workers, device, "probes.workers", config.patience)
+    places = Resources(config.probes.workers, device, "probes.workers", config.patience)
     arguments = {
         "config": config.model_dump(mode="json"),
         "teacher": teacher.place,
@@ -58,8 +58,8 @@ def fit_probes(
         "folder": str(folder),
         "device": device,
     }
-    run_ranks("probes", _rank, arguments, places, folder / "ray", progress)
-    gather(folder)
+    run_worker_group("probes", _rank, arguments, places, folder / "ray", progress)
+    download(folder)
     files = list(folder.glob("block-*.safetensors"))
     few = [tokens for tokens in map(underdetermined, files) if tokens is not None]
     notes = []
@@ -75,7 +75,7 @@ def detect(
     config: Config, teacher: Teacher, probes: Path, folder: Path, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Find what can be replaced; light enough for the coordinator's own process."""
-    spans = teacher.architecture.spans(teacher.empty_transformer())
-    found = detection.detect(probes, spans, config.detection, config.width, progress)
+    block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
+    found = detection.detect(probes, block_ranges, config.detection, config.width, progress)
     detection.write_detection(folder, found)
     return {"plan": found["plan"]}

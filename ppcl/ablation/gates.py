@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ppcl.models import Architecture, architecture_of, swapped
+from ppcl.models import ModelAdapter, adapter_of, swapped
 from ppcl.training.data import Samples, batch_of
 
 _RATE = 0.05
@@ -26,34 +26,34 @@ class _Gated(nn.Module):
 
     context_pre_only = False
 
-    def __init__(self, architecture: Architecture, block: nn.Module, gates: list[torch.Tensor], number: int):
+    def __init__(self, adapter: ModelAdapter, block: nn.Module, gates: list[torch.Tensor], number: int):
         super().__init__()
-        self.architecture, self.gates, self.number = architecture, gates, number
+        self.adapter, self.gates, self.number = adapter, gates, number
         self.__dict__["block"] = block
 
     def forward(self, **arguments: Any) -> tuple:
-        before, _ = self.architecture.split(arguments)
-        after = self.architecture.from_returned(self.block(**arguments))
+        before, _ = self.adapter.split(arguments)
+        after = self.adapter.from_returned(self.block(**arguments))
         gate = self.gates[0][self.number]
         mixed = {
             name: x if getattr(before, name) is None or x is None else getattr(before, name) + gate.to(x) * (x - getattr(before, name))
             for name, x in after._asdict().items()
         }
-        return self.architecture.to_returned(after._replace(**mixed))
+        return self.adapter.to_returned(after._replace(**mixed))
 
 
 def learned_gates(
     transformer: nn.Module, samples: Samples, count: int, steps: int, batch_size: int, seed: int, tell: Callable[[int], None]
 ) -> list[float]:
     """By block, how much it is worth keeping: its logit after `steps` steps."""
-    architecture = architecture_of(transformer)
-    blocks = architecture.blocks(transformer)
+    adapter = adapter_of(transformer)
+    blocks = adapter.blocks(transformer)
     device, dtype = transformer.device, transformer.dtype
     logits = torch.zeros(len(blocks), device=device, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=_RATE)
     generator = torch.Generator().manual_seed(seed)
     ids, gates = samples.ids(held_out=False), [torch.ones(len(blocks), device=device)]
-    gated = {number: _Gated(architecture, block, gates, number) for number, block in enumerate(blocks)}
+    gated = {number: _Gated(adapter, block, gates, number) for number, block in enumerate(blocks)}
     for step in range(steps):
         inputs = {**samples.batch(batch_of(step, ids, batch_size, seed), device, dtype), "return_dict": False}
         with torch.no_grad():

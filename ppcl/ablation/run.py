@@ -22,16 +22,25 @@ from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
 from ppcl.detection.fit_probes import tokens_file
 from ppcl.errors import UserError
-from ppcl.evaluation.prompt_checker import load_world, passes, world_prompts
-from ppcl.evaluation.velocity_error import Squares, variant_errors
+from ppcl.evaluation.prompt_checker import checker_prompts, correctness, load_checker
+from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
-from ppcl.replacements.parameter_counts import sizes
-from ppcl.replacements.plan import Entry, Ffn, Fold, Interval, TextRun, clash, entry_of, order
-from ppcl.replacements.switcher import Switch
+from ppcl.replacements.parameter_counts import parameter_counts
+from ppcl.replacements.plan import (
+    Ffn,
+    Interval,
+    LowRankModulation,
+    Replacement,
+    TextRun,
+    conflicts,
+    parse_replacement,
+    sort_key,
+)
+from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.finetuning.trainer import finetune
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 
 # Held-out samples that choices by a measured error look at.
 _LOOKED_AT = 64
@@ -80,7 +89,7 @@ def choices(
     tell: Callable[[int], None],
 ) -> dict[str, list[Interval]]:  # fmt: skip
     """By row, the intervals of every way to choose. `tell(steps)` counts those of the learned gates."""
-    spans = [range(*span) for span in detection["spans"]]
+    block_ranges = [range(*span) for span in detection["spans"]]
     count, blocks = removed_blocks(config, detection), detection["blocks"]
     if not count:
         raise UserError("Algorithm 1 finds no block that can go in this teacher; there is nothing to compare")
@@ -96,32 +105,32 @@ def choices(
     settings = config.ablation
     logits = learned_gates(transformer, calibration, count, settings.gate_steps, settings.batch_size, seed, tell)
     return {
-        "sensitivity": selection.cheapest([-s for s in similar], count, spans),
-        "nonsequential": selection.algorithm1(detection["delta"], count, spans),
-        "threshold": selection.threshold(table, count, spans),
-        "equal": selection.equal_lengths(count, spans),
-        "uniform": selection.evenly(count, spans),
-        "influence": selection.cheapest(selection.influence(boundaries), count, spans),
-        "gates": selection.cheapest(logits, count, spans),
-        "position": selection.cheapest(selection.by_position(errors), count, spans),
+        "sensitivity": selection.cheapest([-s for s in similar], count, block_ranges),
+        "nonsequential": selection.algorithm1(detection["delta"], count, block_ranges),
+        "threshold": selection.threshold(table, count, block_ranges),
+        "equal": selection.equal_lengths(count, block_ranges),
+        "uniform": selection.evenly(count, block_ranges),
+        "influence": selection.cheapest(selection.influence(boundaries), count, block_ranges),
+        "gates": selection.cheapest(logits, count, block_ranges),
+        "position": selection.cheapest(selection.by_position(errors), count, block_ranges),
     }
 
 
-def plans_of(chosen: Mapping[str, list[Interval]], detection: Mapping[str, Any], ffns: int) -> dict[str, list[Entry]]:
+def plans_of(chosen: Mapping[str, list[Interval]], detection: Mapping[str, Any], ffns: int) -> dict[str, list[Replacement]]:
     """By row, what is on, but for what differs in training alone."""
-    plan: list[Entry] = list(chosen["nonsequential"])
-    known = [entry_of(text) for text in detection["plan"]]
-    runs = [e for e in known if isinstance(e, TextRun) and not any(clash(e, i) for i in plan)]
+    plan: list[Replacement] = list(chosen["nonsequential"])
+    known = [parse_replacement(text) for text in detection["plan"]]
+    runs = [e for e in known if isinstance(e, TextRun) and not any(conflicts(e, i) for i in plan)]
     taken = {block for interval in plan for block in interval.blocks}
     errors = {int(block): error for block, error in detection["ffn_errors"].items() if int(block) not in taken}
     maps = [Ffn(block) for block in sorted(errors, key=errors.get)[:ffns]]
     halves = [Ffn(block, 50) for block in sorted(errors)]
-    rows: dict[str, list[Entry]] = {name: list(intervals) for name, intervals in chosen.items()}
+    rows: dict[str, list[Replacement]] = {name: list(intervals) for name, intervals in chosen.items()}
     rows["probes"] = plan
     rows["text"] = plan + runs
     rows["ffn"] = rows["finetuned"] = plan + runs + maps
-    rows["hidden"] = rows["hidden_finetuned"] = plan + runs + halves + [Fold()]
-    return {row.name: sorted(rows[row.name], key=order) for row in ROWS}
+    rows["hidden"] = rows["hidden_finetuned"] = plan + runs + halves + [LowRankModulation()]
+    return {row.name: sorted(rows[row.name], key=sort_key) for row in ROWS}
 
 
 def run_seed(
@@ -151,9 +160,9 @@ def run_seed(
     del transformer
     plans = plans_of(chosen, detection, settings.ffns)
 
-    library = sorted({entry for name, plan in plans.items() if name not in ("sensitivity", "probes") for entry in plan}, key=order)
+    library = sorted({replacement for name, plan in plans.items() if name not in ("sensitivity", "probes") for replacement in plan}, key=sort_key)
     distil(
-        teacher, samples, library, steps, Mesh(), work / "library", work / "checkpoints", seed, device, telling(1),
+        teacher, samples, library, steps, ParallelDims(), work / "library", work / "checkpoints", seed, device, telling(1),
         config.width.modulation_error,
     )  # fmt: skip
     for part, name in enumerate(("sensitivity", "probes"), 2):
@@ -162,9 +171,9 @@ def run_seed(
         plan = plans[name]
         one = tuning.model_copy(update={"plan": _PLAN, "variants": []})
         (work / name).mkdir(parents=True, exist_ok=True)
-        files = {entry: path for entry, path in files_in(work / "library").items() if entry in plan}
+        files = {replacement: path for replacement, path in files_in(work / "library").items() if replacement in plan}
         finetune(
-            teacher, files, {_PLAN: plan}, {}, samples, one, config.sampling.steps, Mesh(), work / name, work / name / "checkpoints",
+            teacher, files, {_PLAN: plan}, {}, samples, one, config.sampling.steps, ParallelDims(), work / name, work / name / "checkpoints",
             seed, device, telling(part),
         )  # fmt: skip
     folders = {row.name: work / (row.name if (work / row.name).is_dir() else "library") for row in ROWS}
@@ -173,33 +182,33 @@ def run_seed(
 
 @torch.no_grad()
 def _measure(
-    config: Config, teacher: Teacher, samples: CalibrationSet, plans: Mapping[str, Sequence[Entry]], library: Mapping[Entry, Path],
+    config: Config, teacher: Teacher, samples: CalibrationSet, plans: Mapping[str, Sequence[Replacement]], library: Mapping[Replacement, Path],
     folders: Mapping[str, Path], seed: int, device: str, tell: Callable[[int], None],
 ) -> dict[str, Any]:  # fmt: skip
     """`library`: what rows share, in which their own folders have the last word: fine-tuning writes what it trains alone."""
-    from ppcl.evaluation.images import make_pictures
+    from ppcl.evaluation.images import generate_images
     from ppcl.evaluation.scoring import relative_drop
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipeline = teacher.pipeline(device, dtype)
     evaluation = config.evaluation
-    world = load_world(evaluation.world) if evaluation.world else None
-    prompts = world_prompts(world, evaluation.limit, config.seed) if world else []
+    world = load_checker(evaluation.world) if evaluation.world else None
+    prompts = checker_prompts(world, evaluation.limit, config.seed) if world else []
 
-    def shown(switch: Switch, plan: Sequence[Entry]) -> dict[str, Any]:
+    def shown(switch: VariantSwitcher, plan: Sequence[Replacement]) -> dict[str, Any]:
         switch(pipeline.transformer, plan)
         right: dict[str, list] = {}
         for start in range(0, len(prompts), evaluation.batch_size):
             some = prompts[start : start + evaluation.batch_size]
             seeds = [1_000_000 + config.seed + start + index for index in range(len(some))]
-            pictures = make_pictures(pipeline, [p.text for p in some], seeds, config.sampling)
-            for category, found in passes(world, pictures, some).items():
+            pictures = generate_images(pipeline, [p.text for p in some], seeds, config.sampling)
+            for category, found in correctness(world, pictures, some).items():
                 right.setdefault(category, []).extend(found)
         switch(pipeline.transformer, ())
         return {category: torch.tensor(found, dtype=torch.float64).numpy() for category, found in right.items()}
 
     ids = samples.ids(held_out=True)
-    teachers = shown(Switch(teacher, {}), ()) if world else None
+    teachers = shown(VariantSwitcher(teacher, {}), ()) if world else None
     made: dict[str, Any] = {}
     trained: dict[tuple, str] = {}
     for number, (name, plan) in enumerate(plans.items()):
@@ -210,13 +219,13 @@ def _measure(
             tell(number + 1)
             continue
         trained[same] = name
-        files = {entry: path for entry, path in (library | files_in(folders[name])).items() if entry in plan}
-        switch = Switch(teacher, files)
+        files = {replacement: path for replacement, path in (library | files_in(folders[name])).items() if replacement in plan}
+        switch = VariantSwitcher(teacher, files)
         batches = [ids[start : start + evaluation.batch_size] for start in range(0, len(ids), evaluation.batch_size)]
-        squares = Squares.joined(
+        squares = ErrorSums.joined(
             variant_errors(pipeline.transformer, switch, {name: plan}, samples.batch(batch, device, dtype))[name] for batch in batches
         )
-        counted = sizes(teacher, files)
+        counted = parameter_counts(teacher, files)
         row = {"velocity_error": squares.overall(), "share": counted.parameters(plan) / counted.total, "plan": [str(e) for e in plan]}
         if world:
             found = shown(switch, plan)

@@ -14,17 +14,17 @@ from torch.nn import functional as F
 from ppcl.detection.cka import cka
 from ppcl.detection.intervals import Table, first_difference
 from ppcl.errors import UserError
-from ppcl.models import PassThrough, architecture_of, swapped
+from ppcl.models import IdentityBlock, adapter_of, swapped
 from ppcl.replacements.plan import Interval
 
 
-def contracted(removed: Iterable[int], spans: Sequence[range]) -> list[Interval]:
+def contracted(removed: Iterable[int], block_ranges: Sequence[range]) -> list[Interval]:
     """Intervals that take these blocks away: each run of them joins the block before it, at a list's start the one behind.
 
     Raises `UserError` where a whole list of blocks would go.
     """
     gone, found = set(removed), []
-    for span in spans:
+    for span in block_ranges:
         if set(span) <= gone:
             raise UserError(f"all blocks from {span.start} to {span.stop - 1} would go; remove fewer")
         block = span.start
@@ -63,24 +63,24 @@ def influence(boundaries: Sequence[Sequence[torch.Tensor]]) -> list[float]:
     ]
 
 
-def cheapest(scores: Sequence[float], count: int, spans: Sequence[range]) -> list[Interval]:
+def cheapest(scores: Sequence[float], count: int, block_ranges: Sequence[range]) -> list[Interval]:
     """The `count` blocks of the smallest scores, one of each list at least staying."""
     chosen: list[int] = []
     for block in sorted(range(len(scores)), key=scores.__getitem__):
-        span = next(span for span in spans if block in span)
+        span = next(span for span in block_ranges if block in span)
         if len(chosen) < count and sum(b in span for b in chosen) < len(span) - 1:
             chosen.append(block)
     if len(chosen) < count:
         raise UserError(f"{count} blocks cannot go; {len(chosen)} can")
-    return contracted(chosen, spans)
+    return contracted(chosen, block_ranges)
 
 
-def algorithm1(delta: Table, count: int, spans: Sequence[range]) -> list[Interval]:
+def algorithm1(delta: Table, count: int, block_ranges: Sequence[range]) -> list[Interval]:
     """Algorithm 1's intervals, cut short where they would take more than `count` blocks: the last steps of the largest Δ go.
 
     Raises `UserError` where they take fewer.
     """
-    found = [interval for interval in first_difference(delta, spans) if interval.removed]
+    found = [interval for interval in first_difference(delta, block_ranges) if interval.removed]
     most = sum(interval.removed for interval in found)
     if most < count:
         raise UserError(f"{count} blocks cannot go by Algorithm 1, which finds {most}; ask for {most} or fewer")
@@ -91,7 +91,7 @@ def algorithm1(delta: Table, count: int, spans: Sequence[range]) -> list[Interva
     return found
 
 
-def threshold(table: Table, count: int, spans: Sequence[range]) -> list[Interval]:
+def threshold(table: Table, count: int, block_ranges: Sequence[range]) -> list[Interval]:
     """From each block on, as far as `cka(u, k)` stays above a threshold: the highest that takes `count` blocks or more.
 
     Then cut short to `count`, from the least similar end.
@@ -99,7 +99,7 @@ def threshold(table: Table, count: int, spans: Sequence[range]) -> list[Interval
     values = sorted({v for row in table for v in row if v is not None}, reverse=True)
     for least in values:
         found = []
-        for span in spans:
+        for span in block_ranges:
             first = span.start
             while first < span.stop:
                 last = first
@@ -117,18 +117,18 @@ def threshold(table: Table, count: int, spans: Sequence[range]) -> list[Interval
     raise UserError(f"{count} blocks cannot go at any threshold of CKA")
 
 
-def evenly(count: int, spans: Sequence[range]) -> list[Interval]:
+def evenly(count: int, block_ranges: Sequence[range]) -> list[Interval]:
     """Blocks spread evenly over all, never the first or the last of a list where that can be helped."""
-    inner = [block for span in spans for block in range(span.start + 1, span.stop - 1)]
+    inner = [block for span in block_ranges for block in range(span.start + 1, span.stop - 1)]
     if count > len(inner):
-        return cheapest([0.0] * spans[-1].stop, count, spans)
-    return contracted({inner[int((i + 0.5) * len(inner) / count)] for i in range(count)}, spans)
+        return cheapest([0.0] * block_ranges[-1].stop, count, block_ranges)
+    return contracted({inner[int((i + 0.5) * len(inner) / count)] for i in range(count)}, block_ranges)
 
 
-def equal_lengths(count: int, spans: Sequence[range]) -> list[Interval]:
+def equal_lengths(count: int, block_ranges: Sequence[range]) -> list[Interval]:
     """Intervals of one length, one behind the other through the lists: the fewest blocks each that take `count` in all."""
-    for length in range(2, max(map(len, spans)) + 1):
-        places = [(span, first) for span in spans for first in range(span.start, span.stop - length + 1, length)]
+    for length in range(2, max(map(len, block_ranges)) + 1):
+        places = [(span, first) for span in block_ranges for first in range(span.start, span.stop - length + 1, length)]
         if len(places) * (length - 1) >= count:
             wanted = -(-count // (length - 1))
             chosen = [places[int((i + 0.5) * len(places) / wanted)][1] for i in range(wanted)]
@@ -143,14 +143,14 @@ def equal_lengths(count: int, spans: Sequence[range]) -> list[Interval]:
 @torch.no_grad()
 def skip_errors(transformer: nn.Module, batches: Iterable[dict], tell: Callable[[int], None]) -> list[float]:
     """The velocity error with one block left out, by block."""
-    architecture = architecture_of(transformer)
-    count = len(architecture.blocks(transformer))
+    adapter = adapter_of(transformer)
+    count = len(adapter.blocks(transformer))
     error, energy = torch.zeros(count, dtype=torch.float64), 0.0
     for inputs in batches:
         target = transformer(**{**inputs, "return_dict": False})[0].double()
         energy += float(target.square().sum())
         for block in range(count):
-            with swapped(transformer, {block: PassThrough(architecture)}):
+            with swapped(transformer, {block: IdentityBlock(adapter)}):
                 made = transformer(**{**inputs, "return_dict": False})[0].double()
             error[block] += (made - target).square().sum().cpu()
             tell(block)

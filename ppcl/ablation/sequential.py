@@ -16,16 +16,16 @@ import torch
 from ppcl.config.schema import Distillation
 from ppcl.models import run_blocks
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import save
+from ppcl.replacements.io import save_replacement
 from ppcl.replacements.plan import Interval
-from ppcl.training.captured import Seen, Wanted
+from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples, batch_of
-from ppcl.training.distillation.closed_form import fit_starts
-from ppcl.training.distillation.objectives import Depth
-from ppcl.training.parallel_dims import Mesh
-from ppcl.training.pipeline import Chain
-from ppcl.training.teacher_segment import Segment
-from ppcl.training.trainee import Pupil
+from ppcl.training.distillation.closed_form import fit_closed_form
+from ppcl.training.distillation.objectives import StudentObjective
+from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.pipeline import PipelineStage
+from ppcl.training.teacher_segment import TeacherSegment
+from ppcl.training.trainee import Trainee
 
 
 def distil_in_sequence(
@@ -33,34 +33,34 @@ def distil_in_sequence(
     device: str, tell: Callable[[int], None],
 ) -> None:  # fmt: skip
     """Train the students of `intervals` and write them to `folder/<interval>.safetensors`."""
-    architecture, mesh = teacher.architecture, Mesh()
-    count = architecture.spans(teacher.empty_transformer())[-1].stop
+    adapter, dims = teacher.adapter, ParallelDims()
+    count = adapter.block_ranges(teacher.empty_transformer())[-1].stop
     bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
-    segment = Segment(teacher, range(count), intervals, device, torch.bfloat16 if bfloat16 else torch.float32)
-    chain, ids = Chain(0, 1, 0), samples.ids(held_out=False)
-    lessons = {i: Depth(architecture, segment.transformer, segment.blocks, i, settings) for i in sorted(intervals)}
-    for lesson in lessons.values():
-        lesson.module.to(device)
+    segment = TeacherSegment(teacher, range(count), intervals, device, torch.bfloat16 if bfloat16 else torch.float32)
+    pipeline_stage, ids = PipelineStage(0, 1, 0), samples.ids(held_out=False)
+    objectives = {i: StudentObjective(adapter, segment.transformer, segment.blocks, i, settings) for i in sorted(intervals)}
+    for objective in objectives.values():
+        objective.module.to(device)
 
-    def seen(rows: torch.Tensor, wanted: Wanted) -> Seen:
-        return segment.run(samples.batch(rows, device, segment.dtype), chain, wanted)
+    def captured(rows: torch.Tensor, wanted: CaptureSpec) -> CapturedActivations:
+        return segment.run(samples.batch(rows, device, segment.dtype), pipeline_stage, wanted)
 
     if settings.start == "affine":
-        wanted = reduce(or_, (lesson.wanted_to_start for lesson in lessons.values()), Wanted())
-        fit_starts(list(lessons.values()), lambda rows: seen(rows, wanted), ids, settings.batch_size, settings.ridge, mesh)
-    pupils = {i: Pupil(lesson, settings, mesh) for i, lesson in lessons.items()}
-    wanted = Wanted(frozenset({0, *(i.last + 1 for i in intervals)}))
+        wanted = reduce(or_, (objective.init_capture for objective in objectives.values()), CaptureSpec())
+        fit_closed_form(list(objectives.values()), lambda rows: captured(rows, wanted), ids, settings.batch_size, settings.ridge, dims)
+    trainees = {i: Trainee(objective, settings, dims) for i, objective in objectives.items()}
+    wanted = CaptureSpec(frozenset({0, *(i.last + 1 for i in intervals)}))
     for step in range(settings.steps):
-        now = seen(batch_of(step, ids, settings.batch_size, seed), wanted)
+        now = captured(batch_of(step, ids, settings.batch_size, seed), wanted)
         streams, block = now.boundaries[0], 0
-        for interval, pupil in pupils.items():
+        for interval, trainee in trainees.items():
             with torch.no_grad():
-                streams = run_blocks(architecture, [segment.blocks[b] for b in range(block, interval.first)], streams, now.context)
+                streams = run_blocks(adapter, [segment.blocks[b] for b in range(block, interval.first)], streams, now.context)
             ends = {interval.first: streams, interval.last + 1: now.boundaries[interval.last + 1]}
-            pupil.learn(Seen(boundaries=ends, context=now.context, text_mask=now.text_mask), bfloat16)
+            trainee.train_step(CapturedActivations(boundaries=ends, context=now.context, text_mask=now.text_mask), bfloat16)
             with torch.no_grad():
-                streams = pupil.module.streams(streams, now.context)
+                streams = trainee.module.streams(streams, now.context)
             block = interval.last + 1
         tell(step + 1)
-    for interval, pupil in pupils.items():
-        save(pupil.trained(), interval, architecture, folder / f"{interval.name}.safetensors")
+    for interval, trainee in trainees.items():
+        save_replacement(trainee.export(), interval, adapter, folder / f"{interval.name}.safetensors")

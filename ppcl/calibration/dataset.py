@@ -26,7 +26,7 @@ import torch
 from ppcl.calibration.encoding import Embedding, collate
 from ppcl.calibration.trajectory_recorder import Call, State
 from ppcl.errors import UserError
-from ppcl.models import architecture_of
+from ppcl.models import adapter_of
 from ppcl.storage.manifest import write_atomically
 
 PROMPTS, STATES, CALL, HELD_OUT = "prompts", "states", "call.json", "held_out.json"
@@ -183,7 +183,7 @@ class CalibrationSet:
         if not (self.folder / CALL).exists() or not (self.folder / HELD_OUT).exists():
             raise UserError(f"{self.folder} holds no complete calibration set; run ppcl compress again")
         call = json.loads((self.folder / CALL).read_text())
-        self.architecture = architecture_of(call["transformer"])
+        self.adapter = adapter_of(call["transformer"])
         self.call = Call(call["each"], call["whole"])
         self._states = _Rows(self.folder / STATES, "sample_id", also=["prompt_id"])
         self._prompts = _Rows(self.folder / PROMPTS, "prompt_id")
@@ -216,10 +216,10 @@ class CalibrationSet:
         rows = [self._states.row(position) for position in self._states.find(ids)]
         texts = [self._prompts.row(position) for position in self._prompts.find([r["embedding_id"] for r in rows])]
         names = [name for name in texts[0] if name not in ("prompt_id", "prompt")]
-        prompt = collate([{name: unpack(text[name]) for name in names} for text in texts], self.architecture)
+        prompt = collate([{name: unpack(text[name]) for name in names} for text in texts], self.adapter)
         batch = {
-            self.architecture.latents: torch.stack([unpack(row["latents"]) for row in rows]).to(device, dtype),
-            self.architecture.timestep: torch.tensor([row["timestep"] for row in rows], device=device),
+            self.adapter.latents: torch.stack([unpack(row["latents"]) for row in rows]).to(device, dtype),
+            self.adapter.timestep: torch.tensor([row["timestep"] for row in rows], device=device),
         }
         for name, value in prompt.items():
             if value is not None:

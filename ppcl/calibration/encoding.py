@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ppcl.config.schema import Sampling
-from ppcl.models import Architecture
+from ppcl.models import ModelAdapter
 
 Embedding = dict[str, torch.Tensor]
 """One prompt's arguments of the transformer: `encoder_hidden_states` `(T, d)`, `pooled_projections` `(d',)`."""
@@ -22,7 +22,7 @@ _PIPELINE_ARGUMENTS = {
 
 
 @torch.no_grad()
-def encode(pipeline: Any, architecture: Architecture, texts: list[str], sampling: Sampling) -> list[Embedding]:
+def encode(pipeline: Any, adapter: ModelAdapter, texts: list[str], sampling: Sampling) -> list[Embedding]:
     """Embeddings of a batch of prompts, on the CPU, padding cut off: what is left is all valid, the mask is implied."""
     accepted = inspect.signature(pipeline.encode_prompt).parameters
     # Families with several text encoders give each the same prompt by default, but some require the argument.
@@ -32,8 +32,8 @@ def encode(pipeline: Any, architecture: Architecture, texts: list[str], sampling
     returned = pipeline.encode_prompt(
         prompt=texts, **arguments, max_sequence_length=longest_prompt(type(pipeline), sampling)
     )
-    named = {name: value for name, value in zip(architecture.encoded, returned, strict=True) if name}
-    mask = named.pop(architecture.text_mask, None)
+    named = {name: value for name, value in zip(adapter.encoded, returned, strict=True) if name}
+    mask = named.pop(adapter.text_mask, None)
     embeddings = [{name: value[row].cpu() for name, value in named.items()} for row in range(len(texts))]
     if mask is not None:
         for embedding, valid in zip(embeddings, mask.bool().cpu(), strict=True):
@@ -55,7 +55,7 @@ def negative_prompt(pipeline_class: type, sampling: Sampling) -> str | None:
     return "" if given is None and by_scale else given
 
 
-def collate(embeddings: list[Embedding], architecture: Architecture) -> dict[str, torch.Tensor | None]:
+def collate(embeddings: list[Embedding], adapter: ModelAdapter) -> dict[str, torch.Tensor | None]:
     """Prompt arguments of one transformer call: text `(B, T, d)` padded with zeros to the longest, and its mask.
 
     The mask is None where no text is padded, as in the stock pipeline.
@@ -64,10 +64,10 @@ def collate(embeddings: list[Embedding], architecture: Architecture) -> dict[str
         name: torch.stack([e[name] for e in embeddings]) for name in embeddings[0] if name != TEXT
     }
     batch[TEXT] = torch.nn.utils.rnn.pad_sequence([e[TEXT] for e in embeddings], batch_first=True)
-    if architecture.text_mask:
+    if adapter.text_mask:
         lengths = torch.tensor([len(e[TEXT]) for e in embeddings])
         mask = (torch.arange(batch[TEXT].shape[1])[None] < lengths[:, None]).long()
-        batch[architecture.text_mask] = None if mask.all() else mask
+        batch[adapter.text_mask] = None if mask.all() else mask
     return batch
 
 

@@ -15,7 +15,7 @@ from ppcl.calibration.seeding import generator, strata
 from ppcl.calibration.trajectory_recorder import Call, State, call_of, check_arguments
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
-from ppcl.models import Architecture
+from ppcl.models import ModelAdapter
 from ppcl.storage.mirror import local_file
 
 
@@ -26,8 +26,8 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch
 
 
 @torch.no_grad()
-def picture_latents(
-    pipeline: Any, architecture: Architecture, images: Sequence[str], sampling: Sampling
+def image_latents(
+    pipeline: Any, adapter: ModelAdapter, images: Sequence[str], sampling: Sampling
 ) -> torch.Tensor:
     """The pictures' latents as the transformer takes them: the VAE's mean, normalised and packed as by the pipeline.
 
@@ -48,14 +48,14 @@ def picture_latents(
     else:
         latents = vae.encode(pixels).latent_dist.mode()
         latents = (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
-    if architecture.packed_latents:
+    if adapter.packed_latents:
         latents = pipeline._pack_latents(latents, *latents.shape)
     return latents
 
 
-def noise_pictures(
+def noise_images(
     pipeline: Any,
-    architecture: Architecture,
+    adapter: ModelAdapter,
     prompt_ids: Sequence[int],
     embeddings: list[Embedding],
     images: Sequence[str],
@@ -68,8 +68,8 @@ def noise_pictures(
 
     `pipeline` needs no transformer, only its configuration: something that stands in for it sees the pipeline's call.
     """
-    call, shape = _first_call(pipeline, architecture, embeddings[0], transformer_config, sampling)
-    latents = picture_latents(pipeline, architecture, images, sampling).cpu()
+    call, shape = _first_call(pipeline, adapter, embeddings[0], transformer_config, sampling)
+    latents = image_latents(pipeline, adapter, images, sampling).cpu()
     if latents.shape[1:] != shape:
         raise UserError(
             f"a picture of {sampling.height} x {sampling.width} gives latents {tuple(latents.shape[1:])}, the pipeline "
@@ -84,7 +84,7 @@ def noise_pictures(
                     sample_id=2 * (states_per_prompt * prompt_id + slot),
                     prompt_id=prompt_id,
                     embedding_id=prompt_id,
-                    timestep=float(t) * architecture.timestep_scale,
+                    timestep=float(t) * adapter.timestep_scale,
                     latents=noised(picture[None], noise[None], torch.tensor([t]))[0],
                 )
             )
@@ -122,7 +122,7 @@ class _StandIn(nn.Module):
 
 def _first_call(
     pipeline: Any,
-    architecture: Architecture,
+    adapter: ModelAdapter,
     embedding: Embedding,
     transformer_config: Mapping[str, Any],
     sampling: Sampling,
@@ -133,7 +133,7 @@ def _first_call(
     own = pipeline.transformer
     stand_in = _StandIn(transformer_config, device, pipeline.vae.dtype)
     pipeline.transformer = stand_in
-    arguments = pipeline_arguments(collate([embedding], architecture), str(device))
+    arguments = pipeline_arguments(collate([embedding], adapter), str(device))
     ignored = ("negative_prompt", "true_cfg_scale")
     try:
         pipeline(
@@ -149,4 +149,4 @@ def _first_call(
         pass
     finally:
         pipeline.transformer = own
-    return call_of(architecture, stand_in.arguments), stand_in.arguments[architecture.latents].shape[1:]
+    return call_of(adapter, stand_in.arguments), stand_in.arguments[adapter.latents].shape[1:]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ppcl.config.location import Place
+from ppcl.config.location import Location
 from ppcl.errors import UserError
 from ppcl.storage.manifest import key_of
 from ppcl.storage.mirror import local_file, store_of
@@ -30,7 +30,7 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(
-    path: Place, column: str, image_column: str | None = None, limit: int | None = None
+    path: Location, column: str, image_column: str | None = None, limit: int | None = None
 ) -> Iterator[Prompt]:
     """The first `limit` prompts of a file, in order; blank ones are skipped. Memory does not grow with the file.
 
@@ -51,7 +51,7 @@ def read_prompts(
     return islice(_prompts(path, readers[path.suffix](path, columns)), limit)
 
 
-def check_prompts(path: Place, column: str, image_column: str | None = None, limit: int | None = None) -> str:
+def check_prompts(path: Location, column: str, image_column: str | None = None, limit: int | None = None) -> str:
     """Read a prompt file once, so that its mistakes are told before any work is done; gives a hash of its content.
 
     Raises `UserError` as `read_prompts` does, for fewer than two different prompts, and for pictures that do not exist.

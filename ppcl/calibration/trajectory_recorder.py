@@ -13,7 +13,7 @@ from ppcl.calibration.encoding import TEXT, Embedding, collate, pipeline_argumen
 from ppcl.calibration.seeding import chosen_steps, generator
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
-from ppcl.models import Architecture
+from ppcl.models import ModelAdapter
 
 NEGATIVE = -1
 """The embedding id of the negative prompt; other embeddings have the id of their prompt."""
@@ -62,10 +62,10 @@ def check_arguments(pipeline_class: type, sampling: Sampling) -> None:
             )
 
 
-def call_of(architecture: Architecture, arguments: dict[str, Any]) -> Call:
+def call_of(adapter: ModelAdapter, arguments: dict[str, Any]) -> Call:
     """The shared part of a transformer call. Vectors and lists hold one value a sample, matrices none of the batch."""
     each, whole = {}, {}
-    for name in architecture.shared_arguments:
+    for name in adapter.shared_arguments:
         value = arguments.get(name)
         if isinstance(value, torch.Tensor) and value.ndim > 1:
             whole[name] = value.float().tolist()
@@ -82,8 +82,8 @@ class _Recorder:
     `kept`: (row of the prompt in the batch, denoising step, conditional) to (timestep, latents).
     """
 
-    def __init__(self, pipeline: Any, architecture: Architecture, text: torch.Tensor, choose: Any):
-        self.pipeline, self.architecture, self.text, self.choose = pipeline, architecture, text, choose
+    def __init__(self, pipeline: Any, adapter: ModelAdapter, text: torch.Tensor, choose: Any):
+        self.pipeline, self.adapter, self.text, self.choose = pipeline, adapter, text, choose
         self.steps: list[list[int]] = []
         self.kept: dict[tuple[int, int, bool], tuple[float, torch.Tensor]] = {}
         self.call: Call | None = None
@@ -93,10 +93,10 @@ class _Recorder:
             return
         prompts = len(self.text)
         if self.call is None:
-            self.call = call_of(self.architecture, arguments)
+            self.call = call_of(self.adapter, arguments)
             self.steps = [self.choose(row, self.pipeline.num_timesteps) for row in range(prompts)]
         step = self.pipeline.scheduler.step_index or 0
-        latents, timesteps = arguments[self.architecture.latents], arguments[self.architecture.timestep]
+        latents, timesteps = arguments[self.adapter.latents], arguments[self.adapter.timestep]
         for row in range(len(latents)):
             # Guidance is a second call (Qwen-Image, FLUX.1) or a second half of the batch (SD3).
             prompt = row % prompts
@@ -110,7 +110,7 @@ class _Recorder:
 
 def record(
     pipeline: Any,
-    architecture: Architecture,
+    adapter: ModelAdapter,
     prompt_ids: Sequence[int],
     embeddings: list[Embedding],
     negative: Embedding | None,
@@ -125,14 +125,14 @@ def record(
     """
     check_arguments(type(pipeline), sampling)
     device = str(pipeline._execution_device)
-    arguments = pipeline_arguments(collate(embeddings, architecture), device)
+    arguments = pipeline_arguments(collate(embeddings, adapter), device)
     # The pipeline may reshape the embeddings it is given; their values are what the transformer sees.
     text = arguments["prompt_embeds"]
     if negative is not None:
-        arguments |= pipeline_arguments(collate([negative] * len(embeddings), architecture), device, negative=True)
+        arguments |= pipeline_arguments(collate([negative] * len(embeddings), adapter), device, negative=True)
     recorder = _Recorder(
         pipeline,
-        architecture,
+        adapter,
         text,
         lambda row, steps: chosen_steps(seed, prompt_ids[row], states_per_prompt, steps),
     )

@@ -8,19 +8,19 @@ from typing import Annotated, Any
 
 from pydantic import PlainSerializer, WrapValidator
 
-_SCHEME = "s3://"
+SCHEME = "s3://"
 
 
 def is_url(place: Any) -> bool:
-    return isinstance(place, str) and place.startswith(_SCHEME)
+    return isinstance(place, str) and place.startswith(SCHEME)
 
 
 def _place(value: Any, path: Callable[[Any], Path]) -> Path | str:
     if not is_url(value):
         return path(value)
-    if not value.removeprefix(_SCHEME).split("/")[0]:
+    if not value.removeprefix(SCHEME).split("/")[0]:
         raise ValueError("the bucket's name is missing; give s3://bucket/key")
     return value.rstrip("/")
 
 # A setting that is a path, or the URL of something in a bucket, which stays text.
-Place = Annotated[Path, WrapValidator(_place), PlainSerializer(str, when_used="json")]
+Location = Annotated[Path, WrapValidator(_place), PlainSerializer(str, when_used="json")]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from ppcl.config.loading import Section, commented, put, read_values, validated
-from ppcl.config.location import Place, is_url
+from ppcl.config.location import Location, is_url
 
 
 def _at_most_a_batch(replicas: int, info: ValidationInfo) -> int:
@@ -178,7 +178,7 @@ class Variants(Section):
 class Evaluation(Section):
     """What is measured of every variant."""
 
-    prompts: Place | None = Field(None, description="prompts of the test pictures; default: those of calibration, held out")
+    prompts: Location | None = Field(None, description="prompts of the test pictures; default: those of calibration, held out")
     limit: int | None = Field(64, ge=1, description="use only the first so many of them")
     batch_size: int = Field(16, ge=1, description="pictures at once")
     world: Literal["shapes"] | None = Field(
@@ -204,9 +204,9 @@ class Ablation(Section):
 class Config(Section):
     """A compression job."""
 
-    teacher: Place = Field(..., description="folder of a diffusers pipeline, or s3://bucket/key")
-    prompts: Place = Field(..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key")
-    output: Place = Field(Path("runs/ppcl"), description="folder of the result, or s3://bucket/key")
+    teacher: Location = Field(..., description="folder of a diffusers pipeline, or s3://bucket/key")
+    prompts: Location = Field(..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key")
+    output: Location = Field(Path("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn at random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one, or where the cluster's autoscaler can add one")
     patience: float = Field(

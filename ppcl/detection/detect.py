@@ -19,7 +19,7 @@ from ppcl.detection.fit_probes import ffn_error, has_text, probe_file, tokens_fi
 from ppcl.detection.intervals import Table, differences, first_difference
 from ppcl.errors import UserError
 from ppcl.linalg.affine_fit import Probe
-from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun
+from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun
 from ppcl.storage.manifest import write_atomically
 
 STREAMS = ("img", "txt")
@@ -84,10 +84,10 @@ def stream_map(probes_folder: Path, blocks: int, stream: str, finite: torch.Tens
     return table
 
 
-def text_runs(table: Table, spans: list[range], similarity: float) -> list[TextRun]:
+def text_runs(table: Table, block_ranges: list[range], similarity: float) -> list[TextRun]:
     """From the first block on, the longest runs whose last text stream is that similar to their first one."""
     runs = []
-    for span in spans:
+    for span in block_ranges:
         first = span.start
         while first < span.stop:
             last = first
@@ -100,7 +100,7 @@ def text_runs(table: Table, spans: list[range], similarity: float) -> list[TextR
 
 
 def detect(
-    probes_folder: Path, spans: list[range], settings: Detection, width: Width, tell: Callable[[int, int], None]
+    probes_folder: Path, block_ranges: list[range], settings: Detection, width: Width, tell: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """The tables of both streams and their mean, Δ, and what can be replaced.
 
@@ -108,7 +108,7 @@ def detect(
     `ppcl.detection.fit_probes.ffn_error`. `plan`: everything that is to be trained. `left_out`: held-out tokens of each stream that
     were not finite.
     """
-    blocks = spans[-1].stop
+    blocks = block_ranges[-1].stop
     finite = {name: finite_tokens(probes_folder, blocks, name) for name in STREAMS}
     plain, scored = {}, {}
     for index, name in enumerate(STREAMS):
@@ -119,17 +119,17 @@ def detect(
     for tables in (plain, scored):
         tables["mean"] = [[_mean(a, b) for a, b in zip(*rows)] for rows in zip(tables["img"], tables["txt"])]
     delta = differences((scored if settings.standardize else plain)[settings.stream])
-    intervals = [i for i in first_difference(delta, spans) if i.removed]
+    intervals = [i for i in first_difference(delta, block_ranges) if i.removed]
     errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
     errors = {block: error for block, error in errors.items() if error is not None}
     ffns = sorted(errors, key=errors.get)[: width.ffns]
     text_map = stream_map(probes_folder, blocks, "txt", finite["txt"]) if width.text else None
-    runs = text_runs(text_map, _apart(_with_text(probes_folder, spans), intervals), width.text_similarity) if width.text else []
+    runs = text_runs(text_map, _apart(_with_text(probes_folder, block_ranges), intervals), width.text_similarity) if width.text else []
     narrow = [Ffn(block, kept) for block in errors for kept in sorted(set(width.hidden), reverse=True)]
-    folds = [Fold()] if width.modulations else []
+    folds = [LowRankModulation()] if width.modulations else []
     return {
         "blocks": blocks,
-        "spans": [[span.start, span.stop] for span in spans],
+        "spans": [[span.start, span.stop] for span in block_ranges],
         "stream": settings.stream,
         "standardize": settings.standardize,
         "method": settings.method,
@@ -140,25 +140,25 @@ def detect(
         "intervals": [list(i) for i in intervals],
         "text_map": text_map,
         "ffn_errors": errors,
-        "plan": [str(entry) for entry in [*intervals, *runs, *map(Ffn, sorted(ffns)), *narrow, *folds]],
+        "plan": [str(replacement) for replacement in [*intervals, *runs, *map(Ffn, sorted(ffns)), *narrow, *folds]],
     }
 
 
-def _apart(spans: list[range], intervals: list[Interval]) -> list[range]:
-    """The spans cut at the borders of the intervals: a run across one would leave no place there to cut the teacher into
+def _apart(block_ranges: list[range], intervals: list[Interval]) -> list[range]:
+    """The block_ranges cut at the borders of the intervals: a run across one would leave no place there to cut the teacher into
     the segments of a pipeline, since everything that is learnt lies within one rank's segment."""
     borders = {border for interval in intervals for border in (interval.first, interval.last + 1)}
     parts = []
-    for span in spans:
+    for span in block_ranges:
         cuts = [span.start, *sorted(b for b in borders if span.start < b < span.stop), span.stop]
         parts += [range(a, b) for a, b in zip(cuts, cuts[1:])]
     return parts
 
 
-def _with_text(probes_folder: Path, spans: list[range]) -> list[range]:
+def _with_text(probes_folder: Path, block_ranges: list[range]) -> list[range]:
     """The runs of blocks whose text stream has parts of its own: not single-stream ones, nor one that drops its text."""
     found = []
-    for span in spans:
+    for span in block_ranges:
         own = [b for b in span if has_text(probe_file(probes_folder, b))]
         if own:
             found.append(range(own[0], own[-1] + 1))

@@ -19,15 +19,15 @@ from safetensors.torch import save
 from ppcl.config.schema import Probes
 from ppcl.errors import UserError
 from ppcl.linalg.affine_fit import Probe
-from ppcl.linalg.moments import Statistics
+from ppcl.linalg.moments import Moments
 from ppcl.models import Streams, embed, run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import write_atomically
-from ppcl.training.captured import Seen, Wanted
+from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples
-from ppcl.training.parallel_dims import Mesh
-from ppcl.training.pipeline import Chain, segments
-from ppcl.training.teacher_segment import Segment, text_mask
+from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.pipeline import PipelineStage, balanced_segments
+from ppcl.training.teacher_segment import TeacherSegment, text_mask
 
 
 def probe_file(folder: Path, block: int) -> Path:
@@ -38,11 +38,11 @@ def tokens_file(folder: Path, boundary: int) -> Path:
     return folder / f"tokens-{boundary:02d}.safetensors"
 
 
-def fit(
+def fit_probes(
     teacher: Teacher,
     samples: Samples,
     settings: Probes,
-    mesh: Mesh,
+    dims: ParallelDims,
     folder: Path,
     seed: int,
     device: str,
@@ -50,78 +50,78 @@ def fit(
     report: Callable[[int, int, dict[str, float]], None],
 ) -> None:
     """Fit the probes of this rank's blocks and write them, and the held-out tokens behind them, to `folder`."""
-    count = teacher.architecture.spans(teacher.empty_transformer())[-1].stop
-    part = segments([1.0] * count, mesh.pp)[mesh.stage]
-    segment = Segment(teacher, part, [], device, dtype)
-    chain = Chain(mesh.stage, mesh.pp, mesh.rank)
+    count = teacher.adapter.block_ranges(teacher.empty_transformer())[-1].stop
+    part = balanced_segments([1.0] * count, dims.pp)[dims.pp_rank]
+    segment = TeacherSegment(teacher, part, [], device, dtype)
+    pipeline_stage = PipelineStage(dims.pp_rank, dims.pp, dims.rank)
     fitted, held_out = samples.ids(held_out=False), samples.ids(held_out=True)
     total = len(fitted) + len(held_out)
 
     # By block and stream; those of an FFN's own map are called `ffn_img` and `ffn_txt`.
-    sums: dict[tuple[int, str], Statistics] = {}
-    ffns = Wanted(residuals=frozenset(part))
+    sums: dict[tuple[int, str], Moments] = {}
+    ffns = CaptureSpec(residuals=frozenset(part))
     for start in range(0, len(fitted), settings.batch_size):
         before = None
-        for boundary, streams, seen in _walk(segment, chain, samples, fitted[start : start + settings.batch_size], ffns):
+        for boundary, streams, captured in _walk(segment, pipeline_stage, samples, fitted[start : start + settings.batch_size], ffns):
             if before is not None:
-                _add(sums, boundary - 1, before, streams, seen, start, device)
+                _add(sums, boundary - 1, before, streams, captured, start, device)
             before = streams
         report(min(start + settings.batch_size, len(fitted)), total, {})
     for block in part:
         _write_probe(folder, block, {n: s for (b, n), s in sums.items() if b == block}, settings.ridge)
 
     tokens: dict[tuple[int, str], list[torch.Tensor]] = {}
-    wanted = range(part.start if mesh.stage == 0 else part.start + 1, part.stop + 1)
+    wanted = range(part.start if dims.pp_rank == 0 else part.start + 1, part.stop + 1)
     for start in range(0, len(held_out), settings.batch_size):
         ids = held_out[start : start + settings.batch_size]
-        for boundary, streams, seen in _walk(segment, chain, samples, ids, Wanted()):
+        for boundary, streams, captured in _walk(segment, pipeline_stage, samples, ids, CaptureSpec()):
             for name, x in streams._asdict().items():
                 if boundary in wanted and x is not None:
-                    chosen = _chosen(x, name, seen.text_mask, ids, settings.tokens_per_sample, seed)
+                    chosen = _chosen(x, name, captured.text_mask, ids, settings.tokens_per_sample, seed)
                     tokens.setdefault((boundary, name), []).append(chosen.float().cpu())
         report(len(fitted) + min(start + settings.batch_size, len(held_out)), total, {})
     for boundary in wanted:
         made = {n: torch.cat(parts) for (b, n), parts in tokens.items() if b == boundary}
         _save(tokens_file(folder, boundary), made, {})
-    chain.flush()
-    mesh.barrier()
+    pipeline_stage.flush()
+    dims.barrier()
 
 
 @torch.no_grad()
 def _walk(
-    segment: Segment, chain: Chain, samples: Samples, ids: np.ndarray, wanted: Wanted
-) -> Iterator[tuple[int, Streams, Seen]]:
-    """One batch through the segment: each boundary, its streams, what was seen inside of the block before it.
+    segment: TeacherSegment, pipeline_stage: PipelineStage, samples: Samples, ids: np.ndarray, wanted: CaptureSpec
+) -> Iterator[tuple[int, Streams, CapturedActivations]]:
+    """One batch through the segment: each boundary, its streams, what was captured inside of the block before it.
 
     Never more than one boundary is kept here.
     """
     start, context = embed(segment.transformer, samples.batch(ids, segment.device, segment.dtype))
-    streams = chain.receive(start)
-    mask = text_mask(segment.architecture, context)
-    seen = Seen(context=context, text_mask=mask)
-    yield segment.range.start, streams, seen
+    streams = pipeline_stage.receive(start)
+    mask = text_mask(segment.adapter, context)
+    captured = CapturedActivations(context=context, text_mask=mask)
+    yield segment.range.start, streams, captured
     for number, block in segment.blocks.items():
-        with segment.listening(seen, wanted):
-            streams = run_blocks(segment.architecture, [block], streams, context)
+        with segment.listening(captured, wanted):
+            streams = run_blocks(segment.adapter, [block], streams, context)
         if number + 1 == segment.range.stop:
-            chain.send(streams)
-        yield number + 1, streams, seen
-        seen.residuals.clear()
+            pipeline_stage.send(streams)
+        yield number + 1, streams, captured
+        captured.residuals.clear()
 
 
 def _add(
-    sums: dict[tuple[int, str], Statistics], block: int, before: Streams, after: Streams, seen: Seen, part: int, device: str
+    sums: dict[tuple[int, str], Moments], block: int, before: Streams, after: Streams, captured: CapturedActivations, part: int, device: str
 ) -> None:
     """Count what a block, and its FFN alone, made of a batch, in its sums of either stream."""
     pairs = {name: getattr(before, name) for name in Streams._fields}
-    pairs |= {f"ffn_{name}": x for (_, name), x in seen.residuals.items()}
+    pairs |= {f"ffn_{name}": x for (_, name), x in captured.residuals.items()}
     for key, old in pairs.items():
         name = key.removeprefix("ffn_")
         new = getattr(after, name)
         if old is not None and new is not None:
-            x = seen.tokens(old, name)
-            statistics = sums.setdefault((block, key), Statistics(x.shape[-1], x.shape[-1], device))
-            statistics.update(x, seen.tokens(new, name) - x, part=part)
+            x = captured.tokens(old, name)
+            statistics = sums.setdefault((block, key), Moments(x.shape[-1], x.shape[-1], device))
+            statistics.update(x, captured.tokens(new, name) - x, part=part)
 
 
 def _chosen(
@@ -139,8 +139,8 @@ def _chosen(
     return torch.cat(chosen)
 
 
-def _write_probe(folder: Path, block: int, sums: dict[str, Statistics], ridge: float) -> None:
-    tensors, words = {}, {}
+def _write_probe(folder: Path, block: int, sums: dict[str, Moments], ridge: float) -> None:
+    tensors, metadata = {}, {}
     for name, statistics in sums.items():
         try:
             probe, how = Probe.fit(statistics, ridge)
@@ -148,24 +148,24 @@ def _write_probe(folder: Path, block: int, sums: dict[str, Statistics], ridge: f
             raise UserError(f"block {block}, {name} stream: {error}") from None
         if not name.startswith("ffn_"):
             tensors |= {f"{name}.weight": probe.weight, f"{name}.bias": probe.bias}
-        words |= {f"{name}.tokens": str(how.tokens), f"{name}.error": f"{how.error:.6g}"}
-        words |= {f"{name}.dropped": str(how.dropped), f"{name}.underdetermined": str(how.underdetermined)}
+        metadata |= {f"{name}.tokens": str(how.tokens), f"{name}.error": f"{how.error:.6g}"}
+        metadata |= {f"{name}.dropped": str(how.dropped), f"{name}.underdetermined": str(how.underdetermined)}
         # What the map gets wrong, against the spread of the stream it is added to.
         wrong, spread = how.error * float(statistics.yy.sum()), float(statistics.xx.diagonal().sum())
-        words[f"{name}.wrong"] = f"{wrong / spread if spread > 0 else 0.0:.6g}"
-    _save(probe_file(folder, block), tensors, words)
+        metadata[f"{name}.wrong"] = f"{wrong / spread if spread > 0 else 0.0:.6g}"
+    _save(probe_file(folder, block), tensors, metadata)
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor], words: dict[str, str]) -> None:
-    write_atomically(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}, words))
+def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    write_atomically(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}, metadata))
 
 
 def ffn_error(path: Path) -> float | None:
     """What the closed-form maps of a block's FFNs get wrong: the mean over its streams of the squared error, as a share of
     the variance of the stream; None where the block has no FFN to replace."""
     with safe_open(path, "pt") as file:
-        words = file.metadata() or {}
-    wrong = [float(words[f"ffn_{name}.wrong"]) for name in Streams._fields if f"ffn_{name}.wrong" in words]
+        metadata = file.metadata() or {}
+    wrong = [float(metadata[f"ffn_{name}.wrong"]) for name in Streams._fields if f"ffn_{name}.wrong" in metadata]
     return sum(wrong) / len(wrong) if wrong else None
 
 
@@ -185,6 +185,6 @@ def underdetermined(path: Path) -> int | None:
     """The tokens of the fits in this file that had no more of them than the width, so that the ridge decided; None where
     all had more."""
     with safe_open(path, "pt") as file:
-        words = file.metadata()
-    few = [int(words[name.replace(".underdetermined", ".tokens")]) for name, value in words.items() if name.endswith(".underdetermined") and value == "True"]
+        metadata = file.metadata()
+    few = [int(metadata[name.replace(".underdetermined", ".tokens")]) for name, value in metadata.items() if name.endswith(".underdetermined") and value == "True"]
     return min(few, default=None)

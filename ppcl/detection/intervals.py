@@ -21,7 +21,7 @@ def differences(cka: Table) -> Table:
     ]
 
 
-def first_difference(delta: Table, spans: Sequence[range]) -> list[Interval]:
+def first_difference(delta: Table, block_ranges: Sequence[range]) -> list[Interval]:
     """Algorithm 1: every block in one interval, in order; an interval never crosses from one block list to the next.
 
     From `u`, the first `k ≥ u + 2` with `Δ(u, k) > Δ(u, k-1)` ends the interval at `k - 1`; the next begins at `k`
@@ -32,7 +32,7 @@ def first_difference(delta: Table, spans: Sequence[range]) -> list[Interval]:
     - where Δ has no value any more (a stream the last block drops), the interval ends before, on what was measured.
     """
     intervals = []
-    for span in spans:
+    for span in block_ranges:
         first = span.start
         while first < span.stop:
             last = _last(delta[first], first, span.stop - 1)

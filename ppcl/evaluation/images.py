@@ -20,11 +20,11 @@ _TIMED_STEPS = 6
 _TIMED_ROUNDS = 3
 
 
-def picture_path(folder: Path, variant: str, index: int) -> Path:
+def image_path(folder: Path, variant: str, index: int) -> Path:
     return folder / "pictures" / variant / f"{index:04d}.png"
 
 
-def make_pictures(
+def generate_images(
     pipeline: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -59,13 +59,13 @@ def _for_batch(arguments: Mapping[str, Any], count: int) -> dict[str, Any]:
     }
 
 
-def save_pictures(pictures: np.ndarray, paths: Sequence[Path]) -> None:
+def save_images(pictures: np.ndarray, paths: Sequence[Path]) -> None:
     for picture, path in zip(pictures, paths, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path)
 
 
-def load_pictures(paths: Sequence[Path]) -> np.ndarray:
+def load_images(paths: Sequence[Path]) -> np.ndarray:
     """`(N, H, W, 3)` uint8."""
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
 
@@ -96,7 +96,7 @@ def seconds_per_step(
             ends.append(time.perf_counter())
 
         switch(pipeline.transformer, variants[name])
-        make_pictures(pipeline, prompts, seeds, short, step_end)
+        generate_images(pipeline, prompts, seeds, short, step_end)
         return [after - before for before, after in zip(ends, ends[1:])]
 
     try:

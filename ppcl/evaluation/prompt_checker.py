@@ -12,7 +12,7 @@ import numpy as np
 from ppcl.errors import UserError
 
 # By the name in the configuration, a module with `captions()`, `CATEGORIES` and `check(picture, text)`.
-_WORLDS = {"shapes": "ppcl.demo.world"}
+_CHECKERS = {"shapes": "ppcl.demo.world"}
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class TestPrompt:
         return asdict(self)
 
 
-def load_world(name: str) -> ModuleType:
-    return importlib.import_module(_WORLDS[name])
+def load_checker(name: str) -> ModuleType:
+    return importlib.import_module(_CHECKERS[name])
 
 
-def world_prompts(world: ModuleType, limit: int | None, seed: int) -> list[TestPrompt]:
+def checker_prompts(world: ModuleType, limit: int | None, seed: int) -> list[TestPrompt]:
     """Captions that were held out of training, equally many of each category, in an order drawn from the seed.
 
     A category without held-out captions gives its trained ones. Where a category has fewer than its part, its captions
@@ -65,7 +65,7 @@ def named_prompts(world: ModuleType, texts: Sequence[str]) -> list[TestPrompt]:
     return [TestPrompt(text, category[text]) for text in texts]
 
 
-def passes(world: ModuleType, pictures: np.ndarray, prompts: Sequence[TestPrompt]) -> dict[str, np.ndarray]:
+def correctness(world: ModuleType, pictures: np.ndarray, prompts: Sequence[TestPrompt]) -> dict[str, np.ndarray]:
     """Whether each picture, `(N, H, W, 3)` uint8, shows its caption: category to `(n,)` of 0 and 1."""
     found: dict[str, list[bool]] = {}
     for picture, prompt in zip(pictures, prompts, strict=True):

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 _RESAMPLES = 2000
 
 # Whether each picture shows its caption: category to `(N,)` of 0 and 1.
-Passes = Mapping[str, np.ndarray]
+Correctness = Mapping[str, np.ndarray]
 
 
 def resamples(counts: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
@@ -24,7 +24,7 @@ def resamples(counts: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
     return {category: rng.integers(0, n, size=(_RESAMPLES, n)) for category, n in counts.items()}
 
 
-def world_scores(passes: Passes, confidence: float, seed: int) -> dict[str, Any]:
+def checker_scores(passes: Correctness, confidence: float, seed: int) -> dict[str, Any]:
     """The share of pictures that pass, by category, and their mean over the categories, as GenEval's overall score.
 
     Each with an interval of that confidence.
@@ -37,7 +37,7 @@ def world_scores(passes: Passes, confidence: float, seed: int) -> dict[str, Any]
     }
 
 
-def relative_drop(passes: Passes, teachers: Passes, confidence: float, seed: int) -> dict[str, float | None]:
+def relative_drop(passes: Correctness, teachers: Correctness, confidence: float, seed: int) -> dict[str, float | None]:
     """R of PPCL's tables, in %: the mean over categories of (teacher - variant) / teacher.
 
     The bootstrap is paired: a drawn picture counts for both. Categories the teacher has no hit in say nothing and are
@@ -60,7 +60,7 @@ def relative_drop(passes: Passes, teachers: Passes, confidence: float, seed: int
     return {"R": float(np.mean(drops)), "R_low": low, "R_high": high}
 
 
-def _drawn_means(passes: Passes, seed: int) -> dict[str, np.ndarray]:
+def _drawn_means(passes: Correctness, seed: int) -> dict[str, np.ndarray]:
     """The mean of every resample, `(2000,)` a category; the same pictures are drawn for the same seed."""
     drawn = resamples({category: len(p) for category, p in passes.items()}, seed)
     return {category: np.asarray(p, np.float64)[drawn[category]].mean(axis=1) for category, p in passes.items()}

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.models import architecture_of, embed, head, run_blocks
-from ppcl.replacements.plan import Entry
-from ppcl.replacements.switcher import Switch
+from ppcl.models import adapter_of, embed, head, run_blocks
+from ppcl.replacements.plan import Replacement
+from ppcl.replacements.switcher import VariantSwitcher
 
 # Equal parts of the way from noise to picture in which errors are told apart.
 BINS = 10
 
 
 @dataclass(frozen=True)
-class Squares:
+class ErrorSums:
     """By sample, `(B,)` float64 on the CPU: the timestep as the share of noise in [0, 1], ‖v - v_T‖² and ‖v_T‖²."""
 
     timestep: torch.Tensor
@@ -29,12 +29,12 @@ class Squares:
     norm: torch.Tensor
 
     @classmethod
-    def of(cls, velocity: torch.Tensor, teachers: torch.Tensor, timestep: torch.Tensor) -> Squares:
+    def of(cls, velocity: torch.Tensor, teachers: torch.Tensor, timestep: torch.Tensor) -> ErrorSums:
         v, t = velocity.double().flatten(1), teachers.double().flatten(1)
         return cls(timestep.double().cpu(), (v - t).square().sum(1).cpu(), t.square().sum(1).cpu())
 
     @classmethod
-    def joined(cls, parts: Iterable[Squares]) -> Squares:
+    def joined(cls, parts: Iterable[ErrorSums]) -> ErrorSums:
         parts = list(parts)
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("timestep", "error", "norm")))
 
@@ -54,48 +54,48 @@ class Squares:
 
 
 @torch.no_grad()
-def damages(transformer: nn.Module, switch: Switch, inputs: Mapping[str, Any]) -> dict[Entry, Squares]:
-    """The velocity error of each entry that the switch has, alone, on one batch of the stock forward's arguments.
+def sensitivities(transformer: nn.Module, switch: VariantSwitcher, inputs: Mapping[str, Any]) -> dict[Replacement, ErrorSums]:
+    """The velocity error of each replacement that the switch has, alone, on one batch of the stock forward's arguments.
 
-    The teacher runs once; at its first block each entry branches off, and the teacher's blocks behind it finish its
+    The teacher runs once; at its first block each replacement branches off, and the teacher's blocks behind it finish its
     velocity, so no boundary is kept. `transformer` is the teacher itself.
     """
-    architecture = architecture_of(transformer)
-    blocks = architecture.blocks(transformer)
-    starting: dict[int, list[Entry]] = {}
-    for entry in switch.files:
-        starting.setdefault(entry.first, []).append(entry)
+    adapter = adapter_of(transformer)
+    blocks = adapter.blocks(transformer)
+    starting: dict[int, list[Replacement]] = {}
+    for replacement in switch.files:
+        starting.setdefault(replacement.first, []).append(replacement)
     streams, context = embed(transformer, inputs)
     velocities = {}
     for block in range(len(blocks)):
-        for entry in starting.get(block, ()):
-            standing = switch.entries(transformer, [entry])
+        for replacement in starting.get(block, ()):
+            standing = switch.replacements(transformer, [replacement])
             behind = [standing.get(b, blocks[b]) for b in range(block, len(blocks))]
-            branch = run_blocks(architecture, behind, streams, context)
-            velocities[entry] = head(transformer, branch, inputs)
-        streams = run_blocks(architecture, blocks[block : block + 1], streams, context)
+            branch = run_blocks(adapter, behind, streams, context)
+            velocities[replacement] = head(transformer, branch, inputs)
+        streams = run_blocks(adapter, blocks[block : block + 1], streams, context)
     teachers = head(transformer, streams, inputs)
-    timestep = inputs[architecture.timestep] / architecture.timestep_scale
-    return {entry: Squares.of(velocities[entry], teachers, timestep) for entry in switch.files}
+    timestep = inputs[adapter.timestep] / adapter.timestep_scale
+    return {replacement: ErrorSums.of(velocities[replacement], teachers, timestep) for replacement in switch.files}
 
 
 @torch.no_grad()
 def variant_errors(
     transformer: nn.Module,
-    switch: Switch,
-    variants: Mapping[str, Sequence[Entry]],
+    switch: VariantSwitcher,
+    variants: Mapping[str, Sequence[Replacement]],
     inputs: Mapping[str, Any],
-) -> dict[str, Squares]:
+) -> dict[str, ErrorSums]:
     """The velocity error of whole variants on one batch, each run as the stock forward; the teacher is left plugged in."""
-    architecture = architecture_of(transformer)
-    timestep = inputs[architecture.timestep] / architecture.timestep_scale
+    adapter = adapter_of(transformer)
+    timestep = inputs[adapter.timestep] / adapter.timestep_scale
 
-    def velocity(plan: Sequence[Entry]) -> torch.Tensor:
+    def velocity(plan: Sequence[Replacement]) -> torch.Tensor:
         switch(transformer, plan)
         return transformer(**{**inputs, "return_dict": False})[0]
 
     teachers = velocity(())
     try:
-        return {name: Squares.of(velocity(on), teachers, timestep) for name, on in variants.items()}
+        return {name: ErrorSums.of(velocity(on), teachers, timestep) for name, on in variants.items()}
     finally:
         switch(transformer, ())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ppcl.errors import UserError
-from ppcl.linalg.moments import Statistics
+from ppcl.linalg.moments import Moments
 
 # A channel whose spread is below this share of its mean does not vary, as far as its numbers can tell.
 _CONSTANT = 1e-9
@@ -42,7 +42,7 @@ class Affine:
     fit: Fit
 
 
-def affine_fit(statistics: Statistics, ridge: float) -> Affine:
+def fit_affine(statistics: Moments, ridge: float) -> Affine:
     """The affine map that minimises `‖Y - W X - b‖²`, with a ridge on `W` in units of each channel's variance.
 
     The Gram matrix is scaled to unit diagonal first, or outlier channels would own the ridge. Raises `UserError` where
@@ -101,7 +101,7 @@ class Probe:
         return x + torch.nn.functional.linear(x, self.weight, self.bias)
 
     @classmethod
-    def fit(cls, statistics: Statistics, ridge: float) -> tuple[Probe, Fit]:
+    def fit(cls, statistics: Moments, ridge: float) -> tuple[Probe, Fit]:
         """From the statistics of `X_i - X_{i-1}` on `X_{i-1}`; float32."""
-        affine = affine_fit(statistics, ridge)
+        affine = fit_affine(statistics, ridge)
         return cls(affine.weight.float(), affine.bias.float()), affine.fit

@@ -15,7 +15,7 @@ import torch
 _CHUNK = 16384
 
 
-class Statistics:
+class Moments:
     """What least squares of Y `(n, q)` on X `(n, p)` needs: `O(p² + pq)` numbers, whatever the number of tokens.
 
     `n`, `x_mean (p,)`, `y_mean (q,)`, and the centred sums `xx (p, p)`, `xy (p, q)`, `yy (q,)` (Y's diagonal alone), in
@@ -41,7 +41,7 @@ class Statistics:
         for xs, ys in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
             self._add(xs, ys)
 
-    def merge(self, other: Statistics) -> None:
+    def merge(self, other: Moments) -> None:
         """Count what `other` counted; does nothing where all its parts are counted here already.
 
         Raises `ValueError` where only some are: sums cannot be taken apart again.
@@ -64,7 +64,7 @@ class Statistics:
         }  # fmt: skip
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Statistics:
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Moments:
         new = cls(*tensors["xy"].shape, device=tensors["xx"].device)
         for name in ("x_mean", "y_mean", "xx", "xy", "yy"):
             setattr(new, name, tensors[name].double())

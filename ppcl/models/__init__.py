@@ -1,15 +1,15 @@
-"""The architecture layer: one record a family, and the stock forward taken apart at its block lists."""
+"""The adapter layer: one record a family, and the stock forward taken apart at its block lists."""
 
 from ppcl.models import flux, qwen_image, sd3  # noqa: F401  (importing registers the records)
-from ppcl.models.adapter import Architecture, Parts, Streams, architecture_of, supported
-from ppcl.models.block_runner import PassThrough, embed, head, run_blocks, swap, swapped
+from ppcl.models.adapter import BlockParts, ModelAdapter, Streams, adapter_of, supported
+from ppcl.models.block_runner import IdentityBlock, embed, head, run_blocks, swap, swapped
 
 __all__ = [
-    "Architecture",
-    "Parts",
-    "PassThrough",
+    "ModelAdapter",
+    "BlockParts",
+    "IdentityBlock",
     "Streams",
-    "architecture_of",
+    "adapter_of",
     "embed",
     "head",
     "run_blocks",

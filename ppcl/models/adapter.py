@@ -1,4 +1,4 @@
-"""What ppcl knows of an architecture: one short declarative record, and nothing else anywhere.
+"""What ppcl knows of an adapter: one short declarative record, and nothing else anywhere.
 
 A record names the block lists in the order the stock forward runs them, which argument and which return value of a
 block is which stream, and which arguments of the transformer belong to the prompt, the latents and the timestep.
@@ -23,7 +23,7 @@ class Streams(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Parts:
+class BlockParts:
     """Where one stream's share of a block lies: the paths of its sub-modules.
 
     `modulation`: the linear map whose output is cut into chunks of the width, in the order shift, scale and gate of the
@@ -39,7 +39,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Architecture:
+class ModelAdapter:
     """How one family of MMDiTs is laid out.
 
     `block_lists`: attributes of the transformer that hold its blocks, in running order; an interval never crosses from
@@ -59,7 +59,7 @@ class Architecture:
     transformer: str
     pipelines: tuple[str, ...]
     block_lists: tuple[str, ...]
-    parts: dict[str, dict[str, Parts]]
+    parts: dict[str, dict[str, BlockParts]]
     prompt_arguments: tuple[str, ...]
     shared_arguments: tuple[str, ...]
     encoded: tuple[str | None, ...]
@@ -83,28 +83,28 @@ class Architecture:
         """All blocks in running order; their positions are the block numbers used everywhere, from 0."""
         return [block for blocks in self.lists(transformer) for block in blocks]
 
-    def spans(self, transformer: nn.Module) -> list[range]:
+    def block_ranges(self, transformer: nn.Module) -> list[range]:
         """The block numbers of each block list, in order: `[range(0, 19), range(19, 57)]` for FLUX.1."""
-        spans, first = [], 0
+        block_ranges, first = [], 0
         for blocks in self.lists(transformer):
-            spans.append(range(first, first + len(blocks)))
+            block_ranges.append(range(first, first + len(blocks)))
             first += len(blocks)
-        return spans
+        return block_ranges
 
     def entry(self, transformer: nn.Module, block: int) -> tuple[nn.ModuleList, int]:
         """The list that holds a block, and the block's index in it."""
-        for blocks, span in zip(self.lists(transformer), self.spans(transformer), strict=True):
+        for blocks, span in zip(self.lists(transformer), self.block_ranges(transformer), strict=True):
             if block in span:
                 return blocks, block - span.start
-        count = self.spans(transformer)[-1].stop
+        count = self.block_ranges(transformer)[-1].stop
         raise UserError(f"block {block} does not exist: this {self.name} has blocks 0 to {count - 1}")
 
-    def parts_of(self, transformer: nn.Module, number: int, block: nn.Module) -> dict[str, Parts]:
+    def parts_of(self, transformer: nn.Module, number: int, block: nn.Module) -> dict[str, BlockParts]:
         """By stream, where the replaceable parts of the teacher's block `number` are.
 
         Empty for a kind of block that has none; a stream that the block drops is left out.
         """
-        (name,) = (n for n, span in zip(self.block_lists, self.spans(transformer), strict=True) if number in span)
+        (name,) = (n for n, span in zip(self.block_lists, self.block_ranges(transformer), strict=True) if number in span)
         parts = self.parts.get(name, {})
         dropped = "txt" if getattr(block, "context_pre_only", False) else None
         return {stream: where for stream, where in parts.items() if stream != dropped}
@@ -124,10 +124,10 @@ class Architecture:
         return tuple(getattr(streams, name) for name in self.returns)
 
 
-_RECORDS: dict[str, Architecture] = {}
+_RECORDS: dict[str, ModelAdapter] = {}
 
 
-def register(record: Architecture) -> Architecture:
+def register(record: ModelAdapter) -> ModelAdapter:
     _RECORDS[record.transformer] = record
     return record
 
@@ -136,7 +136,7 @@ def supported() -> list[str]:
     return sorted(_RECORDS)
 
 
-def architecture_of(transformer: nn.Module | str) -> Architecture:
+def adapter_of(transformer: nn.Module | str) -> ModelAdapter:
     """The record of a transformer, or of a transformer's class name. Raises `UserError` where there is none."""
     name = transformer if isinstance(transformer, str) else type(transformer).__name__
     if name not in _RECORDS:

@@ -13,34 +13,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.models.adapter import Architecture, Streams, architecture_of
+from ppcl.models.adapter import ModelAdapter, Streams, adapter_of
 
 
-class PassThrough(nn.Module):
+class IdentityBlock(nn.Module):
     """A block that gives back the streams it is given. Stands at a removed block's place, so the lists keep their length."""
 
     # Read by the stock SD3 forward between blocks.
     context_pre_only = False
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, adapter: ModelAdapter):
         super().__init__()
-        self.architecture = architecture
+        self.adapter = adapter
 
     def forward(self, **arguments: Any) -> tuple:
-        return self.architecture.to_returned(self.architecture.split(arguments)[0])
+        return self.adapter.to_returned(self.adapter.split(arguments)[0])
 
 
-class _Tap(PassThrough):
+class _Tap(IdentityBlock):
     """Keeps what the first block is given; gives back `answer` where there is one."""
 
-    def __init__(self, architecture: Architecture, answer: Streams | None = None):
-        super().__init__(architecture)
+    def __init__(self, adapter: ModelAdapter, answer: Streams | None = None):
+        super().__init__(adapter)
         self.answer = answer
         self.seen: tuple[Streams, dict[str, Any]] | None = None
 
     def forward(self, **arguments: Any) -> tuple:
-        self.seen = self.architecture.split(arguments)
-        return self.architecture.to_returned(self.answer or self.seen[0])
+        self.seen = self.adapter.split(arguments)
+        return self.adapter.to_returned(self.answer or self.seen[0])
 
 
 def swap(transformer: nn.Module, entries: Mapping[int, nn.Module]) -> dict[int, nn.Module]:
@@ -48,8 +48,8 @@ def swap(transformer: nn.Module, entries: Mapping[int, nn.Module]) -> dict[int, 
 
     Raises `UserError` for a block that does not exist, before anything is changed.
     """
-    architecture = architecture_of(transformer)
-    places = {block: architecture.entry(transformer, block) for block in entries}
+    adapter = adapter_of(transformer)
+    places = {block: adapter.entry(transformer, block) for block in entries}
     before = {block: blocks[index] for block, (blocks, index) in places.items()}
     for block, (blocks, index) in places.items():
         # ModuleList's own assignment re-registers the module; the dictionary alone is what its iteration reads.
@@ -68,9 +68,9 @@ def swapped(transformer: nn.Module, entries: Mapping[int, nn.Module]) -> Iterato
 
 
 def _tapped(transformer: nn.Module, tap: _Tap) -> contextlib.AbstractContextManager:
-    architecture = tap.architecture
-    count = len(architecture.blocks(transformer))
-    through = PassThrough(architecture)
+    adapter = tap.adapter
+    count = len(adapter.blocks(transformer))
+    through = IdentityBlock(adapter)
     return swapped(transformer, {0: tap} | {block: through for block in range(1, count)})
 
 
@@ -80,7 +80,7 @@ def embed(transformer: nn.Module, inputs: Mapping[str, Any]) -> tuple[Streams, d
 
     `inputs` are the stock forward's arguments. No block needs to be loaded.
     """
-    tap = _Tap(architecture_of(transformer))
+    tap = _Tap(adapter_of(transformer))
     with _tapped(transformer, tap):
         transformer(**inputs)
     return tap.seen
@@ -88,14 +88,14 @@ def embed(transformer: nn.Module, inputs: Mapping[str, Any]) -> tuple[Streams, d
 
 def head(transformer: nn.Module, streams: Streams, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The velocity that the stock head makes of the streams after the last block; the shape is the stock output's."""
-    with _tapped(transformer, _Tap(architecture_of(transformer), streams)):
+    with _tapped(transformer, _Tap(adapter_of(transformer), streams)):
         return transformer(**{**inputs, "return_dict": False})[0]
 
 
 def run_blocks(
-    architecture: Architecture, blocks: Iterable[nn.Module], streams: Streams, context: Mapping[str, Any]
+    adapter: ModelAdapter, blocks: Iterable[nn.Module], streams: Streams, context: Mapping[str, Any]
 ) -> Streams:
     """`X_v` from `X_{u-1}`: any run of blocks alone."""
     for block in blocks:
-        streams = architecture.from_returned(block(**architecture.join(streams, context)))
+        streams = adapter.from_returned(block(**adapter.join(streams, context)))
     return streams

@@ -1,15 +1,15 @@
-from ppcl.models.adapter import Architecture, Parts, register
+from ppcl.models.adapter import BlockParts, ModelAdapter, register
 
 QWEN_IMAGE = register(
-    Architecture(
+    ModelAdapter(
         name="Qwen-Image",
         transformer="QwenImageTransformer2DModel",
         pipelines=("QwenImagePipeline",),
         block_lists=("transformer_blocks",),
         parts={
             "transformer_blocks": {
-                "img": Parts("img_mod.1", "img_norm1", "img_norm2", "img_mlp", "attn.to_out.0"),
-                "txt": Parts("txt_mod.1", "txt_norm1", "txt_norm2", "txt_mlp", "attn.to_add_out"),
+                "img": BlockParts("img_mod.1", "img_norm1", "img_norm2", "img_mlp", "attn.to_out.0"),
+                "txt": BlockParts("txt_mod.1", "txt_norm1", "txt_norm2", "txt_mlp", "attn.to_add_out"),
             }
         },
         prompt_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),

@@ -51,9 +51,9 @@ class RemoteWeights:
         """These tensors, in the order they lie in."""
         if missing := [name for name in names if name not in self.header]:
             raise self._damaged(f"it has no tensor {missing[0]}, which the index of the weights names")
-        spans = list(self._spans(sorted(names, key=lambda name: self.header[name]["data_offsets"])))
+        block_ranges = list(self._spans(sorted(names, key=lambda name: self.header[name]["data_offsets"])))
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            waiting = iter(spans)
+            waiting = iter(block_ranges)
             under_way = [pool.submit(self._read, span) for span in islice(waiting, _AT_ONCE)]
             while under_way:
                 read = under_way.pop(0).result()

@@ -1,15 +1,15 @@
-from ppcl.models.adapter import Architecture, Parts, register
+from ppcl.models.adapter import BlockParts, ModelAdapter, register
 
 SD3 = register(
-    Architecture(
+    ModelAdapter(
         name="Stable Diffusion 3.5",
         transformer="SD3Transformer2DModel",
         pipelines=("StableDiffusion3Pipeline",),
         block_lists=("transformer_blocks",),
         parts={
             "transformer_blocks": {
-                "img": Parts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),
-                "txt": Parts("norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out"),
+                "img": BlockParts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),
+                "txt": BlockParts("norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out"),
             }
         },
         prompt_arguments=("encoder_hidden_states", "pooled_projections"),

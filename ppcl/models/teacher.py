@@ -16,9 +16,9 @@ from torch import nn
 
 from ppcl.config.location import is_url
 from ppcl.errors import UserError
-from ppcl.models import Architecture, PassThrough, architecture_of, swap
+from ppcl.models import IdentityBlock, ModelAdapter, adapter_of, swap
 from ppcl.models.remote_safetensors import RemoteWeights
-from ppcl.storage.node_cache import each, file_sha256
+from ppcl.storage.node_cache import file_sha256, parallel_map
 from ppcl.storage.object_store import Store
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -27,7 +27,7 @@ _TRUSTED_LIBRARIES = ("diffusers", "transformers")
 
 
 class Teacher:
-    """A pipeline folder that has been looked at: its files, classes and architecture, no weights loaded yet.
+    """A pipeline folder that has been looked at: its files, classes and adapter, no weights loaded yet.
 
     `place`: where it is, a folder or an `s3://` URL. `folder`: its files on this node; of a bucket the small ones, as
     they were when the bucket was listed. Raises `UserError` where the folder is no diffusers pipeline, its transformer is
@@ -46,7 +46,7 @@ class Teacher:
         entry = index.get("transformer")
         if not entry:
             raise UserError(f"{self.place} is a {index.get('_class_name')}, which has no transformer; point to an MMDiT pipeline")
-        self.architecture: Architecture = architecture_of(entry[1])
+        self.adapter: ModelAdapter = adapter_of(entry[1])
         self.pipeline_class: str = index["_class_name"]
         for name, value in index.items():
             if isinstance(value, list) and value[0] is not None and value[0] not in _TRUSTED_LIBRARIES:
@@ -54,10 +54,10 @@ class Teacher:
                     f"{self.place}/model_index.json takes {name} from {value[0]!r}: code from a model folder is never "
                     f"run; only classes of {' and '.join(_TRUSTED_LIBRARIES)} are loaded"
                 )
-        if self.pipeline_class not in self.architecture.pipelines:
+        if self.pipeline_class not in self.adapter.pipelines:
             raise UserError(
-                f"{self.place} is a {self.pipeline_class}; supported for {self.architecture.transformer}: "
-                f"{', '.join(self.architecture.pipelines)}"
+                f"{self.place} is a {self.pipeline_class}; supported for {self.adapter.transformer}: "
+                f"{', '.join(self.adapter.pipelines)}"
             )
         for name in self._names():
             if PurePosixPath(name).suffix in _PICKLES:
@@ -109,7 +109,7 @@ class Teacher:
     def sha256(self) -> str:
         """One hash over the transformer's configuration and weights: what a result refers to its teacher by."""
         digest = hashlib.sha256((self.folder / "transformer" / "config.json").read_bytes())
-        for sha256 in each(self._sha256, sorted(set(self.transformer_files.values()))):
+        for sha256 in parallel_map(self._sha256, sorted(set(self.transformer_files.values()))):
             digest.update(sha256.encode())
         return digest.hexdigest()
 
@@ -118,7 +118,7 @@ class Teacher:
         index = self._json("model_index.json")
         parts = {name for name, value in index.items() if isinstance(value, list) and name != "transformer"}
         names = [name for name in self._names() if name.split("/")[0] in parts]
-        return dict(zip(names, each(self._sha256, names), strict=True))
+        return dict(zip(names, parallel_map(self._sha256, names), strict=True))
 
     def with_weights(self, transformer: bool = True) -> Path:
         """The folder with all its weights on this node, or with all but the transformer's."""
@@ -159,7 +159,7 @@ class Teacher:
         import diffusers
 
         with init_empty_weights():
-            return getattr(diffusers, self.architecture.transformer).from_config(self.config()).eval()
+            return getattr(diffusers, self.adapter.transformer).from_config(self.config()).eval()
 
     def transformer(
         self, keep: Collection[int] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
@@ -170,10 +170,10 @@ class Teacher:
         rank's memory is its own blocks. Parameters do not require gradients. Raises `UserError` for NaN or Inf weights.
         """
         model = self.empty_transformer()
-        count = len(self.architecture.blocks(model))
+        count = len(self.adapter.blocks(model))
         keep = set(range(count)) if keep is None else set(keep)
         dropped = [self._prefix(model, block) for block in range(count) if block not in keep]
-        through = PassThrough(self.architecture)
+        through = IdentityBlock(self.adapter)
         swap(model, {block: through for block in range(count) if block not in keep})
         for name, tensor in self._tensors(lambda n: not n.startswith(tuple(dropped)) if dropped else True):
             if not tensor.isfinite().all():
@@ -189,7 +189,7 @@ class Teacher:
 
     def _prefix(self, model: nn.Module, block: int) -> str:
         """A block's prefix in the names of its tensors, such as `transformer_blocks.3.`."""
-        for name, span in zip(self.architecture.block_lists, self.architecture.spans(model), strict=True):
+        for name, span in zip(self.adapter.block_lists, self.adapter.block_ranges(model), strict=True):
             if block in span:
                 return f"{name}.{block - span.start}."
         raise UserError(f"block {block} does not exist in {self.place}")

@@ -30,7 +30,7 @@ def view(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     return made
 
 
-def at(block: nn.Module, path: str) -> nn.Module:
+def submodule(block: nn.Module, path: str) -> nn.Module:
     return block.get_submodule(path)
 
 
@@ -84,5 +84,5 @@ def _runs(numbers: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-# The chunks of a modulation, see `ppcl.models.Parts`.
+# The chunks of a modulation, see `ppcl.models.BlockParts`.
 SHIFT1, SCALE1, GATE1, SHIFT2, SCALE2, GATE2 = range(6)

@@ -14,28 +14,28 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.replacements.io import files_in
-from ppcl.replacements.plan import Entry, entry_of
+from ppcl.replacements.plan import Replacement, parse_replacement
 
 # Measured plans that are asked about one which was not measured; all of them must be better.
 _NEAREST = 2
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """`files`: the fine-tuned replacements, of the entries that were trained. `damage`: the velocity error of each entry alone,
+class FinetunedSelection:
+    """`files`: the fine-tuned replacements, of the replacements that were trained. `sensitivity`: the velocity error of each replacement alone,
     before. `ratios`: by measured plan, its velocity error with the fine-tuned ones over that with the distilled ones."""
 
-    files: Mapping[Entry, Path]
-    damage: Mapping[Entry, float]
-    ratios: Mapping[frozenset[Entry], float]
+    files: Mapping[Replacement, Path]
+    sensitivity: Mapping[Replacement, float]
+    ratios: Mapping[frozenset[Replacement], float]
 
     @classmethod
-    def read(cls, folder: Path, damage: Mapping[Entry, float]) -> Tuned:
+    def read(cls, folder: Path, sensitivity: Mapping[Replacement, float]) -> FinetunedSelection:
         """What a stage of fine-tuning left."""
         rows = json.loads((folder / "finetuning.json").read_text())["plans"]
-        return cls(files_in(folder), damage, ratios_of(rows))
+        return cls(files_in(folder), sensitivity, ratios_of(rows))
 
-    def takes(self, plan: Iterable[Entry]) -> bool:
+    def uses_finetuned(self, plan: Iterable[Replacement]) -> bool:
         """Whether a plan is better with the fine-tuned replacements, as far as is known."""
         plan = frozenset(plan)
         if plan.isdisjoint(self.files):
@@ -45,12 +45,12 @@ class Tuned:
         nearest = sorted(self.ratios, key=lambda other: -self._likeness(plan, other))[:_NEAREST]
         return len(nearest) == _NEAREST and all(self.ratios[other] < 1 and self._likeness(plan, other) > 0 for other in nearest)
 
-    def _likeness(self, one: frozenset[Entry], other: frozenset[Entry]) -> float:
-        """The share of the damage of what is on in either that is on in both."""
-        either, both = (sum(self.damage.get(entry, 0.0) for entry in some) for some in (one | other, one & other))
+    def _likeness(self, one: frozenset[Replacement], other: frozenset[Replacement]) -> float:
+        """The share of the sensitivity of what is on in either that is on in both."""
+        either, both = (sum(self.sensitivity.get(replacement, 0.0) for replacement in some) for some in (one | other, one & other))
         return both / either if either else 0.0
 
 
-def ratios_of(rows: Iterable[Mapping[str, Any]]) -> dict[frozenset[Entry], float]:
+def ratios_of(rows: Iterable[Mapping[str, Any]]) -> dict[frozenset[Replacement], float]:
     """From the rows of `finetuning.json`; a plan without an error has none to lose."""
-    return {frozenset(map(entry_of, row["plan"])): row["after"] / row["before"] if row["before"] else float("inf") for row in rows}
+    return {frozenset(map(parse_replacement, row["plan"])): row["after"] / row["before"] if row["before"] else float("inf") for row in rows}

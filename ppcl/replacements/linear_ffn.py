@@ -10,28 +10,28 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ppcl.models import Architecture, Parts
-from ppcl.replacements.block_view import GATE2, SCALE2, SHIFT2, Modulation, at, view
-from ppcl.replacements.pruned_ffn import NarrowFfn, narrow_parts
+from ppcl.models import BlockParts, ModelAdapter
+from ppcl.replacements.block_view import GATE2, SCALE2, SHIFT2, Modulation, submodule, view
+from ppcl.replacements.pruned_ffn import PrunedFfn, pruned_parts
 
 
-class FfnMaps(nn.ModuleDict):
+class LinearFfn(nn.ModuleDict):
     """By stream, the map `l: (…, d) → (…, d)` of one block's FFN."""
 
     @classmethod
-    def new(cls, parts: Mapping[str, Parts], width: int) -> FfnMaps:
+    def new(cls, parts: Mapping[str, BlockParts], width: int) -> LinearFfn:
         return cls({stream: nn.Linear(width, width) for stream in parts})
 
 
 def ffn_parts(
-    architecture: Architecture, block: nn.Module, parts: Mapping[str, Parts], maps: FfnMaps | NarrowFfn
+    adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts], maps: LinearFfn | PrunedFfn
 ) -> dict[str, nn.Module]:
     """What to put where in a block, for the streams of `parts`."""
-    if isinstance(maps, NarrowFfn):
-        return narrow_parts(architecture, parts, maps)
+    if isinstance(maps, PrunedFfn):
+        return pruned_parts(adapter, parts, maps)
     placed: dict[str, nn.Module] = {}
     for stream, where in parts.items():
-        modulation = at(block, where.modulation)
+        modulation = submodule(block, where.modulation)
         placed[where.modulation] = Modulation(
             modulation, maps[stream].in_features, {SHIFT2: 0.0, SCALE2: 0.0, GATE2: 1.0}
         )
@@ -40,8 +40,8 @@ def ffn_parts(
     return placed
 
 
-def other_ffn(
-    architecture: Architecture, block: nn.Module, parts: Mapping[str, Parts], maps: FfnMaps | NarrowFfn
+def with_ffn(
+    adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts], maps: LinearFfn | PrunedFfn
 ) -> nn.Module:
     """The block with its FFNs replaced, as a view of it."""
-    return view(block, ffn_parts(architecture, block, parts, maps))
+    return view(block, ffn_parts(adapter, block, parts, maps))

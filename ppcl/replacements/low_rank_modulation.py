@@ -17,17 +17,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ppcl.models import architecture_of, embed
-from ppcl.replacements.block_view import Modulation, at, view
+from ppcl.models import adapter_of, embed
+from ppcl.replacements.block_view import Modulation, submodule, view
 
 # Timesteps at which the curve is looked at: far more than it has dimensions.
 _PLACES = 2048
 
 
-class Folded(nn.Module):
+class InBasis(nn.Module):
     """A map behind a basis: `inner` reads the `k` coordinates of what is given, `(…, d) → (…, q)`."""
 
-    def __init__(self, inner: nn.Module, basis: Basis):
+    def __init__(self, inner: nn.Module, basis: ModulationBasis):
         super().__init__()
         self.inner, self.basis = inner, basis
 
@@ -35,10 +35,10 @@ class Folded(nn.Module):
         return self.inner(self.basis.coordinates(x))
 
 
-class Projected(nn.Module):
+class OntoBasis(nn.Module):
     """The same for a map that is still being trained: `inner` itself, of what the basis keeps of its input."""
 
-    def __init__(self, inner: nn.Linear, basis: Basis):
+    def __init__(self, inner: nn.Linear, basis: ModulationBasis):
         super().__init__()
         self.inner, self.basis = inner, basis
 
@@ -46,7 +46,7 @@ class Projected(nn.Module):
         return self.inner(self.basis.mean + self.basis.coordinates(x) @ self.basis.directions.T)
 
 
-class Basis(nn.Module):
+class ModulationBasis(nn.Module):
     """`directions (d, k)`, orthonormal, and `mean (d,)`, shared by all modulations."""
 
     def __init__(self, width: int, rank: int):
@@ -60,18 +60,18 @@ class Basis(nn.Module):
 
     def folded(self, module: nn.Module, paths: Sequence[str]) -> nn.Module:
         """A view of a block, or of what stands for one, with the modulations at `paths` folded."""
-        return view(module, {path: self._fold(at(module, path)) for path in paths})
+        return view(module, {path: self._fold(submodule(module, path)) for path in paths})
 
-    def _fold(self, modulation: nn.Module) -> Folded | Projected:
+    def _fold(self, modulation: nn.Module) -> InBasis | OntoBasis:
         source = modulation.source if isinstance(modulation, Modulation) else modulation
         if source.weight.requires_grad:
             # What was multiplied out now would be wrong after the next step, and pass no gradient on.
-            return Projected(modulation, self)
+            return OntoBasis(modulation, self)
         if isinstance(modulation, Modulation):
-            return Folded(Modulation(self._fold(source).inner, modulation.width, modulation.constants), self)
+            return InBasis(Modulation(self._fold(source).inner, modulation.width, modulation.constants), self)
         # The products are the costly part, and the same in every variant.
         if modulation not in self._folded:
-            self._folded[modulation] = Folded(self.restricted(modulation), self)
+            self._folded[modulation] = InBasis(self.restricted(modulation), self)
         return self._folded[modulation]
 
     @torch.no_grad()
@@ -91,28 +91,28 @@ class Samples(Protocol):
 
 
 @torch.no_grad()
-def fit_basis(transformer: nn.Module, samples: Samples, ids: np.ndarray, batch_size: int, error: float) -> Basis:
+def fit_basis(transformer: nn.Module, samples: Samples, ids: np.ndarray, batch_size: int, error: float) -> ModulationBasis:
     """The fewest directions that leave at most the share `error` of the variance of `SiLU(temb)`.
 
     The variance is that over the prompts of the samples `ids` and timesteps spread evenly over all there are.
     """
-    architecture = architecture_of(transformer)
-    scale = architecture.timestep_scale
+    adapter = adapter_of(transformer)
+    scale = adapter.timestep_scale
     seen = []
     for start in range(0, _PLACES, batch_size):
         rows = ids[(start + np.arange(min(batch_size, _PLACES - start))) % len(ids)]
         inputs = samples.batch(rows, transformer.device, transformer.dtype)
         places = (start + torch.arange(len(rows))) / (_PLACES - 1)
-        inputs[architecture.timestep] = (places * scale).to(inputs[architecture.timestep])
+        inputs[adapter.timestep] = (places * scale).to(inputs[adapter.timestep])
         _, context = embed(transformer, inputs)
-        seen.append(F.silu(context[architecture.temb]).double().cpu())
+        seen.append(F.silu(context[adapter.temb]).double().cpu())
     s = torch.cat(seen)
     mean = s.mean(0)
     _, values, directions = torch.linalg.svd(s - mean, full_matrices=False)
     energy = values.square()
     left = 1 - energy.cumsum(0) / energy.sum().clamp_min(1e-300)
     rank = min(int((left > error).sum()) + 1, len(values))
-    basis = Basis(s.shape[1], rank)
+    basis = ModulationBasis(s.shape[1], rank)
     basis.directions.copy_(directions[:rank].T)
     basis.mean.copy_(mean)
     return basis

@@ -3,7 +3,7 @@
 - `Interval`: a run of blocks becomes one student block (depth).
 - `TextRun`: in a run of blocks the text stream is replaced by linear projectors (width).
 - `Ffn`: a block's FFNs become residual linear maps, or keep a part of their hidden units (width).
-- `Fold`: all modulations are computed in the few directions the timestep moves them in (width, nearly without loss).
+- `LowRankModulation`: all modulations are computed in the few directions the timestep moves them in (width, nearly without loss).
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ class TextRun:
 class Ffn:
     """Block `block`, whose image and text FFN are replaced.
 
-    `kept`: percent of their hidden units that stay, 1 to 99; 0 for one residual linear map each (PPCL: Eq. 9).
+    `keep_percent`: percent of their hidden units that stay, 1 to 99; 0 for one residual linear map each (PPCL: Eq. 9).
     """
 
     block: int
-    kept: int = 0
+    keep_percent: int = 0
 
     @property
     def first(self) -> int:
@@ -81,7 +81,7 @@ class Ffn:
 
     @property
     def name(self) -> str:
-        return f"ffn-{self.block:02d}" + (f"-{self.kept:02d}" if self.kept else "")
+        return f"ffn-{self.block:02d}" + (f"-{self.keep_percent:02d}" if self.keep_percent else "")
 
     @property
     def blocks(self) -> range:
@@ -90,11 +90,11 @@ class Ffn:
     removed = 0
 
     def __str__(self) -> str:
-        return f"ffn:{self.block}" + (f"/{self.kept}" if self.kept else "")
+        return f"ffn:{self.block}" + (f"/{self.keep_percent}" if self.keep_percent else "")
 
 
 @dataclass(frozen=True)
-class Fold:
+class LowRankModulation:
     """The modulations of all blocks, of students too, in low rank. Goes with everything."""
 
     first = 0
@@ -111,23 +111,23 @@ class Fold:
         return self.name
 
 
-Entry = Interval | TextRun | Ffn | Fold
+Replacement = Interval | TextRun | Ffn | LowRankModulation
 
-_KINDS = (Interval, TextRun, Ffn, Fold)
+_KINDS = (Interval, TextRun, Ffn, LowRankModulation)
 _FILE = re.compile(r"ffn-(?P<block>\d+)(?:-(?P<kept>\d+))?|(?P<text>text-)?(?P<first>\d+)-(?P<last>\d+)")
 _WRITTEN = re.compile(r"ffn:(?P<block>\d+)(?:/(?P<kept>\d+))?|(?P<text>text:)?(?P<first>\d+)-(?P<last>\d+)")
-HOW_WRITTEN = (
+PLAN_SYNTAX = (
     "intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, or ffn:3/50 for half of their hidden units, all modulations as "
     "modulations, with commas between"
 )
 
 
-def order(entry: Entry) -> tuple[int, int, int]:
+def sort_key(replacement: Replacement) -> tuple[int, int, int]:
     """The key plans are sorted by: the first block, then the kind, then what is kept."""
-    return entry.first, _KINDS.index(type(entry)), getattr(entry, "kept", 0)
+    return replacement.first, _KINDS.index(type(replacement)), getattr(replacement, "keep_percent", 0)
 
 
-def _entry(match: re.Match | None) -> Entry | None:
+def _entry(match: re.Match | None) -> Replacement | None:
     if match is None:
         return None
     if match["block"] is not None:
@@ -137,58 +137,58 @@ def _entry(match: re.Match | None) -> Entry | None:
     return (TextRun if match["text"] else Interval)(int(match["first"]), int(match["last"]))
 
 
-def named(name: str) -> Entry | None:
-    """The entry whose `name` this is; None where it is none."""
-    return Fold() if name == Fold.name else _entry(_FILE.fullmatch(name))
+def parse_name(name: str) -> Replacement | None:
+    """The replacement whose `name` this is; None where it is none."""
+    return LowRankModulation() if name == LowRankModulation.name else _entry(_FILE.fullmatch(name))
 
 
-def written(text: str) -> list[Entry] | None:
-    """The entries of a text such as `3-5,text:6-8,ffn:9`, as people write them; None where it is none."""
-    entries = [Fold() if part == Fold.name else _entry(_WRITTEN.fullmatch(part)) for part in text.split(",")]
-    return None if None in entries else entries
+def parse_text(text: str) -> list[Replacement] | None:
+    """The replacements of a text such as `3-5,text:6-8,ffn:9`, as people write them; None where it is none."""
+    replacements = [LowRankModulation() if part == LowRankModulation.name else _entry(_WRITTEN.fullmatch(part)) for part in text.split(",")]
+    return None if None in replacements else replacements
 
 
-def entry_of(value: Entry | str | Sequence[int]) -> Entry:
-    """An entry from what configurations and callers give: itself, `[u, v]` for an interval, or a text."""
+def parse_replacement(value: Replacement | str | Sequence[int]) -> Replacement:
+    """An replacement from what configurations and callers give: itself, `[u, v]` for an interval, or a text."""
     if isinstance(value, _KINDS):
         return value
     if isinstance(value, str):
-        entries = written(value)
-        if entries is None or len(entries) != 1:
-            raise UserError(f"{value!r} names no replacement; write {HOW_WRITTEN}")
-        return entries[0]
+        replacements = parse_text(value)
+        if replacements is None or len(replacements) != 1:
+            raise UserError(f"{value!r} names no replacement; write {PLAN_SYNTAX}")
+        return replacements[0]
     return Interval(*map(int, value))
 
 
-def clash(a: Entry, b: Entry) -> bool:
-    """Whether two entries cannot be on together. An FFN can be replaced within a text run, where its text part is gone."""
+def conflicts(a: Replacement, b: Replacement) -> bool:
+    """Whether two replacements cannot be on together. An FFN can be replaced within a text run, where its text part is gone."""
     if {type(a), type(b)} == {TextRun, Ffn}:
         return False
-    if isinstance(a, Fold) or isinstance(b, Fold):
+    if isinstance(a, LowRankModulation) or isinstance(b, LowRankModulation):
         return type(a) is type(b)
     return a.first <= b.last and b.first <= a.last
 
 
-def checked(entries: Iterable[Entry | str | Sequence[int]], spans: list[range]) -> list[Entry]:
-    """A sorted plan. Raises `UserError` where an entry is empty, out of range, crosses lists or clashes with another."""
-    plan = sorted(map(entry_of, entries), key=order)
-    for entry in plan:
-        if isinstance(entry, Fold):
+def checked_plan(replacements: Iterable[Replacement | str | Sequence[int]], block_ranges: list[range]) -> list[Replacement]:
+    """A sorted plan. Raises `UserError` where an replacement is empty, out of range, crosses lists or clashes with another."""
+    plan = sorted(map(parse_replacement, replacements), key=sort_key)
+    for replacement in plan:
+        if isinstance(replacement, LowRankModulation):
             continue
-        if not isinstance(entry, Ffn) and entry.first >= entry.last:
-            raise UserError(f"{_called(entry)} holds no two blocks; the first must be less than the last")
-        if not any(entry.first in span and entry.last in span for span in spans):
-            known = ", ".join(f"{span.start} to {span.stop - 1}" for span in spans)
-            raise UserError(f"{_called(entry)} does not lie within one block list; the lists hold blocks {known}")
+        if not isinstance(replacement, Ffn) and replacement.first >= replacement.last:
+            raise UserError(f"{_called(replacement)} holds no two blocks; the first must be less than the last")
+        if not any(replacement.first in span and replacement.last in span for span in block_ranges):
+            known = ", ".join(f"{span.start} to {span.stop - 1}" for span in block_ranges)
+            raise UserError(f"{_called(replacement)} does not lie within one block list; the lists hold blocks {known}")
     for index, a in enumerate(plan):
         for b in plan[index + 1 :]:
-            if clash(a, b):
+            if conflicts(a, b):
                 raise UserError(f"{_called(a)} and {_called(b)} overlap; keep one of them")
     return plan
 
 
-def _called(entry: Entry) -> str:
-    if isinstance(entry, Fold):
+def _called(replacement: Replacement) -> str:
+    if isinstance(replacement, LowRankModulation):
         return "the modulations"
-    kind = {Interval: "the interval", TextRun: "the text run", Ffn: "the FFN"}[type(entry)]
-    return f"{kind} {str(entry).removeprefix('ffn:')}" if isinstance(entry, Ffn) else f"{kind} [{entry.first}, {entry.last}]"
+    kind = {Interval: "the interval", TextRun: "the text run", Ffn: "the FFN"}[type(replacement)]
+    return f"{kind} {str(replacement).removeprefix('ffn:')}" if isinstance(replacement, Ffn) else f"{kind} [{replacement.first}, {replacement.last}]"

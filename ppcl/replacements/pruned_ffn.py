@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ppcl.linalg import Statistics
-from ppcl.models import Architecture, Parts
-from ppcl.replacements.block_view import at
+from ppcl.linalg import Moments
+from ppcl.models import BlockParts, ModelAdapter
+from ppcl.replacements.block_view import submodule
 
 
 @dataclass(frozen=True)
-class Narrowed:
+class PrunedUnits:
     """`units (k,)`, the hidden units that stay, ascending; the second map `weight (q, k)`, `bias (q,)`; the squared error
     a token of the FFN's output, as a share of its variance."""
 
@@ -34,9 +34,9 @@ class Narrowed:
 
 
 @torch.no_grad()
-def eliminate(
-    statistics: Statistics, weight: torch.Tensor, bias: torch.Tensor, widths: Iterable[int], ridge: float
-) -> dict[int, Narrowed]:
+def eliminate_units(
+    statistics: Moments, weight: torch.Tensor, bias: torch.Tensor, widths: Iterable[int], ridge: float
+) -> dict[int, PrunedUnits]:
     """Take hidden units away down to each of `widths`.
 
     `statistics`: of the hidden units `(n, h)`; `weight (q, h)`, `bias (q,)`: the FFN's second map; `ridge`: as a share of
@@ -51,14 +51,14 @@ def eliminate(
     floor = 1e-9 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + torch.diag(ridge * gram.diagonal() + floor)))
     alive = torch.ones(hidden, dtype=torch.bool, device=device)
-    made: dict[int, Narrowed] = {}
+    made: dict[int, PrunedUnits] = {}
     wanted = sorted(set(widths), reverse=True)
     for left in range(hidden, wanted[-1] - 1, -1):
         if left in wanted:
             units = alive.nonzero().flatten()
             change = w - before
             error = float((change * (gram @ change)).sum()) / spread if spread > 0 else 0.0
-            made[left] = Narrowed(units, w[units].T.contiguous(), bias.to(mean) - change.T @ mean, error)
+            made[left] = PrunedUnits(units, w[units].T.contiguous(), bias.to(mean) - change.T @ mean, error)
         if left == wanted[-1]:
             return made
         diagonal = inverse.diagonal()
@@ -73,7 +73,7 @@ def eliminate(
     raise AssertionError("unreachable")
 
 
-class NarrowFfn(nn.Module):
+class PrunedFfn(nn.Module):
     """By stream, the two linear maps of one block's FFN with fewer hidden units between them."""
 
     def __init__(self, maps: Mapping[str, tuple[nn.Linear, nn.Linear]]):
@@ -82,17 +82,17 @@ class NarrowFfn(nn.Module):
         self.down = nn.ModuleDict({stream: down for stream, (_, down) in maps.items()})
 
     @classmethod
-    def new(cls, architecture: Architecture, block: nn.Module, parts: Mapping[str, Parts], kept: int) -> NarrowFfn:
+    def new(cls, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts], kept: int) -> PrunedFfn:
         """With the first units of the block's own; `kept`: percent of them, rounded, at least one."""
         maps = {}
         for stream, where in parts.items():
-            up, down = (at(block, f"{where.ffn}.{name}") for name in (architecture.ffn_up, architecture.ffn_down))
+            up, down = (submodule(block, f"{where.ffn}.{name}") for name in (adapter.ffn_up, adapter.ffn_down))
             units = torch.arange(max(1, round(up.out_features * kept / 100)))
             maps[stream] = _of(up, units), _linear(down.weight[:, units], down.bias)
         return cls(maps)
 
     @torch.no_grad()
-    def set(self, stream: str, up: nn.Linear, made: Narrowed) -> None:
+    def set(self, stream: str, up: nn.Linear, made: PrunedUnits) -> None:
         """Take the units of the block's own first map `up`, and the second map that belongs to them."""
         new = self.up[stream], self.down[stream]
         for mine, made_of in zip(new, (_of(up, made.units.to(up.weight.device)), _linear(made.weight, made.bias)), strict=True):
@@ -100,12 +100,12 @@ class NarrowFfn(nn.Module):
             mine.bias.copy_(made_of.bias)
 
 
-def narrow_parts(architecture: Architecture, parts: Mapping[str, Parts], maps: NarrowFfn) -> dict[str, nn.Module]:
+def pruned_parts(adapter: ModelAdapter, parts: Mapping[str, BlockParts], maps: PrunedFfn) -> dict[str, nn.Module]:
     """What to put where in a block, for the streams of `parts`: the two maps, with the stock FFN around them."""
     placed: dict[str, nn.Module] = {}
     for stream, where in parts.items():
-        placed[f"{where.ffn}.{architecture.ffn_up}"] = maps.up[stream]
-        placed[f"{where.ffn}.{architecture.ffn_down}"] = maps.down[stream]
+        placed[f"{where.ffn}.{adapter.ffn_up}"] = maps.up[stream]
+        placed[f"{where.ffn}.{adapter.ffn_down}"] = maps.down[stream]
     return placed
 
 

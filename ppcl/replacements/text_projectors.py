@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl.models import Architecture, Parts, Streams
-from ppcl.replacements.block_view import Modulation, at, view
-from ppcl.replacements.linear_ffn import FfnMaps, ffn_parts
+from ppcl.models import BlockParts, ModelAdapter, Streams
+from ppcl.replacements.block_view import Modulation, submodule, view
+from ppcl.replacements.linear_ffn import LinearFfn, ffn_parts
 from ppcl.replacements.plan import TextRun
-from ppcl.replacements.pruned_ffn import NarrowFfn
+from ppcl.replacements.pruned_ffn import PrunedFfn
 
 
 class TextProjectors(nn.Module):
@@ -59,22 +59,22 @@ class _InRun(nn.Module):
     # Read by the stock SD3 forward between blocks.
     context_pre_only = False
 
-    def __init__(self, architecture: Architecture):
+    def __init__(self, adapter: ModelAdapter):
         super().__init__()
-        self.architecture = architecture
+        self.adapter = adapter
 
 
 class RunStart(_InRun):
     """Block `r`: sends `z_r` on with the text stream."""
 
-    def __init__(self, architecture: Architecture, block: nn.Module):
-        super().__init__(architecture)
-        self.listening = _Listening(at(block, architecture.attention), architecture.txt)
-        self.block = view(block, {architecture.attention: self.listening})
+    def __init__(self, adapter: ModelAdapter, block: nn.Module):
+        super().__init__(adapter)
+        self.listening = _Listening(submodule(block, adapter.attention), adapter.txt)
+        self.block = view(block, {adapter.attention: self.listening})
 
     def forward(self, **arguments: Any) -> tuple:
-        streams = self.architecture.from_returned(self.block(**arguments))
-        return self.architecture.to_returned(
+        streams = self.adapter.from_returned(self.block(**arguments))
+        return self.adapter.to_returned(
             streams._replace(txt=torch.cat([streams.txt, self.listening.take()], dim=-1))
         )
 
@@ -82,8 +82,8 @@ class RunStart(_InRun):
 class RunBlock(_InRun):
     """A later block of a run: the image stream as before, the text stream from the run's first block."""
 
-    def __init__(self, architecture: Architecture, block: nn.Module, last: bool, projectors: TextProjectors):
-        super().__init__(architecture)
+    def __init__(self, adapter: ModelAdapter, block: nn.Module, last: bool, projectors: TextProjectors):
+        super().__init__(adapter)
         self.block, self.last = block, last
         # Not a sub-module: the maps belong to the run, and would be counted at every block of it.
         self.__dict__["projectors"] = projectors
@@ -91,17 +91,17 @@ class RunBlock(_InRun):
             self.h = projectors.h
 
     def forward(self, **arguments: Any) -> tuple:
-        streams, context = self.architecture.split(arguments)
+        streams, context = self.adapter.split(arguments)
         h, z = streams.txt.chunk(2, dim=-1)
-        made = self.architecture.from_returned(self.block(**self.architecture.join(Streams(streams.img, z), context)))
+        made = self.adapter.from_returned(self.block(**self.adapter.join(Streams(streams.img, z), context)))
         txt = self.projectors.after(h) if self.last else streams.txt
-        return self.architecture.to_returned(Streams(made.img, txt))
+        return self.adapter.to_returned(Streams(made.img, txt))
 
 
-def text_parts(block: nn.Module, parts: Parts, z: nn.Linear) -> dict[str, nn.Module]:
+def text_parts(block: nn.Module, parts: BlockParts, z: nn.Linear) -> dict[str, nn.Module]:
     """What to put where in a block whose text input is `z_r`: `l_z` for the first norm, and nothing after the attention."""
     width = z.out_features
-    modulation = at(block, parts.modulation)
+    modulation = submodule(block, parts.modulation)
     return {
         parts.norm1: z,
         # Shift and scale 0 leave what `z` gives as it is; the gates 0 take away what the text stream would become.
@@ -113,11 +113,11 @@ def text_parts(block: nn.Module, parts: Parts, z: nn.Linear) -> dict[str, nn.Mod
 
 
 def text_run(
-    architecture: Architecture,
+    adapter: ModelAdapter,
     blocks: Mapping[int, nn.Module],
-    parts: Mapping[str, Parts],
+    parts: Mapping[str, BlockParts],
     projectors: TextProjectors,
-    ffn: Mapping[int, FfnMaps | NarrowFfn] | None = None,
+    ffn: Mapping[int, LinearFfn | PrunedFfn] | None = None,
 ) -> dict[int, nn.Module]:
     """What stands at the block numbers of a run, from the teacher's own `blocks` by number.
 
@@ -128,11 +128,11 @@ def text_run(
     for number in run.blocks:
         block, maps = blocks[number], ffn.get(number)
         if number == run.first:
-            whole = view(block, ffn_parts(architecture, block, parts, maps)) if maps else block
-            placed[number] = RunStart(architecture, whole)
+            whole = view(block, ffn_parts(adapter, block, parts, maps)) if maps else block
+            placed[number] = RunStart(adapter, whole)
             continue
         exchanged = text_parts(block, parts["txt"], projectors.z[str(number)])
         if maps:
-            exchanged |= ffn_parts(architecture, block, {"img": parts["img"]}, maps)
-        placed[number] = RunBlock(architecture, view(block, exchanged), number == run.last, projectors)
+            exchanged |= ffn_parts(adapter, block, {"img": parts["img"]}, maps)
+        placed[number] = RunBlock(adapter, view(block, exchanged), number == run.last, projectors)
     return placed

@@ -17,7 +17,7 @@ from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ppcl.replacements import plan as plans
-from ppcl.replacements.plan import Ffn, Fold, entry_of
+from ppcl.replacements.plan import Ffn, LowRankModulation, parse_replacement
 from ppcl.report import numbers
 from ppcl.report.summary import finite
 from ppcl.report.svg import COLOURS, SERIES, canvas, inline
@@ -74,7 +74,7 @@ def interval_name(interval: Sequence[int]) -> str:
     return f"{interval[0]} to {interval[1]}"
 
 
-def block_map(rows: list[dict[str, Any]], blocks: int, spans: list[Interval]) -> Drawing:
+def block_map(rows: list[dict[str, Any]], blocks: int, block_ranges: list[Interval]) -> Drawing:
     """Which blocks each variant runs: teacher blocks as cells, an interval's one student as a bar over its blocks.
 
     A line under cells is a text run, a dot in a cell a replaced FFN.
@@ -83,22 +83,22 @@ def block_map(rows: list[dict[str, Any]], blocks: int, spans: list[Interval]) ->
     with canvas(640, height) as figure:
         axes = figure.add_subplot()
         for y, row in enumerate(rows):
-            plan = [entry_of(text) for text in row["plan"]]
-            inside = {block for entry in plan if isinstance(entry, plans.Interval) for block in entry.blocks}
+            plan = [parse_replacement(text) for text in row["plan"]]
+            inside = {block for replacement in plan if isinstance(replacement, plans.Interval) for block in replacement.blocks}
             for block in sorted(set(range(blocks)) - inside):
                 axes.add_patch(Rectangle((block + 0.08, y - 0.32), 0.84, 0.64, color=COLOURS["faint"], linewidth=0))
-            for entry in plan:
-                if isinstance(entry, Fold):
+            for replacement in plan:
+                if isinstance(replacement, LowRankModulation):
                     continue
-                if isinstance(entry, Ffn):
-                    inner = "none" if entry.kept else COLOURS["mark"]
-                    axes.plot([entry.block + 0.5], [y - 0.06], "o", color=COLOURS["mark"], markersize=5, markerfacecolor=inner)
+                if isinstance(replacement, Ffn):
+                    inner = "none" if replacement.keep_percent else COLOURS["mark"]
+                    axes.plot([replacement.block + 0.5], [y - 0.06], "o", color=COLOURS["mark"], markersize=5, markerfacecolor=inner)
                     continue
-                bar = isinstance(entry, plans.Interval)
+                bar = isinstance(replacement, plans.Interval)
                 at, height = (y - 0.32, 0.64) if bar else (y + 0.2, 0.12)
-                width = entry.last - entry.first + 0.84
-                axes.add_patch(Rectangle((entry.first + 0.08, at), width, height, color=COLOURS["mark"], linewidth=0))
-        _span_borders(axes, spans, 0)
+                width = replacement.last - replacement.first + 0.84
+                axes.add_patch(Rectangle((replacement.first + 0.08, at), width, height, color=COLOURS["mark"], linewidth=0))
+        _span_borders(axes, block_ranges, 0)
         axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
         ticks = np.arange(0, blocks, 1 if blocks <= 24 else 5)
         axes.set_xticks(ticks + 0.5, [str(tick) for tick in ticks])
@@ -114,7 +114,7 @@ SAME_STREAM = ("behind block s", "behind block r")
 
 
 def heat_map(
-    name: str, title: str, table: Table, intervals: list[Interval], spans: list[Interval], low: float,
+    name: str, title: str, table: Table, intervals: list[Interval], block_ranges: list[Interval], low: float,
     axis_names: tuple[str, str] = SURROGATE,
 ) -> Drawing:  # fmt: skip
     """CKA by row and column, such as of the surrogate that keeps block `u` and is linear up to block `k`; intervals outlined."""
@@ -130,7 +130,7 @@ def heat_map(
             corners = _staircase(first, last)
             axes.add_patch(Polygon(corners, fill=False, edgecolor="white", linewidth=3.2, joinstyle="miter"))
             axes.add_patch(Polygon(corners, fill=False, edgecolor=ON_MAP, linewidth=1.8, joinstyle="miter"))
-        _span_borders(axes, spans, -0.5)
+        _span_borders(axes, block_ranges, -0.5)
         axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
@@ -155,7 +155,7 @@ def _staircase(first: int, last: int) -> list[tuple[float, float]]:
     return [*corners, (first - 0.5, first + 0.5)]
 
 
-def delta_curves(table: Table, intervals: list[Interval], spans: list[Interval]) -> Drawing:
+def delta_curves(table: Table, intervals: list[Interval], block_ranges: list[Interval]) -> Drawing:
     """What similarity each further block costs: the intervals' own curves over all others, with the rise that ends each."""
     blocks = len(table)
     with canvas(640, 300) as figure:
@@ -170,7 +170,7 @@ def delta_curves(table: Table, intervals: list[Interval], spans: list[Interval])
             if last + 1 < blocks:
                 axes.plot([last, last + 1], curve[last : last + 2], color=COLOURS["mark"], linestyle=(0, (2, 2)), linewidth=1.4)
             shown += curve[first + 1 : last + 2]
-        _span_borders(axes, spans, -0.5)
+        _span_borders(axes, block_ranges, -0.5)
         seen = [v for v in shown if np.isfinite(v)]
         if seen:
             # Curves of other starts may leave the frame: the intervals' own are what is to be read.
@@ -317,14 +317,14 @@ def _category(index: int, category: str, worlds: dict[str, Any], looks: dict[str
         return Drawing(inline(figure, f"category-{index}", f"World score, {title}: {', '.join(told)}."), title)
 
 
-def _span_borders(axes: Axes, spans: list[Interval], offset: float) -> None:
+def _span_borders(axes: Axes, block_ranges: list[Interval], offset: float) -> None:
     """Dashed lines where one block list ends and the next begins."""
-    for start, _ in spans[1:]:
+    for start, _ in block_ranges[1:]:
         axes.axvline(start + offset, color=COLOURS["soft"], linewidth=1, linestyle=(0, (4, 3)))
 
 
 def _plain_log(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers, also where it spans less than a decade."""
+    """A logarithmic axis with plain numbers, also where it block_ranges less than a decade."""
     low, high = axis.get_view_interval()
     decades = np.log10(high / low)
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))

@@ -9,18 +9,18 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, entry_of, order
+from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun, parse_replacement, sort_key
 from ppcl.report import figures, numbers
 from ppcl.report.pictures import picture_rows
 from ppcl.report.summary import finite, rows_of
 from ppcl.search.variants import TEACHER
 from ppcl.storage.manifest import Artifacts, write_atomically
-from ppcl.storage.mirror import publish
+from ppcl.storage.mirror import upload
 from ppcl.storage.results import Results, read_results
 
 REPORT = "report.html"
 
-KINDS = {Interval: "interval", TextRun: "text run", Ffn: "FFN", Fold: "modulations"}
+KINDS = {Interval: "interval", TextRun: "text run", Ffn: "FFN", LowRankModulation: "modulations"}
 STREAMS = {"img": "image stream", "txt": "text stream", "mean": "mean of both"}
 
 # Columns whose best variant is hinted at; what follows from the size alone is not.
@@ -46,7 +46,7 @@ def write_report(root: Path) -> Path:
     html = environment.get_template("report.html.j2").render(_context(results))
     path = results.root / REPORT
     write_atomically(path, html)
-    publish(path)
+    upload(path)
     return path
 
 
@@ -202,7 +202,7 @@ def _text_map(detection: dict[str, Any]) -> figures.Drawing | None:
     table = detection.get("text_map")
     if not table:
         return None
-    runs = [entry for entry in map(entry_of, detection["plan"]) if isinstance(entry, TextRun)]
+    runs = [entry for entry in map(parse_replacement, detection["plan"]) if isinstance(entry, TextRun)]
     low = min((value for row in table for value in row if finite(value) is not None), default=0.0)
     return figures.heat_map(
         "text-map", "text stream", table, [(run.first, run.last) for run in runs], detection["spans"],
@@ -213,7 +213,7 @@ def _text_map(detection: dict[str, Any]) -> figures.Drawing | None:
 def _losses(training: dict[str, Any]) -> figures.Drawing | None:
     """Of the FFNs no curve is drawn: they are many, and start at the optimum of their own loss."""
     trained = training.get("replacements", {})
-    drawn = {text: told for text, told in trained.items() if not isinstance(entry_of(text), Ffn | Fold)}
+    drawn = {text: told for text, told in trained.items() if not isinstance(parse_replacement(text), Ffn | LowRankModulation)}
     return figures.loss_curves(drawn) if drawn else None
 
 
@@ -221,28 +221,28 @@ def _deltas(detection: dict[str, Any]) -> figures.Drawing | None:
     return figures.delta_curves(detection["delta"], detection["intervals"], detection["spans"]) if detection else None
 
 
-def _blocks(entry: Ffn | Fold) -> str:
-    if isinstance(entry, Fold):
+def _blocks(entry: Ffn | LowRankModulation) -> str:
+    if isinstance(entry, LowRankModulation):
         return "all"
-    return f"{entry.block}, {entry.kept} % kept" if entry.kept else str(entry.block)
+    return f"{entry.block}, {entry.keep_percent} % kept" if entry.keep_percent else str(entry.block)
 
 
 def _students(results: Results) -> list[dict[str, Any]]:
-    """One dict an entry that was trained: its losses at the start and the end, and its damage; by what they replace."""
-    damage = results.stage("variants").get("damage", {})
-    trained = {entry_of(text): told for text, told in results.stage("students").get("replacements", {}).items()}
+    """One dict an entry that was trained: its losses at the start and the end, and its sensitivity; by what they replace."""
+    sensitivity = results.stage("variants").get("damage", {})
+    trained = {parse_replacement(text): told for text, told in results.stage("students").get("replacements", {}).items()}
     students = []
-    for entry in sorted(trained, key=lambda entry: (type(entry).__name__, order(entry))):
+    for entry in sorted(trained, key=lambda entry: (type(entry).__name__, sort_key(entry))):
         curve = trained[entry]["curve"]
         students.append(
             {
                 "kind": KINDS[type(entry)],
-                "blocks": _blocks(entry) if isinstance(entry, Ffn | Fold) else figures.interval_name((entry.first, entry.last)),
+                "blocks": _blocks(entry) if isinstance(entry, Ffn | LowRankModulation) else figures.interval_name((entry.first, entry.last)),
                 "removed": entry.removed,
                 "first": finite(curve[0]["loss"]) if curve else None,
                 "last": finite(curve[-1]["loss"]) if curve else None,
                 "seconds": finite(trained[entry].get("seconds")),
-                "damage": finite(damage.get(str(entry))),
+                "damage": finite(sensitivity.get(str(entry))),
             }
         )
     return students

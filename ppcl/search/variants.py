@@ -11,9 +11,9 @@ from typing import Any
 
 from ppcl.config.schema import Variants
 from ppcl.errors import UserError
-from ppcl.replacements.parameter_counts import Sizes
-from ppcl.replacements.plan import Entry, Interval, checked, entry_of, order, written
-from ppcl.search.latency_table import Times
+from ppcl.replacements.parameter_counts import ParameterCounts
+from ppcl.replacements.plan import Interval, Replacement, checked_plan, parse_replacement, parse_text, sort_key
+from ppcl.search.latency_table import LatencyTable
 from ppcl.search.pareto import Plan, candidates, choose_blocks, target_candidates
 
 TEACHER = "teacher"
@@ -31,25 +31,25 @@ class Variant:
     """
 
     name: str
-    plan: tuple[Entry, ...]
+    plan: tuple[Replacement, ...]
     parameters: int
     share: float
     blocks: int
     budget: float | None = None
 
     @classmethod
-    def of(cls, name: str, plan: Iterable[Entry], sizes: Sizes, budget: float | None = None) -> Variant:
-        on = tuple(sorted(plan, key=order))
+    def of(cls, name: str, plan: Iterable[Replacement], sizes: ParameterCounts, budget: float | None = None) -> Variant:
+        on = tuple(sorted(plan, key=sort_key))
         parameters = sizes.parameters(on)
         return cls(name, on, parameters, parameters / sizes.total, sizes.running(on), budget)
 
 
-def trained(plan: Iterable[Entry | str | Sequence[int]], known: Iterable[Entry], spans: list[range]) -> list[Entry]:
-    """A sorted, checked choice of entries. Raises `UserError` where one is impossible or was not trained."""
-    chosen, known = checked(plan, spans), sorted(known, key=order)
-    for entry in chosen:
-        if entry not in known:
-            raise UserError(f"there is no replacement {entry}; there are {', '.join(map(str, known)) or 'none'}")
+def available_plan(plan: Iterable[Replacement | str | Sequence[int]], known: Iterable[Replacement], block_ranges: list[range]) -> list[Replacement]:
+    """A sorted, checked choice of replacements. Raises `UserError` where one is impossible or was not trained."""
+    chosen, known = checked_plan(plan, block_ranges), sorted(known, key=sort_key)
+    for replacement in chosen:
+        if replacement not in known:
+            raise UserError(f"there is no replacement {replacement}; there are {', '.join(map(str, known)) or 'none'}")
     return chosen
 
 
@@ -73,19 +73,19 @@ def names_of(settings: Variants) -> list[str]:
                 raise UserError(f"{key}: the name {name!r} is taken by a variant made anyway; choose another")
             if not _NAME.fullmatch(name):
                 raise UserError(f"{key}: {name!r} is no name for a variant; use letters, digits, '.', '_' and '-'")
-            if written(name):
+            if parse_text(name):
                 raise UserError(f"{key}: {name!r} reads as a plan and cannot name a variant; choose another name")
             made.append(name)
     return made[1:]
 
 
-def plans_to_measure(settings: Variants, sizes: Sizes, times: Times | None, damage: Mapping[Entry, float]) -> dict[str, list[Plan]]:
+def plans_to_measure(settings: Variants, sizes: ParameterCounts, times: LatencyTable | None, sensitivity: Mapping[Replacement, float]) -> dict[str, list[Plan]]:
     """By name, the plans among which those of the budgets and targets are chosen; `times` is needed for targets.
 
     Raises `UserError` where one cannot be met.
     """
-    plans = {budget_name(budget): candidates(budget, sizes, damage) for budget in settings.budgets}
-    return plans | {name: target_candidates(name, target, sizes, times, damage) for name, target in settings.targets.items()}
+    plans = {budget_name(budget): candidates(budget, sizes, sensitivity) for budget in settings.budgets}
+    return plans | {name: target_candidates(name, target, sizes, times, sensitivity) for name, target in settings.targets.items()}
 
 
 def best_plans(
@@ -104,7 +104,7 @@ def best_plans(
 
 
 def make_variants(
-    settings: Variants, sizes: Sizes, damage: Mapping[Entry, float], spans: list[range], chosen: Mapping[str, Plan]
+    settings: Variants, sizes: ParameterCounts, sensitivity: Mapping[Replacement, float], block_ranges: list[range], chosen: Mapping[str, Plan]
 ) -> dict[str, Variant]:
     """The named variants: the teacher, one a budget, one a number of blocks, one a target, all intervals on, and the custom ones.
 
@@ -112,34 +112,34 @@ def make_variants(
     """
     names_of(settings)
 
-    def variant(name: str, plan: Iterable[Entry], budget: float | None = None) -> Variant:
+    def variant(name: str, plan: Iterable[Replacement], budget: float | None = None) -> Variant:
         return Variant.of(name, plan, sizes, budget)
 
     made = {TEACHER: variant(TEACHER, ())}
     made |= {budget_name(b): variant(budget_name(b), chosen[budget_name(b)], b) for b in settings.budgets}
-    made |= {blocks_name(most): variant(blocks_name(most), choose_blocks(most, sizes, damage)) for most in settings.blocks}
+    made |= {blocks_name(most): variant(blocks_name(most), choose_blocks(most, sizes, sensitivity)) for most in settings.blocks}
     made |= {name: variant(name, chosen[name]) for name in settings.targets}
-    if intervals := [entry for entry in damage if isinstance(entry, Interval)]:
+    if intervals := [replacement for replacement in sensitivity if isinstance(replacement, Interval)]:
         made[ALL] = variant(ALL, intervals)
     for name, plan in settings.custom.items():
         try:
-            made[name] = variant(name, trained(plan, sizes.replacements, spans))
+            made[name] = variant(name, available_plan(plan, sizes.replacements, block_ranges))
         except UserError as error:
             raise UserError(f"variants.custom.{name}: {error}") from None
     return made
 
 
 @dataclass(frozen=True)
-class Family:
-    """What `variants.json` says: the teacher's size, what each entry alone costs, and the named variants.
+class VariantCatalog:
+    """What `variants.json` says: the teacher's size, what each replacement alone costs, and the named variants.
 
-    `damage`: relative squared error of the velocity with that one entry on, before any fine-tuning.
+    `sensitivity`: relative squared error of the velocity with that one replacement on, before any fine-tuning.
     """
 
     parameters: int
     blocks: int
-    spans: list[range]
-    damage: dict[Entry, float]
+    block_ranges: list[range]
+    sensitivity: dict[Replacement, float]
     variants: dict[str, Variant]
 
     def to_json(self) -> dict[str, Any]:
@@ -147,12 +147,12 @@ class Family:
             "teacher": {
                 "parameters": self.parameters,
                 "blocks": self.blocks,
-                "spans": [[span.start, span.stop] for span in self.spans],
+                "spans": [[span.start, span.stop] for span in self.block_ranges],
             },
-            "damage": {str(entry): self.damage[entry] for entry in sorted(self.damage, key=order)},
+            "damage": {str(replacement): self.sensitivity[replacement] for replacement in sorted(self.sensitivity, key=sort_key)},
             "variants": {
                 v.name: {
-                    "plan": [str(entry) for entry in v.plan],
+                    "plan": [str(replacement) for replacement in v.plan],
                     "parameters": v.parameters,
                     "share": v.share,
                     "blocks": v.blocks,
@@ -163,20 +163,20 @@ class Family:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Family:
+    def from_json(cls, values: Mapping[str, Any]) -> VariantCatalog:
         teacher = values["teacher"]
         return cls(
             parameters=teacher["parameters"],
             blocks=teacher["blocks"],
-            spans=[range(*span) for span in teacher["spans"]],
-            damage={entry_of(name): value for name, value in values["damage"].items()},
+            block_ranges=[range(*span) for span in teacher["spans"]],
+            sensitivity={parse_replacement(name): value for name, value in values["damage"].items()},
             variants={
-                name: Variant(name, **{**v, "plan": tuple(map(entry_of, v["plan"]))})
+                name: Variant(name, **{**v, "plan": tuple(map(parse_replacement, v["plan"]))})
                 for name, v in values["variants"].items()
             },
         )
 
 
-def read_family(folder: Path) -> Family:
+def read_catalog(folder: Path) -> VariantCatalog:
     """What the stage `variants` left in its folder."""
-    return Family.from_json(json.loads((folder / "variants.json").read_text()))
+    return VariantCatalog.from_json(json.loads((folder / "variants.json").read_text()))

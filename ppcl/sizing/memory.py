@@ -51,7 +51,7 @@ class Rank:
 def intervals(model: Model, length: int) -> list[Interval]:
     """Every block in an interval of `length`, shorter ones at the ends of block lists; one block alone stays the teacher's."""
     found = []
-    for span in model.spans:
+    for span in model.block_ranges:
         for first in range(span.start, span.stop, length):
             last = min(first + length, span.stop) - 1
             if last > first:

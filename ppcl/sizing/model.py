@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ppcl.errors import UserError
-from ppcl.models import Architecture, Streams, architecture_of, embed
+from ppcl.models import ModelAdapter, Streams, adapter_of, embed
 from ppcl.models.teacher import Teacher
 
 _TEXT_TOKENS = 512
@@ -27,7 +27,7 @@ _PIXELS_A_TOKEN = 16  # of the VAE 8, of the patches 2, in every family
 @dataclass(frozen=True)
 class Model:
     """`blocks`: parameters of each block in running order; `rest`: those of embedders and head, which every rank holds;
-    `affine`: those of the affine maps behind a student. `spans`: the block lists.
+    `affine`: those of the affine maps behind a student. `block_ranges`: the block lists.
 
     In bfloat16: `stream_bytes` of the two streams between two blocks, a sample; what the backward pass of a student like each
     block keeps, `saved_bytes` a sample and `cast_bytes` besides, its weights in bfloat16.
@@ -41,7 +41,7 @@ class Model:
     blocks: tuple[int, ...]
     rest: int
     affine: int
-    spans: tuple[range, ...]
+    block_ranges: tuple[range, ...]
     stream_bytes: int
     saved_bytes: tuple[int, ...]
     cast_bytes: tuple[int, ...]
@@ -67,27 +67,27 @@ class Model:
 
         if height % _PIXELS_A_TOKEN or width % _PIXELS_A_TOKEN:
             raise UserError(f"pictures of {width} × {height} pixels: both must be multiples of {_PIXELS_A_TOKEN}")
-        architecture = architecture_of(transformer)
+        adapter = adapter_of(transformer)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = getattr(diffusers, transformer).from_config(config).eval()
-            blocks = architecture.blocks(model)
+            blocks = adapter.blocks(model)
             with _counter() as rest:
-                one = _at_blocks(model, architecture, 1, height, width, text_tokens)
-            two = _at_blocks(model, architecture, 2, height, width, text_tokens)
+                one = _at_blocks(model, adapter, 1, height, width, text_tokens)
+            two = _at_blocks(model, adapter, 2, height, width, text_tokens)
             # Blocks of one list are alike, but for the last one of some and the first few of others.
             alike: dict[tuple, tuple[int, ...]] = {}
             kinds = [tuple((n, tuple(p.shape)) for n, p in block.named_parameters()) for block in blocks]
             for number, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
                 if kind not in alike:
-                    saved = [saved_for_backward(architecture, block, *at) for at in (one, two)]
-                    alike[kind] = (*saved, *_flops(architecture, block, *one), _sums_flops(architecture, model, number, one[0]))
+                    saved = [saved_for_backward(adapter, block, *at) for at in (one, two)]
+                    alike[kind] = (*saved, *_flops(adapter, block, *one), _sums_flops(adapter, model, number, one[0]))
             sizes, width = tuple(map(_count, blocks)), one[0].img.shape[-1]
             return cls(
                 name=name,
                 blocks=sizes,
                 rest=_count(model) - sum(sizes),
                 affine=2 * width * (width + 1),
-                spans=tuple(architecture.spans(model)),
+                block_ranges=tuple(adapter.block_ranges(model)),
                 stream_bytes=sum(x.nbytes for x in one[0]),
                 saved_bytes=tuple(alike[kind][1] - alike[kind][0] for kind in kinds),
                 cast_bytes=tuple(2 * alike[kind][0] - alike[kind][1] for kind in kinds),
@@ -100,14 +100,14 @@ class Model:
 
 
 def _at_blocks(
-    model: nn.Module, architecture: Architecture, samples: int, height: int, width: int, text: int
+    model: nn.Module, adapter: ModelAdapter, samples: int, height: int, width: int, text: int
 ) -> tuple[Streams, dict[str, Any]]:
     """What the first block is given, in bfloat16."""
-    streams, context = embed(model, _call(architecture, model.config, samples, height, width, text))
+    streams, context = embed(model, _call(adapter, model.config, samples, height, width, text))
     return Streams(*map(_bfloat16, streams)), {name: _bfloat16(value) for name, value in context.items()}
 
 
-def saved_for_backward(architecture: Architecture, block: nn.Module, streams: Streams, context: dict[str, Any]) -> int:
+def saved_for_backward(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: dict[str, Any]) -> int:
     """Bytes that autograd keeps of one forward of a block in training, with bfloat16 autocast, besides its parameters."""
     own = {p.untyped_storage()._cdata for p in block.parameters()}
     kept: dict[int, int] = {}
@@ -126,7 +126,7 @@ def saved_for_backward(architecture: Architecture, block: nn.Module, streams: St
         torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or keep(x), lambda x: x),
         torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
     ):
-        held.append(block(**architecture.join(streams, context)))
+        held.append(block(**adapter.join(streams, context)))
     return sum(kept.values())
 
 
@@ -140,10 +140,10 @@ def _counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=attention)
 
 
-def _flops(architecture: Architecture, block: nn.Module, streams: Streams, context: dict[str, Any]) -> tuple[int, int]:
+def _flops(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: dict[str, Any]) -> tuple[int, int]:
     """Of one forward of a block in training, and of forward and backward."""
     with _counter() as counter, torch.autocast("cpu", torch.bfloat16, enabled=streams.img.dtype is torch.bfloat16):
-        made = architecture.from_returned(block(**architecture.join(streams, context)))
+        made = adapter.from_returned(block(**adapter.join(streams, context)))
         forward = counter.get_total_flops()
         sum(x.float().sum() for x in made if x is not None).backward()
     for p in block.parameters():
@@ -151,28 +151,28 @@ def _flops(architecture: Architecture, block: nn.Module, streams: Streams, conte
     return forward, counter.get_total_flops()
 
 
-def _sums_flops(architecture: Architecture, model: nn.Module, number: int, streams: Streams) -> int:
+def _sums_flops(adapter: ModelAdapter, model: nn.Module, number: int, streams: Streams) -> int:
     """Of `X^T X` and `X^T Y` of a block's streams, and again of what goes into its FFNs; see `ppcl.detection.fit_probes`."""
     tokens = {name: x.shape[1] for name, x in streams._asdict().items()}
-    fitted = [*tokens, *architecture.parts_of(model, number, architecture.blocks(model)[number])]
+    fitted = [*tokens, *adapter.parts_of(model, number, adapter.blocks(model)[number])]
     return sum(4 * tokens[name] * streams.img.shape[-1] ** 2 for name in fitted)
 
 
-def _call(architecture: Architecture, config: Any, samples: int, height: int, width: int, text: int) -> dict[str, Any]:
+def _call(adapter: ModelAdapter, config: Any, samples: int, height: int, width: int, text: int) -> dict[str, Any]:
     """Arguments of the stock forward."""
     rows, columns = height // _PIXELS_A_TOKEN, width // _PIXELS_A_TOKEN
     call: dict[str, Any] = {
         "timestep": torch.empty(samples), "encoder_hidden_states": torch.empty(samples, text, config.joint_attention_dim)
     }  # fmt: skip
-    if architecture.packed_latents:
+    if adapter.packed_latents:
         call["hidden_states"] = torch.empty(samples, rows * columns, config.in_channels)
     else:
         call["hidden_states"] = torch.empty(samples, config.in_channels, 2 * rows, 2 * columns)
-    if "pooled_projections" in architecture.prompt_arguments:
+    if "pooled_projections" in adapter.prompt_arguments:
         call["pooled_projections"] = torch.empty(samples, config.pooled_projection_dim)
-    if "img_shapes" in architecture.shared_arguments:
+    if "img_shapes" in adapter.shared_arguments:
         call |= {"img_shapes": [[(1, rows, columns)]] * samples, "encoder_hidden_states_mask": None}
-    if "img_ids" in architecture.shared_arguments:
+    if "img_ids" in adapter.shared_arguments:
         call |= {"img_ids": torch.empty(rows * columns, 3), "txt_ids": torch.empty(text, 3)}
     if config.get("guidance_embeds"):
         call["guidance"] = torch.empty(samples)
@@ -202,4 +202,4 @@ def model_of(name: str, height: int, width: int) -> Model:
         teacher = Teacher(name)
     except UserError as error:
         raise UserError(f"{error}; or name one of {', '.join(published())}") from None
-    return Model.of(teacher.place, teacher.architecture.transformer, teacher.config(), _TEXT_TOKENS, height, width)
+    return Model.of(teacher.place, teacher.adapter.transformer, teacher.config(), _TEXT_TOKENS, height, width)

@@ -15,7 +15,7 @@ from ppcl.sizing.device import Device
 from ppcl.sizing.memory import GRADIENT_BYTES, TEACHER_BYTES, meshes, rank_of
 from ppcl.sizing.model import Model
 from ppcl.training.distillation.trainer import segment_of
-from ppcl.training.pipeline import IN_FLIGHT, segments
+from ppcl.training.pipeline import IN_FLIGHT, balanced_segments
 
 # Bytes that a step moves a parameter of a student: its cast (6) and two reads in bfloat16 (4), its gradient (2) cast to
 # float32 (6), the norm (4) and the clip (8), AdamW's four tensors read and three written (28).
@@ -98,7 +98,7 @@ class Step:
 def play(works: Sequence[Work], send: Sequence[float], steps: int) -> list[list[float]]:
     """When each rank of a pipeline has done each step: `[step][rank]`, seconds. `send`: of a rank's streams to the next.
 
-    As `ppcl.training.pipeline.Chain` does it: receiving waits, sending does not, until `IN_FLIGHT` sends have not been taken.
+    As `ppcl.training.pipeline.PipelineStage` does it: receiving waits, sending does not, until `IN_FLIGHT` sends have not been taken.
     """
     last = len(works) - 1
     done: list[list[float]] = []
@@ -125,11 +125,11 @@ def play(works: Sequence[Work], send: Sequence[float], steps: int) -> list[list[
 def distillation(model: Model, plan: Sequence[Interval], batch: int, gpus: int, device: Device) -> Step:
     """The fastest mesh of that many GPUs which the memory of the device holds. Raises `UserError` where none does."""
     can = meshes(model, plan, batch, gpus)
-    fit = [mesh for mesh in can if _memory(model, plan, batch, *mesh) <= _USABLE * device.size]
+    fit = [dims for dims in can if _memory(model, plan, batch, *dims) <= _USABLE * device.size]
     if not fit:
-        least = min(_memory(model, plan, batch, *mesh) for mesh in can)
+        least = min(_memory(model, plan, batch, *dims) for dims in can)
         raise UserError(f"{gpus} GPUs: a rank needs {least / 1e9:.0f} GB, a device has {device.size / 1e9:.0f} GB, of which nine tenths are usable")
-    return min((distillation_on(model, plan, batch, *mesh, device) for mesh in fit), key=lambda made: made.step)
+    return min((distillation_on(model, plan, batch, *dims, device) for dims in fit), key=lambda made: made.step)
 
 
 def _memory(model: Model, plan: Sequence[Interval], batch: int, pp: int, dp: int) -> int:
@@ -148,7 +148,7 @@ def distillation_on(model: Model, plan: Sequence[Interval], batch: int, pp: int,
 def probes(model: Model, batch: int, gpus: int, device: Device) -> Step:
     """A step of the fit of all probes, on one pipeline: `batch` samples a forward."""
     pp = min(gpus, len(model.blocks))
-    parts = segments([1.0] * len(model.blocks), pp)
+    parts = balanced_segments([1.0] * len(model.blocks), pp)
     works = [_probes_work(model, batch, part, device) for part in parts]
     alone = _probes_work(model, batch, range(len(model.blocks)), device)
     held = [sum(model.blocks[b] for b in part) + model.rest for part in parts]

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.storage.mirror import store_of
-from ppcl.storage.node_cache import _made, _scratch, each, once_a_node
+from ppcl.storage.node_cache import make_folder, once_a_node, parallel_map, scratch_folder
 from ppcl.storage.object_store import Store
 
 
 @contextlib.contextmanager
-def resumable(
+def synced_checkpoints(
     folder: str | Path, attempt: str, whole: Callable[[Path], bool], damaged: Callable[[Path], None]
 ) -> Iterator[Path]:
     """A folder of checkpoints, whole files that are replaced now and then, which the same work continues from, on any node.
@@ -30,17 +30,17 @@ def resumable(
     if store is None:
         yield Path(folder)
         return
-    found = _scratch() / "checkpoints" / attempt
+    found = scratch_folder() / "checkpoints" / attempt
     with once_a_node(found):
         if not found.exists():
-            coming = _made(found.with_name(f"{attempt}.coming"))
+            coming = make_folder(found.with_name(f"{attempt}.coming"))
             names = list(store.objects())
-            there = each(lambda name: store.download(name, coming / name) and whole(coming / name), names)
+            there = parallel_map(lambda name: store.download(name, coming / name) and whole(coming / name), names)
             for path in [coming / name for name, right in zip(names, there, strict=True) if not right]:
                 path.unlink(missing_ok=True)
                 damaged(path)
             os.replace(coming, found)
-    with tempfile.TemporaryDirectory(dir=_made(_scratch() / "made")) as made:
+    with tempfile.TemporaryDirectory(dir=make_folder(scratch_folder() / "made")) as made:
         for path in [path for path in found.rglob("*") if path.is_file()]:
             own = Path(made) / path.relative_to(found)
             own.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ _DEAD_AFTER = 90.0
 
 
 @contextlib.contextmanager
-def hold(store: Store) -> Iterator[Callable[[], None]]:
+def hold_lease(store: Store) -> Iterator[Callable[[], None]]:
     """Hold a place for the length of a `with` block; gives what to call before a write that must be the owner's.
 
     Raises `UserError` where another job is alive there, and, from the callable, where it took over in the meantime.

@@ -22,9 +22,9 @@ from typing import Any
 
 from ppcl.config.location import is_url
 from ppcl.errors import UserError
-from ppcl.storage.lease import hold
-from ppcl.storage.mirror import store_of
-from ppcl.storage.node_cache import each, file_sha256, mirror
+from ppcl.storage.lease import hold_lease
+from ppcl.storage.mirror import remove, store_of, to_local
+from ppcl.storage.node_cache import file_sha256, mirror, once_a_node, parallel_map
 from ppcl.storage.object_store import Store
 
 MANIFEST = "manifest.json"
@@ -140,7 +140,7 @@ class Artifacts:
     def alone(self) -> Iterator[None]:
         """Hold the job's folder; a second job on the same folder is refused instead of mixing with the first."""
         if self.store:
-            with hold(self.store) as self._check_held:
+            with hold_lease(self.store) as self._check_held:
                 yield
             return
         with open(self.path(LOCK), "w") as file:
@@ -158,7 +158,7 @@ class Artifacts:
         """The files of a complete stage that are gone or changed, by size and sha256; the others are on this node now."""
         entry = self.entry(stage)
         files = entry.files if entry else {}
-        whole = each(lambda name: self._intact(name, **files[name]), list(files))
+        whole = parallel_map(lambda name: self._intact(name, **files[name]), list(files))
         return [name for name, intact in zip(files, whole, strict=True) if not intact]
 
     def _intact(self, name: str, size: int, sha256: str) -> bool:
@@ -199,10 +199,10 @@ class Artifacts:
         }
         files = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in paths.items()}
         if self.store:
-            each(lambda name: self.store.upload(paths[name], name), list(paths))
+            parallel_map(lambda name: self.store.upload(paths[name], name), list(paths))
             there = [f"{stage}/{name}" for name in Store(f"{self.store.url}/{stage}").objects()]
             # What workers uploaded on the way and the stage did not keep.
-            each(self.store.remove, [name for name in there if name not in files and "checkpoints" not in name.split("/")])
+            parallel_map(self.store.remove, [name for name in there if name not in files and "checkpoints" not in name.split("/")])
         manifest = self.manifest()
         manifest["stages"][stage] = {"key": key, "files": files, "seconds": round(seconds, 3), "info": info or {}}
         self._write_manifest(manifest)
@@ -233,7 +233,7 @@ class Artifacts:
         return True
 
 
-def complete(folder: str | Path) -> Path:
+def fetch_stage(folder: str | Path) -> Path:
     """The folder of a complete stage on this node: itself, or downloaded into its mirror and held against the manifest.
 
     Raises `UserError` where a file is damaged or gone.
@@ -241,15 +241,15 @@ def complete(folder: str | Path) -> Path:
     if store_of(folder) is None:
         return Path(folder)
     on_this_node = to_local(folder)
-    artifacts = Artifacts(here.parent)
+    artifacts = Artifacts(on_this_node.parent)
     with once_a_node(on_this_node):
-        if artifacts.entry(here.name) is None:
-            raise UserError(f"{artifacts.place} has no complete {here.name}; run ppcl compress again")
-        if bad := artifacts.damaged(here.name):
+        if artifacts.entry(on_this_node.name) is None:
+            raise UserError(f"{artifacts.place} has no complete {on_this_node.name}; run ppcl compress again")
+        if bad := artifacts.damaged(on_this_node.name):
             raise UserError(f"{artifacts.place}/{bad[0]} is damaged or gone; run ppcl compress again, which makes it anew")
-        known = {artifacts.path(name) for name in artifacts.entry(here.name).files}
-        for path in here.rglob("*"):
+        known = {artifacts.path(name) for name in artifacts.entry(on_this_node.name).files}
+        for path in on_this_node.rglob("*"):
             # Left from another run of the stage.
             if path.is_file() and path not in known:
                 path.unlink()
-    return here
+    return on_this_node

@@ -8,21 +8,21 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ppcl.config.location import _SCHEME, is_url
+from ppcl.config.location import SCHEME, is_url
 from ppcl.errors import UserError
-from ppcl.storage.node_cache import _MIRROR, _made, _scratch, each, mirror, once_a_node
+from ppcl.storage.node_cache import MIRROR, make_folder, mirror, once_a_node, parallel_map, scratch_folder
 from ppcl.storage.object_store import Store
 
 
 def store_of(path: str | Path) -> Store | None:
     """The store whose mirror a path lies in, on whatever node; None for an ordinary path."""
     parts = Path(path).parts
-    if _MIRROR not in parts:
+    if MIRROR not in parts:
         return None
-    return Store(_SCHEME + "/".join(parts[parts.index(_MIRROR) + 1 :]))
+    return Store(SCHEME + "/".join(parts[parts.index(MIRROR) + 1 :]))
 
 
-def here(path: str | Path) -> Path:
+def to_local(path: str | Path) -> Path:
     """A path of another node on this one: itself, or its place in this node's mirror."""
     store = store_of(path)
     return Path(path) if store is None else mirror(store.url)
@@ -51,7 +51,7 @@ def exists(path: str | Path) -> bool:
     return Path(path).exists() if store is None else store.head() is not None
 
 
-def publish(path: Path) -> None:
+def upload(path: Path) -> None:
     """Upload a file of a mirror, if it is one."""
     store = store_of(path)
     if store is not None:
@@ -70,7 +70,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def gather(folder: Path) -> None:
+def download(folder: Path) -> None:
     """Download what other nodes uploaded into a folder of a mirror."""
     store = store_of(folder)
     if store is None:
@@ -81,17 +81,17 @@ def gather(folder: Path) -> None:
         if not store.download(name, folder / name):
             raise UserError(f"{store.url}/{name} changed or went away while it was read; run the same command again")
 
-    each(get, names)
+    parallel_map(get, names)
 
 
 @contextlib.contextmanager
-def writing(folder: str | Path) -> Iterator[Path]:
+def upload_on_exit(folder: str | Path) -> Iterator[Path]:
     """A folder for what one process makes: the folder itself, or a temporary one whose files are uploaded at the end."""
     store = store_of(folder)
     if store is None:
         yield Path(folder)
         return
-    with tempfile.TemporaryDirectory(dir=_made(_scratch() / "made")) as made:
+    with tempfile.TemporaryDirectory(dir=make_folder(scratch_folder() / "made")) as made:
         yield Path(made)
         files = [path for path in sorted(Path(made).rglob("*")) if path.is_file()]
-        each(lambda path: store.upload(path, str(path.relative_to(made))), files)
+        parallel_map(lambda path: store.upload(path, str(path.relative_to(made))), files)

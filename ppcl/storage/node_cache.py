@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ppcl.config.location import _SCHEME
+from ppcl.config.location import SCHEME
 
-_MIRROR = "ppcl-mirror"
+MIRROR = "ppcl-mirror"
 
 # Objects on their way at once.
 _AT_ONCE = 8
@@ -22,7 +22,7 @@ _AT_ONCE = 8
 T = TypeVar("T")
 
 
-def each(call: Callable[[Any], T], items: Collection[Any]) -> list[T]:
+def parallel_map(call: Callable[[Any], T], items: Collection[Any]) -> list[T]:
     """`call(item)` for every item, several at once, in the order of the items; raises what the first of them raised."""
     if not items:
         return []
@@ -35,16 +35,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _scratch() -> Path:
+def scratch_folder() -> Path:
     return Path(os.environ.get("PPCL_SCRATCH") or Path(tempfile.gettempdir()) / f"ppcl-{os.getuid()}").absolute()
 
 
 def mirror(url: str) -> Path:
     """Where the files under a URL are worked on, on this node."""
-    return _scratch() / _MIRROR / url.removeprefix(_SCHEME)
+    return scratch_folder() / MIRROR / url.removeprefix(SCHEME)
 
 
-def _made(folder: Path) -> Path:
+def make_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -52,7 +52,7 @@ def _made(folder: Path) -> Path:
 @contextlib.contextmanager
 def once_a_node(path: Path) -> Iterator[None]:
     """One process of this node at a time: what one of them downloads, the others find."""
-    _made(path.parent)
+    make_folder(path.parent)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 from fsspec.asyn import sync
 
-from ppcl.config.location import _SCHEME
+from ppcl.config.location import SCHEME
 from ppcl.errors import UserError, cannot_write
-from ppcl.storage.node_cache import T, _scratch, each, file_sha256, once_a_node
+from ppcl.storage.node_cache import T, file_sha256, once_a_node, parallel_map, scratch_folder
 
 _SHA256 = "sha256"  # in an object's metadata
 
@@ -69,7 +69,7 @@ class Store:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        self.bucket, _, self.prefix = self.url.removeprefix(_SCHEME).partition("/")
+        self.bucket, _, self.prefix = self.url.removeprefix(SCHEME).partition("/")
 
     def __reduce__(self) -> tuple:
         return Store, (self.url,)
@@ -220,9 +220,9 @@ class Store:
 
     def snapshot(self, names: Collection[str], listed: dict[str, Object]) -> Path:
         """A folder of this node with these of the objects, as they were when `listed`. Downloads those it does not have."""
-        folder = _scratch() / "snapshots" / hashlib.sha256(f"{self.url} {sorted(listed.items())}".encode()).hexdigest()[:16]
+        folder = scratch_folder() / "snapshots" / hashlib.sha256(f"{self.url} {sorted(listed.items())}".encode()).hexdigest()[:16]
         with once_a_node(folder):
-            each(lambda name: self._snapshot_file(folder / name, name), [n for n in names if not (folder / n).exists()])
+            parallel_map(lambda name: self._snapshot_file(folder / name, name), [n for n in names if not (folder / n).exists()])
         return folder
 
     def _snapshot_file(self, path: Path, name: str) -> None:

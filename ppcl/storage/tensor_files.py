@@ -19,11 +19,11 @@ class DamagedError(Exception):
     """A file that cannot be read, or does not hold what was written."""
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, {**words, _SHA256: _sha256(tensors, words)})
+    save_file(tensors, partial, {**metadata, _SHA256: _sha256(tensors, metadata)})
     # Or a machine that loses its power could leave the name without the content.
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
@@ -31,16 +31,16 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], words: Mapping
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Its tensors, on the CPU, and its words. Raises `DamagedError`."""
+    """Its tensors, on the CPU, and its metadata. Raises `DamagedError`."""
     try:
         with safe_open(path, "pt") as file:
-            words = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
     except SafetensorError as error:
         raise DamagedError(f"{path} is no whole safetensors file") from error
-    if words.pop(_SHA256, None) != _sha256(tensors, words):
+    if metadata.pop(_SHA256, None) != _sha256(tensors, metadata):
         raise DamagedError(f"{path} does not hold what was written into it")
-    return tensors, words
+    return tensors, metadata
 
 
 def is_whole(path: Path) -> bool:
@@ -62,9 +62,9 @@ def drop_damaged(folder: Path) -> list[Path]:
     return damaged
 
 
-def _sha256(tensors: Mapping[str, torch.Tensor], words: Mapping[str, str]) -> str:
-    """Of all that is in it; safetensors itself has no sum, and writes its words in any order."""
-    sha256 = hashlib.sha256(json.dumps(sorted(words.items())).encode())
+def _sha256(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """Of all that is in it; safetensors itself has no sum, and writes its metadata in any order."""
+    sha256 = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         sha256.update(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -11,7 +11,7 @@ from ppcl.models import Streams
 
 
 @dataclass
-class Seen:
+class CapturedActivations:
     """What one batch left of the teacher: streams by boundary, and what its blocks were doing inside.
 
     Boundary `b` is the input of block `b`. `text_inputs`: by block, the modulated text input of its attention. `residuals`:
@@ -36,16 +36,16 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What must be seen of the teacher; see `Seen`."""
+class CaptureSpec:
+    """What must be captured of the teacher; see `CapturedActivations`."""
 
     boundaries: frozenset[int] = frozenset()
     text_inputs: frozenset[int] = frozenset()
     residuals: frozenset[int] = frozenset()
     hidden: frozenset[int] = frozenset()
 
-    def __or__(self, other: Wanted) -> Wanted:
-        return Wanted(
+    def __or__(self, other: CaptureSpec) -> CaptureSpec:
+        return CaptureSpec(
             self.boundaries | other.boundaries,
             self.text_inputs | other.text_inputs,
             self.residuals | other.residuals,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 
 @dataclass
-class Mesh:
+class ParallelDims:
     """One rank's place. Without a process group it is the whole mesh, `dp = pp = 1`."""
 
     pp: int = 1
@@ -18,34 +18,34 @@ class Mesh:
     group: dist.ProcessGroup | None = field(default=None, repr=False)
 
     @classmethod
-    def join(cls, pp: int, dp: int) -> Mesh:
+    def join(cls, pp: int, dp: int) -> ParallelDims:
         """Take this process's place in a mesh over the default process group; collective."""
         if pp * dp == 1:
             return cls()
-        mesh = cls(pp, dp, dist.get_rank())
+        dims = cls(pp, dp, dist.get_rank())
         if dp > 1:
             # Every rank takes part in making every group, in the same order.
             for stage in range(pp):
                 group = dist.new_group([replica * pp + stage for replica in range(dp)])
-                if stage == mesh.stage:
-                    mesh.group = group
-        return mesh
+                if stage == dims.pp_rank:
+                    dims.group = group
+        return dims
 
     @property
-    def stage(self) -> int:
+    def pp_rank(self) -> int:
         return self.rank % self.pp
 
     @property
-    def replica(self) -> int:
+    def dp_rank(self) -> int:
         return self.rank // self.pp
 
-    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the replicas of this stage, in place."""
         if self.dp > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """The tensors of this stage's replicas, in the order of the replicas."""
         if self.dp == 1:
             return [tensor]

@@ -20,7 +20,7 @@ from ppcl.replacements.plan import Interval
 IN_FLIGHT = 2
 
 
-def segments(costs: Sequence[float], pp: int, uncuttable: Sequence[Interval] = ()) -> list[range]:
+def balanced_segments(costs: Sequence[float], pp: int, uncuttable: Sequence[Interval] = ()) -> list[range]:
     """`pp` contiguous, non-empty ranges of blocks that minimise the dearest one's cost; no cut falls inside an interval.
 
     `costs`: one number a block. Raises `UserError` where there are fewer places to cut than cuts.
@@ -54,21 +54,21 @@ def segments(costs: Sequence[float], pp: int, uncuttable: Sequence[Interval] = (
     return [range(a, b) for a, b in zip([0, *ends], ends)]
 
 
-class Chain:
+class PipelineStage:
     """One rank's ends of the pipeline: streams come from the rank before and go to the rank after.
 
-    `stage` counts from 0 to `pp - 1`; in a `(dp, pp)` mesh neighbours have neighbouring global ranks, `rank` being
+    `pp_rank` counts from 0 to `pp - 1`; in a `(dp, pp)` mesh neighbours have neighbouring global ranks, `rank` being
     this one's. With `pp = 1` nothing is sent, and no process group is needed.
     """
 
-    def __init__(self, stage: int, pp: int, rank: int = 0):
-        self.stage, self.pp, self.rank = stage, pp, rank
+    def __init__(self, pp_rank: int, pp: int, rank: int = 0):
+        self.pp_rank, self.pp, self.rank = pp_rank, pp, rank
         self._under_way: deque[tuple[list, Streams]] = deque()
         self.bytes_sent = 0
 
     def receive(self, like: Streams) -> Streams:
         """The streams of the rank before, shaped like `like`; on the first rank `like` itself, which is `X_0`."""
-        if self.stage == 0:
+        if self.pp_rank == 0:
             return like
         received = Streams(*(None if x is None else torch.empty_like(x) for x in like))
         for x in received:
@@ -78,7 +78,7 @@ class Chain:
 
     def send(self, streams: Streams) -> None:
         """Send on without waiting for the next rank to take it."""
-        if self.stage == self.pp - 1:
+        if self.pp_rank == self.pp - 1:
             return
         streams = Streams(*(None if x is None else x.contiguous() for x in streams))
         works = [dist.isend(x, dst=self.rank + 1) for x in streams if x is not None]

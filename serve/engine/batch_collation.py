@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ppcl.models import Architecture
+from ppcl.models import ModelAdapter
 
 
 class Digests:
@@ -29,54 +29,54 @@ class Digests:
         return self._known[name][1]
 
 
-def rows_of(architecture: Architecture, arguments: Mapping[str, Any]) -> int:
-    return arguments[architecture.latents].shape[0]
+def rows_of(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> int:
+    return arguments[adapter.latents].shape[0]
 
 
-def group_of(architecture: Architecture, arguments: Mapping[str, Any], digests: Digests) -> Hashable:
+def group_of(adapter: ModelAdapter, arguments: Mapping[str, Any], digests: Digests) -> Hashable:
     """What calls must have in common to be one forward. The text's length is left out where there is a mask to pad it with."""
-    rows = rows_of(architecture, arguments)
+    rows = rows_of(adapter, arguments)
     parts = []
     for name, value in sorted(arguments.items()):
-        if name == architecture.text_mask:
+        if name == adapter.text_mask:
             continue
-        if _by_row(architecture, name, value, rows):
-            padded = architecture.text_mask is not None and name in architecture.prompt_arguments and value.ndim == 3
+        if _by_row(adapter, name, value, rows):
+            padded = adapter.text_mask is not None and name in adapter.prompt_arguments and value.ndim == 3
             parts.append((name, value.shape[2:] if padded else value.shape[1:], value.dtype))
-        elif _a_list_by_row(architecture, name, value, rows):
+        elif _a_list_by_row(adapter, name, value, rows):
             parts.append((name, *{_frozen(name, item, digests) for item in value}))
         else:
             parts.append((name, _frozen(name, value, digests)))
     return tuple(parts)
 
 
-def join(architecture: Architecture, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def join(adapter: ModelAdapter, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One call of the rows of several, which are of one group; shorter texts are padded behind, and masked."""
     first, *others = calls
     if not others:
         return dict(first)
-    rows = [rows_of(architecture, call) for call in calls]
+    rows = [rows_of(adapter, call) for call in calls]
     joined = dict(first)
     for name, value in first.items():
-        if name == architecture.text_mask:
+        if name == adapter.text_mask:
             continue
-        if _by_row(architecture, name, value, rows[0]):
+        if _by_row(adapter, name, value, rows[0]):
             tensors = [call[name] for call in calls]
-            if architecture.text_mask is not None and name in architecture.prompt_arguments and value.ndim == 3:
+            if adapter.text_mask is not None and name in adapter.prompt_arguments and value.ndim == 3:
                 length = max(tensor.shape[1] for tensor in tensors)
                 tensors = [F.pad(tensor, (0, 0, 0, length - tensor.shape[1])) for tensor in tensors]
             joined[name] = torch.cat(tensors)
-        elif _a_list_by_row(architecture, name, value, rows[0]):
+        elif _a_list_by_row(adapter, name, value, rows[0]):
             joined[name] = [item for call in calls for item in call[name]]
-    if architecture.text_mask is not None:
-        joined[architecture.text_mask] = _mask(architecture, calls)
+    if adapter.text_mask is not None:
+        joined[adapter.text_mask] = _mask(adapter, calls)
     return joined
 
 
-def _mask(architecture: Architecture, calls: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
+def _mask(adapter: ModelAdapter, calls: Sequence[Mapping[str, Any]]) -> torch.Tensor | None:
     """`(B, T)` of the longest text; None where no token is padding."""
-    texts = [call[architecture.prompt_arguments[0]] for call in calls]
-    masks = [call.get(architecture.text_mask) for call in calls]
+    texts = [call[adapter.prompt_arguments[0]] for call in calls]
+    masks = [call.get(adapter.text_mask) for call in calls]
     length = max(text.shape[1] for text in texts)
     if all(mask is None for mask in masks) and all(text.shape[1] == length for text in texts):
         return None
@@ -87,15 +87,15 @@ def _mask(architecture: Architecture, calls: Sequence[Mapping[str, Any]]) -> tor
     return torch.cat(whole)
 
 
-def _by_row(architecture: Architecture, name: str, value: Any, rows: int) -> bool:
+def _by_row(adapter: ModelAdapter, name: str, value: Any, rows: int) -> bool:
     if not isinstance(value, torch.Tensor):
         return False
-    of_a_picture = (architecture.latents, architecture.timestep, *architecture.prompt_arguments)
+    of_a_picture = (adapter.latents, adapter.timestep, *adapter.prompt_arguments)
     return name in of_a_picture or (value.ndim == 1 and value.shape[0] == rows)
 
 
-def _a_list_by_row(architecture: Architecture, name: str, value: Any, rows: int) -> bool:
-    return name in architecture.shared_arguments and isinstance(value, list) and len(value) == rows
+def _a_list_by_row(adapter: ModelAdapter, name: str, value: Any, rows: int) -> bool:
+    return name in adapter.shared_arguments and isinstance(value, list) and len(value) == rows
 
 
 def _frozen(name: str, value: Any, digests: Digests) -> Hashable:

@@ -80,7 +80,7 @@ class Costs:
 def profile(studio: Studio, order: Order, plans: Iterable[Plan], rows: int) -> Costs:
     """Warm every plan up and measure it. Variants take turns, so that a drift of the machine's speed falls on all alike."""
     shared = studio.shared
-    transformer, architecture = shared.stock.transformer, shared.architecture
+    transformer, adapter = shared.stock.transformer, shared.adapter
     calls: list[dict] = []
     hook = transformer.register_forward_pre_hook(lambda module, args, arguments: calls.append(arguments), with_kwargs=True)
     try:
@@ -89,10 +89,10 @@ def profile(studio: Studio, order: Order, plans: Iterable[Plan], rows: int) -> C
         again = studio.draw(Order(**{**vars(order), "prompt": f"{order.prompt} again"}), Member())
     finally:
         hook.remove()
-    few = rows_of(architecture, calls[0])
+    few = rows_of(adapter, calls[0])
     times = max(1, rows // few)
     plans = list(plans)
-    taken = shared.arithmetic(_measured, shared, [join(architecture, [calls[0]] * copies) for copies in (1, times)], plans)
+    taken = shared.arithmetic(_measured, shared, [join(adapter, [calls[0]] * copies) for copies in (1, times)], plans)
     # The least: whatever else runs only adds to it.
     profiles = {plan: Profile(few, min(taken[plan, 0]), few * times, min(taken[plan, 1])) for plan in plans}
     return Costs(profiles, again.seconds["encoding"] + again.seconds["decoding"], order.height * order.width)

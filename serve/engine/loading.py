@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ppcl.errors import UserError
-from ppcl.replacements.plan import Entry, Interval
-from ppcl.replacements.switcher import Switch
+from ppcl.replacements.plan import Interval, Replacement
+from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.result import Result
 from ppcl.search.variants import Variant
 from ppcl.storage.manifest import Artifacts
@@ -27,7 +27,7 @@ class Weights:
 
     result: Result
     pipeline: Any
-    switch: Switch
+    switch: VariantSwitcher
     variants: dict[str, Variant]
     blocks: frozenset[int]
 
@@ -47,7 +47,7 @@ class Weights:
 
     @property
     def _numbers(self) -> range:
-        return range(self.result.family.blocks)
+        return range(self.result.catalog.blocks)
 
 
 def load(
@@ -66,7 +66,7 @@ def load(
         if name not in opened.variants:
             raise UserError(f"engine.variants: there is no variant {name!r} in {result}; there are {', '.join(opened.variants)}")
     variants = {name: opened.variants[name] for name in names or opened.variants}
-    blocks = frozenset().union(*(_kept(variant.plan, opened.family.blocks) for variant in variants.values()))
+    blocks = frozenset().union(*(_kept(variant.plan, opened.catalog.blocks) for variant in variants.values()))
     transformer = opened.teacher.transformer(keep=blocks, device=device, dtype=dtype)
     pipeline = getattr(diffusers, opened.teacher.pipeline_class).from_pretrained(
         opened.teacher.with_weights(transformer=False), transformer=transformer, dtype=dtype, use_safetensors=True, local_files_only=True
@@ -74,14 +74,14 @@ def load(
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     needed = {entry for variant in variants.values() for entry in variant.plan}
-    switch = Switch(opened.teacher, {e: path for e, path in opened.replacements.items() if e in needed}, opened.tuned)
+    switch = VariantSwitcher(opened.teacher, {e: path for e, path in opened.replacements.items() if e in needed}, opened.tuned)
     for variant in variants.values():
         # Read now, so that no request waits for a file.
         switch(pipeline.transformer, variant.plan)
     return Weights(opened, pipeline, switch, variants, blocks)
 
 
-def _kept(plan: Iterable[Entry], count: int) -> set[int]:
+def _kept(plan: Iterable[Replacement], count: int) -> set[int]:
     """The blocks of the teacher of which something is still used with a plan on."""
     return set(range(count)) - {block for entry in plan if isinstance(entry, Interval) for block in entry.blocks}
 

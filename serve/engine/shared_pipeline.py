@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ppcl.models import architecture_of
-from ppcl.replacements.plan import Entry
+from ppcl.models import adapter_of
+from ppcl.replacements.plan import Replacement
 from serve.engine.batch_collation import Digests, group_of, join, rows_of
 from serve.engine.batcher import Batcher, Member, Told
 from serve.engine.compute_thread import Arithmetic
 
-Plan = tuple[Entry, ...]
+Plan = tuple[Replacement, ...]
 
 
 class Kind(NamedTuple):
@@ -42,7 +42,7 @@ class TransformerProxy(nn.Module):
     def __init__(self, transformer: nn.Module, kind: Kind, batcher: Batcher, member: Member):
         super().__init__()
         self.config, self.dtype, self.device = transformer.config, transformer.dtype, transformer.device
-        self._architecture = architecture_of(transformer)
+        self._architecture = adapter_of(transformer)
         self._kind, self._batcher, self._member = kind, batcher, member
         self._digests = Digests()
 
@@ -89,7 +89,7 @@ class SharedPipeline:
     ):
         self.stock, self._switch = pipeline, switch
         self.arithmetic = arithmetic or Arithmetic()
-        self.architecture = architecture_of(pipeline.transformer)
+        self.adapter = adapter_of(pipeline.transformer)
         self._on: Plan | None = None
         self._encoding = threading.Lock()
         self._encoded: OrderedDict[Hashable, Any] = OrderedDict()
@@ -128,11 +128,11 @@ class SharedPipeline:
     def _forward(self, group: tuple[Kind, Hashable], calls: Sequence[dict[str, Any]]) -> Sequence[torch.Tensor]:
         kind, _ = group
         self.plug(kind.plan)
-        output = self.stock.transformer(**join(self.architecture, calls))[0]
+        output = self.stock.transformer(**join(self.adapter, calls))[0]
         if output.is_cuda:
             # Or the batch would cost nothing, and the next one its time too.
             torch.cuda.synchronize()
-        return output.split([rows_of(self.architecture, call) for call in calls])
+        return output.split([rows_of(self.adapter, call) for call in calls])
 
     def plug(self, plan: Plan) -> None:
         """Leave the transformer with this plan on. Moves references only."""

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import load, save
+from ppcl.replacements.io import load_replacement, save_replacement
 from ppcl.result import Result
 from ppcl.storage.manifest import Artifacts
 from tests import made_result, tiny
@@ -72,9 +72,9 @@ def test_a_variant_runs_its_students_where_their_intervals_were(result, pipeline
     student = result._switch.module(made_result.INTERVALS[1], "cpu", torch.float32)
     with torch.no_grad():
         streams, context = embed(model, inputs)
-        streams = run_blocks(result.teacher.architecture, blocks[:2], streams, context)
+        streams = run_blocks(result.teacher.adapter, blocks[:2], streams, context)
         streams = student.streams(streams, context)
-        streams = run_blocks(result.teacher.architecture, blocks[4:], streams, context)
+        streams = run_blocks(result.teacher.adapter, blocks[4:], streams, context)
         by_hand = head(model, streams, inputs)
     result.switch(pipeline, [(2, 3)])
     assert torch.equal(velocity(pipeline), by_hand)
@@ -182,18 +182,18 @@ def test_a_student_that_does_not_fit_the_teacher_is_refused(copy, change):
     change(tensors, words)
     save_file(tensors, path, words)
     with pytest.raises(UserError, match="02-03.safetensors does not fit the teacher"):
-        load(path, Teacher(json.loads((copy / "manifest.json").read_text())["job"]["teacher"]))
+        load_replacement(path, Teacher(json.loads((copy / "manifest.json").read_text())["job"]["teacher"]))
 
 
 def test_a_student_comes_back_from_its_file_as_it_was(tmp_path, teacher_folder):
     teacher = Teacher(teacher_folder)
     made = made_result.student(teacher, made_result.INTERVALS[0], affine=True)
-    save(made, made_result.INTERVALS[0], teacher.architecture, tmp_path / "00-01.safetensors")
-    read = load(tmp_path / "00-01.safetensors", teacher)
+    save_replacement(made, made_result.INTERVALS[0], teacher.adapter, tmp_path / "00-01.safetensors")
+    read = load_replacement(tmp_path / "00-01.safetensors", teacher)
     assert (read.interval, read.source) == (made.interval, made.source)
     assert made.state_dict().keys() == read.state_dict().keys()
     assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in made.state_dict().items())
-    half = load(tmp_path / "00-01.safetensors", teacher, dtype=torch.bfloat16)
+    half = load_replacement(tmp_path / "00-01.safetensors", teacher, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in half.parameters())
 
 
@@ -203,8 +203,8 @@ def test_the_jobs_sampling_is_told_or_asked_for(copy):
     config = copy / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"of_another_version": 1}))
     assert Result(copy).sampling == sampling
-    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
-        damage(copy / "config.json")
+    for sensitivity in (lambda path: path.write_text("{"), lambda path: path.unlink()):
+        sensitivity(copy / "config.json")
         with pytest.raises(UserError, match="config.json is damaged or gone"):
             Result(copy).sampling  # noqa: B018
 

@@ -10,47 +10,47 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ppcl.linalg import Statistics
-from ppcl.training.captured import Seen
-from ppcl.training.distillation.objectives import Lesson
-from ppcl.training.parallel_dims import Mesh
+from ppcl.linalg import Moments
+from ppcl.training.captured import CapturedActivations
+from ppcl.training.distillation.objectives import DistillationObjective
+from ppcl.training.parallel_dims import ParallelDims
 
 
-def fit_starts(
-    lessons: Sequence[Lesson], seen: Callable[[np.ndarray], Seen], ids: np.ndarray, batch_size: int, ridge: float, mesh: Mesh
+def fit_closed_form(
+    objectives: Sequence[DistillationObjective], captured: Callable[[np.ndarray], CapturedActivations], ids: np.ndarray, batch_size: int, ridge: float, dims: ParallelDims
 ) -> None:
-    """Set `lessons` to their closed-form starts, from one pass of the whole pipeline over the samples `ids`.
+    """Set `objectives` to their closed-form starts, from one pass of the whole pipeline over the samples `ids`.
 
-    `seen(rows)` runs the teacher on some of them. Every rank takes part, also one without lessons, since the streams pass
+    `captured(rows)` runs the teacher on some of them. Every rank takes part, also one without objectives, since the streams pass
     through it.
     """
-    shapes = {name: shape for lesson in lessons for name, shape in lesson.sums().items()}
-    sums = {name: Statistics(*shape) for name, shape in shapes.items()}
+    shapes = {name: shape for objective in objectives for name, shape in objective.sums().items()}
+    sums = {name: Moments(*shape) for name, shape in shapes.items()}
     for start in range(0, len(ids), batch_size):
-        rows = ids[start : start + batch_size][mesh.replica :: mesh.dp]
+        rows = ids[start : start + batch_size][dims.dp_rank :: dims.dp]
         if not len(rows):
             continue
-        now = seen(rows)
+        now = captured(rows)
         counted = set()
-        for lesson in lessons:
-            for name, x, y in lesson.fits(now):
+        for objective in objectives:
+            for name, x, y in objective.fits(now):
                 if name not in counted:
                     sums[name].update(x, y)
                     counted.add(name)
-    merged = {name: _merged(statistics, mesh) for name, statistics in sums.items()}
-    for lesson in lessons:
-        lesson.start(merged, ridge)
+    merged = {name: _merged(statistics, dims) for name, statistics in sums.items()}
+    for objective in objectives:
+        objective.start(merged, ridge)
 
 
-def _merged(statistics: Statistics, mesh: Mesh) -> Statistics:
+def _merged(statistics: Moments, dims: ParallelDims) -> Moments:
     """The replicas' sums, merged in the order of the replicas, so that all have the same."""
-    if mesh.dp == 1:
+    if dims.dp == 1:
         return statistics
     tensors = statistics.to_tensors()
     del tensors["parts"]  # no part is counted twice here: the samples are split between the replicas
-    gathered = {name: mesh.gather(tensor) for name, tensor in tensors.items()}
-    merged = Statistics(*statistics.xy.shape)
-    for replica in range(mesh.dp):
+    gathered = {name: dims.all_gather(tensor) for name, tensor in tensors.items()}
+    merged = Moments(*statistics.xy.shape)
+    for replica in range(dims.dp):
         mine = {name: parts[replica] for name, parts in gathered.items()} | {"parts": torch.zeros(0)}
-        merged.merge(Statistics.from_tensors(mine))
+        merged.merge(Moments.from_tensors(mine))
     return merged

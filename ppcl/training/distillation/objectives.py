@@ -1,7 +1,7 @@
-"""What is learnt from the teacher: one lesson an entry of the plan, each on the teacher's own streams alone.
+"""What is learnt from the teacher: one objective an replacement of the plan, each on the teacher's own streams alone.
 
-A lesson says which boundaries and inner tensors of the teacher it must see, where its closed-form start comes from, and
-what its losses are. Nothing of one lesson enters another, so any of them share one pass over the teacher.
+A objective says which boundaries and inner tensors of the teacher it must see, where its closed-form start comes from, and
+what its losses are. Nothing of one objective enters another, so any of them share one pass over the teacher.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import nn
 
 from ppcl.config.schema import Distillation
-from ppcl.linalg import Statistics, affine_fit
-from ppcl.models import Architecture, Streams, run_blocks
-from ppcl.replacements import FfnMaps, NarrowFfn, TextProjectors, eliminate, text_run
-from ppcl.replacements.block_view import at
-from ppcl.replacements.plan import Entry, Ffn, Interval, TextRun
-from ppcl.replacements.pruned_ffn import narrow_parts
-from ppcl.replacements.student_block import Student, affine_map
-from ppcl.training.captured import Seen, Wanted
+from ppcl.linalg import Moments, fit_affine
+from ppcl.models import ModelAdapter, Streams, run_blocks
+from ppcl.replacements import LinearFfn, PrunedFfn, TextProjectors, eliminate_units, text_run
+from ppcl.replacements.block_view import submodule
+from ppcl.replacements.plan import Ffn, Interval, Replacement, TextRun
+from ppcl.replacements.pruned_ffn import pruned_parts
+from ppcl.replacements.student_block import StudentBlock, affine_map
+from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.losses import relative
 
 # A loss as a sum over tokens, and what it is divided by, see `ppcl.training.losses`.
-Part = tuple[torch.Tensor, float]
-Loss = Callable[..., Part]
+LossTerm = tuple[torch.Tensor, float]
+Loss = Callable[..., LossTerm]
 
 
 
@@ -34,92 +34,92 @@ Loss = Callable[..., Part]
 
 
 # What sums are called, the tokens `(n, p)`, and those that shall come of them `(n, q)`.
-Fit = tuple[str, torch.Tensor, torch.Tensor]
+MomentUpdate = tuple[str, torch.Tensor, torch.Tensor]
 
 
-class Lesson(Protocol):
-    """`wanted`: what it trains on; `wanted_to_start`: what its closed-form start is computed from."""
+class DistillationObjective(Protocol):
+    """`wanted`: what it trains on; `init_capture`: what its closed-form start is computed from."""
 
-    entry: Entry
+    replacement: Replacement
     module: nn.Module
-    wanted: Wanted
-    wanted_to_start: Wanted
+    wanted: CaptureSpec
+    init_capture: CaptureSpec
 
     def sums(self) -> dict[str, tuple[int, int]]:
         """The sums its start is computed from: by name, `p` and `q`. Lessons may name the same ones."""
         ...
 
-    def fits(self, seen: Seen) -> Iterator[Fit]:
+    def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         """What one batch adds to them."""
         ...
 
-    def start(self, sums: Mapping[str, Statistics], ridge: float) -> None:
+    def start(self, sums: Mapping[str, Moments], ridge: float) -> None:
         """Set the module to its closed-form start."""
         ...
 
 
-class Trained(Lesson, Protocol):
-    """A lesson that goes on from its start by gradient."""
+class GradientObjective(DistillationObjective, Protocol):
+    """A objective that goes on from its start by gradient."""
 
-    def losses(self, seen: Seen, loss_of: Loss) -> Mapping[str, Part]:
+    def losses(self, captured: CapturedActivations, loss_of: Loss) -> Mapping[str, LossTerm]:
         """The losses by name, which add up; `loss_of` compares a block's output with the teacher's."""
         ...
 
 
-class _Linear:
-    """The start of a lesson whose closed form is one least-squares fit a linear map."""
+class _LeastSquaresInit:
+    """The start of a objective whose closed form is one least-squares fit a linear map."""
 
-    entry: Entry
+    replacement: Replacement
 
     def linears(self) -> dict[str, nn.Linear]:
         """The maps that start in closed form, by name."""
         raise NotImplementedError
 
-    def _pairs(self, seen: Seen) -> Iterator[Fit]:
+    def _pairs(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         """By the maps' names."""
         raise NotImplementedError
 
     def sums(self) -> dict[str, tuple[int, int]]:
-        return {f"{self.entry.name}.{n}": (linear.in_features, linear.out_features) for n, linear in self.linears().items()}
+        return {f"{self.replacement.name}.{n}": (linear.in_features, linear.out_features) for n, linear in self.linears().items()}
 
-    def fits(self, seen: Seen) -> Iterator[Fit]:
-        for name, x, y in self._pairs(seen):
-            yield f"{self.entry.name}.{name}", x, y
+    def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+        for name, x, y in self._pairs(captured):
+            yield f"{self.replacement.name}.{name}", x, y
 
     @torch.no_grad()
-    def start(self, sums: Mapping[str, Statistics], ridge: float) -> None:
+    def start(self, sums: Mapping[str, Moments], ridge: float) -> None:
         for name, linear in self.linears().items():
-            solved = affine_fit(sums[f"{self.entry.name}.{name}"], ridge)
+            solved = fit_affine(sums[f"{self.replacement.name}.{name}"], ridge)
             linear.weight.copy_(solved.weight)
             linear.bias.copy_(solved.bias)
 
 
-class Depth(_Linear):
+class StudentObjective(_LeastSquaresInit):
     """A student block for an interval (Eq. 6), all of a block or with fewer hidden units in its FFNs."""
 
     def __init__(
-        self, architecture: Architecture, transformer: nn.Module, blocks: Mapping[int, nn.Module], entry: Interval,
+        self, adapter: ModelAdapter, transformer: nn.Module, blocks: Mapping[int, nn.Module], replacement: Interval,
         settings: Distillation,
     ):  # fmt: skip
-        self.entry = entry
-        source = sum(entry) // 2 if settings.start == "middle" else entry.first
+        self.replacement = replacement
+        source = sum(replacement) // 2 if settings.start == "middle" else replacement.first
         block = copy.deepcopy(blocks[source]).float()
         self.narrow = None
-        if settings.student_hidden < 100 and architecture.parts_of(transformer, source, block):
-            self.narrow = NarrowLesson(architecture, transformer, blocks[source], Ffn(source, settings.student_hidden))
-            for path, module in narrow_parts(architecture, self.narrow.parts, self.narrow.module).items():
+        if settings.student_hidden < 100 and adapter.parts_of(transformer, source, block):
+            self.narrow = PrunedFfnObjective(adapter, transformer, blocks[source], Ffn(source, settings.student_hidden))
+            for path, module in pruned_parts(adapter, self.narrow.parts, self.narrow.module).items():
                 block.set_submodule(path, module)
         affine = {}
         if settings.start == "affine":
-            last = blocks[entry.last]
+            last = blocks[replacement.last]
             streams = [n for n in Streams._fields if n == "img" or not getattr(last, "context_pre_only", False)]
             affine = {name: affine_map(_width(block)) for name in streams}
-        self.module = Student(architecture, entry, source, block, affine)
-        self.wanted = Wanted(frozenset({entry.first, entry.last + 1}))
+        self.module = StudentBlock(adapter, replacement, source, block, affine)
+        self.capture = CaptureSpec(frozenset({replacement.first, replacement.last + 1}))
         # What the teacher's own block `u` makes is the affine map's input for the fit alone; then the student's block makes it.
-        self.wanted_to_start = Wanted(frozenset({entry.first + 1, entry.last + 1})) if affine else Wanted()
+        self.init_capture = CaptureSpec(frozenset({replacement.first + 1, replacement.last + 1})) if affine else CaptureSpec()
         if self.narrow:
-            self.wanted_to_start |= self.narrow.wanted_to_start
+            self.init_capture |= self.narrow.init_capture
 
     def linears(self) -> dict[str, nn.Linear]:
         return dict(self.module.affine)
@@ -127,139 +127,139 @@ class Depth(_Linear):
     def sums(self) -> dict[str, tuple[int, int]]:
         return super().sums() | (self.narrow.sums() if self.narrow else {})
 
-    def fits(self, seen: Seen) -> Iterator[Fit]:
-        yield from super().fits(seen)
+    def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+        yield from super().fits(captured)
         if self.narrow:
-            yield from self.narrow.fits(seen)
+            yield from self.narrow.fits(captured)
 
-    def start(self, sums: Mapping[str, Statistics], ridge: float) -> None:
+    def start(self, sums: Mapping[str, Moments], ridge: float) -> None:
         super().start(sums, ridge)
         if self.narrow:
             # Its maps are those that stand in the student.
             self.narrow.start(sums, ridge)
 
-    def _pairs(self, seen: Seen) -> Iterator[Fit]:
+    def _pairs(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         """Block `u` on `X_{u-1}` gives the teacher's own `X_u`: the map is a fit between two boundaries."""
         if not self.module.affine:
             return
-        before, after = seen.boundaries[self.entry.first + 1], seen.boundaries[self.entry.last + 1]
+        before, after = captured.boundaries[self.replacement.first + 1], captured.boundaries[self.replacement.last + 1]
         for name in self.module.affine:
-            x = seen.tokens(getattr(before, name), name)
-            yield name, x, seen.tokens(getattr(after, name), name) - x
+            x = captured.tokens(getattr(before, name), name)
+            yield name, x, captured.tokens(getattr(after, name), name) - x
 
-    def losses(self, seen: Seen, loss_of: Loss) -> dict[str, Part]:
-        made = self.module.streams(seen.boundaries[self.entry.first], seen.context)
-        target = seen.boundaries[self.entry.last + 1]
+    def losses(self, captured: CapturedActivations, loss_of: Loss) -> dict[str, LossTerm]:
+        made = self.module.streams(captured.boundaries[self.replacement.first], captured.context)
+        target = captured.boundaries[self.replacement.last + 1]
         return {
-            name: loss_of(getattr(made, name), x, seen.mask(name)) for name, x in target._asdict().items() if x is not None
+            name: loss_of(getattr(made, name), x, captured.mask(name)) for name, x in target._asdict().items() if x is not None
         }
 
 
-class FfnLesson(_Linear):
+class LinearFfnObjective(_LeastSquaresInit):
     """Residual linear maps for a block's FFNs (Eq. 9): the block's output, and the maps' own (plain squared error)."""
 
-    def __init__(self, architecture: Architecture, transformer: nn.Module, block: nn.Module, entry: Ffn):
-        self.entry = entry
-        self.module = FfnMaps.new(architecture.parts_of(transformer, entry.block, block), _width(block))
-        self.wanted = self.wanted_to_start = Wanted(frozenset({entry.block + 1}), residuals=frozenset({entry.block}))
+    def __init__(self, adapter: ModelAdapter, transformer: nn.Module, block: nn.Module, replacement: Ffn):
+        self.replacement = replacement
+        self.module = LinearFfn.new(adapter.parts_of(transformer, replacement.block, block), _width(block))
+        self.capture = self.init_capture = CaptureSpec(frozenset({replacement.block + 1}), residuals=frozenset({replacement.block}))
 
     def linears(self) -> dict[str, nn.Linear]:
         return dict(self.module)
 
-    def _pairs(self, seen: Seen) -> Iterator[Fit]:
+    def _pairs(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         for name in self.module:
-            g, h = self._ends(seen, name)
-            x = seen.tokens(g, name)
-            yield name, x, seen.tokens(h, name) - x
+            g, h = self._ends(captured, name)
+            x = captured.tokens(g, name)
+            yield name, x, captured.tokens(h, name) - x
 
-    def losses(self, seen: Seen, loss_of: Loss) -> dict[str, Part]:
+    def losses(self, captured: CapturedActivations, loss_of: Loss) -> dict[str, LossTerm]:
         parts = {}
         for name, linear in self.module.items():
-            g, h = self._ends(seen, name)
+            g, h = self._ends(captured, name)
             added = linear(g)
-            parts[name] = loss_of(g + added, h, seen.mask(name))
-            parts[f"{name}_ffn"] = relative(added, h - g, seen.mask(name))
+            parts[name] = loss_of(g + added, h, captured.mask(name))
+            parts[f"{name}_ffn"] = relative(added, h - g, captured.mask(name))
         return parts
 
-    def _ends(self, seen: Seen, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return seen.residuals[self.entry.block, name], getattr(seen.boundaries[self.entry.block + 1], name)
+    def _ends(self, captured: CapturedActivations, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return captured.residuals[self.replacement.block, name], getattr(captured.boundaries[self.replacement.block + 1], name)
 
 
-class NarrowLesson:
+class PrunedFfnObjective:
     """Fewer hidden units for a block's FFNs, in closed form alone: the least-squares choice of them, see `ppcl.replacements.pruned_ffn`.
 
     What is gained by training them is gained end to end, in fine-tuning.
     """
 
-    def __init__(self, architecture: Architecture, transformer: nn.Module, block: nn.Module, entry: Ffn):
-        self.entry, self.block = entry, block
-        self.architecture = architecture
-        self.parts = architecture.parts_of(transformer, entry.block, block)
-        self.module = NarrowFfn.new(architecture, block, self.parts, entry.kept)
-        self.wanted = Wanted()
-        self.wanted_to_start = Wanted(hidden=frozenset({entry.block}))
+    def __init__(self, adapter: ModelAdapter, transformer: nn.Module, block: nn.Module, replacement: Ffn):
+        self.replacement, self.block = replacement, block
+        self.adapter = adapter
+        self.parts = adapter.parts_of(transformer, replacement.block, block)
+        self.module = PrunedFfn.new(adapter, block, self.parts, replacement.keep_percent)
+        self.capture = CaptureSpec()
+        self.init_capture = CaptureSpec(hidden=frozenset({replacement.block}))
 
     def sums(self) -> dict[str, tuple[int, int]]:
         # One Gram matrix for all widths of the block.
-        return {f"hidden-{self.entry.block}-{stream}": (self._maps(stream)[1].in_features, 0) for stream in self.parts}
+        return {f"hidden-{self.replacement.block}-{stream}": (self._maps(stream)[1].in_features, 0) for stream in self.parts}
 
-    def fits(self, seen: Seen) -> Iterator[Fit]:
+    def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         for stream in self.parts:
-            x = seen.tokens(seen.hidden[self.entry.block, stream], stream)
-            yield f"hidden-{self.entry.block}-{stream}", x, x[:, :0]
+            x = captured.tokens(captured.hidden[self.replacement.block, stream], stream)
+            yield f"hidden-{self.replacement.block}-{stream}", x, x[:, :0]
 
-    def start(self, sums: Mapping[str, Statistics], ridge: float) -> None:
+    def start(self, sums: Mapping[str, Moments], ridge: float) -> None:
         for stream in self.parts:
             up, down = self._maps(stream)
             width = self.module.up[stream].out_features
-            made = eliminate(sums[f"hidden-{self.entry.block}-{stream}"], down.weight, down.bias, [width], ridge)
+            made = eliminate_units(sums[f"hidden-{self.replacement.block}-{stream}"], down.weight, down.bias, [width], ridge)
             self.module.set(stream, up, made[width])
 
     def _maps(self, stream: str) -> tuple[nn.Linear, nn.Linear]:
-        ffn = at(self.block, self.parts[stream].ffn)
-        return at(ffn, self.architecture.ffn_up), at(ffn, self.architecture.ffn_down)
+        ffn = submodule(self.block, self.parts[stream].ffn)
+        return submodule(ffn, self.adapter.ffn_up), submodule(ffn, self.adapter.ffn_down)
 
 
-class TextLesson(_Linear):
+class TextProjectorsObjective(_LeastSquaresInit):
     """Projectors for a run of text streams (Eq. 7, 8): every block's image output, and the projectors' own outputs."""
 
     def __init__(
-        self, architecture: Architecture, transformer: nn.Module, blocks: Mapping[int, nn.Module], entry: TextRun, count: int
+        self, adapter: ModelAdapter, transformer: nn.Module, blocks: Mapping[int, nn.Module], replacement: TextRun, count: int
     ):
         """`count`: the teacher's blocks; behind the last one nothing reads the text stream."""
-        self.entry = entry
-        first = blocks[entry.first]
-        self.module = TextProjectors(entry, _width(first), text_goes_on=entry.last < count - 1)
-        own = {number: blocks[number] for number in entry.blocks}
-        self.architecture = architecture
-        self.placed = text_run(architecture, own, architecture.parts_of(transformer, entry.first, first), self.module)
-        numbers = frozenset(entry.blocks)
-        self.wanted = self.wanted_to_start = Wanted(frozenset(b + 1 for b in numbers), text_inputs=numbers)
+        self.replacement = replacement
+        first = blocks[replacement.first]
+        self.module = TextProjectors(replacement, _width(first), text_goes_on=replacement.last < count - 1)
+        own = {number: blocks[number] for number in replacement.blocks}
+        self.adapter = adapter
+        self.placed = text_run(adapter, own, adapter.parts_of(transformer, replacement.first, first), self.module)
+        numbers = frozenset(replacement.blocks)
+        self.capture = self.init_capture = CaptureSpec(frozenset(b + 1 for b in numbers), text_inputs=numbers)
 
     def linears(self) -> dict[str, nn.Linear]:
         maps = {f"z.{number}": linear for number, linear in self.module.z.items()}
         return maps if self.module.h is None else maps | {"h": self.module.h}
 
-    def _pairs(self, seen: Seen) -> Iterator[Fit]:
-        z = seen.tokens(seen.text_inputs[self.entry.first], "txt")
+    def _pairs(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+        z = captured.tokens(captured.text_inputs[self.replacement.first], "txt")
         for number in self.module.z:
-            yield f"z.{number}", z, seen.tokens(seen.text_inputs[int(number)], "txt")
+            yield f"z.{number}", z, captured.tokens(captured.text_inputs[int(number)], "txt")
         if self.module.h is not None:
-            h, after = (seen.tokens(seen.boundaries[b + 1].txt, "txt") for b in (self.entry.first, self.entry.last))
+            h, after = (captured.tokens(captured.boundaries[b + 1].txt, "txt") for b in (self.replacement.first, self.replacement.last))
             yield "h", h, after - h
 
-    def losses(self, seen: Seen, loss_of: Loss) -> dict[str, Part]:
-        entry, mask = self.entry, seen.text_mask
-        z, h = seen.text_inputs[entry.first], seen.boundaries[entry.first + 1].txt
-        parts: dict[str, Part] = {}
-        for number in entry.blocks[1:]:
+    def losses(self, captured: CapturedActivations, loss_of: Loss) -> dict[str, LossTerm]:
+        replacement, mask = self.replacement, captured.text_mask
+        z, h = captured.text_inputs[replacement.first], captured.boundaries[replacement.first + 1].txt
+        parts: dict[str, LossTerm] = {}
+        for number in replacement.blocks[1:]:
             # The teacher's own image stream goes into every block of the run.
-            streams = Streams(seen.boundaries[number].img, torch.cat([h, z], -1))
-            made = run_blocks(self.architecture, [self.placed[number]], streams, seen.context)
-            parts[f"img_{number:02d}"] = loss_of(made.img, seen.boundaries[number + 1].img, None)
-            parts[f"z_{number:02d}"] = relative(self.module.z[str(number)](z), seen.text_inputs[number], mask)
+            streams = Streams(captured.boundaries[number].img, torch.cat([h, z], -1))
+            made = run_blocks(self.adapter, [self.placed[number]], streams, captured.context)
+            parts[f"img_{number:02d}"] = loss_of(made.img, captured.boundaries[number + 1].img, None)
+            parts[f"z_{number:02d}"] = relative(self.module.z[str(number)](z), captured.text_inputs[number], mask)
         if self.module.h is not None:
-            after = seen.boundaries[entry.last + 1].txt
+            after = captured.boundaries[replacement.last + 1].txt
             parts["txt"] = loss_of(self.module.after(h), after, mask)
             parts["h"] = relative(self.module.h(h), after - h, mask)
         return parts
@@ -269,15 +269,15 @@ def _width(block: nn.Module) -> int:
     return next(p.shape[-1] for p in block.parameters() if p.ndim == 2)
 
 
-def new_lesson(
-    architecture: Architecture, transformer: nn.Module, blocks: Mapping[int, nn.Module], entry: Entry, settings: Distillation,
+def new_objective(
+    adapter: ModelAdapter, transformer: nn.Module, blocks: Mapping[int, nn.Module], replacement: Replacement, settings: Distillation,
     count: int,
-) -> Lesson:  # fmt: skip
-    """`blocks`: the teacher's own, of the entry at least, by number; `count`: how many the teacher has."""
-    if isinstance(entry, Interval):
-        return Depth(architecture, transformer, blocks, entry, settings)
-    if isinstance(entry, Ffn) and entry.kept:
-        return NarrowLesson(architecture, transformer, blocks[entry.block], entry)
-    if isinstance(entry, Ffn):
-        return FfnLesson(architecture, transformer, blocks[entry.block], entry)
-    return TextLesson(architecture, transformer, blocks, entry, count)
+) -> DistillationObjective:  # fmt: skip
+    """`blocks`: the teacher's own, of the replacement at least, by number; `count`: how many the teacher has."""
+    if isinstance(replacement, Interval):
+        return StudentObjective(adapter, transformer, blocks, replacement, settings)
+    if isinstance(replacement, Ffn) and replacement.keep_percent:
+        return PrunedFfnObjective(adapter, transformer, blocks[replacement.block], replacement)
+    if isinstance(replacement, Ffn):
+        return LinearFfnObjective(adapter, transformer, blocks[replacement.block], replacement)
+    return TextProjectorsObjective(adapter, transformer, blocks, replacement, count)

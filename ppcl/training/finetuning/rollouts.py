@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 
-class Trajectories:
+class Rollouts:
     """`ids (N,)`: the samples whose prompts they have; `timesteps (N,)`, as shares of noise in [0, 1]; `latents (N, …)`, float32.
 
     `grid`: the timesteps a trajectory visits, ascending; `samples`: what new trajectories take their prompts from.
@@ -61,7 +61,7 @@ class Trajectories:
         self.latents = tensors["trajectories.latents"]
 
 
-def visited(timesteps: np.ndarray, steps: int) -> np.ndarray:
+def visited_timesteps(timesteps: np.ndarray, steps: int) -> np.ndarray:
     """The timesteps of a trajectory of `steps` steps, from those of the samples, as shares of noise, ascending.
 
     On trajectories these are the sampler's own timesteps, elsewhere they are spread as the samples are.

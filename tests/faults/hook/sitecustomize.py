@@ -29,42 +29,42 @@ def wrap(owner, name, around):
 
 
 def counted(module):
-    def learn(inner, pupil, *a):
-        made = inner(pupil, *a)
-        if pupil.mesh.replica == 0:
+    def learn(inner, trainee, *a):
+        made = inner(trainee, *a)
+        if trainee.dims.dp_rank == 0:
             tally = os.open(TALLY, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-            os.write(tally, f"{os.getpid()} {pupil.lesson.entry.name} {pupil.step - 1}\n".encode())
+            os.write(tally, f"{os.getpid()} {trainee.objective.replacement.name} {trainee.step - 1}\n".encode())
             os.close(tally)
         return made
 
-    wrap(module.Pupil, "learn", learn)
+    wrap(module.Trainee, "train_step", learn)
 
 
 def at_step(module, step, stage, action):
-    """`action(segment, seen)` when the pipeline's rank `stage` has run the segment for the `step`-th time."""
+    """`action(segment, captured)` when the pipeline's rank `stage` has run the segment for the `step`-th time."""
     calls = [0]
 
-    def run(inner, segment, inputs, chain, wanted):
-        seen = inner(segment, inputs, chain, wanted)
-        if chain.stage == stage:
+    def run(inner, segment, inputs, pipeline_stage, wanted):
+        captured = inner(segment, inputs, pipeline_stage, wanted)
+        if pipeline_stage.pp_rank == stage:
             calls[0] += 1
             if calls[0] == step and once():
-                action(segment, seen)
-        return seen
+                action(segment, captured)
+        return captured
 
-    wrap(module.Segment, "run", run)
+    wrap(module.TeacherSegment, "run", run)
 
 
 def before_step(module, step, stage, action):
     """`action()` before the first replacement of the rank `stage` learns this step, when the ranks before it have done theirs."""
 
-    def learn(inner, pupil, *a):
-        if pupil.mesh.stage == stage and pupil.step == step - 1 and once():
+    def learn(inner, trainee, *a):
+        if trainee.dims.pp_rank == stage and trainee.step == step - 1 and once():
             time.sleep(5)
             action()
-        return inner(pupil, *a)
+        return inner(trainee, *a)
 
-    wrap(module.Pupil, "learn", learn)
+    wrap(module.Trainee, "train_step", learn)
 
 
 def kill(*_):
@@ -85,21 +85,21 @@ def fail(*_):
     raise RuntimeError("the worker fails")
 
 
-def nan(_, seen):
-    for streams in seen.boundaries.values():
+def nan(_, captured):
+    for streams in captured.boundaries.values():
         streams.img.mul_(float("nan"))
 
 
 def in_mid_checkpoint(module, step):
     saves = [0]
 
-    def save(inner, pupil, path):
+    def save(inner, trainee, path):
         saves[0] += 1
         if saves[0] == step and once():
             os.replace = kill
-        inner(pupil, path)
+        inner(trainee, path)
 
-    wrap(module.Pupil, "save", save)
+    wrap(module.Trainee, "save", save)
 
 
 def in_calibration(module, action):
@@ -117,11 +117,11 @@ def in_calibration(module, action):
 def in_probe(module, action):
     calls = [0]
 
-    def walk(inner, segment, chain, *rest):
+    def walk(inner, segment, pipeline_stage, *rest):
         calls[0] += 1
-        if chain.stage == 1 and calls[0] == 2 and once():
+        if pipeline_stage.pp_rank == 1 and calls[0] == 2 and once():
             action()
-        yield from inner(segment, chain, *rest)
+        yield from inner(segment, pipeline_stage, *rest)
 
     wrap(module, "_walk", walk)
 

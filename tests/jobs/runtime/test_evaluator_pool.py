@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jobs.runtime.evaluator_pool import Evaluators
+from jobs.runtime.evaluator_pool import EvaluatorPool
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 
@@ -12,5 +12,5 @@ from ppcl.errors import UserError
 def test_what_is_wrong_with_their_input_arrives_as_one_sentence(ray_cluster, teacher_folder, tmp_path):
     config = Config(teacher=teacher_folder, prompts=tmp_path / "prompts.txt", device="cpu")
     gone = SimpleNamespace(place=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=str(gone.place)), Evaluators(config, gone, tmp_path, None, tmp_path, "cpu") as evaluators:
-        evaluators.one(lambda a: a.fine_tuned.remote({}))
+    with pytest.raises(UserError, match=str(gone.place)), EvaluatorPool(config, gone, tmp_path, None, tmp_path, "cpu") as evaluators:
+        evaluators.one(lambda a: a.finetuned.remote({}))

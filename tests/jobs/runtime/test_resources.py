@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from jobs.runtime.resources import Places, lacking, refuse_impossible
+from jobs.runtime.resources import Resources, refuse_impossible, shortfall
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from tests.autoscaling import autoscaling
@@ -42,13 +42,13 @@ def _waited_for(workers, patience):
     from jobs.runtime.cluster import number
 
     refuse_impossible([(workers, "probes.workers")], "cpu")
-    assert lacking(workers, "cpu", "probes.workers")
-    Places(workers, "cpu", "probes.workers", patience).wait()
+    assert shortfall(workers, "cpu", "probes.workers")
+    Resources(workers, "cpu", "probes.workers", patience).wait()
     return number("CPU"), {group["state"] for group in ray.util.placement_group_table().values()}
 
 
 def _wait(*asked):
-    Places(*asked).wait()
+    Resources(*asked).wait()
 
 
 def _device(device):

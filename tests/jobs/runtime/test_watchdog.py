@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from jobs.runtime.resources import Places
-from jobs.runtime.watchdog import Watch
+from jobs.runtime.resources import Resources
+from jobs.runtime.watchdog import Watchdog
 from ppcl.errors import UserError
 
 PATIENCE = 6.0
@@ -15,7 +15,7 @@ PATIENCE = 6.0
 
 @pytest.fixture
 def watch(ray_cluster):
-    with Watch("a worker", Places(1, "cpu", "workers", PATIENCE)) as watch:
+    with Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch:
         yield watch
 
 
@@ -46,7 +46,7 @@ def made(ray, *actors, seconds=0.0):
 
 def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster):
     told = rf"a worker \(process \d+ on [\d.]+\) gave no sign of life for {PATIENCE:.0f} s, the configuration's patience"
-    with pytest.raises(RuntimeError, match=told), Watch("a worker", Places(1, "cpu", "workers", PATIENCE)) as watch:
+    with pytest.raises(RuntimeError, match=told), Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch:
         list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life, "constructor"))))
 
 
@@ -69,12 +69,12 @@ def test_one_that_works_for_longer_than_the_patience_is_left_alone_and_one_that_
 
 
 def test_a_users_mistake_stays_what_it_is(ray_cluster):
-    with pytest.raises(UserError, match="mistake"), Watch("a worker", Places(1, "cpu", "workers", PATIENCE)) as watch:
+    with pytest.raises(UserError, match="mistake"), Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch:
         watch.killed.append("a worker gave no sign of life")
         raise UserError("mistake")
 
 
 def test_places_that_are_gone_end_the_waiting(ray_cluster):
     told = "workers asks for 99 workers, but the cluster has 4 CPUs, of which 3 can be used by workers"
-    with pytest.raises(UserError, match=told), Watch("a worker", Places(99, "cpu", "workers", 2.0)) as watch:
+    with pytest.raises(UserError, match=told), Watchdog("a worker", Resources(99, "cpu", "workers", 2.0)) as watch:
         list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life), seconds=60)))

@@ -47,7 +47,7 @@ def run(made, folder, progress=lambda done, total: None):
 
 @pytest.fixture
 def here(ray_cluster, monkeypatch):
-    """The actors run in this process, one batch after the other: for what does not need Ray to be seen."""
+    """The actors run in this process, one batch after the other: for what does not need Ray to be captured."""
 
     def rows(actor, work, numbers, life):
         made = actor(work, SimpleNamespace(show=lambda: None))
@@ -60,19 +60,19 @@ def here(ray_cluster, monkeypatch):
 @pytest.fixture(scope="module")
 def reference(ray_cluster, teacher_folder, prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
-    seen = []
-    info = run(config(teacher_folder, prompts), folder, lambda done, total: seen.append((done, total)))
-    return folder, info, seen
+    captured = []
+    info = run(config(teacher_folder, prompts), folder, lambda done, total: captured.append((done, total)))
+    return folder, info, captured
 
 
 def test_twelve_prompts_become_a_calibration_set(reference):
-    folder, info, seen = reference
+    folder, info, captured = reference
     assert info == {"prompts": 12, "held_out_prompts": 3, "samples": 24, "dropped": 0, "notes": []}
     samples = CalibrationSet(folder / "calibration")
     assert len(samples.ids(True)) == 6 and len(samples.ids(False)) == 18
     known = dict(samples.prompts(True) + samples.prompts(False))
     assert known == dict(enumerate(PROMPTS))
-    assert seen[-1] == (24, 24) and [d for d, _ in seen] == sorted(d for d, _ in seen)
+    assert captured[-1] == (24, 24) and [d for d, _ in captured] == sorted(d for d, _ in captured)
 
 
 def test_the_result_does_not_depend_on_workers_or_batches(reference, teacher_folder, prompts, tmp_path):

@@ -7,14 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.stages.probes import detect, fit_probes
+from jobs.stages.probes import detect
+from jobs.stages.probes import fit_probes as run_stage
 from ppcl.calibration.dataset import CalibrationSet, write_call, write_embeddings, write_held_out, write_states
 from ppcl.calibration.trajectory_recorder import Call, State
 from ppcl.config.schema import Config
-from ppcl.detection.fit_probes import fit
+from ppcl.detection.fit_probes import fit_probes
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 from tests.samples import MemorySamples
 
 COUNT = 24
@@ -49,20 +50,20 @@ def alone(teacher_folder, calibration, tmp_path_factory):
     """What one rank leaves, here, without Ray."""
     folder = tmp_path_factory.mktemp("alone")
     settings = config(teacher_folder, 1)
-    fit(
-        Teacher(teacher_folder), CalibrationSet(calibration), settings.probes, Mesh.join(1, 1), folder, settings.seed,
+    fit_probes(
+        Teacher(teacher_folder), CalibrationSet(calibration), settings.probes, ParallelDims.join(1, 1), folder, settings.seed,
         "cpu", torch.float32, lambda *told: None,
     )  # fmt: skip
     return folder
 
 
 def test_two_workers_leave_the_probes_of_one(ray_cluster, teacher_folder, calibration, alone, tmp_path):
-    teacher, seen, together, found = Teacher(teacher_folder), [], tmp_path / "probes", []
+    teacher, captured, together, found = Teacher(teacher_folder), [], tmp_path / "probes", []
     together.mkdir()
     two = config(teacher_folder, 2)
-    info = fit_probes(two, teacher, calibration, together, "cpu", lambda *told: seen.append(told))
+    info = run_stage(two, teacher, calibration, together, "cpu", lambda *told: captured.append(told))
     assert info == {"blocks": 6, "dropped": 0, "notes": []}
-    assert seen[-1][:2] == (COUNT, COUNT) and [told[0] for told in seen] == sorted(told[0] for told in seen)
+    assert captured[-1][:2] == (COUNT, COUNT) and [told[0] for told in captured] == sorted(told[0] for told in captured)
     names = sorted(os.listdir(together))
     assert names == sorted(os.listdir(alone)) and len(names) == 6 + 7, "and nothing of Ray's is left there"
     for name in names:
@@ -96,7 +97,7 @@ def test_a_refusal_of_a_worker_arrives_as_one_sentence(ray_cluster, teacher_fold
     folder = tmp_path / "probes"
     folder.mkdir()
     with pytest.raises(UserError) as caught:
-        fit_probes(config(teacher_folder, 1), Teacher(teacher_folder), broken, folder, "cpu", lambda *told: None)
+        run_stage(config(teacher_folder, 1), Teacher(teacher_folder), broken, folder, "cpu", lambda *told: None)
     assert str(caught.value).startswith(
         "block 0, img stream: there is no token to fit an affine map to (288 were left out"
     )
@@ -109,7 +110,7 @@ def test_more_workers_than_the_cluster_has_are_refused_before_any_starts(
     with pytest.raises(
         UserError, match="probes.workers asks for 40 workers, but the cluster has 4 CPUs, of which 3 can"
     ):
-        fit_probes(
+        run_stage(
             config(teacher_folder, 40), Teacher(teacher_folder), calibration, tmp_path, "cpu", lambda *told: None
         )
     assert os.listdir(tmp_path) == []

@@ -8,7 +8,7 @@ from ppcl.ablation.gates import learned_gates
 from ppcl.ablation.summary import interval
 from ppcl.detection.intervals import differences
 from ppcl.errors import UserError
-from ppcl.models import architecture_of
+from ppcl.models import adapter_of
 from ppcl.replacements.plan import Interval
 from tests import tiny
 from tests.samples import MemorySamples
@@ -17,7 +17,7 @@ ONE, TWO = [range(8)], [range(4), range(4, 8)]
 
 
 @pytest.mark.parametrize(
-    ("removed", "spans", "expected"),
+    ("removed", "block_ranges", "expected"),
     [
         ({3}, ONE, [(2, 3)]),
         ({3, 4}, ONE, [(2, 4)]),
@@ -30,8 +30,8 @@ ONE, TWO = [range(8)], [range(4), range(4, 8)]
         (set(), ONE, []),
     ],
 )
-def test_removed_blocks_join_the_block_before_them(removed, spans, expected):
-    found = selection.contracted(removed, spans)
+def test_removed_blocks_join_the_block_before_them(removed, block_ranges, expected):
+    found = selection.contracted(removed, block_ranges)
     assert found == [Interval(*pair) for pair in expected]
     assert sum(i.removed for i in found) == len(removed)
 
@@ -44,16 +44,16 @@ def test_a_whole_list_cannot_go():
 def test_every_way_takes_as_many_blocks_as_asked():
     scores = [0.3, 0.1, 0.9, 0.2, 0.05, 0.06, 0.07, 0.08]
     table = [[None if k < u else 1 - 0.02 * (k - u) - 0.001 * u * (k - u) ** 2 for k in range(8)] for u in range(8)]
-    for spans in (ONE, TWO):
+    for block_ranges in (ONE, TWO):
         for count in range(1, 5):
             for found in (
-                selection.cheapest(scores, count, spans),
-                selection.evenly(count, spans),
-                selection.equal_lengths(count, spans),
-                selection.threshold(table, count, spans),
+                selection.cheapest(scores, count, block_ranges),
+                selection.evenly(count, block_ranges),
+                selection.equal_lengths(count, block_ranges),
+                selection.threshold(table, count, block_ranges),
             ):
                 assert sum(i.removed for i in found) == count, found
-                assert all(any(i.first in s and i.last in s for s in spans) for i in found)
+                assert all(any(i.first in s and i.last in s for s in block_ranges) for i in found)
                 assert all(a.last < b.first for a, b in zip(found, found[1:]))
     # Of the second list one block stays, though all of its scores are the smallest.
     assert selection.cheapest(scores, 4, TWO) == [Interval(0, 1), Interval(4, 7)]
@@ -64,12 +64,12 @@ def test_algorithm_1_gives_its_worst_steps_back():
     for u, row in {0: [1, 0.9, 0.85, 0.6], 3: [1, 0.97, 0.95]}.items():
         cka[u][u : u + len(row)] = row
     delta = differences(cka)
-    spans = [range(6)]
-    assert selection.algorithm1(delta, 4, spans) == [Interval(0, 2), Interval(3, 5)]
-    assert selection.algorithm1(delta, 3, spans) == [Interval(0, 1), Interval(3, 5)]
-    assert selection.algorithm1(delta, 2, spans) == [Interval(3, 5)]
+    block_ranges = [range(6)]
+    assert selection.algorithm1(delta, 4, block_ranges) == [Interval(0, 2), Interval(3, 5)]
+    assert selection.algorithm1(delta, 3, block_ranges) == [Interval(0, 1), Interval(3, 5)]
+    assert selection.algorithm1(delta, 2, block_ranges) == [Interval(3, 5)]
     with pytest.raises(UserError, match="which finds 4; ask for 4 or fewer"):
-        selection.algorithm1(delta, 5, spans)
+        selection.algorithm1(delta, 5, block_ranges)
 
 
 def test_a_threshold_stops_where_the_similarity_falls_below_it():
@@ -94,7 +94,7 @@ def test_influence_and_similarity_of_a_block_that_does_nothing():
 def model_with_idle_blocks():
     """Blocks 1 and 3 of five change next to nothing."""
     model = tiny.qwen_transformer()
-    for number, block in enumerate(architecture_of(model).blocks(model)):
+    for number, block in enumerate(adapter_of(model).blocks(model)):
         for name, parameter in block.named_parameters():
             if number in (1, 3) and ("_mod." in name):
                 parameter.data.zero_()
@@ -103,7 +103,7 @@ def model_with_idle_blocks():
 
 def test_measured_errors_and_learned_gates_find_idle_blocks(model_with_idle_blocks):
     model = model_with_idle_blocks
-    count = len(architecture_of(model).blocks(model))
+    count = len(adapter_of(model).blocks(model))
     samples = MemorySamples(64)
     errors = selection.skip_errors(model, [samples.batch(samples.ids(False)[:16], "cpu", torch.float32)], lambda _: None)
     assert len(errors) == count and sorted(range(count), key=errors.__getitem__)[:2] == [1, 3] and errors[0] > 10 * errors[1]

@@ -7,11 +7,11 @@ from PIL import Image
 
 from ppcl.calibration.dataset import CalibrationSet, write_call, write_embeddings, write_held_out, write_states
 from ppcl.calibration.encoding import encode
-from ppcl.calibration.noised_images import noise_pictures
+from ppcl.calibration.noised_images import noise_images
 from ppcl.calibration.seeding import generator, strata
 from ppcl.calibration.trajectory_recorder import NEGATIVE, record
 from ppcl.config.schema import Sampling
-from ppcl.models import architecture_of
+from ppcl.models import adapter_of
 from tests import tiny
 
 KEPT = 2
@@ -63,7 +63,7 @@ def test_stored_states_give_the_outputs_of_the_stock_calls(tmp_path, case):
     make, arguments, guided = CASES[case]
     pipeline = make()
     pipeline.set_progress_bar_config(disable=True)
-    architecture = architecture_of(pipeline.transformer)
+    adapter = adapter_of(pipeline.transformer)
     embeddings, negative = [embedding(0), embedding(1), embedding(2)], embedding(3)
     outputs = []
 
@@ -79,13 +79,13 @@ def test_stored_states_give_the_outputs_of_the_stock_calls(tmp_path, case):
 
     hook = pipeline.transformer.register_forward_hook(look, with_kwargs=True)
     sampling = Sampling(steps=4, height=16, width=16, arguments=arguments)
-    states, call = record(pipeline, architecture, [0, 1, 2], embeddings, negative, sampling, KEPT, seed=5)
+    states, call = record(pipeline, adapter, [0, 1, 2], embeddings, negative, sampling, KEPT, seed=5)
     hook.remove()
     assert len({s.sample_id for s in states}) == len(states) == 3 * KEPT * (2 if guided else 1)
 
     write_embeddings(tmp_path / "prompts" / "0.parquet", [0, 1, 2, NEGATIVE], list("abc-"), [*embeddings, negative])
     write_states(tmp_path / "states" / "0.parquet", states, call, dropped=0)
-    write_call(tmp_path, architecture.transformer, call)
+    write_call(tmp_path, adapter.transformer, call)
     write_held_out(tmp_path, [0])
     samples = CalibrationSet(tmp_path)
     ids = [*samples.ids(held_out=False), *samples.ids(held_out=True)]
@@ -107,10 +107,10 @@ def test_stored_states_give_the_outputs_of_the_stock_calls(tmp_path, case):
 def test_pictures_are_normalised_and_packed_as_flux_unpacks_them(tmp_path):
     Image.new("RGB", (16, 16), (200, 30, 90)).save(tmp_path / "a.png")
     pipeline = flux_pipeline()
-    architecture, config = architecture_of(pipeline.transformer), dict(pipeline.transformer.config)
+    adapter, config = adapter_of(pipeline.transformer), dict(pipeline.transformer.config)
     sampling = Sampling(steps=4, height=16, width=16)
-    states, call = noise_pictures(
-        pipeline, architecture, [0], [embedding(0)], [str(tmp_path / "a.png")], config, sampling, 1, seed=5
+    states, call = noise_images(
+        pipeline, adapter, [0], [embedding(0)], [str(tmp_path / "a.png")], config, sampling, 1, seed=5
     )
     assert call.each == {"guidance": 3.5} and set(call.whole) == {"img_ids", "txt_ids"}
     pixels = torch.tensor([200, 30, 90]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
@@ -138,5 +138,5 @@ def test_each_family_is_encoded_by_what_its_record_says():
     ):
         made = object.__new__(pipeline_class)
         object.__setattr__(made, "encode_prompt", encode_prompt)
-        (a, b) = encode(made, architecture_of(name), ["one", "two"], Sampling())
+        (a, b) = encode(made, adapter_of(name), ["one", "two"], Sampling())
         assert a["encoder_hidden_states"].shape == (6, 24) and (b["pooled_projections"] == 2).all() and len(a) == 2

@@ -15,7 +15,7 @@ from ppcl.calibration.dataset import (
     write_states,
 )
 from ppcl.calibration.encoding import TEXT, collate, encode
-from ppcl.calibration.noised_images import noise_pictures, noised
+from ppcl.calibration.noised_images import noise_images, noised
 from ppcl.calibration.seeding import chosen_steps, generator, strata
 from ppcl.calibration.trajectory_recorder import NEGATIVE, record
 from ppcl.config.schema import Sampling
@@ -42,12 +42,12 @@ def pipeline(teacher):
 
 @pytest.fixture(scope="module")
 def embeddings(teacher, pipeline):
-    return encode(pipeline, teacher.architecture, PROMPTS, sampling())
+    return encode(pipeline, teacher.adapter, PROMPTS, sampling())
 
 
 def record_all(teacher, pipeline, embeddings, ids=(0, 1, 2), negative=None, how=None):
     chosen = [embeddings[i] for i in ids]
-    return record(pipeline, teacher.architecture, list(ids), chosen, negative, how or sampling(), KEPT, SEED)
+    return record(pipeline, teacher.adapter, list(ids), chosen, negative, how or sampling(), KEPT, SEED)
 
 
 def test_embeddings_are_those_of_each_prompt_alone(pipeline, embeddings):
@@ -83,7 +83,7 @@ def trajectory_by_hand(pipeline, prompt, prompt_id, negative=None, scale=1.0):
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_states_are_those_of_the_sampling_loop_written_by_hand(teacher, pipeline, embeddings, guided):
-    (negative,) = encode(pipeline, teacher.architecture, [" "], sampling()) if guided else (None,)
+    (negative,) = encode(pipeline, teacher.adapter, [" "], sampling()) if guided else (None,)
     how = sampling(true_cfg_scale=3.0, negative_prompt=" ") if guided else sampling()
     states, call = record_all(teacher, pipeline, embeddings, negative=negative, how=how)
     assert call.each == {"img_shapes": [(1, 4, 4)]} and call.whole == {}
@@ -126,7 +126,7 @@ def store_all(folder, teacher, embeddings, states, call):
     # Rows of a file and files of a folder are in no order that matters.
     write_states(folder / "states" / "0.parquet", states[4:], call, dropped=0)
     write_states(folder / "states" / "1.parquet", states[:4], call, dropped=0)
-    write_call(folder, teacher.architecture.transformer, call)
+    write_call(folder, teacher.adapter.transformer, call)
     write_held_out(folder, [1])
     return CalibrationSet(folder)
 
@@ -205,9 +205,9 @@ def test_noised_pictures_are_those_computed_by_hand(tmp_path, teacher, pipeline,
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
         images.append(str(tmp_path / f"{i}.png"))
     reduced = teacher.pipeline_without_transformer()
-    states, call = noise_pictures(
+    states, call = noise_images(
         reduced,
-        teacher.architecture,
+        teacher.adapter,
         [0, 1, 2],
         embeddings,
         images,
@@ -245,10 +245,10 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, teacher, pipeline, emb
     path = tmp_path / "broken.png"
     path.write_bytes(b"no picture")
     with pytest.raises(UserError, match="broken.png cannot be read"):
-        noise_pictures(
-            pipeline, teacher.architecture, [0], embeddings[:1], [str(path)], teacher.config(), sampling(), KEPT, SEED
+        noise_images(
+            pipeline, teacher.adapter, [0], embeddings[:1], [str(path)], teacher.config(), sampling(), KEPT, SEED
         )
 
 
 def test_texts_of_one_length_are_not_masked(teacher, embeddings):
-    assert collate([embeddings[0]] * 2, teacher.architecture)["encoder_hidden_states_mask"] is None
+    assert collate([embeddings[0]] * 2, teacher.adapter)["encoder_hidden_states_mask"] is None

@@ -13,13 +13,13 @@ from ppcl.detection.detect import detect, write_detection
 from ppcl.detection.fit_probes import probe_file, tokens_file
 from ppcl.errors import UserError
 from ppcl.linalg.affine_fit import Probe
-from ppcl.linalg.moments import Statistics
+from ppcl.linalg.moments import Moments
 
 WIDTH = 24
 
 
-def found_in(folder, blocks, tell=lambda done, total: None, spans=None, **settings):
-    return detect(folder, spans or [range(blocks)], Detection(**settings), Width(), tell)
+def found_in(folder, blocks, tell=lambda done, total: None, block_ranges=None, **settings):
+    return detect(folder, block_ranges or [range(blocks)], Detection(**settings), Width(), tell)
 
 
 def write_stack(folder, blocks, tokens=400, without_text=()):
@@ -35,7 +35,7 @@ def write_stack(folder, blocks, tokens=400, without_text=()):
     keep(0, held_out)
     for number, block in enumerate(blocks):
         after = block(fitted)
-        statistics = Statistics(WIDTH, WIDTH)
+        statistics = Moments(WIDTH, WIDTH)
         statistics.update(fitted, after - fitted)
         probe, _ = Probe.fit(statistics, 1e-9)
         names = ("img",) if number + 1 in without_text else ("img", "txt")
@@ -93,7 +93,7 @@ def test_stacks_whose_intervals_are_known(tmp_path, strengths, intervals):
     assert found_in(tmp_path, len(strengths))["intervals"] == intervals
     # Intervals stay within a block list.
     cut = intervals[0][1]
-    split = found_in(tmp_path, len(strengths), spans=[range(cut), range(cut, len(strengths))])
+    split = found_in(tmp_path, len(strengths), block_ranges=[range(cut), range(cut, len(strengths))])
     assert all(v < cut or u >= cut for u, v in split["intervals"])
 
 

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from ppcl.config.schema import Detection, Probes, Width
 from ppcl.detection.detect import detect
-from ppcl.detection.fit_probes import dropped, fit, probe_file, tokens_file, underdetermined
+from ppcl.detection.fit_probes import dropped, fit_probes, probe_file, tokens_file, underdetermined
 from ppcl.errors import UserError
 from ppcl.models import embed, run_blocks
 from ppcl.models.teacher import Teacher
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 from tests import ranks
 from tests.ppcl.linalg.tokens import least_squares
 from tests.samples import MemorySamples
@@ -35,12 +35,12 @@ class Poisoned(MemorySamples):
 
 def fitted(teacher_folder, folder, pp=1, batch_size=5, samples=None):
     settings = SETTINGS.model_copy(update={"batch_size": batch_size})
-    seen = []
-    fit(
-        Teacher(teacher_folder), samples or MemorySamples(SAMPLES), settings, Mesh.join(pp, 1), Path(folder), seed=0,
-        device="cpu", dtype=torch.float32, report=lambda done, total, values: seen.append((done, total)),
+    captured = []
+    fit_probes(
+        Teacher(teacher_folder), samples or MemorySamples(SAMPLES), settings, ParallelDims.join(pp, 1), Path(folder), seed=0,
+        device="cpu", dtype=torch.float32, report=lambda done, total, values: captured.append((done, total)),
     )  # fmt: skip
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[-1] == (SAMPLES, SAMPLES)
+    assert [done for done, _ in captured] == sorted(done for done, _ in captured) and captured[-1] == (SAMPLES, SAMPLES)
 
 
 def on_ranks(teacher_folder, folder, pp, batch_size):
@@ -63,8 +63,8 @@ def streams(teacher_folder):
     with torch.no_grad():
         start, context = embed(model, inputs)
         kept = [start]
-        for block in teacher.architecture.blocks(model):
-            kept.append(run_blocks(teacher.architecture, [block], kept[-1], context))
+        for block in teacher.adapter.blocks(model):
+            kept.append(run_blocks(teacher.adapter, [block], kept[-1], context))
     return kept, inputs["encoder_hidden_states_mask"].bool()
 
 
@@ -111,7 +111,7 @@ def test_held_out_tokens_are_the_same_ones_at_every_boundary(alone, teacher_fold
     mask = inputs["encoder_hidden_states_mask"].bool()
     with torch.no_grad():
         start, context = embed(model, inputs)
-        end = run_blocks(teacher.architecture, teacher.architecture.blocks(model), start, context)
+        end = run_blocks(teacher.adapter, teacher.adapter.blocks(model), start, context)
     last = load_file(tokens_file(alone, BLOCKS))
     for row in range(len(ids)):
         mine = slice(3 * row, 3 * row + 3)
@@ -157,8 +157,8 @@ def test_a_sample_of_nan_is_left_out_counted_and_changes_nothing_else(teacher_fo
 def test_fits_to_no_more_tokens_than_the_width_are_known(teacher_folder, alone, tmp_path):
     """Three samples have 48 image tokens and at most 21 text tokens, and the width is between."""
     few = MemorySamples(4)
-    fit(
-        Teacher(teacher_folder), few, SETTINGS, Mesh.join(1, 1), tmp_path, seed=0, device="cpu", dtype=torch.float32,
+    fit_probes(
+        Teacher(teacher_folder), few, SETTINGS, ParallelDims.join(1, 1), tmp_path, seed=0, device="cpu", dtype=torch.float32,
         report=lambda *told: None,
     )  # fmt: skip
     assert underdetermined(probe_file(tmp_path, 2)) == int(few.mask[:3].sum())
@@ -181,9 +181,9 @@ def test_one_boundary_is_in_memory_at_a_time(teacher_folder, tmp_path, monkeypat
     alive, most = [], 0
     original = module.run_blocks
 
-    def watched(architecture, blocks, streams, context):
+    def watched(adapter, blocks, streams, context):
         nonlocal most
-        made = original(architecture, blocks, streams, context)
+        made = original(adapter, blocks, streams, context)
         alive.append(weakref.ref(made.img))
         gc.collect()
         most = max(most, sum(ref() is not None for ref in alive))

@@ -24,7 +24,7 @@ def delta_of(rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "spans", "intervals"),
+    ("rows", "block_ranges", "intervals"),
     [
         # Δ falls to block 2 and rises at 3: [0,2]; from 3 it never rises: [3,5].
         ([[0.5, 0.3, 0.4, 0, 0], [9, 9, 9, 9], [9, 9, 9], [0.3, 0.2], [9], []], [range(6)], [(0, 2), (3, 5)]),
@@ -39,8 +39,8 @@ def delta_of(rows):
         ([[]], [range(1)], [(0, 0)]),
     ],
 )
-def test_algorithm_1(rows, spans, intervals):
-    assert [tuple(i) for i in first_difference(delta_of(rows), spans)] == intervals
+def test_algorithm_1(rows, block_ranges, intervals):
+    assert [tuple(i) for i in first_difference(delta_of(rows), block_ranges)] == intervals
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_from_similarities_to_intervals(rows, intervals):
 def test_every_interval_is_what_the_definition_says(seed):
     """Eq. 5 read the other way round, for random tables of two block lists."""
     rng = np.random.default_rng(seed)
-    spans = [range(0, 9), range(9, 24)]
+    block_ranges = [range(0, 9), range(9, 24)]
     cka = table([[1.0, *np.sort(rng.random(23 - u))[::-1]] for u in range(24)])
     delta = differences(cka)
-    found = first_difference(delta, spans)
+    found = first_difference(delta, block_ranges)
     # They do not overlap, and leave no block out.
     assert [block for i in found for block in i.blocks] == list(range(24))
     for first, last in found:
-        (span,) = (s for s in spans if first in s)
+        (span,) = (s for s in block_ranges if first in s)
         assert last in span
         inside = [cka[first][k - 1] - cka[first][k] for k in range(first + 1, last + 1)]
         assert all(b <= a for a, b in zip(inside, inside[1:])), "a rise within an interval"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ppcl.config.schema import Sampling
-from ppcl.evaluation.images import load_pictures, make_pictures, picture_path, save_pictures, seconds_per_step
+from ppcl.evaluation.images import generate_images, image_path, load_images, save_images, seconds_per_step
 from ppcl.result import Result
 from tests import made_result
 
@@ -23,16 +23,16 @@ def pipeline(result):
 
 
 def test_a_seeds_picture_does_not_depend_on_the_batch_it_is_made_in(pipeline, tmp_path):
-    both = make_pictures(pipeline, PROMPTS, [5, 6], SAMPLING)
+    both = generate_images(pipeline, PROMPTS, [5, 6], SAMPLING)
     assert both.shape == (2, 32, 32, 3) and both.dtype == np.uint8
-    turned = make_pictures(pipeline, PROMPTS[::-1], [6, 5], SAMPLING)
+    turned = generate_images(pipeline, PROMPTS[::-1], [6, 5], SAMPLING)
     # Sums in another order may round one level away.
     assert np.abs(both.astype(int) - turned[::-1]).max() <= 1
-    reseeded = make_pictures(pipeline, PROMPTS, [5, 7], SAMPLING)
+    reseeded = generate_images(pipeline, PROMPTS, [5, 7], SAMPLING)
     assert np.abs(both.astype(int) - reseeded).max(axis=(1, 2, 3))[1] > 1
-    paths = [picture_path(tmp_path, "p75", index) for index in range(2)]
-    save_pictures(both, paths)
-    assert np.array_equal(load_pictures(paths), both)
+    paths = [image_path(tmp_path, "p75", index) for index in range(2)]
+    save_images(both, paths)
+    assert np.array_equal(load_images(paths), both)
 
 
 def test_timing_gives_every_variant_its_turns_and_leaves_the_teacher(result, pipeline, monkeypatch):

@@ -6,9 +6,9 @@ from torch import nn
 
 from ppcl.evaluation import latency as timing
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import FfnMaps
+from ppcl.replacements import LinearFfn
 from ppcl.replacements.plan import Ffn, Interval
-from ppcl.replacements.switcher import Switch
+from ppcl.replacements.switcher import VariantSwitcher
 from tests import made_result
 from tests.samples import MemorySamples
 
@@ -32,17 +32,17 @@ def products(monkeypatch):
 def switch(teacher_folder):
     teacher = Teacher(teacher_folder)
     modules = {i: made_result.student(teacher, i, affine=False) for i in (Interval(0, 1), Interval(2, 4))}
-    block = teacher.architecture.blocks(teacher.transformer())[5]
-    parts = teacher.architecture.parts_of(teacher.transformer(), 5, block)
-    modules |= {Ffn(number): FfnMaps.new(parts, 32) for number in (2, 5)}
-    switch = Switch(teacher, dict.fromkeys(modules))
+    block = teacher.adapter.blocks(teacher.transformer())[5]
+    parts = teacher.adapter.parts_of(teacher.transformer(), 5, block)
+    modules |= {Ffn(number): LinearFfn.new(parts, 32) for number in (2, 5)}
+    switch = VariantSwitcher(teacher, dict.fromkeys(modules))
     switch._loaded = {(entry, False, "cpu", torch.float32): module for entry, module in modules.items()}
     return switch
 
 
 def test_an_interval_saves_its_blocks_but_one_and_an_ffn_what_its_maps_do_not_take(products, switch):
     model, inputs = switch.teacher.transformer(), MemorySamples(4).batch(range(4))
-    times = timing.measure_times(model, switch, inputs)
+    times = timing.measure_latencies(model, switch, inputs)
     before = products[0]
     model(**inputs)
     assert times.total == pytest.approx(products[0] - before, abs=2)
@@ -61,7 +61,7 @@ def test_an_interval_saves_its_blocks_but_one_and_an_ffn_what_its_maps_do_not_ta
 def test_whole_plans_are_timed_and_the_teacher_is_left(products, switch):
     model, inputs = switch.teacher.transformer(), MemorySamples(4).batch(range(4))
     blocks = list(model.transformer_blocks)
-    times = timing.measure_times(model, switch, inputs)
+    times = timing.measure_latencies(model, switch, inputs)
     plan = [Interval(2, 4), Ffn(5)]
     alone, on = timing.forward_seconds(model, switch, [[], plan], inputs)
     assert alone / on == pytest.approx(times.speedup(plan), rel=1e-6)

@@ -7,7 +7,7 @@ import pytest
 
 from ppcl.demo import world
 from ppcl.errors import UserError
-from ppcl.evaluation.prompt_checker import load_world, named_prompts, passes, world_prompts
+from ppcl.evaluation.prompt_checker import checker_prompts, correctness, load_checker, named_prompts
 
 SCENES = 60
 
@@ -80,17 +80,17 @@ def test_an_empty_canvas_and_noise_fail():
 
 
 def test_held_out_captions_are_asked_equally_and_the_trained_ones_never():
-    prompts = world_prompts(world, 60, seed=0)
+    prompts = checker_prompts(world, 60, seed=0)
     held_out = {c.text for c in world.captions() if c.held_out}
     assert [sum(p.category == c for p in prompts) for c in world.CATEGORIES] == [10] * 6
     assert all(p.text in held_out for p in prompts if p.category != "single_object")
-    assert world_prompts(world, 60, seed=0) == prompts != world_prompts(world, 60, seed=1)
+    assert checker_prompts(world, 60, seed=0) == prompts != checker_prompts(world, 60, seed=1)
 
 
 def test_passes_by_category():
-    prompts = named_prompts(load_world("shapes"), ["a photo of a circle", "a photo of a red circle", "a photo of a blue circle"])
+    prompts = named_prompts(load_checker("shapes"), ["a photo of a circle", "a photo of a red circle", "a photo of a blue circle"])
     red = world.render([world.Thing("circle", "red", 8, 8, 6)])
-    found = passes(world, np.stack([red] * 3), prompts)
+    found = correctness(world, np.stack([red] * 3), prompts)
     assert {c: p.tolist() for c, p in found.items()} == {"single_object": [1.0], "colors": [1.0, 0.0]}
     with pytest.raises(UserError, match="'a cat' is no caption of the world"):
         named_prompts(world, ["a cat"])

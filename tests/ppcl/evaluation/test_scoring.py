@@ -9,11 +9,11 @@ from scipy.ndimage import gaussian_filter
 from scipy.stats import binom
 
 from ppcl.evaluation.image_metrics import psnr, ssim
-from ppcl.evaluation.scoring import relative_drop, world_scores
-from ppcl.evaluation.velocity_error import Squares, damages, variant_errors
+from ppcl.evaluation.scoring import checker_scores, relative_drop
+from ppcl.evaluation.velocity_error import ErrorSums, sensitivities, variant_errors
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.plan import Interval
-from ppcl.replacements.switcher import Switch
+from ppcl.replacements.switcher import VariantSwitcher
 from tests import made_result
 from tests.samples import MemorySamples
 
@@ -21,9 +21,9 @@ from tests.samples import MemorySamples
 def test_squares_are_relative_errors_that_join():
     rng = np.random.default_rng(0)
     v, t, at = rng.normal(size=(20, 3, 4)), rng.normal(size=(20, 3, 4)), rng.random(20)
-    whole = Squares.of(torch.tensor(v), torch.tensor(t), torch.tensor(at))
+    whole = ErrorSums.of(torch.tensor(v), torch.tensor(t), torch.tensor(at))
     assert whole.overall() == pytest.approx(((v - t) ** 2).sum() / (t**2).sum())
-    joined = Squares.joined(Squares.of(*(torch.tensor(x[s]) for x in (v, t, at))) for s in (slice(0, 7), slice(7, 20)))
+    joined = ErrorSums.joined(ErrorSums.of(*(torch.tensor(x[s]) for x in (v, t, at))) for s in (slice(0, 7), slice(7, 20)))
     assert joined.overall() == pytest.approx(whole.overall(), rel=1e-12)
     rows = whole.by_timestep()
     here = (at >= 0.4) & (at < 0.5)
@@ -37,9 +37,9 @@ def test_damage_of_one_interval_is_the_error_of_the_variant_with_it_alone(teache
     teacher = Teacher(teacher_folder)
     students = {i: made_result.student(teacher, i, affine=False) for i in (Interval(0, 1), Interval(3, 5))}
     model, inputs = teacher.transformer(), MemorySamples(8).batch(range(8))
-    switch = Switch(teacher, dict.fromkeys(students))
+    switch = VariantSwitcher(teacher, dict.fromkeys(students))
     switch._loaded = {(i, False, "cpu", torch.float32): s for i, s in students.items()}
-    found = damages(model, switch, inputs)
+    found = sensitivities(model, switch, inputs)
     errors = variant_errors(model, switch, {"a": [Interval(0, 1)], "b": [Interval(3, 5)], "teacher": []}, inputs)
     assert errors["teacher"].overall() == 0
     for name, interval in {"a": Interval(0, 1), "b": Interval(3, 5)}.items():
@@ -97,13 +97,13 @@ def test_r_is_the_mean_relative_drop_over_categories():
     assert got["R_low"] <= got["R"] <= got["R_high"]
     assert relative_drop(teacher, teacher, 0.95, 0)["R"] == 0
     assert relative_drop({"a": np.ones(3)}, {"a": np.zeros(3)}, 0.95, 0) == {"R": None, "R_low": None, "R_high": None}
-    scores = world_scores(variant, 0.95, 0)
+    scores = checker_scores(variant, 0.95, 0)
     assert scores["overall"]["score"] == pytest.approx((0.75 + 0.5 + 1) / 3)
 
 
 def test_a_category_in_which_every_picture_is_right_is_not_certain():
     """Wilson 1927: with all of n right, the interval is [n / (n + z²), 1]."""
-    row = world_scores({"a": np.ones(16)}, 0.95, 0)["categories"]["a"]
+    row = checker_scores({"a": np.ones(16)}, 0.95, 0)["categories"]["a"]
     assert (row["score"], row["high"]) == (1, pytest.approx(1)) and row["low"] == pytest.approx(16 / (16 + 1.959964**2))
 
 
@@ -113,7 +113,7 @@ def test_intervals_of_one_category_hold_the_truth_about_as_often_as_they_say(p):
     n = 16
     held = 0.0
     for right in range(n + 1):
-        row = world_scores({"a": (np.arange(n) < right).astype(float)}, 0.9, 0)["categories"]["a"]
+        row = checker_scores({"a": (np.arange(n) < right).astype(float)}, 0.9, 0)["categories"]["a"]
         held += binom.pmf(right, n, p) * (row["low"] <= p <= row["high"])
     assert 0.85 <= held <= 0.99
 
@@ -123,7 +123,7 @@ def test_confidence_intervals_hold_the_truth_about_as_often_as_they_say():
     for seed in range(200):
         rng = np.random.default_rng(seed)
         passes = {c: (rng.random(60) < p).astype(float) for c, p in {"a": 0.7, "b": 0.5}.items()}
-        row = world_scores(passes, 0.9, seed)["overall"]
+        row = checker_scores(passes, 0.9, seed)["overall"]
         held += row["low"] <= 0.6 <= row["high"]
     # 0.9 ± three standard errors of 200 draws, and a little for the percentile bootstrap being short.
     assert 0.82 <= held / 200 <= 0.97

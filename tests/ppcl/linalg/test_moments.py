@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl.linalg import Statistics
+from ppcl.linalg import Moments
 from tests.ppcl.linalg.tokens import counted, data
 
 FIELDS = ("x_mean", "y_mean", "xx", "xy", "yy")
@@ -38,7 +38,7 @@ def test_sums_that_are_not_centred_would_fail_that():
     """What the test above is worth: the same moments from raw float32 sums."""
     x, y = (torch.tensor(v) for v in data())
     n = len(x)
-    naive = Statistics(12, 8)
+    naive = Moments(12, 8)
     naive.x_mean, naive.y_mean = x.mean(0).double(), y.mean(0).double()
     naive.xx = (x.T @ x).double() - n * torch.outer(naive.x_mean, naive.x_mean)
     naive.xy = (x.T @ y).double() - n * torch.outer(naive.x_mean, naive.y_mean)
@@ -49,14 +49,14 @@ def test_sums_that_are_not_centred_would_fail_that():
 
 def test_more_tokens_than_fit_in_one_chunk():
     x, y = data(n=40_000)
-    statistics = Statistics(12, 8)
+    statistics = Moments(12, 8)
     statistics.update(torch.tensor(x), torch.tensor(y))
     assert_moments(statistics, moments(x, y), 1e-10)
 
 
 def test_a_batch_that_comes_twice_counts_once():
     x, y = (torch.tensor(v) for v in data(100))
-    once, twice = Statistics(12, 8), Statistics(12, 8)
+    once, twice = Moments(12, 8), Moments(12, 8)
     once.update(x, y, part=3)
     for _ in range(2):
         twice.update(x, y, part=3)
@@ -66,7 +66,7 @@ def test_a_batch_that_comes_twice_counts_once():
 
 def test_sums_that_share_only_some_batches_are_refused():
     x, y = (torch.tensor(v) for v in data(100))
-    one, other = Statistics(12, 8), Statistics(12, 8)
+    one, other = Moments(12, 8), Moments(12, 8)
     one.update(x, y, part=3)
     other.update(x, y, part=3)
     other.update(x, y, part=4)
@@ -91,6 +91,6 @@ def test_sums_survive_the_way_through_tensors():
     x, y = data(200)
     x[3, 0] = np.nan
     there = counted(x, y)
-    back = Statistics.from_tensors({k: v.clone() for k, v in there.to_tensors().items()})
+    back = Moments.from_tensors({k: v.clone() for k, v in there.to_tensors().items()})
     assert (back.n, back.dropped, back.parts) == (199, 1, there.parts)
     assert all(torch.equal(getattr(back, name), getattr(there, name)) for name in FIELDS)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ppcl.linalg import Statistics
+from ppcl.linalg import Moments
 
 
 def data(n: int = 3000, p: int = 12, q: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -35,10 +35,10 @@ def least_squares(x: np.ndarray, y: np.ndarray, ridge: float = 0.0) -> tuple[np.
     return weight, y.mean(0) - weight @ mean
 
 
-def counted(x: np.ndarray, y: np.ndarray, workers: int = 1, order: Sequence[int] = range(8)) -> Statistics:
+def counted(x: np.ndarray, y: np.ndarray, workers: int = 1, order: Sequence[int] = range(8)) -> Moments:
     """Eight batches in an order, dealt out to workers whose sums are merged."""
     batches = np.array_split(np.arange(len(x)), len(order))
-    sums = [Statistics(x.shape[1], y.shape[1]) for _ in range(workers)]
+    sums = [Moments(x.shape[1], y.shape[1]) for _ in range(workers)]
     for place, batch in enumerate(order):
         rows = batches[batch]
         sums[place % workers].update(torch.tensor(x[rows]), torch.tensor(y[rows]), part=batch)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppcl.errors import UserError
-from ppcl.models import PassThrough, architecture_of
+from ppcl.models import IdentityBlock, adapter_of
 from ppcl.models.teacher import Teacher
 from tests import tiny
 
@@ -41,10 +41,10 @@ def test_no_parameter_of_a_loaded_transformer_requires_a_gradient(folder):
 def test_a_part_holds_its_own_blocks_only(folder):
     teacher = Teacher(folder)
     whole, part = teacher.transformer(), teacher.transformer(keep=[2, 3])
-    blocks = architecture_of(part).blocks(part)
-    assert [i for i, block in enumerate(blocks) if not isinstance(block, PassThrough)] == [2, 3]
+    blocks = adapter_of(part).blocks(part)
+    assert [i for i, block in enumerate(blocks) if not isinstance(block, IdentityBlock)] == [2, 3]
     size = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
-    one = size(architecture_of(whole).blocks(whole)[0])
+    one = size(adapter_of(whole).blocks(whole)[0])
     assert size(part) == size(whole) - 4 * one
     assert not any(p.is_meta for p in part.parameters())
 

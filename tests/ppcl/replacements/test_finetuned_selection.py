@@ -7,20 +7,20 @@ import torch
 
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.finetuned_selection import Tuned, ratios_of
-from ppcl.replacements.io import load, save
-from ppcl.replacements.plan import Ffn, Fold, Interval
+from ppcl.replacements.finetuned_selection import FinetunedSelection, ratios_of
+from ppcl.replacements.io import load_replacement, save_replacement
+from ppcl.replacements.plan import Ffn, Interval, LowRankModulation
 from ppcl.result import Result
 from ppcl.storage.manifest import Artifacts
 from tests import made_result, tiny
 
 A, B, C, D = Interval(0, 1), Interval(2, 3), Interval(4, 5), Ffn(6)
-DAMAGE = {A: 0.5, B: 0.3, C: 0.1, D: 0.05, Fold(): 1e-6}
+SENSITIVITY = {A: 0.5, B: 0.3, C: 0.1, D: 0.05, LowRankModulation(): 1e-6}
 RATIOS = {frozenset({A, B, C}): 0.5, frozenset({A, B}): 0.8, frozenset({C}): 2.0, frozenset({B, C}): 1.2, frozenset({A, D}): 0.9}
 
 
 def tuned(ratios=RATIOS, files=(A, B, C)):
-    return Tuned(dict.fromkeys(files), DAMAGE, ratios)
+    return FinetunedSelection(dict.fromkeys(files), SENSITIVITY, ratios)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def tuned(ratios=RATIOS, files=(A, B, C)):
     [
         ({A, B, C}, True), ({A, B}, True), ({C}, False), ({B, C}, False),
         # Nearest are [A B C] and [A B], both better; for [C D] they are [C] and [B C], both worse.
-        ({A, B, C, D}, True), ({A, B, Fold()}, True), ({C, D}, False),
+        ({A, B, C, D}, True), ({A, B, LowRankModulation()}, True), ({C, D}, False),
         # [B C], worse, and [A B C], better: all must be.
         ({B}, False),
         # Nothing of it was trained, or no measured plan has anything of it.
@@ -36,13 +36,13 @@ def tuned(ratios=RATIOS, files=(A, B, C)):
     ],
 )  # fmt: skip
 def test_a_plan_takes_them_where_it_or_those_like_it_were_better(plan, taken):
-    assert tuned().takes(plan) is taken
+    assert tuned().uses_finetuned(plan) is taken
 
 
 def test_what_nothing_measured_is_like_stays_as_it_was():
-    assert not tuned({frozenset({A}): 0.5, frozenset({A, Fold()}): 0.5}).takes({B})
-    assert not tuned({frozenset({A, B}): 0.5}).takes({A}), "one measured plan tells too little"
-    assert not tuned({}).takes({A})
+    assert not tuned({frozenset({A}): 0.5, frozenset({A, LowRankModulation()}): 0.5}).uses_finetuned({B})
+    assert not tuned({frozenset({A, B}): 0.5}).uses_finetuned({A}), "one measured plan tells too little"
+    assert not tuned({}).uses_finetuned({A})
 
 
 def test_a_plan_without_an_error_has_none_to_lose():
@@ -56,10 +56,10 @@ def root(tmp_path, teacher_folder):
     root = made_result.result(tmp_path / "job", teacher_folder)
     artifacts, teacher = Artifacts(root), Teacher(teacher_folder)
     for interval in (A, B):
-        module = load(artifacts.path("students", f"{interval.name}.safetensors"), teacher)
+        module = load_replacement(artifacts.path("students", f"{interval.name}.safetensors"), teacher)
         for p in module.parameters():
             p.data.mul_(2)
-        save(module, interval, teacher.architecture, artifacts.path("finetuning", f"{interval.name}.safetensors"))
+        save_replacement(module, interval, teacher.adapter, artifacts.path("finetuning", f"{interval.name}.safetensors"))
     rows = [{"plan": [str(e) for e in plan], "before": 1.0, "after": ratio} for plan, ratio in RATIOS.items()]
     artifacts.path("finetuning", "finetuning.json").write_text(json.dumps({"plans": rows}))
     artifacts.commit("finetuning", "2", info={"variants": "1"})
@@ -76,7 +76,7 @@ def test_a_result_holds_both_and_switches_between_them_by_plan(root):
         return dict(pipeline.transformer.named_parameters())[weight.format(block)].clone()
 
     both = {block: at(block) for block in (0, 2)}
-    assert result.fine_tuned([A, B]) and not result.fine_tuned([B, C]) and not result.fine_tuned([C])
+    assert result.finetuned([A, B]) and not result.finetuned([B, C]) and not result.finetuned([C])
     result.switch(pipeline, [B, C])
     alone = at(2)
     assert torch.allclose(both[2], 2 * alone)
@@ -101,7 +101,7 @@ def test_a_damaged_fine_tuned_file_is_told(root):
 
 def test_a_file_that_the_manifest_does_not_name_is_not_taken(root, teacher_folder):
     teacher = Teacher(teacher_folder)
-    save(load(root / "students" / f"{C.name}.safetensors", teacher), C, teacher.architecture, root / "finetuning" / f"{C.name}.safetensors")
+    save_replacement(load_replacement(root / "students" / f"{C.name}.safetensors", teacher), C, teacher.adapter, root / "finetuning" / f"{C.name}.safetensors")
     assert C not in Result(root).tuned.files
 
 
@@ -109,7 +109,7 @@ def test_the_engine_loads_the_set_each_served_variant_takes(root):
     from serve.engine.loading import load as load_weights
 
     weights = load_weights(root, None, ["teacher", "all"], "cpu", torch.float32)
-    assert weights.result.fine_tuned("all") and weights.variant("0-1,2-3") is not None
+    assert weights.result.finetuned("all") and weights.variant("0-1,2-3") is not None
     # What takes the distilled ones would wait for a file.
     assert weights.variant("2-3,4-5") is None
     assert tiny.inputs(weights.pipeline.transformer)

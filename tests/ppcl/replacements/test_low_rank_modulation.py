@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ppcl.models import architecture_of
-from ppcl.replacements import Basis, FfnMaps, TextProjectors
-from ppcl.replacements.io import placed
-from ppcl.replacements.low_rank_modulation import Folded, fit_basis
-from ppcl.replacements.plan import Ffn, Fold, TextRun
+from ppcl.models import adapter_of
+from ppcl.replacements import LinearFfn, ModulationBasis, TextProjectors
+from ppcl.replacements.io import block_map
+from ppcl.replacements.low_rank_modulation import InBasis, fit_basis
+from ppcl.replacements.plan import Ffn, LowRankModulation, TextRun
 from tests import tiny
 from tests.ppcl.replacements.test_block_view import MODELS, WIDTH, randomised
 from tests.samples import MemorySamples
@@ -33,12 +33,12 @@ def model(request):
 
 def test_a_folded_map_is_the_map_of_what_the_basis_keeps():
     torch.manual_seed(0)
-    linear, basis, x = nn.Linear(8, 5), Basis(8, 3), torch.randn(7, 8)
+    linear, basis, x = nn.Linear(8, 5), ModulationBasis(8, 3), torch.randn(7, 8)
     directions, _ = torch.linalg.qr(torch.randn(8, 3))
     basis.directions.copy_(directions)
     basis.mean.copy_(torch.randn(8))
     kept = basis.mean + (x - basis.mean) @ directions @ directions.T
-    assert torch.allclose(Folded(basis.restricted(linear), basis)(x), linear(kept), atol=1e-5)
+    assert torch.allclose(InBasis(basis.restricted(linear), basis)(x), linear(kept), atol=1e-5)
 
 
 @torch.no_grad()
@@ -62,33 +62,33 @@ def test_the_rank_is_the_least_that_keeps_the_curve():
 @pytest.mark.parametrize("others", [(), (Ffn(1),), (TextRun(0, 1), Ffn(1))])
 def test_a_basis_of_all_directions_changes_nothing(model, others, training):
     model.requires_grad_(training)
-    architecture = architecture_of(model)
-    blocks = list(architecture.blocks(model))
-    parts = architecture.parts_of(model, 1, blocks[1])
+    adapter = adapter_of(model)
+    blocks = list(adapter.blocks(model))
+    parts = adapter.parts_of(model, 1, blocks[1])
     modules = {
-        Ffn(1): randomised(FfnMaps.new(parts, WIDTH)), TextRun(0, 1): randomised(TextProjectors(TextRun(0, 1), WIDTH, True)),
-        Fold(): fit_basis(model, Samples(model), np.arange(4), 64, 1e-30),
+        Ffn(1): randomised(LinearFfn.new(parts, WIDTH)), TextRun(0, 1): randomised(TextProjectors(TextRun(0, 1), WIDTH, True)),
+        LowRankModulation(): fit_basis(model, Samples(model), np.arange(4), 64, 1e-30),
     }  # fmt: skip
     # The curve of a tiny embedder has fewer directions than the width; what it never does may be lost.
-    assert modules[Fold()].directions.shape == (WIDTH, WIDTH)
+    assert modules[LowRankModulation()].directions.shape == (WIDTH, WIDTH)
 
     def velocity(plan):
-        for number, module in placed(architecture, model, blocks, modules, plan).items():
-            where, index = architecture.entry(model, number)
+        for number, module in block_map(adapter, model, blocks, modules, plan).items():
+            where, index = adapter.entry(model, number)
             where._modules[str(index)] = module
         made = model(**tiny.inputs(model), return_dict=False)[0]
         for number, block in enumerate(blocks):
-            where, index = architecture.entry(model, number)
+            where, index = adapter.entry(model, number)
             where._modules[str(index)] = block
         return made
 
-    plain, folded = velocity(others), velocity((*others, Fold()))
+    plain, folded = velocity(others), velocity((*others, LowRankModulation()))
     assert torch.allclose(plain, folded, atol=2e-4 * float(plain.abs().max())) and not torch.equal(plain, folded)
 
 
 def test_a_modulation_in_training_is_followed_and_gets_its_gradient():
     torch.manual_seed(0)
-    block, basis, x = nn.Sequential(nn.Linear(8, 12)), Basis(8, 3), torch.randn(5, 8)
+    block, basis, x = nn.Sequential(nn.Linear(8, 12)), ModulationBasis(8, 3), torch.randn(5, 8)
     with torch.no_grad():
         basis.directions.copy_(torch.linalg.qr(torch.randn(8, 3))[0])
         basis.mean.copy_(torch.randn(8))
@@ -100,4 +100,4 @@ def test_a_modulation_in_training_is_followed_and_gets_its_gradient():
         block[0].weight.add_(torch.randn(12, 8))
     block.requires_grad_(False)
     assert torch.allclose(view(x), basis.folded(block, ["0"])(x), atol=1e-5)
-    assert isinstance(basis.folded(block, ["0"])[0], Folded)
+    assert isinstance(basis.folded(block, ["0"])[0], InBasis)

@@ -3,30 +3,40 @@
 import pytest
 
 from ppcl.errors import UserError
-from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, checked, clash, entry_of, named, written
+from ppcl.replacements.plan import (
+    Ffn,
+    Interval,
+    LowRankModulation,
+    TextRun,
+    checked_plan,
+    conflicts,
+    parse_name,
+    parse_replacement,
+    parse_text,
+)
 
 
 def test_a_plan_is_sorted():
-    assert checked([(5, 8), (0, 2)], [range(9)]) == [Interval(0, 2), Interval(5, 8)]
+    assert checked_plan([(5, 8), (0, 2)], [range(9)]) == [Interval(0, 2), Interval(5, 8)]
 
 
 def test_plans_as_people_write_them():
-    assert written("3-5,08-9") == [Interval(3, 5), Interval(8, 9)]
-    assert written("ffn:3,text:4-5") == [Ffn(3), TextRun(4, 5)]
+    assert parse_text("3-5,08-9") == [Interval(3, 5), Interval(8, 9)]
+    assert parse_text("ffn:3,text:4-5") == [Ffn(3), TextRun(4, 5)]
     wrong = ("", "p75", "3", "3-", "3-5,", "3-5-7", "-3-5", "3-5 ,8-9", "ffn:3-5", "text:3", "txt:3-4", "ffn:")
-    assert all(written(text) is None for text in wrong)
+    assert all(parse_text(text) is None for text in wrong)
 
 
-@pytest.mark.parametrize("entry", [Interval(3, 11), TextRun(0, 2), Ffn(7), Fold()])
+@pytest.mark.parametrize("entry", [Interval(3, 11), TextRun(0, 2), Ffn(7), LowRankModulation()])
 def test_an_entry_is_found_again_by_its_name_and_its_text(entry):
-    assert named(entry.name) == entry_of(str(entry)) == entry
-    assert type(named(entry.name)) is type(entry_of(str(entry))) is type(entry)
+    assert parse_name(entry.name) == parse_replacement(str(entry)) == entry
+    assert type(parse_name(entry.name)) is type(parse_replacement(str(entry))) is type(entry)
 
 
 def test_what_clashes_and_what_composes():
-    spans = [range(9), range(9, 14)]
-    assert not clash(Ffn(3), TextRun(2, 4))
-    assert checked(["text:2-4", "ffn:3", (5, 6)], spans) == [TextRun(2, 4), Ffn(3), Interval(5, 6)]
+    block_ranges = [range(9), range(9, 14)]
+    assert not conflicts(Ffn(3), TextRun(2, 4))
+    assert checked_plan(["text:2-4", "ffn:3", (5, 6)], block_ranges) == [TextRun(2, 4), Ffn(3), Interval(5, 6)]
     for plan, sentence in {
         ("text:2-4", "4-5"): r"the text run \[2, 4\] and the interval \[4, 5\] overlap",
         ("ffn:3", "3-4"): r"the interval \[3, 4\] and the FFN 3 overlap",
@@ -36,4 +46,4 @@ def test_what_clashes_and_what_composes():
         ("ffn:14",): "the FFN 14 does not lie within one block list",
     }.items():
         with pytest.raises(UserError, match=sentence):
-            checked(plan, spans)
+            checked_plan(plan, block_ranges)

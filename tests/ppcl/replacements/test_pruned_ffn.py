@@ -8,21 +8,21 @@ import torch
 from accelerate import init_empty_weights
 
 from ppcl.config.schema import Distillation
-from ppcl.linalg import Statistics
-from ppcl.models import Streams, architecture_of, embed, run_blocks
-from ppcl.replacements import NarrowFfn, TextProjectors, eliminate, other_ffn, text_run
-from ppcl.replacements.block_view import at
-from ppcl.replacements.io import load, save
+from ppcl.linalg import Moments
+from ppcl.models import Streams, adapter_of, embed, run_blocks
+from ppcl.replacements import PrunedFfn, TextProjectors, eliminate_units, text_run, with_ffn
+from ppcl.replacements.block_view import submodule
+from ppcl.replacements.io import load_replacement, save_replacement
 from ppcl.replacements.plan import Interval, TextRun
-from ppcl.training.distillation.objectives import Depth
+from ppcl.training.distillation.objectives import StudentObjective
 from tests import tiny
 from tests.ppcl.replacements.test_block_view import MODELS, WIDTH, randomised
 
 
 def counted(tokens, pieces=1):
-    whole = Statistics(tokens.shape[1], 0)
+    whole = Moments(tokens.shape[1], 0)
     for piece in tokens.tensor_split(pieces):
-        part = Statistics(tokens.shape[1], 0)
+        part = Moments(tokens.shape[1], 0)
         part.update(piece, piece[:, :0])
         whole.merge(part)
     return whole
@@ -45,7 +45,7 @@ def refitted(x, y, units):
 def test_units_go_one_by_one_as_plain_least_squares_says():
     x = hidden_units()
     w, b = torch.randn(4, 9, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    made = eliminate(counted(x, pieces=3), w, b, [7, 4, 1], ridge=0.0)
+    made = eliminate_units(counted(x, pieces=3), w, b, [7, 4, 1], ridge=0.0)
     y = (x @ w.T + b).numpy()
     left = list(range(9))
     while len(left) > 1:
@@ -65,7 +65,7 @@ def test_what_other_units_can_say_goes_first_and_costs_nothing():
     # Units 6 and 7 say what others say; unit 8 never changes.
     x = torch.cat([x, x[:, :1] + x[:, 1:2], 2 * x[:, 2:3], torch.full_like(x[:, :1], 5.0)], 1)
     w, b = torch.randn(3, 9, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    (narrow,) = eliminate(counted(x), w, b, [6], ridge=1e-9).values()
+    (narrow,) = eliminate_units(counted(x), w, b, [6], ridge=1e-9).values()
     assert narrow.error < 1e-6 and 8 not in narrow.units
     assert torch.allclose(x[:, narrow.units] @ narrow.weight.T + narrow.bias, x @ w.T + b, atol=1e-2)
 
@@ -73,7 +73,7 @@ def test_what_other_units_can_say_goes_first_and_costs_nothing():
 def test_fewer_tokens_than_units_are_no_obstacle():
     x = hidden_units(n=5)
     w, b = torch.randn(3, 9, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    (narrow,) = eliminate(counted(x), w, b, [5], ridge=1e-6).values()
+    (narrow,) = eliminate_units(counted(x), w, b, [5], ridge=1e-6).values()
     assert torch.isfinite(narrow.weight).all()
     # Five tokens lie in four dimensions: four units say them all.
     assert narrow.error < 1e-3
@@ -86,13 +86,13 @@ def model(request):
 
 @torch.no_grad()
 def test_a_narrow_ffn_in_a_block(model):
-    architecture = architecture_of(model)
-    block = architecture.blocks(model)[1]
-    parts = architecture.parts_of(model, 1, block)
+    adapter = adapter_of(model)
+    block = adapter.blocks(model)[1]
+    parts = adapter.parts_of(model, 1, block)
     streams, context = embed(model, tiny.inputs(model))
-    whole = run_blocks(architecture, [block], streams, context)
-    halves = NarrowFfn.new(architecture, block, parts, 50)
-    made = run_blocks(architecture, [other_ffn(architecture, block, parts, halves)], streams, context)
+    whole = run_blocks(adapter, [block], streams, context)
+    halves = PrunedFfn.new(adapter, block, parts, 50)
+    made = run_blocks(adapter, [with_ffn(adapter, block, parts, halves)], streams, context)
     # The units that went say nothing any more: the same as with their columns set to 0.
     kept = halves.up["img"].out_features
     assert kept == block.get_submodule(parts["img"].ffn).net[0].proj.out_features // 2
@@ -100,32 +100,32 @@ def test_a_narrow_ffn_in_a_block(model):
     before = [down.weight.clone() for down in downs]
     for down in downs:
         down.weight[:, kept:] = 0
-    cut = run_blocks(architecture, [block], streams, context)
+    cut = run_blocks(adapter, [block], streams, context)
     for down, weight in zip(downs, before, strict=True):
         down.weight.copy_(weight)
     for stream in Streams._fields:
         assert torch.allclose(getattr(made, stream), getattr(cut, stream), atol=1e-5)
         assert not torch.allclose(getattr(made, stream), getattr(whole, stream), atol=1e-4)
-    again = run_blocks(architecture, [block], streams, context)
+    again = run_blocks(adapter, [block], streams, context)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True)), "the teacher's own block has changed"
 
 
 @torch.no_grad()
 def test_a_narrow_ffn_within_a_text_run_is_the_images(model):
-    architecture = architecture_of(model)
-    blocks = {n: architecture.blocks(model)[n] for n in (0, 1)}
+    adapter = adapter_of(model)
+    blocks = {n: adapter.blocks(model)[n] for n in (0, 1)}
     run = TextRun(0, 1)
     projectors = randomised(TextProjectors(run, WIDTH, text_goes_on=True))
-    parts = architecture.parts_of(model, 0, blocks[0])
-    narrow = randomised(NarrowFfn.new(architecture, blocks[1], parts, 25))
+    parts = adapter.parts_of(model, 0, blocks[0])
+    narrow = randomised(PrunedFfn.new(adapter, blocks[1], parts, 25))
     streams, context = embed(model, tiny.inputs(model))
-    standing = text_run(architecture, blocks, parts, projectors, {1: narrow})
-    made = run_blocks(architecture, list(standing.values()), streams, context)
+    standing = text_run(adapter, blocks, parts, projectors, {1: narrow})
+    made = run_blocks(adapter, list(standing.values()), streams, context)
     for tensor in narrow.up["txt"].parameters():
         tensor.fill_(torch.nan)
-    again = run_blocks(architecture, list(standing.values()), streams, context)
+    again = run_blocks(adapter, list(standing.values()), streams, context)
     assert torch.equal(made.img, again.img) and torch.equal(made.txt, again.txt)
-    other = run_blocks(architecture, list(text_run(architecture, blocks, parts, projectors).values()), streams, context)
+    other = run_blocks(adapter, list(text_run(adapter, blocks, parts, projectors).values()), streams, context)
     assert not torch.allclose(made.img, other.img, atol=1e-4)
 
 
@@ -140,19 +140,19 @@ def test_a_narrow_ffn_within_a_text_run_is_the_images(model):
 def test_students_of_every_family_are_narrow_where_blocks_have_ffns(tmp_path, model, interval, streams):
     """FLUX's single-stream blocks have none of their own: their students stay whole."""
     model = model()
-    architecture = architecture_of(model)
-    blocks = dict(enumerate(architecture.blocks(model)))
-    lesson = Depth(architecture, model, blocks, interval, Distillation(student_hidden=50, start="first"))
-    parts = architecture.parts_of(model, interval.first, blocks[interval.first])
+    adapter = adapter_of(model)
+    blocks = dict(enumerate(adapter.blocks(model)))
+    lesson = StudentObjective(adapter, model, blocks, interval, Distillation(student_hidden=50, start="first"))
+    parts = adapter.parts_of(model, interval.first, blocks[interval.first])
     assert set(parts) == streams == {name.split("-")[-1] for name in lesson.sums()}
     for stream, where in parts.items():
-        whole, narrow = (at(block, f"{where.ffn}.{architecture.ffn_up}") for block in (blocks[interval.first], lesson.module.block))
+        whole, narrow = (submodule(block, f"{where.ffn}.{adapter.ffn_up}") for block in (blocks[interval.first], lesson.module.block))
         assert narrow.out_features == whole.out_features // 2, stream
-    save(lesson.module, interval, architecture, tmp_path / f"{interval.name}.safetensors")
+    save_replacement(lesson.module, interval, adapter, tmp_path / f"{interval.name}.safetensors")
     with init_empty_weights():
         empty = type(model).from_config(model.config)
-    teacher = SimpleNamespace(architecture=architecture, empty_transformer=lambda: empty, place="here")
-    loaded = load(tmp_path / f"{interval.name}.safetensors", teacher)
+    teacher = SimpleNamespace(adapter=adapter, empty_transformer=lambda: empty, place="here")
+    loaded = load_replacement(tmp_path / f"{interval.name}.safetensors", teacher)
     streams, context = embed(model, tiny.inputs(model))
     one, two = (student.streams(streams, context) for student in (lesson.module, loaded))
     assert torch.equal(one.img, two.img)

@@ -7,16 +7,16 @@ import pytest
 
 from ppcl.config.schema import Target
 from ppcl.errors import UserError
-from ppcl.replacements.parameter_counts import Sizes
-from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, checked, clash
-from ppcl.search.latency_table import Times
-from ppcl.search.pareto import candidates, choose, choose_blocks, front, target_candidates
+from ppcl.replacements.parameter_counts import ParameterCounts
+from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun, checked_plan, conflicts
+from ppcl.search.latency_table import LatencyTable
+from ppcl.search.pareto import candidates, choose, choose_blocks, pareto_front, target_candidates
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]
 # Blocks of two sizes, as FLUX.1 has; students that are larger and smaller than a block.
 STUDENTS = {i: {"w": size} for i, size in zip(INTERVALS, (80, 85, 80, 45, 50), strict=True)}
-SIZES = Sizes(1000, (80,) * 9 + (50,) * 5, STUDENTS)
-DAMAGE = dict(zip(INTERVALS, (0.05, 0.01, 0.09, 0.015, 0.02), strict=True))
+SIZES = ParameterCounts(1000, (80,) * 9 + (50,) * 5, STUDENTS)
+SENSITIVITY = dict(zip(INTERVALS, (0.05, 0.01, 0.09, 0.015, 0.02), strict=True))
 
 
 def subsets():
@@ -24,7 +24,7 @@ def subsets():
 
 
 def worth(on):
-    return sum(SIZES.saved(i) for i in on), sum(DAMAGE[i] for i in on)
+    return sum(SIZES.saved(i) for i in on), sum(SENSITIVITY[i] for i in on)
 
 
 def test_the_front_holds_what_no_subset_beats():
@@ -32,15 +32,15 @@ def test_the_front_holds_what_no_subset_beats():
         b[0] >= a[0] and b[1] <= a[1] and b != a for b in map(worth, subsets())
     )
     best = sorted({worth(on) for on in subsets() if not beaten(worth(on))})
-    rows = front(SIZES, DAMAGE)
+    rows = pareto_front(SIZES, SENSITIVITY)
     assert [row[0] for row in rows] == [saved for saved, _ in best]
-    assert [row[1] for row in rows] == pytest.approx([damage for _, damage in best])
-    assert all(worth(on) == pytest.approx((saved, damage)) for saved, damage, on in rows)
+    assert [row[1] for row in rows] == pytest.approx([sensitivity for _, sensitivity in best])
+    assert all(worth(on) == pytest.approx((saved, sensitivity)) for saved, sensitivity, on in rows)
 
 
 @pytest.mark.parametrize("budget", [0.99, 0.9, 0.8, 0.7, 0.55])
 def test_a_budget_is_met_with_the_least_damage(budget):
-    on = choose(budget, SIZES, DAMAGE)
+    on = choose(budget, SIZES, SENSITIVITY)
     assert 1000 - worth(on)[0] <= budget * 1000
     assert worth(on)[1] == pytest.approx(min(worth(s)[1] for s in subsets() if 1000 - worth(s)[0] <= budget * 1000))
 
@@ -48,8 +48,8 @@ def test_a_budget_is_met_with_the_least_damage(budget):
 def test_a_budget_that_cannot_be_met_names_the_smallest_that_can():
     smallest = min(1000 - worth(s)[0] for s in subsets()) / 1000
     with pytest.raises(UserError, match=f"0.3 of the parameters cannot be met.*{smallest:.4f}"):
-        choose(0.3, SIZES, DAMAGE)
-    choose(smallest, SIZES, DAMAGE)
+        choose(0.3, SIZES, SENSITIVITY)
+    choose(smallest, SIZES, SENSITIVITY)
 
 
 @pytest.mark.parametrize("most", [14, 13, 12, 9, 6])
@@ -57,14 +57,14 @@ def test_a_number_of_blocks_is_met_with_the_least_damage(most):
     def left(plan):
         return 14 - sum(i.removed for i in plan)
 
-    plan = choose_blocks(most, SIZES, DAMAGE | {Ffn(1): 0.0})
+    plan = choose_blocks(most, SIZES, SENSITIVITY | {Ffn(1): 0.0})
     assert left(plan) <= most
     assert worth(plan)[1] == pytest.approx(min(worth(s)[1] for s in subsets() if left(s) <= most))
 
 
 def test_a_number_of_blocks_that_cannot_be_met_names_the_smallest_that_can():
     with pytest.raises(UserError, match="5 blocks cannot be met; with every interval on 6 run, so give 6 or more"):
-        choose_blocks(5, SIZES, DAMAGE)
+        choose_blocks(5, SIZES, SENSITIVITY)
 
 
 def test_candidates_meet_the_budget_and_the_first_has_the_least_sum():
@@ -73,7 +73,7 @@ def test_candidates_meet_the_budget_and_the_first_has_the_least_sum():
     assert all(WIDE.parameters(plan) <= 750 for plan in plans)
 
 
-WIDE = Sizes(
+WIDE = ParameterCounts(
     1000,
     (100,) * 8,
     {
@@ -93,32 +93,32 @@ def wide_plans():
     entries = list(WIDE.replacements)
     for n in range(len(entries) + 1):
         for plan in itertools.combinations(entries, n):
-            if not any(clash(a, b) for a, b in itertools.combinations(plan, 2)):
+            if not any(conflicts(a, b) for a, b in itertools.combinations(plan, 2)):
                 yield plan
 
 
 def test_the_front_over_depth_and_width_holds_what_no_plan_beats():
     all_of_them = [(1000 - WIDE.parameters(plan), sum(WIDE_DAMAGE[e] for e in plan)) for plan in wide_plans()]
     assert len(all_of_them) > 100
-    rows = front(WIDE, WIDE_DAMAGE)
-    for saved, damage, plan in rows:
-        assert 1000 - WIDE.parameters(plan) == saved and len(checked(plan, [range(8)])) == len(plan)
-        assert damage == pytest.approx(min(d for s, d in all_of_them if s >= saved))
+    rows = pareto_front(WIDE, WIDE_DAMAGE)
+    for saved, sensitivity, plan in rows:
+        assert 1000 - WIDE.parameters(plan) == saved and len(checked_plan(plan, [range(8)])) == len(plan)
+        assert sensitivity == pytest.approx(min(d for s, d in all_of_them if s >= saved))
     assert rows[-1][0] == max(s for s, _ in all_of_them)
 
 
 FOLDED = dataclasses.replace(
-    WIDE, replacements={**WIDE.replacements, Fold(): {"directions": 4 * 2, "mean": 4}},
+    WIDE, replacements={**WIDE.replacements, LowRankModulation(): {"directions": 4 * 2, "mean": 4}},
     rows={b: {"img": 6, "txt": 6} for b in range(8)}, width=4,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("cost", [0.0001, 0.05, 5.0])
 def test_the_front_with_folding_holds_what_no_plan_beats(cost):
-    damage = WIDE_DAMAGE | {Fold(): cost}
-    plans = [plan + fold for plan in wide_plans() for fold in ((), (Fold(),))]
-    every = [(1000 - FOLDED.parameters(plan), sum(damage[e] for e in plan)) for plan in plans]
-    rows = front(FOLDED, damage)
+    sensitivity = WIDE_DAMAGE | {LowRankModulation(): cost}
+    plans = [plan + fold for plan in wide_plans() for fold in ((), (LowRankModulation(),))]
+    every = [(1000 - FOLDED.parameters(plan), sum(sensitivity[e] for e in plan)) for plan in plans]
+    rows = pareto_front(FOLDED, sensitivity)
     for saved, total, plan in rows:
         assert 1000 - FOLDED.parameters(plan) == saved
         assert total == pytest.approx(min(d for s, d in every if s >= saved))
@@ -136,10 +136,10 @@ def test_an_ffn_within_a_text_run_saves_its_image_part_alone():
 
 
 # A student saves the time of the blocks it stands for, half of the units hardly any.
-TIMES = Times(
+TIMES = LatencyTable(
     8000, range(8),
     {Interval(0, 2): 1800, Interval(4, 5): 900, TextRun(1, 3): 700, TextRun(6, 7): 350,
-     **{e: 300 if not e.kept else 60 for e in WIDE_DAMAGE if isinstance(e, Ffn)}},
+     **{e: 300 if not e.keep_percent else 60 for e in WIDE_DAMAGE if isinstance(e, Ffn)}},
     {e: 120 for e in WIDE_DAMAGE if isinstance(e, Ffn)},
 )  # fmt: skip
 

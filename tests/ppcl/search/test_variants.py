@@ -4,28 +4,28 @@ import pytest
 
 from ppcl.config.schema import Variants
 from ppcl.errors import UserError
-from ppcl.replacements.parameter_counts import Sizes
+from ppcl.replacements.parameter_counts import ParameterCounts
 from ppcl.replacements.plan import Interval
-from ppcl.search.variants import Family, best_plans, make_variants, names_of
+from ppcl.search.variants import VariantCatalog, best_plans, make_variants, names_of
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]
 STUDENTS = {i: {"w": size} for i, size in zip(INTERVALS, (80, 85, 80, 45, 50), strict=True)}
-SIZES = Sizes(1000, (80,) * 9 + (50,) * 5, STUDENTS)
-DAMAGE = dict(zip(INTERVALS, (0.05, 0.01, 0.09, 0.015, 0.02), strict=True))
+SIZES = ParameterCounts(1000, (80,) * 9 + (50,) * 5, STUDENTS)
+SENSITIVITY = dict(zip(INTERVALS, (0.05, 0.01, 0.09, 0.015, 0.02), strict=True))
 
 
 def test_named_variants_and_their_way_through_json():
-    spans = [range(9), range(9, 14)]
+    block_ranges = [range(9), range(9, 14)]
     settings = Variants(budgets=[0.9, 0.755], blocks=[13], targets={"fast": {"speedup": 1.5}}, custom={"mine": [(3, 4)]})
     chosen = {"p90": (INTERVALS[0],), "p75.5": (INTERVALS[1],), "fast": tuple(INTERVALS[:2])}
-    made = make_variants(settings, SIZES, DAMAGE, spans, chosen)
+    made = make_variants(settings, SIZES, SENSITIVITY, block_ranges, chosen)
     assert list(made) == ["teacher", "p90", "p75.5", "b13", "fast", "all", "mine"]
     assert set(list(made)[1:]) == set(names_of(settings))
     assert made["fast"].plan == tuple(INTERVALS[:2]) and (made["p90"].budget, made["fast"].budget) == (0.9, None)
     assert (made["teacher"].share, made["teacher"].blocks, made["mine"].blocks) == (1.0, 14, 13)
     assert made["mine"].parameters == 1000 - 75
-    family = Family(1000, 14, spans, DAMAGE, made)
-    assert Family.from_json(family.to_json()) == family
+    family = VariantCatalog(1000, 14, block_ranges, SENSITIVITY, made)
+    assert VariantCatalog.from_json(family.to_json()) == family
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_named_variants_and_their_way_through_json():
 )
 def test_custom_variants_that_cannot_be(custom, sentence):
     with pytest.raises(UserError, match=sentence):
-        make_variants(Variants(budgets=[], custom=custom), SIZES, DAMAGE, [range(9), range(9, 14)], {})
+        make_variants(Variants(budgets=[], custom=custom), SIZES, SENSITIVITY, [range(9), range(9, 14)], {})
 
 
 @pytest.mark.parametrize("names", [{"p90"}, {"teacher"}, {"all"}, {"b13"}])

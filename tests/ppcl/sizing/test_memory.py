@@ -14,13 +14,13 @@ from ppcl.sizing import FORMULAS, Model, layouts
 from ppcl.sizing.memory import intervals
 from ppcl.sizing.model import model_of
 from ppcl.sizing.table import gigabytes, rows_of
-from ppcl.training.captured import Wanted
-from ppcl.training.distillation.objectives import new_lesson
+from ppcl.training.captured import CaptureSpec
+from ppcl.training.distillation.objectives import new_objective
 from ppcl.training.distillation.trainer import segment_of
-from ppcl.training.parallel_dims import Mesh
-from ppcl.training.pipeline import Chain
-from ppcl.training.teacher_segment import Segment
-from ppcl.training.trainee import Pupil
+from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.pipeline import PipelineStage
+from ppcl.training.teacher_segment import TeacherSegment
+from ppcl.training.trainee import Trainee
 from tests import ranks, tiny
 from tests.conftest import REPOSITORY
 
@@ -60,26 +60,26 @@ def test_the_sizing_page_holds_what_the_code_computes(models):
 
 def _measure(folder, out):
     """What one rank of two holds after a step, and sent, in bytes."""
-    teacher, mesh = Teacher(folder), Mesh.join(2, 1)
+    teacher, mesh = Teacher(folder), ParallelDims.join(2, 1)
     plan = intervals(_model(folder), LENGTH)
-    count = len(teacher.architecture.blocks(teacher.empty_transformer()))
-    segment = Segment(teacher, segment_of(mesh.stage, 2, count, plan), plan, "cpu", torch.bfloat16)
-    chain = Chain(mesh.stage, 2, mesh.rank)
-    lessons = [new_lesson(segment.architecture, segment.transformer, segment.blocks, e, Distillation(), count) for e in segment.plan]
-    pupils = [Pupil(lesson, Distillation(precision="bfloat16"), mesh) for lesson in lessons]
+    count = len(teacher.adapter.blocks(teacher.empty_transformer()))
+    segment = TeacherSegment(teacher, segment_of(mesh.pp_rank, 2, count, plan), plan, "cpu", torch.bfloat16)
+    pipeline_stage = PipelineStage(mesh.pp_rank, 2, mesh.rank)
+    objectives = [new_objective(segment.adapter, segment.transformer, segment.blocks, e, Distillation(), count) for e in segment.plan]
+    trainees = [Trainee(objective, Distillation(precision="bfloat16"), mesh) for objective in objectives]
     inputs = tiny.inputs(tiny.qwen_transformer(), BATCH)
     text = inputs["encoder_hidden_states"][:1].expand(BATCH, -1, -1).repeat(1, 8, 1)
     inputs |= {
         "hidden_states": torch.randn(BATCH, (SIZE // 16) ** 2, inputs["hidden_states"].shape[-1]).bfloat16(),
         "encoder_hidden_states": text.bfloat16(), "encoder_hidden_states_mask": None, "img_shapes": [[(1, SIZE // 16, SIZE // 16)]] * BATCH,
     }  # fmt: skip
-    wanted = Wanted()
-    for pupil in pupils:
-        wanted |= pupil.lesson.wanted
-    seen = segment.run(inputs, chain, wanted)
+    wanted = CaptureSpec()
+    for trainee in trainees:
+        wanted |= trainee.objective.capture
+    seen = segment.run(inputs, pipeline_stage, wanted)
     most = 0
-    for pupil in pupils:
-        own, kept, held = {p.untyped_storage().data_ptr() for p in pupil.parameters.values()}, {}, []
+    for trainee in trainees:
+        own, kept, held = {p.untyped_storage().data_ptr() for p in trainee.parameters.values()}, {}, []
 
         def keep(x, own=own, kept=kept, held=held):
             if x.untyped_storage().data_ptr() not in own:
@@ -88,26 +88,26 @@ def _measure(folder, out):
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            pupil.learn(seen, bfloat16=True)
+            trainee.train_step(seen, bfloat16=True)
         most = max(most, sum(kept.values()))
-    chain.flush()
+    pipeline_stage.flush()
     mesh.barrier()
     students = 0
-    for pupil in pupils:
-        for p in pupil.parameters.values():
-            state = pupil.optimizer.state[p]
+    for trainee in trainees:
+        for p in trainee.parameters.values():
+            state = trainee.optimizer.state[p]
             students += p.nbytes + p.grad.nbytes + state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
     streams = sum(x.nbytes for s in seen.boundaries.values() for x in s if x is not None)
     measured = {
         "teacher": sum(p.nbytes for p in segment.transformer.parameters()), "students": students, "activations": most,
-        "streams": streams, "sent": chain.bytes_sent,
+        "streams": streams, "sent": pipeline_stage.bytes_sent,
     }  # fmt: skip
     (out / f"{mesh.rank}.json").write_text(json.dumps(measured))
 
 
 def _model(folder):
     teacher = Teacher(folder)
-    return Model.of("tiny", teacher.architecture.transformer, teacher.config(), 7 * 8, SIZE, SIZE)
+    return Model.of("tiny", teacher.adapter.transformer, teacher.config(), 7 * 8, SIZE, SIZE)
 
 
 def test_two_real_ranks_hold_and_send_what_is_computed(teacher_folder, tmp_path):

@@ -14,15 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from ppcl.config.schema import Probes
 from ppcl.detection import fit_probes as probes_run
 from ppcl.errors import UserError
-from ppcl.linalg import Statistics
-from ppcl.models import architecture_of, embed, run_blocks
+from ppcl.linalg import Moments
+from ppcl.models import adapter_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.sizing import Device, Model
 from ppcl.sizing.memory import intervals, longest_dividing
 from ppcl.sizing.model import model_of
 from ppcl.sizing.simulation import Work, distillation, distillation_on, distillation_work, play, probes
 from ppcl.sizing.table import DISTILLATION, PROBES, step_rows
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import IN_FLIGHT
 from tests import tiny
 from tests.conftest import REPOSITORY
@@ -42,7 +42,7 @@ def qwen():
 def small(teacher_folder):
     """The tiny teacher with 16 image tokens and 7 of text, as `MemorySamples` has them."""
     teacher = Teacher(teacher_folder)
-    return Model.of("tiny", teacher.architecture.transformer, teacher.config(), 7, 64, 64)
+    return Model.of("tiny", teacher.adapter.transformer, teacher.config(), 7, 64, 64)
 
 
 def _products(block, call):
@@ -61,11 +61,11 @@ def _products(block, call):
 @torch.no_grad()
 def test_operations_of_a_block_are_its_products_and_its_attention(small):
     model = tiny.qwen_transformer()
-    architecture, samples = architecture_of(model), MemorySamples()
+    adapter, samples = adapter_of(model), MemorySamples()
     inputs = samples.batch([0]) | {"encoder_hidden_states_mask": None}
     streams, context = embed(model, inputs)
-    block = architecture.blocks(model)[2]
-    linear = _products(block, lambda: run_blocks(architecture, [block], streams, context))
+    block = adapter.blocks(model)[2]
+    linear = _products(block, lambda: run_blocks(adapter, [block], streams, context))
     assert small.width == 32 and small.tokens == 23
     assert small.flops == (linear + 2 * 2 * 23**2 * 32,) * 6
     # Two products for one in the backward pass, but for the gradients of what a block is given; attention there counts 5 for 2.
@@ -78,16 +78,16 @@ def test_operations_of_sums_are_those_of_a_real_fit(teacher_folder, small, tmp_p
         def batch(self, *args, **named):
             return super().batch(*args, **named) | {"encoder_hidden_states_mask": None}
 
-    counted, stock = [], Statistics._add
+    counted, stock = [], Moments._add
 
     def add(self, *tokens):
         with FlopCounterMode(display=False) as counter:
             stock(self, *tokens)
         counted.append(counter.get_total_flops())
 
-    monkeypatch.setattr(Statistics, "_add", add)
+    monkeypatch.setattr(Moments, "_add", add)
     samples = Whole()
-    probes_run.fit(Teacher(teacher_folder), samples, Probes(batch_size=8), Mesh(), tmp_path, 0, "cpu", torch.float32, lambda *told: None)
+    probes_run.fit_probes(Teacher(teacher_folder), samples, Probes(batch_size=8), ParallelDims(), tmp_path, 0, "cpu", torch.float32, lambda *told: None)
     assert sum(counted) == len(samples.ids(held_out=False)) * sum(small.sums_flops)
 
 

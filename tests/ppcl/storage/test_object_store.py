@@ -1,7 +1,9 @@
 """What lies in a bucket, on a real S3 server: read by range, written whole, tried again, told in one sentence."""
 
 import os
+import shutil
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +12,10 @@ import torch
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.storage import object_store as storage
-from ppcl.storage.checkpoint_sync import resumable
-from ppcl.storage.lease import LOCK, hold
-from ppcl.storage.manifest import Artifacts, complete
-from ppcl.storage.mirror import local_file, publish, store_of, writing
+from ppcl.storage.checkpoint_sync import synced_checkpoints
+from ppcl.storage.lease import LOCK, hold_lease
+from ppcl.storage.manifest import Artifacts, fetch_stage
+from ppcl.storage.mirror import download, local_file, store_of, to_local, upload, upload_on_exit
 from ppcl.storage.node_cache import mirror
 from ppcl.storage.object_store import Store
 from ppcl.storage.tensor_files import is_whole, save_tensors
@@ -26,7 +28,7 @@ def store(s3):
     return Store(s3.bucket)
 
 
-def upload(folder, store):
+def upload_all(folder, store):
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             store.upload(path, str(path.relative_to(folder)))
@@ -37,7 +39,7 @@ def test_a_mirrors_path_says_where_it_comes_from_on_whatever_node(monkeypatch, t
     path = mirror("s3://b/runs/qwen") / "students" / "0.safetensors"
     assert store_of(path).url == "s3://b/runs/qwen/students/0.safetensors" and store_of(tmp_path) is None
     monkeypatch.setenv("PPCL_SCRATCH", str(tmp_path / "two"))
-    assert here(path) == mirror("s3://b/runs/qwen") / "students" / "0.safetensors" != path
+    assert to_local(path) == mirror("s3://b/runs/qwen") / "students" / "0.safetensors" != path
 
 
 def test_objects_are_listed_read_by_range_and_removed(store, tmp_path):
@@ -157,13 +159,13 @@ def test_a_stage_is_uploaded_before_its_entry_and_verified_when_read(store, s3):
     shutil.rmtree(artifacts.root)  # another node
     assert Artifacts(store.url).state("probes", "key", said.append) and artifacts.path("probes", "a").read_bytes() == b"1"
     artifacts.path("probes", "stale").write_bytes(b"")
-    assert [p.name for p in complete(artifacts.path("probes")).iterdir()] == ["a"]
+    assert [p.name for p in fetch_stage(artifacts.path("probes")).iterdir()] == ["a"]
     store.write("probes/a", b"2")
     shutil.rmtree(artifacts.root)
     assert not Artifacts(store.url).state("probes", "key", said.append)
     assert said == ["probes: probes/a is damaged or gone (its sha256 differs from the manifest's); making it again"]
     with pytest.raises(UserError, match="probes/a is damaged or gone"):
-        complete(artifacts.path("probes"))
+        fetch_stage(artifacts.path("probes"))
     artifacts.forget("probes")
     assert set(store.objects()) == {"manifest.json"}
 
@@ -177,28 +179,28 @@ def test_a_place_with_something_else_in_it_is_refused(store):
 
 def test_what_a_process_makes_is_uploaded_when_it_ends_well(store):
     folder = mirror(f"{store.url}/students")
-    with pytest.raises(RuntimeError), writing(folder) as made:
+    with pytest.raises(RuntimeError), upload_on_exit(folder) as made:
         (made / "a").write_text("1")
         raise RuntimeError
     assert not store.objects()
-    with writing(folder) as made:
+    with upload_on_exit(folder) as made:
         (made / "deep").mkdir()
         (made / "deep" / "a").write_text("1")
     assert set(store.objects()) == {"students/deep/a"}
-    gather(folder)
+    download(folder)
     assert (folder / "deep" / "a").read_text() == "1"
 
 
 def test_checkpoints_go_up_while_the_work_goes_on_and_another_node_begins_with_them(store, monkeypatch, tmp_path):
     folder = mirror(f"{store.url}/students/checkpoints")
     everything, nobody = lambda path: True, pytest.fail
-    with pytest.raises(RuntimeError), resumable(folder, "one", everything, nobody) as checkpoints:
+    with pytest.raises(RuntimeError), synced_checkpoints(folder, "one", everything, nobody) as checkpoints:
         (checkpoints / "a").write_text("1")
         (checkpoints / "b.partial").write_text("half")
         raise RuntimeError("killed")
     assert set(store.objects()) == {"students/checkpoints/a"}
     monkeypatch.setenv("PPCL_SCRATCH", str(tmp_path / "another node"))
-    with resumable(folder, "two", everything, nobody) as first, resumable(folder, "two", everything, nobody) as second:
+    with synced_checkpoints(folder, "two", everything, nobody) as first, synced_checkpoints(folder, "two", everything, nobody) as second:
         assert [p.read_text() for p in (first / "a", second / "a")] == ["1", "1"]
         (first / "new").write_text("2")
         os.replace(first / "new", first / "a")
@@ -219,24 +221,24 @@ def test_checkpoints_that_are_damaged_are_left_out_on_every_node_and_told(store,
     for node in ("one", "another"):
         monkeypatch.setenv("PPCL_SCRATCH", str(tmp_path / node))
         told = []
-        with resumable(folder, "one", is_whole, told.append) as first, resumable(folder, "one", is_whole, told.append):
+        with synced_checkpoints(folder, "one", is_whole, told.append) as first, synced_checkpoints(folder, "one", is_whole, told.append):
             assert [path.name for path in first.iterdir()] == ["whole.safetensors"]
         assert sorted(path.stem for path in told) == ["not its sha256", "not whole"]
 
 
 def test_a_second_job_is_refused_and_a_dead_ones_place_is_taken(store, monkeypatch):
-    with hold(store) as check:
+    with hold_lease(store) as check:
         check()
-        with pytest.raises(UserError, match="another ppcl works in s3://"), hold(store):
+        with pytest.raises(UserError, match="another ppcl works in s3://"), hold_lease(store):
             pass
     assert LOCK not in store.objects()
-    with hold(store) as check:
+    with hold_lease(store) as check:
         # By the store's clock: this node's is an hour off.
         monkeypatch.setattr("time.time", lambda real=time.time: real() + 3600)
-        with pytest.raises(UserError, match="another ppcl works"), hold(store):
+        with pytest.raises(UserError, match="another ppcl works"), hold_lease(store):
             pass
         monkeypatch.setattr("ppcl.storage.lease._DEAD_AFTER", -1.0)
-        with hold(store), pytest.raises(UserError, match="another ppcl took over"):
+        with hold_lease(store), pytest.raises(UserError, match="another ppcl took over"):
             check()
 
 
@@ -245,9 +247,9 @@ def test_the_lock_of_a_process_that_died_on_this_machine_is_free_at_once(store, 
         # A number above those that the kernel gives.
         patch.setattr("ppcl.storage.lease.os", SimpleNamespace(getpid=lambda: 2**22 + 1, readlink=os.readlink))
         patch.setattr("ppcl.storage.lease._Lock.release", lambda self: None)
-        with hold(store):
+        with hold_lease(store):
             pass
-    with hold(store) as check:
+    with hold_lease(store) as check:
         check()
 
 
@@ -257,7 +259,7 @@ def test_one_of_many_that_start_together_gets_the_place(store):
     def start():
         ready.wait()
         try:
-            with hold(store):
+            with hold_lease(store):
                 got.append(True)
                 ready.wait(60)
         except UserError:
@@ -273,7 +275,7 @@ def test_one_of_many_that_start_together_gets_the_place(store):
 
 
 def test_a_rank_reads_the_ranges_of_its_own_blocks_and_no_weight_else(store, s3, teacher_folder):
-    upload(teacher_folder, store)
+    upload_all(teacher_folder, store)
     whole, local = Teacher(store.url), Teacher(teacher_folder)
     assert whole.sha256() == local.sha256() and whole.part_hashes() == local.part_hashes()
     s3.requests.clear()
@@ -289,7 +291,7 @@ def test_a_rank_reads_the_ranges_of_its_own_blocks_and_no_weight_else(store, s3,
 
 
 def test_a_pipeline_in_a_bucket_is_the_one_in_the_folder_and_another_version_is_another_snapshot(store, teacher_folder):
-    upload(teacher_folder, store)
+    upload_all(teacher_folder, store)
     teacher = Teacher(store.url)
     parts = teacher.pipeline_without_transformer()
     assert parts.transformer is None and parts.text_encoder is not None
@@ -312,7 +314,7 @@ def test_a_pipeline_in_a_bucket_is_the_one_in_the_folder_and_another_version_is_
     ],
 )
 def test_a_model_in_a_bucket_that_cannot_be_used_is_told(store, teacher_folder, name, content, sentence):
-    upload(teacher_folder, store)
+    upload_all(teacher_folder, store)
     store.remove(name) if content is None else store.write(name, content)
     with pytest.raises(UserError, match=sentence) as told:
         Teacher(store.url)
@@ -336,4 +338,4 @@ def test_one_file_is_downloaded_when_it_changed(store, s3, tmp_path):
 
 
 def test_publishing_an_ordinary_file_does_nothing(tmp_path):
-    publish(_file(tmp_path / "f", b"1"))
+    upload(_file(tmp_path / "f", b"1"))

@@ -5,7 +5,7 @@ import pytest
 
 from ppcl.errors import UserError
 from ppcl.replacements.plan import Interval
-from ppcl.training.pipeline import segments
+from ppcl.training.pipeline import balanced_segments
 
 
 def dearest(costs, parts):
@@ -22,7 +22,7 @@ def test_segments_are_optimal_against_trying_every_cut():
             dearest(costs, [range(a, b) for a, b in itertools.pairwise([0, *cuts, count])])
             for cuts in itertools.combinations([c for c in range(1, count) if c != 2], pp - 1)
         )
-        parts = segments(costs, pp, [interval])
+        parts = balanced_segments(costs, pp, [interval])
         assert [i for part in parts for i in part] == list(range(count))
         assert dearest(costs, parts) == best
         assert any(1 in part and 2 in part for part in parts)
@@ -30,4 +30,4 @@ def test_segments_are_optimal_against_trying_every_cut():
 
 def test_more_ranks_than_segments_is_refused_with_the_most_there_can_be():
     with pytest.raises(UserError, match="pipeline is 3.*2 segments at most"):
-        segments([1.0] * 4, 3, [Interval(0, 1), Interval(2, 3)])
+        balanced_segments([1.0] * 4, 3, [Interval(0, 1), Interval(2, 3)])

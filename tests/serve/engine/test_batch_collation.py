@@ -10,7 +10,7 @@ import torch
 
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
-from ppcl.replacements.switcher import Switch
+from ppcl.replacements.switcher import VariantSwitcher
 from serve.engine.batcher import Cancelled, Member
 from serve.engine.generation import Order, Studio, _Watch, calls_per_step
 from serve.engine.shared_pipeline import Kind, SharedPipeline
@@ -113,7 +113,7 @@ def test_batched_is_serial(family, qwen):
 def test_pictures_of_different_variants_share_a_transformer(tmp_path, teacher_folder):
     teacher = Teacher(teacher_folder)
     pipeline = teacher.pipeline()
-    switch = Switch(teacher, files_in(made_result.result(tmp_path / "job", teacher_folder) / "students"))
+    switch = VariantSwitcher(teacher, files_in(made_result.result(tmp_path / "job", teacher_folder) / "students"))
     plans = [(), made_result.INTERVALS[:1], made_result.INTERVALS, made_result.INTERVALS[1:]]
     plans = [tuple(plan) for plan in plans for _ in range(2)]
     prompts = ["a photo of a red circle", "a photo of a green cross"] * 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppcl.errors import UserError
-from ppcl.models import PassThrough
+from ppcl.models import IdentityBlock
 from ppcl.replacements.plan import Interval
 from ppcl.storage.manifest import Artifacts
 from serve.engine.loading import load, qualities
@@ -29,7 +29,7 @@ def test_what_no_served_variant_needs_is_not_in_memory(result_folder):
     weights = loaded(result_folder, ["ends"])
     assert set(weights.switch.files) == {Interval(0, 1), Interval(4, 5)} and weights.blocks == {2, 3}
     standing = weights.switch.blocks(weights.pipeline.transformer)
-    assert [isinstance(block, PassThrough) for block in standing] == [True, True, False, False, True, True]
+    assert [isinstance(block, IdentityBlock) for block in standing] == [True, True, False, False, True, True]
     assert weights.variant("teacher") is None and weights.variant("0-1") is None and weights.variant("2-3") is None
     assert weights.variant("0-1,4-5") is not None
 

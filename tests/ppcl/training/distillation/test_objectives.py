@@ -1,4 +1,4 @@
-"""Width and depth in one phase: the closed-form starts, the mesh, what a plan leaves of a transformer."""
+"""Width and depth in one phase: the closed-form starts, the dims, what a plan leaves of a transformer."""
 
 import json
 
@@ -8,23 +8,23 @@ import torch
 from torch.nn import functional as F
 
 from ppcl.config.schema import Distillation
-from ppcl.models import architecture_of, embed, run_blocks
+from ppcl.models import adapter_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import files_in, load
-from ppcl.replacements.parameter_counts import sizes
-from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun
-from ppcl.replacements.switcher import Switch
-from ppcl.training.distillation.objectives import new_lesson
+from ppcl.replacements.io import files_in, load_replacement
+from ppcl.replacements.parameter_counts import parameter_counts
+from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun
+from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.training.distillation.objectives import new_objective
 from ppcl.training.distillation.trainer import distil, segment_of
 from ppcl.training.losses import normalized, relative
-from ppcl.training.parallel_dims import Mesh
-from ppcl.training.pipeline import Chain
-from ppcl.training.teacher_segment import Segment
+from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.pipeline import PipelineStage
+from ppcl.training.teacher_segment import TeacherSegment
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 
-# The plan's entries overlap: nothing of one lesson enters another.
-PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), TextRun(4, 5), Ffn(0), Ffn(2), Ffn(5), Fold()]
+# The plan's entries overlap: nothing of one objective enters another.
+PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), TextRun(4, 5), Ffn(0), Ffn(2), Ffn(5), LowRankModulation()]
 SETTINGS = Distillation(steps=4, batch_size=8, learning_rate=1e-3, warmup=1, ridge=1e-9)
 
 
@@ -34,10 +34,10 @@ def folder(tmp_path_factory):
 
 
 def train(folder, out, settings=SETTINGS):
-    mesh = Mesh.join(settings.pipeline, settings.replicas)
+    dims = ParallelDims.join(settings.pipeline, settings.replicas)
     with torch.enable_grad():
         distil(
-            Teacher(folder), MemorySamples(), PLAN, settings, mesh, out, out / "checkpoints", 0, "cpu", lambda *_: None, 0.05
+            Teacher(folder), MemorySamples(), PLAN, settings, dims, out, out / "checkpoints", 0, "cpu", lambda *_: None, 0.05
         )
 
 
@@ -92,11 +92,11 @@ def assert_map(linear, x, y):
 @torch.no_grad()
 def test_the_starts_are_the_least_squares_maps(folder, started):
     heard, teacher = Heard(folder), Teacher(folder)
-    maps = load(started / "ffn-02.safetensors", teacher)
+    maps = load_replacement(started / "ffn-02.safetensors", teacher)
     for stream in ("img", "txt"):
         g = heard.tokens(heard.g[2, stream], stream == "txt")
         assert_map(maps[stream], g, heard.tokens(heard.h[2, stream], stream == "txt") - g)
-    projectors = load(started / "text-01-03.safetensors", teacher)
+    projectors = load_replacement(started / "text-01-03.safetensors", teacher)
     for number in (2, 3):
         assert_map(projectors.z[str(number)], heard.tokens(heard.z[1], True), heard.tokens(heard.z[number], True))
     after = heard.tokens(heard.h[1, "txt"], True)
@@ -104,20 +104,20 @@ def test_the_starts_are_the_least_squares_maps(folder, started):
 
 
 def test_behind_the_last_block_no_text_stream_is_made(folder, started):
-    assert load(started / "text-04-05.safetensors", Teacher(folder)).h is None
+    assert load_replacement(started / "text-04-05.safetensors", Teacher(folder)).h is None
 
 
 @pytest.mark.parametrize(("pp", "dp"), [(2, 1), (1, 2)])
 def test_the_mesh_does_not_change_the_replacements(folder, trained, tmp_path, pp, dp, monkeypatch):
     # The plan of the other tests overlaps everywhere and leaves no place to cut.
-    plan = [Interval(0, 1), TextRun(1, 2), TextRun(3, 5), Ffn(0), Ffn(5), Fold()]
+    plan = [Interval(0, 1), TextRun(1, 2), TextRun(3, 5), Ffn(0), Ffn(5), LowRankModulation()]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     monkeypatch.setattr("tests.ppcl.training.distillation.test_objectives.PLAN", plan)
     train(folder, alone)
     ranks.run(pp * dp, _train_plan, folder, shared, plan, SETTINGS.model_copy(update={"pipeline": pp, "replicas": dp}))
     assert files_in(alone).keys() == files_in(shared).keys() == set(plan)
     for entry, path in files_in(alone).items():
-        one, two = (load(p, Teacher(folder)).state_dict() for p in (path, files_in(shared)[entry]))
+        one, two = (load_replacement(p, Teacher(folder)).state_dict() for p in (path, files_in(shared)[entry]))
         for name in one:
             difference = (one[name] - two[name]).norm() / one[name].norm().clamp_min(1e-6)
             assert difference <= 2e-5, f"{entry} {name}: {difference:.2e}"
@@ -138,17 +138,17 @@ def test_training_lowers_every_loss_that_is_not_at_its_optimum(folder, tmp_path)
 
 @torch.no_grad()
 def test_the_losses_are_those_written_out(folder, started):
-    """Every lesson's losses on one batch against the stock blocks with hooks, and the modules called by hand."""
+    """Every objective's losses on one batch against the stock blocks with hooks, and the modules called by hand."""
     teacher = Teacher(folder)
-    segment = Segment(teacher, range(6), PLAN, "cpu", torch.float32)
-    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, Ffn(2), Distillation(start="first"), 6)
-    lesson.module.load_state_dict(load(started / "ffn-02.safetensors", teacher).state_dict())
+    segment = TeacherSegment(teacher, range(6), PLAN, "cpu", torch.float32)
+    objective = new_objective(segment.adapter, segment.transformer, segment.blocks, Ffn(2), Distillation(start="first"), 6)
+    objective.module.load_state_dict(load_replacement(started / "ffn-02.safetensors", teacher).state_dict())
     samples = MemorySamples()
-    seen = segment.run(samples.batch(samples.ids(held_out=False)), Chain(0, 1), lesson.wanted)
+    captured = segment.run(samples.batch(samples.ids(held_out=False)), PipelineStage(0, 1), objective.capture)
     heard = Heard(folder)
-    parts = {name: float(total / n) for name, (total, n) in lesson.losses(seen, normalized).items()}
+    parts = {name: float(total / n) for name, (total, n) in objective.losses(captured, normalized).items()}
     g, h = (torch.tensor(heard.tokens(x[2, "txt"], True)).float() for x in (heard.g, heard.h))
-    added = lesson.module["txt"](g)
+    added = objective.module["txt"](g)
     assert parts["txt"] == pytest.approx(
         float((F.normalize(g + added, dim=-1) - F.normalize(h, dim=-1)).square().sum(-1).mean()), rel=1e-4
     )
@@ -159,21 +159,21 @@ def test_the_losses_are_those_written_out(folder, started):
 def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(folder):
     """With one sample, one token and one timestep each map can be exact: then the images must be the teacher's."""
     teacher = Teacher(folder)
-    segment = Segment(teacher, range(6), [], "cpu", torch.float32)
-    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
-    seen = segment.run(MemorySamples().batch([3]), Chain(0, 1), lesson.wanted)
-    for number, linear in lesson.module.z.items():
-        x, y = (seen.text_inputs[b][0].double() for b in (1, int(number)))
+    segment = TeacherSegment(teacher, range(6), [], "cpu", torch.float32)
+    objective = new_objective(segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
+    captured = segment.run(MemorySamples().batch([3]), PipelineStage(0, 1), objective.capture)
+    for number, linear in objective.module.z.items():
+        x, y = (captured.text_inputs[b][0].double() for b in (1, int(number)))
         linear.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
         linear.bias.zero_()
-    h, after = (seen.boundaries[b].txt[0].double() for b in (2, 4))
-    lesson.module.h.weight.copy_(torch.linalg.lstsq(h, after - h).solution.T)
-    lesson.module.h.bias.zero_()
+    h, after = (captured.boundaries[b].txt[0].double() for b in (2, 4))
+    objective.module.h.weight.copy_(torch.linalg.lstsq(h, after - h).solution.T)
+    objective.module.h.bias.zero_()
     model = teacher.transformer()
     inputs = MemorySamples().batch([3])
     expected = model(**inputs, return_dict=False)[0]
-    switch = Switch(teacher, {TextRun(1, 3): None})
-    switch._loaded[TextRun(1, 3), False, "cpu", torch.float32] = lesson.module
+    switch = VariantSwitcher(teacher, {TextRun(1, 3): None})
+    switch._loaded[TextRun(1, 3), False, "cpu", torch.float32] = objective.module
     switch(model, [TextRun(1, 3)])
     assert torch.allclose(model(**inputs, return_dict=False)[0], expected, atol=2e-4)
 
@@ -183,14 +183,14 @@ def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(fold
     "plan",
     [
         [Ffn(2)], [TextRun(1, 3)], [TextRun(4, 5)], [Interval(0, 1), Ffn(2)], [TextRun(1, 3), Ffn(2), Ffn(0), Ffn(5)],
-        [TextRun(1, 3), TextRun(4, 5), Ffn(2), Ffn(5)], [Fold()], [Fold(), Interval(0, 1), Interval(3, 5), Ffn(2)],
-        [Fold(), TextRun(1, 3), Ffn(0), Ffn(2), Ffn(5)],
+        [TextRun(1, 3), TextRun(4, 5), Ffn(2), Ffn(5)], [LowRankModulation()], [LowRankModulation(), Interval(0, 1), Interval(3, 5), Ffn(2)],
+        [LowRankModulation(), TextRun(1, 3), Ffn(0), Ffn(2), Ffn(5)],
     ],
 )  # fmt: skip
 def test_a_plan_counts_what_the_plugged_transformer_holds(folder, trained, plan):
     teacher = Teacher(folder)
-    model, switch = teacher.transformer(), Switch(teacher, files_in(trained))
-    counted = sizes(teacher, switch.files)
+    model, switch = teacher.transformer(), VariantSwitcher(teacher, files_in(trained))
+    counted = parameter_counts(teacher, switch.files)
     before = model(**MemorySamples().batch([0, 1]), return_dict=False)[0]
     switch(model, plan)
     assert sum(p.numel() for p in model.parameters()) == counted.parameters(plan) < counted.total
@@ -214,13 +214,13 @@ def test_a_cut_never_falls_into_a_text_run():
 
 @torch.no_grad()
 def test_the_teachers_own_streams_are_what_is_seen(folder):
-    segment = Segment(Teacher(folder), range(6), PLAN, "cpu", torch.float32)
-    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
+    segment = TeacherSegment(Teacher(folder), range(6), PLAN, "cpu", torch.float32)
+    objective = new_objective(segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
     inputs = MemorySamples().batch([0, 1])
-    seen = segment.run(inputs, Chain(0, 1), lesson.wanted)
+    captured = segment.run(inputs, PipelineStage(0, 1), objective.capture)
     model = Teacher(folder).transformer()
     streams, context = embed(model, inputs)
-    expected = run_blocks(architecture_of(model), architecture_of(model).blocks(model)[:3], streams, context)
-    assert torch.equal(seen.boundaries[3].img, expected.img)
+    expected = run_blocks(adapter_of(model), adapter_of(model).blocks(model)[:3], streams, context)
+    assert torch.equal(captured.boundaries[3].img, expected.img)
     # No hook is left behind.
     assert not any(module._forward_pre_hooks for module in segment.transformer.modules())

@@ -8,19 +8,19 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ppcl.config.schema import Distillation
-from ppcl.models import architecture_of, embed, run_blocks
+from ppcl.models import adapter_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import files_in, load
+from ppcl.replacements.io import files_in, load_replacement
 from ppcl.replacements.plan import Ffn, Interval
-from ppcl.replacements.switcher import Switch
+from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.data import batch_of
-from ppcl.training.distillation.closed_form import fit_starts
-from ppcl.training.distillation.objectives import new_lesson
+from ppcl.training.distillation.closed_form import fit_closed_form
+from ppcl.training.distillation.objectives import new_objective
 from ppcl.training.distillation.trainer import distil, segment_of
 from ppcl.training.losses import normalized, relative
-from ppcl.training.parallel_dims import Mesh
-from ppcl.training.pipeline import Chain
-from ppcl.training.teacher_segment import Segment
+from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.pipeline import PipelineStage
+from ppcl.training.teacher_segment import TeacherSegment
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 
@@ -40,9 +40,9 @@ def train(folder, out, settings=SETTINGS, intervals=INTERVALS, stop_after=None):
         if stop_after is not None and done == stop_after:
             raise KeyboardInterrupt
 
-    mesh = Mesh.join(settings.pipeline, settings.replicas)
+    dims = ParallelDims.join(settings.pipeline, settings.replicas)
     with torch.enable_grad():
-        distil(Teacher(folder), MemorySamples(), intervals, settings, mesh, out, out / "checkpoints", 0, "cpu", report)
+        distil(Teacher(folder), MemorySamples(), intervals, settings, dims, out, out / "checkpoints", 0, "cpu", report)
 
 
 def students(out):
@@ -92,7 +92,7 @@ def test_a_stopped_run_continues_to_the_same_students(folder, alone, tmp_path):
 
 def test_a_closed_form_start_is_fitted_once(folder, alone, tmp_path, monkeypatch):
     fits = []
-    monkeypatch.setattr("ppcl.training.distillation.trainer.fit_starts", lambda *given: fits.append(len(given[0])) or fit_starts(*given))
+    monkeypatch.setattr("ppcl.training.distillation.trainer.fit_closed_form", lambda *given: fits.append(len(given[0])) or fit_closed_form(*given))
     with pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path, stop_after=1)
     train(folder, tmp_path)
@@ -121,25 +121,25 @@ def test_checkpoints_of_one_rank_are_continued_by_two(folder, alone, tmp_path):
 def test_a_rank_holds_its_own_blocks_only(folder):
     teacher = Teacher(folder)
     whole = teacher.transformer()
-    block = sum(p.numel() for p in architecture_of(whole).blocks(whole)[0].parameters())
+    block = sum(p.numel() for p in adapter_of(whole).blocks(whole)[0].parameters())
     rest = sum(p.numel() for p in whole.parameters()) - 6 * block
     parts = [segment_of(stage, 2, 6, INTERVALS) for stage in range(2)]
     assert [b for part in parts for b in part] == list(range(6))
     for part in parts:
-        segment = Segment(teacher, part, INTERVALS, "cpu", torch.float32)
+        segment = TeacherSegment(teacher, part, INTERVALS, "cpu", torch.float32)
         assert sum(p.numel() for p in segment.transformer.parameters()) == len(part) * block + rest
         assert all(i.first in part and i.last in part for i in segment.plan)
 
 
 def test_a_student_in_training_keeps_what_goes_into_its_interval_and_what_comes_out(folder):
-    segment = Segment(Teacher(folder), range(6), INTERVALS, "cpu", torch.float32)
-    lesson = new_lesson(segment.architecture, segment.transformer, segment.blocks, Interval(3, 5), Distillation(), 6)
+    segment = TeacherSegment(Teacher(folder), range(6), INTERVALS, "cpu", torch.float32)
+    objective = new_objective(segment.adapter, segment.transformer, segment.blocks, Interval(3, 5), Distillation(), 6)
     inputs = MemorySamples().batch([0, 1])
     # The first block's own output is needed for the fit of the affine start, and no longer.
-    assert segment.run(inputs, Chain(0, 1), lesson.wanted_to_start).boundaries.keys() == {4, 6}
-    seen = segment.run(inputs, Chain(0, 1), lesson.wanted)
-    assert seen.boundaries.keys() == {3, 6}
-    assert lesson.losses(seen, normalized).keys() == {"img", "txt"}
+    assert segment.run(inputs, PipelineStage(0, 1), objective.init_capture).boundaries.keys() == {4, 6}
+    captured = segment.run(inputs, PipelineStage(0, 1), objective.capture)
+    assert captured.boundaries.keys() == {3, 6}
+    assert objective.losses(captured, normalized).keys() == {"img", "txt"}
 
 
 @torch.no_grad()
@@ -148,11 +148,11 @@ def test_an_untrained_student_is_the_teachers_block(folder, tmp_path, start, sou
     # A rate this small leaves the start as it is.
     train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "start": start}))
     teacher = Teacher(folder)
-    student = load(tmp_path / "03-05.safetensors", teacher)
+    student = load_replacement(tmp_path / "03-05.safetensors", teacher)
     model = teacher.transformer()
-    block = architecture_of(model).blocks(model)[source]
+    block = adapter_of(model).blocks(model)[source]
     streams, context = embed(model, MemorySamples().batch([0, 1]))
-    expected = run_blocks(architecture_of(model), [block], streams, context)
+    expected = run_blocks(adapter_of(model), [block], streams, context)
     assert torch.allclose(student.streams(streams, context).img, expected.img, atol=1e-5)
 
 
@@ -160,13 +160,13 @@ def test_an_untrained_student_is_the_teachers_block(folder, tmp_path, start, sou
 def test_the_affine_start_is_the_least_squares_map_behind_the_first_block(folder, tmp_path):
     train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "ridge": 1e-9}))
     teacher, samples = Teacher(folder), MemorySamples()
-    student = load(tmp_path / "03-05.safetensors", teacher)
+    student = load_replacement(tmp_path / "03-05.safetensors", teacher)
     model = teacher.transformer()
-    architecture, blocks = architecture_of(model), architecture_of(model).blocks(model)
+    adapter, blocks = adapter_of(model), adapter_of(model).blocks(model)
     inputs = samples.batch(samples.ids(held_out=False))
     streams, context = embed(model, inputs)
-    x = run_blocks(architecture, blocks[:4], streams, context).img.reshape(-1, 32).double().numpy()
-    y = run_blocks(architecture, blocks[:6], streams, context).img.reshape(-1, 32).double().numpy()
+    x = run_blocks(adapter, blocks[:4], streams, context).img.reshape(-1, 32).double().numpy()
+    y = run_blocks(adapter, blocks[:6], streams, context).img.reshape(-1, 32).double().numpy()
     design = np.hstack([x, np.ones((len(x), 1))])
     solution = np.linalg.lstsq(design, y - x, rcond=None)[0]
     assert np.allclose(student.affine["img"].weight.numpy().T, solution[:-1], atol=2e-3)
@@ -182,14 +182,14 @@ def test_a_narrow_student_starts_as_its_block_with_the_ffns_of_the_narrow_block(
     # What the block itself is with half of its hidden units, a replacement of its own.
     train(folder, tmp_path / "two", settings, [Ffn(source, 50)])
     teacher = Teacher(folder)
-    student = load(tmp_path / "one" / "03-05.safetensors", teacher)
+    student = load_replacement(tmp_path / "one" / "03-05.safetensors", teacher)
     assert student.block.img_mlp.net[0].proj.out_features == 64 and (start == "affine") == bool(student.affine)
     student.affine.clear()
     model = teacher.transformer()
-    architecture = architecture_of(model)
+    adapter = adapter_of(model)
     streams, context = embed(model, MemorySamples().batch([0, 1]))
-    Switch(teacher, files_in(tmp_path / "two"))(model, [Ffn(source, 50)])
-    expected = run_blocks(architecture, [architecture.blocks(model)[source]], streams, context)
+    VariantSwitcher(teacher, files_in(tmp_path / "two"))(model, [Ffn(source, 50)])
+    expected = run_blocks(adapter, [adapter.blocks(model)[source]], streams, context)
     made = student.streams(streams, context)
     assert torch.allclose(made.img, expected.img, atol=1e-5) and torch.allclose(made.txt, expected.txt, atol=1e-5)
 
@@ -239,8 +239,8 @@ def test_losses_against_their_formulas():
 
 def test_batches_cover_every_sample_once_an_epoch():
     ids = np.arange(100, 124)
-    seen = np.concatenate([batch_of(step, ids, 8, seed=3) for step in range(3)])
-    assert sorted(seen) == list(ids)
+    captured = np.concatenate([batch_of(step, ids, 8, seed=3) for step in range(3)])
+    assert sorted(captured) == list(ids)
     assert not np.array_equal(batch_of(0, ids, 8, seed=3), batch_of(3, ids, 8, seed=3))
 
 

@@ -10,21 +10,21 @@ from ppcl.config.schema import Distillation, Finetuning
 from ppcl.errors import UserError
 from ppcl.evaluation.velocity_error import variant_errors
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import files_in, load
-from ppcl.replacements.plan import Ffn, Fold, Interval, TextRun, clash, order
-from ppcl.replacements.switcher import Switch
+from ppcl.replacements.io import files_in, load_replacement
+from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun, conflicts, sort_key
+from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.finetuning.plan_sampler import Any, One, Within, draws_of, random_plans
-from ppcl.training.finetuning.rollouts import Trajectories, visited
+from ppcl.training.finetuning.plan_sampler import AnyPlan, FixedPlan, VariantParts, plan_sampler, random_plans
+from ppcl.training.finetuning.rollouts import Rollouts, visited_timesteps
 from ppcl.training.finetuning.trainer import finetune
-from ppcl.training.parallel_dims import Mesh
+from ppcl.training.parallel_dims import ParallelDims
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 
 PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), Ffn(0), Ffn(2), Ffn(2, 50)]
 VARIANTS = {"teacher": [], "small": [Interval(0, 1), Ffn(2)], "half": [Interval(3, 5), Ffn(0), Ffn(2, 50)]}
-DAMAGE = {Interval(0, 1): 0.2, Interval(3, 5): 0.3, TextRun(1, 3): 0.05, Ffn(0): 0.02, Ffn(2): 0.01, Ffn(2, 50): 0.002}
+SENSITIVITY = {Interval(0, 1): 0.2, Interval(3, 5): 0.3, TextRun(1, 3): 0.05, Ffn(0): 0.02, Ffn(2): 0.01, Ffn(2, 50): 0.002}
 SETTINGS = Finetuning(
     steps=120, batch_size=16, learning_rate=1e-3, warmup=2, own_states=0.25, measured=12, checkpoint_every=10, plan="any"
 )
@@ -42,7 +42,7 @@ def students(folder, tmp_path_factory):
     settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, start="first", ridge=1.0)
     with torch.enable_grad():
         distil(
-            Teacher(folder), MemorySamples(256), PLAN, settings, Mesh.join(1, 1), out, out / "c", 0, "cpu", lambda *_: None
+            Teacher(folder), MemorySamples(256), PLAN, settings, ParallelDims.join(1, 1), out, out / "c", 0, "cpu", lambda *_: None
         )
     return out
 
@@ -53,13 +53,13 @@ def tune(folder, students, out, settings=SETTINGS, stop_after=None, variants=VAR
             raise KeyboardInterrupt
 
     out.mkdir(exist_ok=True)
-    mesh = Mesh.join(1, settings.replicas)
+    dims = ParallelDims.join(1, settings.replicas)
     with torch.enable_grad():
         finetune(
-            Teacher(folder), files_in(students), variants, DAMAGE, MemorySamples(256), settings, 8, mesh, out, out / "checkpoints", 0,
+            Teacher(folder), files_in(students), variants, SENSITIVITY, MemorySamples(256), settings, 8, dims, out, out / "checkpoints", 0,
             "cpu", report,
         )
-    return json.loads((out / "finetuning.json").read_text()) if mesh.replica == 0 else None
+    return json.loads((out / "finetuning.json").read_text()) if dims.dp_rank == 0 else None
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def tuned(folder, students, tmp_path_factory):
 
 
 def states(folder, out):
-    return {entry: load(path, Teacher(folder)).state_dict() for entry, path in files_in(out).items()}
+    return {entry: load_replacement(path, Teacher(folder)).state_dict() for entry, path in files_in(out).items()}
 
 
 def assert_same(one, two, tolerance):
@@ -82,46 +82,46 @@ def assert_same(one, two, tolerance):
 
 
 def test_any_plan_is_drawn_without_a_clash_and_reaches_everything():
-    draws = Any(PLAN)
+    draws = AnyPlan(PLAN)
     plans = random_plans(draws, 200, seed=0)
     assert len({tuple(plan) for plan in plans}) == len(plans) > 12
-    assert all(plan and not any(clash(a, b) for a in plan for b in plan if a is not b) for plan in plans)
+    assert all(plan and not any(conflicts(a, b) for a in plan for b in plan if a is not b) for plan in plans)
     assert {entry for plan in plans for entry in plan} == set(PLAN)
     assert draws.draw(np.random.default_rng([3, 4])) == draws.draw(np.random.default_rng([3, 4]))
 
 
 def test_variants_are_drawn_whole_and_in_part_and_nothing_else_is():
-    draws = Within(plan for plan in VARIANTS.values() if plan)
+    draws = VariantParts(plan for plan in VARIANTS.values() if plan)
     rng = np.random.default_rng(0)
     drawn = [draws.draw(rng) for _ in range(400)]
-    wholes = [sorted(VARIANTS[name], key=order) for name in ("small", "half")]
+    wholes = [sorted(VARIANTS[name], key=sort_key) for name in ("small", "half")]
     whole = [plan for plan in drawn if plan in wholes]
     assert 200 < len(whole) < 300 and all(plan in whole for plan in wholes)
     assert all(any(set(plan) <= set(variant) for variant in VARIANTS.values()) and plan for plan in drawn)
-    assert TextRun(1, 3) not in draws.entries and set(draws.entries) == {e for plan in drawn for e in plan}
+    assert TextRun(1, 3) not in draws.replacements and set(draws.replacements) == {e for plan in drawn for e in plan}
 
 
 def test_some_of_the_variants_can_be_all_that_is_trained():
-    draws = draws_of(Finetuning(variants=["half"]), PLAN, VARIANTS, [range(6)])
-    assert set(draws.entries) == set(VARIANTS["half"])
+    draws = plan_sampler(Finetuning(variants=["half"]), PLAN, VARIANTS, [range(6)])
+    assert set(draws.replacements) == set(VARIANTS["half"])
     with pytest.raises(UserError, match="finetuning.variants: there is no variant 'teacher' with anything to train; there are small, half"):
-        draws_of(Finetuning(variants=["half", "teacher"]), PLAN, VARIANTS, [range(6)])
+        plan_sampler(Finetuning(variants=["half", "teacher"]), PLAN, VARIANTS, [range(6)])
 
 
 def test_folded_modulations_are_never_all_that_is_trained():
-    draws = Within([[Fold(), Ffn(0)]])
+    draws = VariantParts([[LowRankModulation(), Ffn(0)]])
     assert all(Ffn(0) in plan for plan in random_plans(draws, 2, 0))
     with pytest.raises(UserError, match="no variant has anything to train"):
-        draws_of(Finetuning(), [Fold()], {"p70": [Fold()]}, [range(6)])
+        plan_sampler(Finetuning(), [LowRankModulation()], {"p70": [LowRankModulation()]}, [range(6)])
     with pytest.raises(UserError, match="has nothing to train"):
-        draws_of(Finetuning(plan="modulations"), [Fold()], {}, [range(6)])
+        plan_sampler(Finetuning(plan="modulations"), [LowRankModulation()], {}, [range(6)])
 
 
 def test_a_trajectory_moves_on_by_euler_steps_and_begins_again_from_noise_at_its_end():
-    grid = visited(np.linspace(0.1, 1.0, 10), 10)
+    grid = visited_timesteps(np.linspace(0.1, 1.0, 10), 10)
     assert grid == pytest.approx(np.linspace(0.1, 1.0, 10))
     x, rng = torch.randn(3, 40, 50), np.random.default_rng(0)
-    own = Trajectories([7, 8, 9], [1.0, 0.1, 0.5], x, grid, np.array([3]))
+    own = Rollouts([7, 8, 9], [1.0, 0.1, 0.5], x, grid, np.array([3]))
     v = torch.randn(3, 40, 50)
     v[2, 0, 0] = torch.nan
     own.advance(np.array([0, 1, 2]), v, rng)
@@ -132,15 +132,15 @@ def test_a_trajectory_moves_on_by_euler_steps_and_begins_again_from_noise_at_its
     assert not torch.equal(noise[0], noise[1])
     own.advance(np.array([2]), v[:1], rng)
     assert own.timesteps == pytest.approx([0.9, 1.0, 0.9]) and torch.equal(own.latents[1], noise[0])
-    other = Trajectories([0, 0, 0], [1.0, 1.0, 1.0], torch.zeros(3, 40, 50), grid, np.array([3]))
+    other = Rollouts([0, 0, 0], [1.0, 1.0, 1.0], torch.zeros(3, 40, 50), grid, np.array([3]))
     other.restore(own.tensors())
     assert (other.ids.tolist(), other.timesteps.tolist()) == (own.ids.tolist(), own.timesteps.tolist())
     assert torch.equal(other.latents, own.latents)
 
 
 def test_a_trajectory_reaches_its_end_in_as_many_steps_as_there_are_timesteps():
-    grid = visited(np.linspace(0.05, 1.0, 20), 20)
-    own = Trajectories([7], [1.0], torch.zeros(1, 2), grid, np.array([3]))
+    grid = visited_timesteps(np.linspace(0.05, 1.0, 20), 20)
+    own = Rollouts([7], [1.0], torch.zeros(1, 2), grid, np.array([3]))
     for _ in range(19):
         own.advance(np.array([0]), torch.ones(1, 2), np.random.default_rng(0))
     assert own.ids[0] == 7 and torch.allclose(own.latents, torch.tensor(0.05 - 1.0))
@@ -193,13 +193,13 @@ def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
 
 def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
     """With folded modulations too: a student learns with and without them, and what was multiplied out once would be old."""
-    plan, samples, teacher = [Interval(3, 5), Ffn(2, 50), Fold()], MemorySamples(256), Teacher(folder)
+    plan, samples, teacher = [Interval(3, 5), Ffn(2, 50), LowRankModulation()], MemorySamples(256), Teacher(folder)
     settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, start="first", ridge=1.0)
     with torch.enable_grad():
-        distil(teacher, samples, plan, settings, Mesh(), tmp_path / "s", tmp_path / "c", 0, "cpu", lambda *_: None, 1e-2)
+        distil(teacher, samples, plan, settings, ParallelDims(), tmp_path / "s", tmp_path / "c", 0, "cpu", lambda *_: None, 1e-2)
     tuning = SETTINGS.model_copy(update={"steps": 60, "plan": "variants", "measured": 0})
     told = tune(folder, tmp_path / "s", tmp_path / "tuned", tuning, variants={"one": plan, "bare": plan[:1]})["plans"][0]
-    switch, ids = Switch(teacher, files_in(tmp_path / "s") | files_in(tmp_path / "tuned")), samples.ids(held_out=True)
+    switch, ids = VariantSwitcher(teacher, files_in(tmp_path / "s") | files_in(tmp_path / "tuned")), samples.ids(held_out=True)
     errors = variant_errors(teacher.transformer(), switch, {"one": plan}, samples.batch(ids))
     assert told["after"] < 0.9 * told["before"]
     assert told["after"] == pytest.approx(errors["one"].overall(), rel=1e-3)
@@ -214,7 +214,7 @@ def test_the_loss_is_the_velocitys_relative_squared_error(folder, students, tmp_
     model = teacher.transformer()
     with torch.no_grad():
         target = model(**inputs)[0]
-        Switch(teacher, files_in(students))(model, plan)
+        VariantSwitcher(teacher, files_in(students))(model, plan)
         expected = (model(**inputs)[0] - target).square().sum() / target.square().sum()
     assert told == pytest.approx(expected.item(), rel=1e-3)
 
@@ -229,9 +229,9 @@ def test_the_loss_is_the_velocitys_relative_squared_error(folder, students, tmp_
 )
 def test_a_fixed_plan_that_cannot_be(plan, sentence):
     with pytest.raises(UserError, match=sentence):
-        draws_of(Finetuning(plan=plan), PLAN, VARIANTS, [range(6)])
+        plan_sampler(Finetuning(plan=plan), PLAN, VARIANTS, [range(6)])
 
 
 def test_a_variants_name_is_its_plan():
-    draws = draws_of(Finetuning(plan="half"), PLAN, VARIANTS, [range(6)])
-    assert isinstance(draws, One) and draws.entries == sorted(VARIANTS["half"], key=order)
+    draws = plan_sampler(Finetuning(plan="half"), PLAN, VARIANTS, [range(6)])
+    assert isinstance(draws, FixedPlan) and draws.replacements == sorted(VARIANTS["half"], key=sort_key)
