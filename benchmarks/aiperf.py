@@ -72,29 +72,62 @@ def counted(address: str) -> dict[str, float]:
     """The server's metrics, by series."""
     with urllib.request.urlopen(f"{address}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
-    return {series: float(value) for series, _, value in (line.rpartition(" ") for line in lines if line and line[0] != "#")}
+    return {
+        series: float(value) for series, _, value in (line.rpartition(" ") for line in lines if line and line[0] != "#")
+    }
 
 
 def under_way(figures: dict[str, float]) -> float:
     return figures["ppcl_pictures_queued"] + figures["ppcl_pictures_running"]
 
 
-def load(aiperf: Path, address: str, result: Result, options: argparse.Namespace, more: list[str], folder: Path) -> list[dict]:
+def load(
+    aiperf: Path, address: str, result: Result, options: argparse.Namespace, more: list[str], folder: Path
+) -> list[dict]:
     """AIPerf's record of every request."""
     prompts = folder / "prompts.jsonl"
     every = captions()[:: max(1, len(captions()) // options.requests)]
     prompts.write_text("".join(json.dumps({"text": caption.text}) + "\n" for caption in every))
     sampling = result.sampling
     inputs = {
-        "size": f"{sampling.width}x{sampling.height}", "num_inference_steps": options.steps or sampling.steps, "partial_images": 2,
-    }  # fmt: skip
+        "size": f"{sampling.width}x{sampling.height}",
+        "num_inference_steps": options.steps or sampling.steps,
+        "partial_images": 2,
+    }
     command = [
-        aiperf, "profile", "--model", options.variant, "--url", address, "--endpoint-type", "image_generation", "--streaming",
-        "--tokenizer", result.teacher.folder.absolute() / "tokenizer", "--input-file", prompts, "--custom-dataset-type", "single_turn",
-        "--concurrency", str(options.concurrency), "--request-count", str(options.requests), "--random-seed", "1",
-        "--ui", "none", "--no-gpu-telemetry", "--no-server-metrics", "--workers-max", "1", "--record-processors", "1",
-        "--artifact-dir", folder / "artifacts", *more,
-    ]  # fmt: skip
+        aiperf,
+        "profile",
+        "--model",
+        options.variant,
+        "--url",
+        address,
+        "--endpoint-type",
+        "image_generation",
+        "--streaming",
+        "--tokenizer",
+        result.teacher.folder.absolute() / "tokenizer",
+        "--input-file",
+        prompts,
+        "--custom-dataset-type",
+        "single_turn",
+        "--concurrency",
+        str(options.concurrency),
+        "--request-count",
+        str(options.requests),
+        "--random-seed",
+        "1",
+        "--ui",
+        "none",
+        "--no-gpu-telemetry",
+        "--no-server-metrics",
+        "--workers-max",
+        "1",
+        "--record-processors",
+        "1",
+        "--artifact-dir",
+        folder / "artifacts",
+        *more,
+    ]
     for name, value in inputs.items():
         command += ["--extra-inputs", f"{name}:{value}"]
     # Its own tokenizer is a local folder; a hub that is switched off would make it look there all the same.
@@ -150,7 +183,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="denoising steps; default: the result's")
     parser.add_argument("--port", type=int, default=8099)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of ppcl serve")
-    parser.add_argument("--environment", type=Path, default=ROOT / "build" / "aiperf", help="where AIPerf is, or is put")
+    parser.add_argument(
+        "--environment", type=Path, default=ROOT / "build" / "aiperf", help="where AIPerf is, or is put"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     result, aiperf = Result(options.result), installed(options.environment)
@@ -165,7 +200,9 @@ def main() -> None:
         table.add_row(name, *(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=160).print(table)
     if options.json:
-        options.json.write_text(json.dumps({"aiperf": VERSION, "concurrency": options.concurrency, "loads": rows}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"aiperf": VERSION, "concurrency": options.concurrency, "loads": rows}, indent=1) + "\n"
+        )
     if problems := [f"{name}: {problem}" for name, row in rows.items() for problem in wrong(row)]:
         raise SystemExit("\n".join(problems))
 

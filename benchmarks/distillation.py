@@ -76,9 +76,15 @@ class RandomSamples:
 def make_teacher(folder: Path, blocks: int, width: int) -> Path:
     torch.manual_seed(0)
     model = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=4 * CHANNELS, out_channels=CHANNELS, num_layers=blocks, attention_head_dim=64,
-        num_attention_heads=width // 64, joint_attention_dim=TEXT, axes_dims_rope=(16, 24, 24),
-    )  # fmt: skip
+        patch_size=2,
+        in_channels=4 * CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=blocks,
+        attention_head_dim=64,
+        num_attention_heads=width // 64,
+        joint_attention_dim=TEXT,
+        axes_dims_rope=(16, 24, 24),
+    )
     model.save_pretrained(folder / "transformer")
     index = {"_class_name": "QwenImagePipeline", "transformer": ["diffusers", "QwenImageTransformer2DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -97,22 +103,39 @@ def peak() -> float:
 def ours(options: argparse.Namespace, folder: Path, intervals: list[Interval], pp: int, dp: int) -> list[float]:
     """Times at which the steps of this rank were done."""
     settings = Distillation(
-        steps=options.steps, batch_size=options.batch, warmup=1, pipeline=pp, replicas=dp, start="first",
+        steps=options.steps,
+        batch_size=options.batch,
+        warmup=1,
+        pipeline=pp,
+        replicas=dp,
+        start="first",
         checkpoint_every=10**6,
-    )  # fmt: skip
+    )
     times = []
     with tempfile.TemporaryDirectory() as out:
         distil(
-            Teacher(folder), RandomSamples(256), intervals, settings, ParallelDims.join(pp, dp), Path(out), Path(out) / "c", 0,
-            "cpu", lambda done, total, losses: times.append(time.monotonic()),
-        )  # fmt: skip
+            Teacher(folder),
+            RandomSamples(256),
+            intervals,
+            settings,
+            ParallelDims.join(pp, dp),
+            Path(out),
+            Path(out) / "c",
+            0,
+            "cpu",
+            lambda done, total, losses: times.append(time.monotonic()),
+        )
     return times
 
 
 def joint_loss(
-    adapter: Any, blocks: Sequence[torch.nn.Module], students: Sequence[torch.nn.Module], intervals: Sequence[Interval],
-    start: tuple[Any, dict[str, Any]], loss: str,
-) -> torch.Tensor:  # fmt: skip
+    adapter: Any,
+    blocks: Sequence[torch.nn.Module],
+    students: Sequence[torch.nn.Module],
+    intervals: Sequence[Interval],
+    start: tuple[Any, dict[str, Any]],
+    loss: str,
+) -> torch.Tensor:
     """The teacher's forward, with all its boundaries kept, and the losses of all students added up."""
     streams, context = start
     with torch.no_grad():
@@ -149,7 +172,9 @@ def reference(options: argparse.Namespace, folder: Path, intervals: list[Interva
     return times
 
 
-def _rank(rank: int, world: int, port: int, scheme: str, options: Any, folder: Path, intervals: Any, answers: Any) -> None:
+def _rank(
+    rank: int, world: int, port: int, scheme: str, options: Any, folder: Path, intervals: Any, answers: Any
+) -> None:
     torch.set_num_threads(1)
     before = resident()
     if world > 1:
@@ -163,7 +188,9 @@ def _rank(rank: int, world: int, port: int, scheme: str, options: Any, folder: P
     answers.put({"rank": rank, "seconds": statistics.median(steps), "memory": peak() - before})
 
 
-def measure(scheme: str, world: int, options: argparse.Namespace, folder: Path, intervals: list[Interval]) -> dict[str, Any]:
+def measure(
+    scheme: str, world: int, options: argparse.Namespace, folder: Path, intervals: list[Interval]
+) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -199,16 +226,22 @@ def main() -> None:
                 if scheme not in best or got["steps_per_second"] > best[scheme]["steps_per_second"]:
                     best[scheme] = got
     base = best["reference scheme"]
-    table = Table(title=f"{options.blocks} blocks of width {options.width}, {len(intervals)} students, batch {options.batch}")
+    table = Table(
+        title=f"{options.blocks} blocks of width {options.width}, {len(intervals)} students, batch {options.batch}"
+    )
     for heading in ("scheme", "ranks", "steps a second", "times the reference", "peak memory a rank, MB", "share"):
         table.add_column(heading, justify="left" if heading == "scheme" else "right")
     for row in best.values():
         row["times_reference"] = row["steps_per_second"] / base["steps_per_second"]
         row["memory_share"] = row["memory_mb"][0] / base["memory_mb"][0]
         table.add_row(
-            row["scheme"], str(row["ranks"]), f"{row['steps_per_second']:.2f}", f"{row['times_reference']:.2f}",
-            " / ".join(f"{m:.0f}" for m in row["memory_mb"]), f"{row['memory_share']:.2f}",
-        )  # fmt: skip
+            row["scheme"],
+            str(row["ranks"]),
+            f"{row['steps_per_second']:.2f}",
+            f"{row['times_reference']:.2f}",
+            " / ".join(f"{m:.0f}" for m in row["memory_mb"]),
+            f"{row['memory_share']:.2f}",
+        )
     Console(width=120).print(table)
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k != "json"}

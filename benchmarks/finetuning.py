@@ -87,16 +87,31 @@ def main() -> None:
     for steps, own in itertools.product(map(int, options.steps.split(",")), map(float, options.own.split(","))):
         settings = config.finetuning.model_copy(
             update={
-                "steps": steps, "own_states": own, "plan": options.variant, "variants": [],
-                "replicas": 1, "measured": 0,
-            }  # fmt: skip
+                "steps": steps,
+                "own_states": own,
+                "plan": options.variant,
+                "variants": [],
+                "replicas": 1,
+                "measured": 0,
+            }
         )
         with tempfile.TemporaryDirectory() as out:
             with torch.enable_grad():
                 finetune(
-                    teacher, files, {options.variant: plan}, {}, samples, settings, config.sampling.steps, ParallelDims(), Path(out),
-                    Path(out) / "checkpoints", config.seed, "cpu", lambda *_: None,
-                )  # fmt: skip
+                    teacher,
+                    files,
+                    {options.variant: plan},
+                    {},
+                    samples,
+                    settings,
+                    config.sampling.steps,
+                    ParallelDims(),
+                    Path(out),
+                    Path(out) / "checkpoints",
+                    config.seed,
+                    "cpu",
+                    lambda *_: None,
+                )
             (told,) = json.loads((Path(out) / "finetuning.json").read_text())["plans"]
             row = {"steps": steps, "own_states": own, "velocity_error": told["after"]}
             rows.append(row | judge.drop(files | files_in(Path(out)), plan))
@@ -111,7 +126,9 @@ def main() -> None:
         table.add_row(*("" if value is None else f"{value:g}" for value in shown), error, drop)
     Console(width=120).print(table)
     if options.json:
-        options.json.write_text(json.dumps({"variant": options.variant, "plan": list(map(str, plan)), "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps({"variant": options.variant, "plan": list(map(str, plan)), "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

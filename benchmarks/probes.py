@@ -164,10 +164,16 @@ def main() -> None:
     for name, row in figures.items():
         ratio = row["ratio"]
         table.add_row(
-            name, f"{row['seconds']:.2f}", f"{ratio['seconds']:.1f}",
-            f"{row['img_fitted']:.4f}", f"{row['img_held_out']:.4f}", f"{ratio['img_held_out']:.3f}",
-            f"{row['txt_fitted']:.4f}", f"{row['txt_held_out']:.4f}", f"{ratio['txt_held_out']:.3f}",
-        )  # fmt: skip
+            name,
+            f"{row['seconds']:.2f}",
+            f"{ratio['seconds']:.1f}",
+            f"{row['img_fitted']:.4f}",
+            f"{row['img_held_out']:.4f}",
+            f"{ratio['img_held_out']:.3f}",
+            f"{row['txt_fitted']:.4f}",
+            f"{row['txt_held_out']:.4f}",
+            f"{ratio['txt_held_out']:.3f}",
+        )
     Console().print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -82,13 +82,17 @@ class MeanStart(StudentObjective):
             yield name, x, captured.tokens(getattr(after, name), name) - x
 
 
-def massive(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+def massive(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
     kept = teacher.abs() <= _MASSIVE * teacher.abs().mean(-1, keepdim=True)
     return relative(student * kept, teacher * kept, mask)
 
 
 def noisy(watched: Watched) -> Callable[..., tuple[torch.Tensor, float]]:
-    def loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+    def loss(
+        student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, float]:
         weight = (2 * watched.noise).sqrt().view(-1, 1, 1).to(teacher)
         return relative(student * weight, teacher * weight, mask)
 
@@ -115,7 +119,9 @@ def main() -> None:
     config = Config.model_validate_json((options.job / CONFIG).read_text())
     teacher = Teacher(config.teacher)
     watched = Watched(CalibrationSet(options.job / "calibration"), teacher)
-    intervals = [Interval(*p) for p in json.loads((options.job / "detection" / "detection.json").read_text())["intervals"]]
+    intervals = [
+        Interval(*p) for p in json.loads((options.job / "detection" / "detection.json").read_text())["intervals"]
+    ]
     sensitivity = json.loads((options.job / "variants" / "variants.json").read_text())["damage"]
     least = min(sensitivity[str(interval)] for interval in intervals)
     Sensitive.scales = {interval: (least / sensitivity[str(interval)]) ** 0.25 for interval in intervals}
@@ -137,10 +143,23 @@ def main() -> None:
             for name, value in way.items():
                 if name != "loss":
                     patches.enter_context(patch.object(run, name, value))
-            run.distil(teacher, watched, intervals, settings, ParallelDims(), Path(out), Path(out) / "c", seed, "cpu", lambda *_: None)
+            run.distil(
+                teacher,
+                watched,
+                intervals,
+                settings,
+                ParallelDims(),
+                Path(out),
+                Path(out) / "c",
+                seed,
+                "cpu",
+                lambda *_: None,
+            )
             return velocity_errors(teacher, Path(out), intervals, watched)
 
-    table = Table(title=f"{sum(i.removed for i in intervals)} blocks removed, {options.steps} steps, {options.seeds} seeds")
+    table = Table(
+        title=f"{sum(i.removed for i in intervals)} blocks removed, {options.steps} steps, {options.seeds} seeds"
+    )
     for heading in ("protection", "velocity error", "of the noisier half", "against plain, by seed"):
         table.add_column(heading)
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
@@ -154,10 +173,14 @@ def main() -> None:
         table.add_row(name, f"{whole:.5f}", f"{half:.5f}", ratios)
     Console(width=120).print(table)
     if options.json:
-        options.json.write_text(json.dumps({"steps": options.steps, "intervals": [list(i) for i in intervals], "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps({"steps": options.steps, "intervals": [list(i) for i in intervals], "rows": rows}, indent=1)
+        )
 
 
-def velocity_errors(teacher: Teacher, students: Path, intervals: list[Interval], samples: Watched) -> tuple[float, float]:
+def velocity_errors(
+    teacher: Teacher, students: Path, intervals: list[Interval], samples: Watched
+) -> tuple[float, float]:
     """The velocity error on held-out samples with all students on: of all, and of those with more noise than picture."""
     model, switch = teacher.transformer(), VariantSwitcher(teacher, files_in(students))
     ids = samples.ids(held_out=True)

@@ -61,15 +61,27 @@ def _rank(rank: int, port: int, options: argparse.Namespace, teacher: Path, out:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     settings = Distillation(
-        steps=options.steps, batch_size=options.batch, warmup=1, pipeline=RANKS, checkpoint_every=options.checkpoint_every
-    )  # fmt: skip
+        steps=options.steps,
+        batch_size=options.batch,
+        warmup=1,
+        pipeline=RANKS,
+        checkpoint_every=options.checkpoint_every,
+    )
     plan = [Interval(u, u + 2) for u in range(0, options.blocks - 2, 3)]
     samples = Counted(options.samples, out / f"read-{rank}.txt")
     (out / f"ready-{rank}").touch()
     distil(
-        Teacher(teacher), samples, plan, settings, ParallelDims.join(RANKS, 1), out / "students", out / "checkpoints", 0, "cpu",
+        Teacher(teacher),
+        samples,
+        plan,
+        settings,
+        ParallelDims.join(RANKS, 1),
+        out / "students",
+        out / "checkpoints",
+        0,
+        "cpu",
         lambda done, total, losses: None,
-    )  # fmt: skip
+    )
     dist.destroy_process_group()
 
 
@@ -139,21 +151,46 @@ def main() -> None:
             again = [[n - m for n, m in zip(read(out, rank), once)] for rank in range(RANKS)]
             differ = max(
                 float((load_file(out / "students" / name)[key] - value).norm() / value.norm().clamp_min(1e-6))
-                for name, student in students.items() for key, value in student.items()
-            )  # fmt: skip
+                for name, student in students.items()
+                for key, value in student.items()
+            )
             row = {
-                "seed": seed, "seconds": moment, "killed": killed, "at_start_batch": [n for n, _ in at], "at_step": [n for _, n in at],
-                "start_again": max(n for n, _ in again), "steps_again": max(n for _, n in again), "difference": differ,
-            }  # fmt: skip
+                "seed": seed,
+                "seconds": moment,
+                "killed": killed,
+                "at_start_batch": [n for n, _ in at],
+                "at_step": [n for _, n in at],
+                "start_again": max(n for n, _ in again),
+                "steps_again": max(n for _, n in again),
+                "difference": differ,
+            }
             rows.append(row)
-    table = Table(title=f"{options.steps} steps, a checkpoint every {options.checkpoint_every}, killed at a random moment of {seconds:.1f} s")
-    for heading in ("seed", "killed after, s", "at step, by rank", "start's batches again", "steps again", "students differ by"):
+    table = Table(
+        title=f"{options.steps} steps, a checkpoint every {options.checkpoint_every}, killed at a random moment of {seconds:.1f} s"
+    )
+    for heading in (
+        "seed",
+        "killed after, s",
+        "at step, by rank",
+        "start's batches again",
+        "steps again",
+        "students differ by",
+    ):
         table.add_column(heading, justify="right")
     for row in rows:
-        steps = " / ".join(map(str, row["at_step"] if max(row["at_step"]) else ["in the start"])) if row["killed"] else "ended before"
+        steps = (
+            " / ".join(map(str, row["at_step"] if max(row["at_step"]) else ["in the start"]))
+            if row["killed"]
+            else "ended before"
+        )
         table.add_row(
-            str(row["seed"]), f"{row['seconds']:.1f}", steps, str(row["start_again"]), str(row["steps_again"]), f"{row['difference']:.1e}"
-        )  # fmt: skip
+            str(row["seed"]),
+            f"{row['seconds']:.1f}",
+            steps,
+            str(row["start_again"]),
+            str(row["steps_again"]),
+            f"{row['difference']:.1e}",
+        )
     Console(width=120).print(table)
     most = max(row["steps_again"] for row in rows)
     told = f"at most {most} steps done twice, mean {np.mean([row['steps_again'] for row in rows]):.1f}; a checkpoint every {options.checkpoint_every}"

@@ -68,8 +68,15 @@ from ppcl.training.trainee import Trainee
 WARM = 3
 BF16 = torch.bfloat16
 # pp, dp and which plan; None: FSDP.
-MESHES = {"1": (1, 1, "even"), "2": (2, 1, "even"), "4": (4, 1, "even"), "1 × 2": (1, 2, "even"), "2 × 2": (2, 2, "even"),
-          "1, uneven": (1, 1, "uneven"), "2, uneven": (2, 1, "uneven")}  # fmt: skip
+MESHES = {
+    "1": (1, 1, "even"),
+    "2": (2, 1, "even"),
+    "4": (4, 1, "even"),
+    "1 × 2": (1, 2, "even"),
+    "2 × 2": (2, 2, "even"),
+    "1, uneven": (1, 1, "uneven"),
+    "2, uneven": (2, 1, "uneven"),
+}
 
 
 class Bytes:
@@ -94,8 +101,13 @@ class Bytes:
         counted("isend", lambda x, *args, **named: x.nbytes)
         counted("all_reduce", lambda x, op=None, group=None, **named: 2 * share(group) * x.nbytes)
         # What FSDP2 calls.
-        counted("all_gather_single", lambda output_tensor, input_tensor, group=None, **named: share(group) * output_tensor.nbytes)
-        counted("reduce_scatter_single", lambda output, input, op=None, group=None, **named: share(group) * input.nbytes)
+        counted(
+            "all_gather_single",
+            lambda output_tensor, input_tensor, group=None, **named: share(group) * output_tensor.nbytes,
+        )
+        counted(
+            "reduce_scatter_single", lambda output, input, op=None, group=None, **named: share(group) * input.nbytes
+        )
 
 
 def plan_of(kind: str, blocks: int) -> list[Interval]:
@@ -105,16 +117,32 @@ def plan_of(kind: str, blocks: int) -> list[Interval]:
     return long + [Interval(u, u + 2) for u in range(begin, blocks - 2, 3)]
 
 
-def _distil(options: argparse.Namespace, folder: Path, pp: int, dp: int, kind: str, step_done: Callable[[], None]) -> None:
+def _distil(
+    options: argparse.Namespace, folder: Path, pp: int, dp: int, kind: str, step_done: Callable[[], None]
+) -> None:
     settings = Distillation(
-        steps=options.steps, batch_size=options.batch, warmup=1, pipeline=pp, replicas=dp, start="first", precision="bfloat16",
+        steps=options.steps,
+        batch_size=options.batch,
+        warmup=1,
+        pipeline=pp,
+        replicas=dp,
+        start="first",
+        precision="bfloat16",
         checkpoint_every=10**6,
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as out:
         distil(
-            Teacher(folder), RandomSamples(256), plan_of(kind, options.blocks), settings, ParallelDims.join(pp, dp), Path(out),
-            Path(out) / "c", 0, "cpu", lambda *told: step_done(),
-        )  # fmt: skip
+            Teacher(folder),
+            RandomSamples(256),
+            plan_of(kind, options.blocks),
+            settings,
+            ParallelDims.join(pp, dp),
+            Path(out),
+            Path(out) / "c",
+            0,
+            "cpu",
+            lambda *told: step_done(),
+        )
 
 
 def _probe(options: argparse.Namespace, folder: Path, pp: int, step_done: Callable[[], None]) -> None:
@@ -124,9 +152,16 @@ def _probe(options: argparse.Namespace, folder: Path, pp: int, step_done: Callab
 
     with tempfile.TemporaryDirectory() as out:
         probes_run.fit_probes(
-            Teacher(folder), Fitted(0), Probes(batch_size=options.batch), ParallelDims.join(pp, 1), Path(out), 0, "cpu", BF16,
+            Teacher(folder),
+            Fitted(0),
+            Probes(batch_size=options.batch),
+            ParallelDims.join(pp, 1),
+            Path(out),
+            0,
+            "cpu",
+            BF16,
             lambda done, total, told: step_done(),
-        )  # fmt: skip
+        )
 
 
 def _fsdp(options: argparse.Namespace, folder: Path, step_done: Callable[[], None]) -> None:
@@ -179,7 +214,9 @@ def _rates(options: argparse.Namespace, folder: Path, model: Model) -> dict[str,
         return run_blocks(adapter, segment.blocks.values(), streams, context)
 
     flops = options.batch * sum(model.flops[:2]) / _seconds(forward)
-    objective = new_objective(adapter, segment.transformer, segment.blocks, Interval(0, 1), Distillation(start="first"), 2)
+    objective = new_objective(
+        adapter, segment.transformer, segment.blocks, Interval(0, 1), Distillation(start="first"), 2
+    )
     trainee = Trainee(objective, Distillation(), ParallelDims())
     captured = CapturedActivations(boundaries={0: streams, 2: forward()}, context=context)
     trainee.train_step(captured, True)
@@ -207,12 +244,20 @@ def _rates(options: argparse.Namespace, folder: Path, model: Model) -> dict[str,
     there = _seconds(sent) / 2
     latency = one / 2
     return {
-        "flops": flops, "trained": trained, "sums": sums, "memory": memory, "latency": latency,
-        "send": stream / max(there - 2 * latency, 1e-9), "reduce": large.nbytes / max(other - one, 1e-9), "learn_seconds": learn,
-    }  # fmt: skip
+        "flops": flops,
+        "trained": trained,
+        "sums": sums,
+        "memory": memory,
+        "latency": latency,
+        "send": stream / max(there - 2 * latency, 1e-9),
+        "reduce": large.nbytes / max(other - one, 1e-9),
+        "learn_seconds": learn,
+    }
 
 
-def _rank(rank: int, world: int, port: int, what: tuple, options: argparse.Namespace, folder: Path, answers: Any) -> None:
+def _rank(
+    rank: int, world: int, port: int, what: tuple, options: argparse.Namespace, folder: Path, answers: Any
+) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -280,7 +325,9 @@ def main() -> None:
             config = dict(Teacher(folder).config())
             model = Model.of("random", "QwenImageTransformer2DModel", config, TEXT_TOKENS, 16 * SIDE, 16 * SIDE)
         rates = spawn(2, ("rates", model), options, folder)
-        work = {f"distillation {key}": (pp * dp, ("distillation", pp, dp, kind)) for key, (pp, dp, kind) in MESHES.items()}
+        work = {
+            f"distillation {key}": (pp * dp, ("distillation", pp, dp, kind)) for key, (pp, dp, kind) in MESHES.items()
+        }
         work |= {f"probes {pp}": (pp, ("probes", pp)) for pp in (1, 2, 4)}
         work |= {f"FSDP {n}": (n, ("FSDP",)) for n in (2,)}
         for _ in range(options.rounds):
@@ -297,9 +344,18 @@ def device_of(rate: dict[str, float], model: Model, blocks: int) -> Device:
     flops = sum(model.flops), sum(model.trained_flops[i.first] for i in plan_of("even", blocks))
     mixed = sum(flops) / (flops[0] / rate["flops"] + flops[1] / rate["trained"])
     return Device(
-        name="this machine, a core each", flops=mixed, sums=rate["sums"], memory=rate["memory"], link=rate["send"], network=rate["reduce"],
-        latency=rate["latency"], utilisation=1.0, reached=1.0, size=1e12, node=1 << 20,
-    )  # fmt: skip
+        name="this machine, a core each",
+        flops=mixed,
+        sums=rate["sums"],
+        memory=rate["memory"],
+        link=rate["send"],
+        network=rate["reduce"],
+        latency=rate["latency"],
+        utilisation=1.0,
+        reached=1.0,
+        size=1e12,
+        node=1 << 20,
+    )
 
 
 def predicted(key: str, model: Model, device: Device, batch: int, blocks: int, cores: int) -> float | None:
@@ -319,15 +375,34 @@ def predicted(key: str, model: Model, device: Device, batch: int, blocks: int, c
 
 
 def _told(
-    options: argparse.Namespace, config: dict[str, Any], model: Model, rate: dict[str, float], best: dict[str, dict[str, Any]], cores: int
+    options: argparse.Namespace,
+    config: dict[str, Any],
+    model: Model,
+    rate: dict[str, float],
+    best: dict[str, dict[str, Any]],
+    cores: int,
 ) -> None:
     device = device_of(rate, model, options.blocks)
-    lines = Table(title=f"{options.blocks} blocks of width {options.width}, batch {options.batch}, one thread a worker, {cores} cores")
-    for heading in ("", "workers", "steps a second", "times one", "of the cores", "predicted", "sent a rank and step, kB", "by formula", "FSDP's, kB"):
+    lines = Table(
+        title=f"{options.blocks} blocks of width {options.width}, batch {options.batch}, one thread a worker, {cores} cores"
+    )
+    for heading in (
+        "",
+        "workers",
+        "steps a second",
+        "times one",
+        "of the cores",
+        "predicted",
+        "sent a rank and step, kB",
+        "by formula",
+        "FSDP's, kB",
+    ):
         lines.add_column(heading, justify="left" if not heading else "right")
     for key, row in best.items():
         what, _, dims = key.partition(" ")
-        base = best["distillation 1, uneven" if "uneven" in key else "probes 1" if what == "probes" else "distillation 1"]
+        base = best[
+            "distillation 1, uneven" if "uneven" in key else "probes 1" if what == "probes" else "distillation 1"
+        ]
         row["times_one"] = row["steps_per_second"] / base["steps_per_second"]
         row["of_cores"] = row["times_one"] / min(row["ranks"], cores)
         row["sent_bytes"] = sum(row["sent"].values())
@@ -344,10 +419,16 @@ def _told(
         else:
             row["formula_bytes"] = row["fsdp_bytes"]
         lines.add_row(
-            key, str(row["ranks"]), f"{row['steps_per_second']:.2f}", f"{row['times_one']:.2f}", f"{row['of_cores']:.2f}",
-            f"{row['predicted']:.2f}" if row["predicted"] else "", f"{row['sent_bytes'] / 1e3:,.0f}",
-            f"{row['formula_bytes'] / 1e3:,.0f}", f"{row['fsdp_bytes'] / 1e3:,.0f}",
-        )  # fmt: skip
+            key,
+            str(row["ranks"]),
+            f"{row['steps_per_second']:.2f}",
+            f"{row['times_one']:.2f}",
+            f"{row['of_cores']:.2f}",
+            f"{row['predicted']:.2f}" if row["predicted"] else "",
+            f"{row['sent_bytes'] / 1e3:,.0f}",
+            f"{row['formula_bytes'] / 1e3:,.0f}",
+            f"{row['fsdp_bytes'] / 1e3:,.0f}",
+        )
     Console(width=150).print(lines)
     alone = distillation_on(model, plan_of("even", options.blocks), options.batch, 1, 1, device)
     overhead = 1 / best["distillation 1"]["steps_per_second"] / alone.step

@@ -49,7 +49,12 @@ from serve.engine.engine import Engine
 from serve.protocol import AUTO, GenerationRequest, Picture, Refused
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS = ("a photo of a red circle", "a photo of two blue squares", "a photo of a green cross left of a black triangle", "a photo of a yellow square")
+PROMPTS = (
+    "a photo of a red circle",
+    "a photo of two blue squares",
+    "a photo of a green cross left of a black triangle",
+    "a photo of a yellow square",
+)
 PATIENCE = 300.0
 out = Console(width=120)
 
@@ -57,7 +62,17 @@ out = Console(width=120)
 @contextmanager
 def served(options: argparse.Namespace, port: int) -> Iterator[openai.OpenAI]:
     """`ppcl serve` in a process of its own, ready."""
-    command = [sys.executable, "-m", "jobs.cli.main", "serve", str(options.result), "--port", str(port), "--set", f"engine.cpus={options.threads}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.cli.main",
+        "serve",
+        str(options.result),
+        "--port",
+        str(port),
+        "--set",
+        f"engine.cpus={options.threads}",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(options.threads)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -92,9 +107,13 @@ def stock(result: Result) -> Callable[[int], None]:
 
     def call(seed: int) -> None:
         pipeline(
-            PROMPTS[seed % len(PROMPTS)], num_inference_steps=sampling.steps, height=sampling.height, width=sampling.width,
-            generator=torch.Generator().manual_seed(seed), **sampling.arguments,
-        )  # fmt: skip
+            PROMPTS[seed % len(PROMPTS)],
+            num_inference_steps=sampling.steps,
+            height=sampling.height,
+            width=sampling.width,
+            generator=torch.Generator().manual_seed(seed),
+            **sampling.arguments,
+        )
 
     return call
 
@@ -126,7 +145,11 @@ def throughput(options: argparse.Namespace, client: openai.OpenAI) -> dict[str, 
             serial.append(timed(lambda: [direct(seed) for seed in range(options.rounds)]) / options.rounds)
             together.append(timed(lambda: list(pool.map(lambda seed: over_http(client, seed), range(count)))) / count)
     each = {"stock_serial": statistics.mean(serial), "http_concurrency_8": statistics.mean(together)}
-    return {"seconds_per_picture": each, "ratio": each["stock_serial"] / each["http_concurrency_8"], "pictures": 2 * count}
+    return {
+        "seconds_per_picture": each,
+        "ratio": each["stock_serial"] / each["http_concurrency_8"],
+        "pictures": 2 * count,
+    }
 
 
 def engine_of(options: argparse.Namespace, variants: list[str] | None) -> Engine:
@@ -136,7 +159,9 @@ def engine_of(options: argparse.Namespace, variants: list[str] | None) -> Engine
 
 def request(engine: Engine, seed: int, model: str, deadline: float | None = None) -> GenerationRequest:
     card = engine.card
-    return GenerationRequest(str(seed), PROMPTS[seed % len(PROMPTS)], model, 1, card.height, card.width, card.steps, seed, deadline=deadline)
+    return GenerationRequest(
+        str(seed), PROMPTS[seed % len(PROMPTS)], model, 1, card.height, card.width, card.steps, seed, deadline=deadline
+    )
 
 
 async def drawn(engine: Engine, wanted: GenerationRequest) -> tuple[str | None, float]:
@@ -164,7 +189,9 @@ async def capacity(engine: Engine, model: str, count: int) -> tuple[float, float
     return count / (time.perf_counter() - began), alone
 
 
-async def one_load(engine: Engine, choose: Callable[[int], str], arrivals: list[float], deadline: float, scores: dict[str, float]) -> dict[str, Any]:
+async def one_load(
+    engine: Engine, choose: Callable[[int], str], arrivals: list[float], deadline: float, scores: dict[str, float]
+) -> dict[str, Any]:
     """What a policy, a choice of the model for each request, makes of requests at these times."""
     began = time.perf_counter()
 
@@ -209,12 +236,25 @@ async def elastic(options: argparse.Namespace, variants: list[str] | None) -> li
             for name in draw.sample(list(policies), len(policies)):
                 row = await one_load(engine, policies[name], arrivals, deadline, scores)
                 rows.append({"load": load, "policy": name, "requests": len(arrivals), **row})
-                out.print(f"seed {seed}, load {load:g}, {name}: {row['effective_quality']:.3f}, {row['in_time']:.1%} in time, {row['variants']}")
-        runs.append({
-            "seed": seed, "deadline_times": times, "ladder": steps, "scores": scores, "pictures_a_second": pictures_a_second,
-            "seconds_alone": alone, "deadline": deadline, "seconds": options.seconds, "rows": rows,
-            "step_seconds": {name: vars(engine.costs.profiles[variant.plan]) for name, variant in engine.weights.variants.items()},
-        })  # fmt: skip
+                out.print(
+                    f"seed {seed}, load {load:g}, {name}: {row['effective_quality']:.3f}, {row['in_time']:.1%} in time, {row['variants']}"
+                )
+        runs.append(
+            {
+                "seed": seed,
+                "deadline_times": times,
+                "ladder": steps,
+                "scores": scores,
+                "pictures_a_second": pictures_a_second,
+                "seconds_alone": alone,
+                "deadline": deadline,
+                "seconds": options.seconds,
+                "rows": rows,
+                "step_seconds": {
+                    name: vars(engine.costs.profiles[variant.plan]) for name, variant in engine.weights.variants.items()
+                },
+            }
+        )
     engine.close()
     return runs
 
@@ -222,10 +262,23 @@ async def elastic(options: argparse.Namespace, variants: list[str] | None) -> li
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of runs that differ in their seed: for each load and policy the means, and how far elastic is above it."""
     rows = []
-    for load, policy in dict.fromkeys((row["load"], row["policy"]) for run in runs for row in sorted(run["rows"], key=lambda row: row["policy"] != "elastic")):
-        of = {name: [row for run in runs for row in run["rows"] if (row["load"], row["policy"]) == (load, name)] for name in (policy, "elastic")}
-        above = [ours["effective_quality"] - theirs["effective_quality"] for ours, theirs in zip(of["elastic"], of[policy], strict=True)]
-        means = {key: statistics.mean(row[key] for row in of[policy]) for key in ("effective_quality", "in_time", "refused", "late")}
+    for load, policy in dict.fromkeys(
+        (row["load"], row["policy"])
+        for run in runs
+        for row in sorted(run["rows"], key=lambda row: row["policy"] != "elastic")
+    ):
+        of = {
+            name: [row for run in runs for row in run["rows"] if (row["load"], row["policy"]) == (load, name)]
+            for name in (policy, "elastic")
+        }
+        above = [
+            ours["effective_quality"] - theirs["effective_quality"]
+            for ours, theirs in zip(of["elastic"], of[policy], strict=True)
+        ]
+        means = {
+            key: statistics.mean(row[key] for row in of[policy])
+            for key in ("effective_quality", "in_time", "refused", "late")
+        }
         rows.append({"load": load, "policy": policy, "seeds": len(above), **means, "elastic_above": _interval(above)})
     return sorted(rows, key=lambda row: row["load"])
 
@@ -243,7 +296,10 @@ def switch(options: argparse.Namespace) -> dict[str, Any]:
     plans, plug = [variant.plan for variant in engine.weights.variants.values()], engine.studio.shared.plug
     taken = [timed(lambda: plug(plans[turn % len(plans)])) * 1e6 for turn in range(200 * len(plans))]  # noqa: B023
     engine.close()
-    return {"microseconds": {"median": statistics.median(taken), "p99": statistics.quantiles(taken, n=100)[98]}, "blocks": engine.weights.result.family.blocks}
+    return {
+        "microseconds": {"median": statistics.median(taken), "p99": statistics.quantiles(taken, n=100)[98]},
+        "blocks": engine.weights.result.family.blocks,
+    }
 
 
 _FIRST = """
@@ -265,14 +321,21 @@ engine.close()
 def start(options: argparse.Namespace) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     command = [sys.executable, "-c", _FIRST, str(options.result), str(ROOT)]
-    engine = [timed(lambda: subprocess.run(command, env=environment, check=True, capture_output=True)) for _ in range(options.starts)]
+    engine = [
+        timed(lambda: subprocess.run(command, env=environment, check=True, capture_output=True))
+        for _ in range(options.starts)
+    ]
     whole = []
     for _ in range(options.starts):
         began = time.perf_counter()
         with served(options, free_port()) as client:
             over_http(client, 0)
             whole.append(time.perf_counter() - began)
-    return {"engine_seconds": statistics.median(engine), "command_seconds": statistics.median(whole), "starts": options.starts}
+    return {
+        "engine_seconds": statistics.median(engine),
+        "command_seconds": statistics.median(whole),
+        "starts": options.starts,
+    }
 
 
 def table(found: dict[str, Any]) -> None:
@@ -313,13 +376,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path, help="folder of a finished job with an evaluation")
     parser.add_argument("--parts", default="overhead,throughput,elastic,switch,start")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="cores of the engine and of the stock pipeline")
-    parser.add_argument("--rounds", type=int, default=20, help="pictures of the overhead, and a client of the throughput")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="cores of the engine and of the stock pipeline"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="pictures of the overhead, and a client of the throughput"
+    )
     parser.add_argument("--seconds", type=float, default=20.0, help="of arrivals, for each seed, load and policy")
     parser.add_argument("--loads", default="0.5,1,1.5,2", help="shares of the largest variant's capacity")
-    parser.add_argument("--deadlines", default="4", help="of every request, times the seconds of a picture alone; several by commas")
+    parser.add_argument(
+        "--deadlines", default="4", help="of every request, times the seconds of a picture alone; several by commas"
+    )
     parser.add_argument("--queue", type=int, default=64)
-    parser.add_argument("--sets", default="", help="variants served, separated by commas; several sets by semicolons; an empty one is all")
+    parser.add_argument(
+        "--sets",
+        default="",
+        help="variants served, separated by commas; several sets by semicolons; an empty one is all",
+    )
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--seeds", default="0,1,2", help="of the times of arrival")
     parser.add_argument("--json", type=Path, help="write the figures there, beside those of other parts and seeds")

@@ -59,7 +59,9 @@ def main() -> None:
     intervals = [Interval(*pair) for pair in found]
     rows = []
     rates = [float(r) for r in options.rates.split(",")] if options.rates else [config.distillation.learning_rate]
-    table = Table(title=f"{sum(i.removed for i in intervals)} blocks removed, {options.steps} steps, {options.seeds} seeds")
+    table = Table(
+        title=f"{sum(i.removed for i in intervals)} blocks removed, {options.steps} steps, {options.seeds} seeds"
+    )
     for heading in ("start", "loss", "rate", "velocity error, mean", "by seed"):
         table.add_column(heading)
     for start, loss, rate in itertools.product(options.starts.split(","), options.losses.split(","), rates):
@@ -67,15 +69,27 @@ def main() -> None:
         for seed in range(options.seeds):
             settings = config.distillation.model_copy(
                 update={
-                    "steps": options.steps, "start": start, "loss": loss, "learning_rate": rate, "pipeline": 1,
+                    "steps": options.steps,
+                    "start": start,
+                    "loss": loss,
+                    "learning_rate": rate,
+                    "pipeline": 1,
                     "replicas": 1,
-                }  # fmt: skip
+                }
             )
             with tempfile.TemporaryDirectory() as out:
                 distil(
-                    teacher, samples, intervals, settings, ParallelDims.join(1, 1), Path(out), Path(out) / "c", seed, "cpu",
+                    teacher,
+                    samples,
+                    intervals,
+                    settings,
+                    ParallelDims.join(1, 1),
+                    Path(out),
+                    Path(out) / "c",
+                    seed,
+                    "cpu",
                     lambda done, total, losses: None,
-                )  # fmt: skip
+                )
                 errors.append(velocity_error(teacher, Path(out), intervals, samples))
             print(f"{start}, {loss}, {rate:g}, seed {seed}: {errors[-1]:.5f}", flush=True)
         rows.append({"start": start, "loss": loss, "learning_rate": rate, "velocity_errors": errors})

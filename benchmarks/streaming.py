@@ -85,9 +85,13 @@ def _calibrate(folder: Path, teacher: Path, count: int, batch: int, answers: Any
         for number in range(count):
             file.write(f"{lines[number % len(lines)]} {number}\n")
     config = Config(
-        teacher=teacher, prompts=folder / "prompts.txt", output=folder / "out", device="cpu",
-        sampling=Sampling(steps=2, height=32, width=32), calibration=Calibration(states_per_prompt=1, batch_size=batch),
-    )  # fmt: skip
+        teacher=teacher,
+        prompts=folder / "prompts.txt",
+        output=folder / "out",
+        device="cpu",
+        sampling=Sampling(steps=2, height=32, width=32),
+        calibration=Calibration(states_per_prompt=1, batch_size=batch),
+    )
     peaks, course, ended = dict.fromkeys(KINDS, 0.0), [], threading.Event()
 
     def watch() -> None:
@@ -118,7 +122,9 @@ def _calibrate(folder: Path, teacher: Path, count: int, batch: int, answers: Any
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[100, 100_000], help="the first is what others are compared to")
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", default=[100, 100_000], help="the first is what others are compared to"
+    )
     parser.add_argument("--batch", type=int, default=50, help="prompts a batch")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
@@ -142,11 +148,19 @@ def main() -> None:
     for heading in ("prompts", "seconds", *KINDS, "together", "times the first", "index of the samples"):
         table.add_column(heading, justify="right")
     for row in rows:
-        row["times_first"] = {kind: row["peak_mb"][kind] / rows[0]["peak_mb"][kind] for kind in row["peak_mb"] if rows[0]["peak_mb"][kind] > 1}
+        row["times_first"] = {
+            kind: row["peak_mb"][kind] / rows[0]["peak_mb"][kind]
+            for kind in row["peak_mb"]
+            if rows[0]["peak_mb"][kind] > 1
+        }
         peaks = [f"{row['peak_mb'][kind]:.0f}" for kind in (*KINDS, "together")]
         table.add_row(
-            f"{row['prompts']:,}", f"{row['seconds']:.0f}", *peaks, f"{row['times_first']['together']:.3f}", f"{row['index_mb']:.1f}"
-        )  # fmt: skip
+            f"{row['prompts']:,}",
+            f"{row['seconds']:.0f}",
+            *peaks,
+            f"{row['times_first']['together']:.3f}",
+            f"{row['index_mb']:.1f}",
+        )
     Console(width=130).print(table)
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k != "json"}

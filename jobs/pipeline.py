@@ -81,9 +81,7 @@ class Job:
             check_prompts(config.evaluation.prompts, column, None, config.evaluation.limit)
         self.teacher = Teacher(config.teacher)
         self.teacher_hash = self.teacher.sha256()
-        identity = {
-            "teacher": self.teacher.place, "teacher_sha256": self.teacher_hash, "prompts": self.prompts_hash
-        }  # fmt: skip
+        identity = {"teacher": self.teacher.place, "teacher_sha256": self.teacher_hash, "prompts": self.prompts_hash}
         self.artifacts.start(identity)
         self.reporter = Reporter(console, self.artifacts.path(LOG))
         # Once there is a Ray to ask.
@@ -112,7 +110,9 @@ class Job:
             "prompts are encoded and the teacher's states on their trajectories kept",
             base,
             # The device is settled: there may be no GPU yet where there was none when it was.
-            lambda folder, update, key: calibrate(config.model_copy(update={"device": device}), self.teacher, folder, update),
+            lambda folder, update, key: calibrate(
+                config.model_copy(update={"device": device}), self.teacher, folder, update
+            ),
         )
         base = [*base, _settings(config, "probes")]
         yield Stage(
@@ -132,13 +132,26 @@ class Job:
             yield Stage(
                 "ablation",
                 f"{config.ablation.seeds} seeds, {config.ablation.steps} distillation steps each",
-                [*base, *(_settings(config, section) for section in ("distillation", "finetuning", "evaluation", "ablation"))],
+                [
+                    *base,
+                    *(
+                        _settings(config, section)
+                        for section in ("distillation", "finetuning", "evaluation", "ablation")
+                    ),
+                ],
                 lambda folder, update, key: ablate(
-                    config, self.teacher, calibration, path("probes"), path("detection", "detection.json"), folder, device, key,
+                    config,
+                    self.teacher,
+                    calibration,
+                    path("probes"),
+                    path("detection", "detection.json"),
+                    folder,
+                    device,
+                    key,
                     update,
                 ),
                 keeps_checkpoints=True,
-            )  # fmt: skip
+            )
             return
         found = json.loads(path("detection", "detection.json").read_text())
         plan = [parse_replacement(text) for text in found["plan"]]
@@ -178,10 +191,20 @@ class Job:
                 "finetuning",
                 f"replacements end to end, {config.finetuning.steps} steps",
                 base,
-                lambda folder, update, key: finetune_replacements(
-                    config, self.teacher, calibration, path("students"), path("variants"), folder, device, key, update
-                )
-                | {"variants": variants},
+                lambda folder, update, key: (
+                    finetune_replacements(
+                        config,
+                        self.teacher,
+                        calibration,
+                        path("students"),
+                        path("variants"),
+                        folder,
+                        device,
+                        key,
+                        update,
+                    )
+                    | {"variants": variants}
+                ),
                 keeps_checkpoints=True,
             )
         else:
@@ -194,7 +217,15 @@ class Job:
             "velocity errors and pictures of every variant",
             base,
             lambda folder, update, key: evaluate(
-                config, self.teacher, calibration, path("students"), path("variants"), finetuning, folder, device, update
+                config,
+                self.teacher,
+                calibration,
+                path("students"),
+                path("variants"),
+                finetuning,
+                folder,
+                device,
+                update,
             ),
         )
 
@@ -239,7 +270,10 @@ class Job:
         return {
             "calibration": (config.calibration.workers, "calibration.workers"),
             "probes": (config.probes.workers, "probes.workers"),
-            "students": (config.distillation.pipeline * config.distillation.replicas, "distillation.pipeline × distillation.replicas"),
+            "students": (
+                config.distillation.pipeline * config.distillation.replicas,
+                "distillation.pipeline × distillation.replicas",
+            ),
             "variants": (config.evaluation.workers, "evaluation.workers"),
             "finetuning": (config.finetuning.replicas if config.finetuning.steps else 1, "finetuning.replicas"),
             "evaluation": (config.evaluation.workers, "evaluation.workers"),
@@ -260,7 +294,9 @@ class Job:
         workers, key = needs[stage]
         # Calibration goes on with whatever places there are.
         if told := shortfall(1 if stage == "calibration" else workers, device, key):
-            self.reporter.say(f"{stage}: waiting for nodes, {duration(self.config.patience)} from the last sign of one: {told}")
+            self.reporter.say(
+                f"{stage}: waiting for nodes, {duration(self.config.patience)} from the last sign of one: {told}"
+            )
 
     def _survived(self, stage: Stage, update: Update, key: str) -> dict[str, Any]:
         """What the stage tells; one that loses a worker or a node goes on from its checkpoints, or begins again, a few times.
@@ -287,7 +323,9 @@ class Job:
                 with open(artifacts.path(LOG), "a", encoding="utf-8") as log:
                     log.writelines(traceback.format_exception(error))
             if attempt < _ATTEMPTS:
-                self.reporter.say(f"{stage.name}: failed ({reason}); trying again from what is complete, {attempt} of {_ATTEMPTS - 1} times")
+                self.reporter.say(
+                    f"{stage.name}: failed ({reason}); trying again from what is complete, {attempt} of {_ATTEMPTS - 1} times"
+                )
         raise UserError(
             f"{stage.name} failed {_ATTEMPTS} times, the last time for {reason}; {LOG} in {artifacts.place} has all of it; what is "
             "complete is kept, and the same command continues"

@@ -32,9 +32,26 @@ _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 _OLDEST_PYTHON = (3, 11)
 # What a job imports and does not bring with it, beside Ray.
 _NEEDED = (
-    "PIL", "accelerate", "diffusers", "fsspec", "jinja2", "matplotlib", "numpy", "psutil", "pyarrow", "pydantic", "rich", "s3fs",
-    "safetensors", "scipy", "tokenizers", "torch", "transformers", "typer", "yaml",
-)  # fmt: skip
+    "PIL",
+    "accelerate",
+    "diffusers",
+    "fsspec",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "psutil",
+    "pyarrow",
+    "pydantic",
+    "rich",
+    "s3fs",
+    "safetensors",
+    "scipy",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "typer",
+    "yaml",
+)
 # How long a job may take to begin before it is called waiting, and to end after it was told to, seconds.
 _BEGIN_SECONDS, _STOP_SECONDS = 180, 120
 # How often in a row, a second apart, a log is asked for in vain before following it is given up: a head may restart meanwhile.
@@ -82,23 +99,33 @@ class Jobs:
         import requests
         from ray.job_submission import JobSubmissionClient
 
-        for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"):
+        for name in (
+            "ray.dashboard.modules.dashboard_sdk",
+            "ray.dashboard.modules.job.sdk",
+            "ray._private.runtime_env.packaging",
+        ):
             logging.getLogger(name).setLevel(logging.ERROR)
         if not address.startswith(("http://", "https://")):
-            raise UserError(f"--address {address!r} is no address of Ray's job API; give http://HEAD:8265, the head's dashboard")
+            raise UserError(
+                f"--address {address!r} is no address of Ray's job API; give http://HEAD:8265, the head's dashboard"
+            )
         self.address = address.rstrip("/")
         try:
             answer = requests.get(f"{self.address}/api/version", timeout=_ANSWER_SECONDS)
             version = answer.json().get("ray_version") if answer.ok else None
         except requests.exceptions.ConnectionError:
-            raise UserError(f"nothing answers at {self.address}; check the address and that the head's dashboard runs") from None
+            raise UserError(
+                f"nothing answers at {self.address}; check the address and that the head's dashboard runs"
+            ) from None
         except (requests.exceptions.RequestException, ValueError, AttributeError):
             version, answer = None, None
         if answer is not None and answer.status_code in (401, 403):
             # The client sends the token where there is one, and tells how to give it.
             version = ray.__version__
         if version is None:
-            raise UserError(f"what answers at {self.address} is not Ray's job API; give http://HEAD:8265, the head's dashboard")
+            raise UserError(
+                f"what answers at {self.address} is not Ray's job API; give http://HEAD:8265, the head's dashboard"
+            )
         if version.split(".")[:2] != ray.__version__.split(".")[:2]:
             raise UserError(
                 f"the cluster at {self.address} runs Ray {version}, this ppcl Ray {ray.__version__}; use the same on both sides"
@@ -122,7 +149,9 @@ class Jobs:
             reason = _last_line(str(error).rstrip(". \n"))
             raise _Refused(f"the cluster at {self.address} could not answer ({reason})") from None
         except (ConnectionError, requests.exceptions.RequestException, aiohttp.ClientError) as error:
-            raise UserError(f"the cluster at {self.address} does not answer any more ({type(error).__name__})") from None
+            raise UserError(
+                f"the cluster at {self.address} does not answer any more ({type(error).__name__})"
+            ) from None
 
     def submit(self, config: Config, installed: bool = False) -> str:
         """Send a job; gives its id. `installed`: the cluster has ppcl itself.
@@ -157,7 +186,11 @@ class Jobs:
                     runtime_env={
                         "working_dir": folder,
                         # A stopped job ends as by Ctrl-C: it gives its output free.
-                        "env_vars": {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60", "COLUMNS": "120"},
+                        "env_vars": {
+                            "RAY_JOB_STOP_SIGNAL": "SIGINT",
+                            "RAY_JOB_STOP_WAIT_TIME_S": "60",
+                            "COLUMNS": "120",
+                        },
                     },
                 )
             except RuntimeError as error:
@@ -260,7 +293,9 @@ class Jobs:
             except UserError as error:
                 wrong = error
             if wrong and in_vain >= _RECONNECTS:
-                raise UserError(f"the job {identity} cannot be followed: {wrong}; it may go on: `ppcl logs {identity} -f` follows it again")
+                raise UserError(
+                    f"the job {identity} cannot be followed: {wrong}; it may go on: `ppcl logs {identity} -f` follows it again"
+                )
             time.sleep(1)
         try:
             say(self._log(identity)[said:])
@@ -301,7 +336,9 @@ def _last_words(message: str | None) -> str:
     words, _, log = (message or "it left no word").partition(", last available logs")
     words = " ".join(words.split())
     # Ray's own line about the command may come late, behind what a short command said.
-    lines = [line for line in log.splitlines()[1:] if line.strip() and not line.startswith("Running entrypoint for job ")]
+    lines = [
+        line for line in log.splitlines()[1:] if line.strip() and not line.startswith("Running entrypoint for job ")
+    ]
     if error := told_by("\n".join(lines)).error:
         return error
     if lines and told_by(lines[-1]) == Told():
@@ -312,7 +349,12 @@ def _last_words(message: str | None) -> str:
 def absolute(config: Config) -> Config:
     """The configuration with paths that mean the same on every node that shares them."""
     values = config.model_dump(mode="json")
-    for section, key in ((values, "teacher"), (values, "prompts"), (values, "output"), (values["evaluation"], "prompts")):
+    for section, key in (
+        (values, "teacher"),
+        (values, "prompts"),
+        (values, "output"),
+        (values["evaluation"], "prompts"),
+    ):
         if section[key] is not None and "://" not in section[key]:
             section[key] = str(Path(section[key]).absolute())
     return Config.model_validate(values)

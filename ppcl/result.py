@@ -64,7 +64,9 @@ class Result:
     def _check(self, stage: str) -> None:
         """Raises `UserError` where a stage is not there or not intact."""
         if self.artifacts.entry(stage) is None:
-            raise UserError(f"{self.artifacts.place} has no {stage} yet; run ppcl compress again, which goes on from there")
+            raise UserError(
+                f"{self.artifacts.place} has no {stage} yet; run ppcl compress again, which goes on from there"
+            )
         if damaged := self.artifacts.damaged(stage):
             raise UserError(
                 f"{self.artifacts.place}/{damaged[0]} is damaged or gone (its sha256 differs from the manifest's); "

@@ -21,15 +21,24 @@ class Http(Section):
     host: str = Field("127.0.0.1", description="address to listen at; one that others reach needs API keys")
     port: int = Field(8000, ge=1, le=65535, description="port to listen at")
     api_keys_env: str = Field(
-        "PPCL_API_KEYS", description="environment variable that holds the API keys, separated by commas; unset: no key from it"
+        "PPCL_API_KEYS",
+        description="environment variable that holds the API keys, separated by commas; unset: no key from it",
     )
-    api_keys_file: Path | None = Field(None, description="file that holds API keys, one a line; read when the server starts")
+    api_keys_file: Path | None = Field(
+        None, description="file that holds API keys, one a line; read when the server starts"
+    )
     replicas: int = Field(1, ge=1, description="replicas of the HTTP API, each of which needs little")
-    attempts: int = Field(3, ge=1, description="replicas of the engine that are tried for a request, where they die before it is done")
-    assign_seconds: float = Field(30.0, gt=0, description="how long a request waits for a replica that takes it, where none is ready")
+    attempts: int = Field(
+        3, ge=1, description="replicas of the engine that are tried for a request, where they die before it is done"
+    )
+    assign_seconds: float = Field(
+        30.0, gt=0, description="how long a request waits for a replica that takes it, where none is ready"
+    )
     body_seconds: float = Field(30.0, gt=0, description="seconds a client has to send a request's body")
     ping_seconds: float = Field(
-        15.0, gt=0, description="seconds without an event after which a stream sends a comment, so that nothing between closes it"
+        15.0,
+        gt=0,
+        description="seconds without an event after which a stream sends a comment, so that nothing between closes it",
     )
 
 
@@ -38,14 +47,14 @@ class Limits(Section):
 
     body_bytes: int = Field(1024**2, ge=1024, description="bytes of a request's body")
     prompt_characters: int = Field(32_000, ge=1, description="characters of a prompt, and of a negative prompt")
-    prompt_tokens: int = Field(512, ge=1, description="tokens of a prompt, and of a negative prompt, counted by the pipeline's tokenizer")
+    prompt_tokens: int = Field(
+        512, ge=1, description="tokens of a prompt, and of a negative prompt, counted by the pipeline's tokenizer"
+    )
     pixels: int = Field(2048 * 2048, ge=64, description="pixels of one picture, width times height")
     aspect: float = Field(4.0, ge=1, description="a picture's longer side over its shorter one")
     pictures: int = Field(10, ge=1, description="pictures of one request (`n`)")
     steps: int = Field(100, ge=1, description="denoising steps of a picture")
-    work: int = Field(
-        10 * 1024 * 1024 * 50, ge=64, description="pictures times pixels times steps of one request"
-    )
+    work: int = Field(10 * 1024 * 1024 * 50, ge=64, description="pictures times pixels times steps of one request")
 
 
 class EngineSettings(Section):
@@ -55,17 +64,29 @@ class EngineSettings(Section):
         None, description="variants that are served, by name; only their weights are loaded; null: all of the result"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
-    batch: int = Field(8, ge=1, description="pictures of one kind that are drawn at once, and rows of a transformer call")
-    queue: int = Field(64, ge=1, description="pictures that are accepted and not finished; more are refused until some are")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
+    )
+    batch: int = Field(
+        8, ge=1, description="pictures of one kind that are drawn at once, and rows of a transformer call"
+    )
+    queue: int = Field(
+        64, ge=1, description="pictures that are accepted and not finished; more are refused until some are"
+    )
     gather_seconds: float = Field(
         0.02, ge=0, description="wait between steps for pictures of the last batch, so that they stay one batch"
     )
-    decoded_pixels: int = Field(1024 * 1024, ge=1, description="pixels of the pictures that the VAE decodes at once, at least one picture")
-    cpus: float | None = Field(
-        None, gt=0, description="CPUs of a replica, and threads of its arithmetic; null: 1 beside a GPU, else the machine's, shared by max_replicas"
+    decoded_pixels: int = Field(
+        1024 * 1024, ge=1, description="pixels of the pictures that the VAE decodes at once, at least one picture"
     )
-    gpus: float = Field(1, gt=0, description="GPUs of a replica where it runs on one; a share lets several replicas use one GPU")
+    cpus: float | None = Field(
+        None,
+        gt=0,
+        description="CPUs of a replica, and threads of its arithmetic; null: 1 beside a GPU, else the machine's, shared by max_replicas",
+    )
+    gpus: float = Field(
+        1, gt=0, description="GPUs of a replica where it runs on one; a share lets several replicas use one GPU"
+    )
 
 
 class Elastic(Section):
@@ -76,16 +97,23 @@ class Elastic(Section):
         description="the variants of auto, from large to small; null: those that give more score a second than every larger one",
     )
     patience: float = Field(
-        3.0, ge=1, description="without a deadline auto is in time within so many times the seconds the largest variant takes alone"
+        3.0,
+        ge=1,
+        description="without a deadline auto is in time within so many times the seconds the largest variant takes alone",
     )
     margin: float = Field(
-        0.1, ge=0, description="share of the expected seconds that is added to them before they are held against a deadline"
+        0.1,
+        ge=0,
+        description="share of the expected seconds that is added to them before they are held against a deadline",
     )
     recover_seconds: float = Field(
         5.0, ge=0, description="seconds of little load after which auto goes back up by one variant"
     )
     low_water: float = Field(
-        0.9, gt=0, le=1, description="little load: what was wanted lately takes less than this share of the device with the next larger variant"
+        0.9,
+        gt=0,
+        le=1,
+        description="little load: what was wanted lately takes less than this share of the device with the next larger variant",
     )
 
 
@@ -93,17 +121,24 @@ class Autoscaling(Section):
     """How many replicas there are. With `max_replicas` at `min_replicas` there is nothing to scale."""
 
     policy: Literal["backlog", "requests"] = Field(
-        "backlog", description="backlog: by the device-seconds that wait, at undegraded quality; requests: Ray's own, by their number"
+        "backlog",
+        description="backlog: by the device-seconds that wait, at undegraded quality; requests: Ray's own, by their number",
     )
     min_replicas: int = Field(1, ge=1, description="replicas when idle")
     max_replicas: int = Field(1, ge=1, description="most replicas")
-    target_backlog_seconds: float = Field(10.0, gt=0, description="backlog: device-seconds of work that one replica may have waiting")
-    target_requests: float = Field(8.0, gt=0, description="requests: running and waiting ones that one replica may have")
+    target_backlog_seconds: float = Field(
+        10.0, gt=0, description="backlog: device-seconds of work that one replica may have waiting"
+    )
+    target_requests: float = Field(
+        8.0, gt=0, description="requests: running and waiting ones that one replica may have"
+    )
     upscale_delay_seconds: float = Field(10.0, ge=0, description="how long more replicas must be wanted")
     downscale_delay_seconds: float = Field(300.0, ge=0, description="how long fewer replicas must be wanted")
     look_back_seconds: float = Field(10.0, gt=0, description="time over which the load is averaged")
     shutdown_seconds: float = Field(
-        600.0, gt=0, description="how long a replica that is to go may take to finish what it accepted; longer than any request takes"
+        600.0,
+        gt=0,
+        description="how long a replica that is to go may take to finish what it accepted; longer than any request takes",
     )
 
 
@@ -111,7 +146,8 @@ class Log(Section):
     """One JSON object for each request and each failure, without prompts and keys."""
 
     file: Path | None = Field(
-        None, description="file that lines are appended to; null: standard error of the replicas, which ppcl serve shows instead"
+        None,
+        description="file that lines are appended to; null: standard error of the replicas, which ppcl serve shows instead",
     )
 
 

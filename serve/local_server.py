@@ -52,19 +52,25 @@ def check(settings: Served) -> None:
     for key, names in (("engine.variants", settings.engine.variants), ("elastic.variants", settings.elastic.variants)):
         for name in names or ():
             if name not in known:
-                raise UserError(f"{key}: there is no variant {name!r} in {settings.result}; there are {', '.join(known)}")
+                raise UserError(
+                    f"{key}: there is no variant {name!r} in {settings.result}; there are {', '.join(known)}"
+                )
     with socket.socket(socket.AF_INET6 if ":" in settings.http.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((settings.http.host, settings.http.port))
         except OSError as error:
             where = f"{settings.http.host}:{settings.http.port}"
-            raise UserError(f"{where} cannot be listened at: {error.strerror}; choose another --host or --port") from None
+            raise UserError(
+                f"{where} cannot be listened at: {error.strerror}; choose another --host or --port"
+            ) from None
     if settings.log.file is not None:
         try:
             settings.log.file.open("a").close()
         except OSError as error:
-            raise UserError(f"log.file {settings.log.file} cannot be written: {error.strerror}; choose another file") from None
+            raise UserError(
+                f"log.file {settings.log.file} cannot be written: {error.strerror}; choose another file"
+            ) from None
 
 
 def run(settings: Served, say: Callable[[str], None], quiet: bool = False) -> None:
@@ -84,7 +90,9 @@ def run(settings: Served, say: Callable[[str], None], quiet: bool = False) -> No
             for name, path in (("result", settings.result), ("teacher", settings.teacher))
             if path
         }
-        _serve(settings.model_copy(update=absolute | {"log": settings.log.model_copy(update={"file": file})}), signals, say)
+        _serve(
+            settings.model_copy(update=absolute | {"log": settings.log.model_copy(update={"file": file})}), signals, say
+        )
 
 
 def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> None:
@@ -97,7 +105,13 @@ def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> N
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     say("starting Ray and loading the variants")
     try:
-        ray.init("local", num_cpus=max(os.cpu_count() or 1, 4), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            "local",
+            num_cpus=max(os.cpu_count() or 1, 4),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
         # Ray has put its own handler there, which ends the process.
         signals.handle()
         serve.start(proxy_location="HeadOnly", http_options={"host": settings.http.host, "port": settings.http.port})
@@ -106,7 +120,9 @@ def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> N
         except RuntimeError as error:
             raise UserError(_reason(str(error))) from error
         host = f"[{settings.http.host}]" if ":" in settings.http.host else settings.http.host
-        say(f"serving {settings.result} at http://{host}:{settings.http.port} ({cpus(settings):g} CPUs a replica); Ctrl-C stops")
+        say(
+            f"serving {settings.result} at http://{host}:{settings.http.port} ({cpus(settings):g} CPUs a replica); Ctrl-C stops"
+        )
         signals.wait()
         _finish(settings.autoscaling.shutdown_seconds, signals, say)
     finally:
@@ -133,7 +149,9 @@ def _finish(seconds: float, signals: _Signals, say: Callable[[str], None]) -> No
         nonlocal told
         while (left := under_way()) and not until() and time.monotonic() < end:
             if not told:
-                say(f"finishing {left} request{'s' if left > 1 else ''}; Ctrl-C again ends {'them' if left > 1 else 'it'}")
+                say(
+                    f"finishing {left} request{'s' if left > 1 else ''}; Ctrl-C again ends {'them' if left > 1 else 'it'}"
+                )
                 told = True
             time.sleep(_LOOK)
         return left

@@ -41,7 +41,10 @@ def tell_request(**fields: Any) -> None:
 
 def tell_failure(id: str, error: BaseException) -> None:
     """Where an error came from. Not its message: libraries put what they were given into it, a prompt among others."""
-    frames = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    frames = [
+        f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
     log.error("failure", extra={"told": {"id": id, "error": type(error).__name__, "at": frames[-12:]}})
 
 
@@ -51,7 +54,16 @@ def plain(line: str) -> str:
     at = datetime.fromisoformat(told.pop("time")).astimezone().strftime("%H:%M:%S")
     if told["event"] == "request":
         drawn = f"{told['variant']}{' (degraded)' if told.get('degraded') else ''}" if "variant" in told else None
-        parts = [at, told["status"], told["method"], told["route"], f"{told['seconds']:.3f} s", drawn, told.get("error"), told["id"]]
+        parts = [
+            at,
+            told["status"],
+            told["method"],
+            told["route"],
+            f"{told['seconds']:.3f} s",
+            drawn,
+            told.get("error"),
+            told["id"],
+        ]
     else:
         parts = [at, told["event"], told.get("error"), *reversed(told.get("at", [])[-3:]), told.get("id")]
     return "  ".join(str(part) for part in parts if part is not None)

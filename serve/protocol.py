@@ -73,7 +73,13 @@ class Refused(Exception):
     about, and seconds after which to try again."""
 
     def __init__(
-        self, status: int, type: str, message: str, code: str | None = None, param: str | None = None, retry_after: float | None = None
+        self,
+        status: int,
+        type: str,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
     ):
         super().__init__(status, type, message, code, param, retry_after)
         self.status, self.type, self.message = status, type, message

@@ -94,7 +94,9 @@ class RayBackend:
                 except (RayActorError, TaskCancelledError, RayServeException, StopAsyncIteration) as error:
                     raise _ReplicaLost from error
                 except RayError as error:
-                    raise Refused(500, "server_error", "the replica failed; its log says why", "engine_error") from error
+                    raise Refused(
+                        500, "server_error", "the replica failed; its log says why", "engine_error"
+                    ) from error
                 if isinstance(event, Refused):
                     raise event
                 left -= isinstance(event, Picture)
@@ -127,4 +129,10 @@ def _unavailable(message: str, code: str) -> Refused:
 
 
 def _full(error: BackPressureError) -> Refused:
-    return Refused(429, "rate_limit_error", "every replica has as many requests as it takes; try again later", "queue_full", retry_after=error.retry_after_s or _RETRY_AFTER)
+    return Refused(
+        429,
+        "rate_limit_error",
+        "every replica has as many requests as it takes; try again later",
+        "queue_full",
+        retry_after=error.retry_after_s or _RETRY_AFTER,
+    )

@@ -52,7 +52,9 @@ class Proxy:
         return f"http://127.0.0.1:{self.port}"
 
     @contextmanager
-    def failing(self, fault: Callable[[Request], Any], when: Callable[[Request], bool] = lambda r: True, times: int = 10**9) -> Iterator[None]:
+    def failing(
+        self, fault: Callable[[Request], Any], when: Callable[[Request], bool] = lambda r: True, times: int = 10**9
+    ) -> Iterator[None]:
         """The first `times` requests that `when` is true of fail."""
         left = [times]
 
@@ -121,8 +123,10 @@ def served(address: str = "127.0.0.1") -> Iterator[Proxy]:
     port = _free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parent,
+    )
     try:
         deadline = time.monotonic() + 120
         while True:

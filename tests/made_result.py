@@ -25,9 +25,7 @@ SENSITIVITY = dict(zip(INTERVALS, (0.3, 0.1, 0.2), strict=True))
 def student(teacher: Teacher, interval: Interval, affine: bool) -> StudentBlock:
     block = copy.deepcopy(teacher.adapter.blocks(teacher.transformer())[interval.first])
     generator = torch.Generator().manual_seed(interval.first)
-    made = StudentBlock(
-        teacher.adapter, interval, interval.first, block, {"img": affine_map(32)} if affine else None
-    )
+    made = StudentBlock(teacher.adapter, interval, interval.first, block, {"img": affine_map(32)} if affine else None)
     with torch.no_grad():
         for p in made.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=generator))

@@ -26,6 +26,9 @@ def test_a_tiny_job_gives_the_tensors_recorded_before_the_redesign(tmp_path):
             if same_machine:
                 assert got[name]["sha256"] == wanted[name]["sha256"], f"{stage} {name}"
             torch.testing.assert_close(
-                torch.tensor(got[name]["projections"]), torch.tensor(wanted[name]["projections"]), rtol=1e-3, atol=1e-4,
+                torch.tensor(got[name]["projections"]),
+                torch.tensor(wanted[name]["projections"]),
+                rtol=1e-3,
+                atol=1e-4,
                 msg=f"{stage} {name}",
-            )  # fmt: skip
+            )

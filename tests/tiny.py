@@ -48,29 +48,52 @@ def _randomised(model: nn.Module, seed: int) -> nn.Module:
 def qwen_transformer(blocks: int = 6, seed: int = 0) -> QwenImageTransformer2DModel:
     """Width 32."""
     model = QwenImageTransformer2DModel(
-        patch_size=2, in_channels=4 * Z_DIM, out_channels=Z_DIM, num_layers=blocks, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=text.WIDTH, axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+        patch_size=2,
+        in_channels=4 * Z_DIM,
+        out_channels=Z_DIM,
+        num_layers=blocks,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=text.WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
     return _randomised(model, seed)
 
 
 def flux_transformer(double: int = 3, single: int = 4, seed: int = 0) -> FluxTransformer2DModel:
     """Width 32; blocks 0..double-1 are double-stream, the rest single-stream."""
     model = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=double, num_single_layers=single, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=24, pooled_projection_dim=20, guidance_embeds=True,
+        patch_size=1,
+        in_channels=16,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=20,
+        guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
-    )  # fmt: skip
+    )
     return _randomised(model, seed)
 
 
 def sd3_transformer(blocks: int = 5, seed: int = 0) -> SD3Transformer2DModel:
     """Width 32, SD3.5-like: dual attention in the first two blocks, a last block without text output."""
     model = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=blocks, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, caption_projection_dim=32, pooled_projection_dim=20, out_channels=4,
-        pos_embed_max_size=8, dual_attention_layers=(0, 1), qk_norm="rms_norm",
-    )  # fmt: skip
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_layers=blocks,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        caption_projection_dim=32,
+        pooled_projection_dim=20,
+        out_channels=4,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0, 1),
+        qk_norm="rms_norm",
+    )
     return _randomised(model, seed)
 
 
@@ -111,9 +134,14 @@ def qwen_pipeline(folder: Path, blocks: int = 6, seed: int = 0) -> Path:
     """A stock QwenImagePipeline folder: pictures of 32 × 32 (factor 4), captions of the shapes world."""
     torch.manual_seed(seed)
     vae = AutoencoderKLQwenImage(
-        base_dim=8, z_dim=Z_DIM, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, False],
-        latents_mean=[0.0] * Z_DIM, latents_std=[1.0] * Z_DIM,
-    )  # fmt: skip
+        base_dim=8,
+        z_dim=Z_DIM,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, False],
+        latents_mean=[0.0] * Z_DIM,
+        latents_std=[1.0] * Z_DIM,
+    )
     tokenizer = text.new_tokenizer()
     pipeline = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -130,10 +158,16 @@ def _autoencoder() -> AutoencoderKL:
     """Four latent channels, factor 2."""
     torch.manual_seed(0)
     return AutoencoderKL(
-        block_out_channels=(4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=1.5, shift_factor=0.1,
-    ).eval()  # fmt: skip
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=1.5,
+        shift_factor=0.1,
+    ).eval()
 
 
 def _clip(width: int, projected: bool, seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
@@ -142,10 +176,17 @@ def _clip(width: int, projected: bool, seed: int) -> tuple[CLIPTextModel, CLIPTo
     vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
     config = CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, projection_dim=width, bos_token_id=len(letters), eos_token_id=len(letters) + 1,
+        vocab_size=len(vocabulary),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=width,
+        bos_token_id=len(letters),
+        eos_token_id=len(letters) + 1,
         pad_token_id=len(letters) + 1,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval(), tokenizer
 
@@ -163,9 +204,14 @@ def flux_pipeline(folder: Path, double: int = 4, single: int = 6, seed: int = 0)
     clip, clip_tokenizer = _clip(20, False, seed)
     t5, t5_tokenizer = _t5(24, seed)
     FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_autoencoder(), text_encoder=clip, tokenizer=clip_tokenizer,
-        text_encoder_2=t5, tokenizer_2=t5_tokenizer, transformer=flux_transformer(double, single, seed),
-    ).save_pretrained(folder)  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_autoencoder(),
+        text_encoder=clip,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=t5,
+        tokenizer_2=t5_tokenizer,
+        transformer=flux_transformer(double, single, seed),
+    ).save_pretrained(folder)
     return folder
 
 
@@ -174,8 +220,14 @@ def sd3_pipeline(folder: Path, blocks: int = 6, seed: int = 0) -> Path:
     (one, tokenizer), (two, tokenizer_2) = _clip(10, True, seed), _clip(10, True, seed + 1)
     t5, t5_tokenizer = _t5(24, seed)
     StableDiffusion3Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=_autoencoder(), text_encoder=one, tokenizer=tokenizer,
-        text_encoder_2=two, tokenizer_2=tokenizer_2, text_encoder_3=t5, tokenizer_3=t5_tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=_autoencoder(),
+        text_encoder=one,
+        tokenizer=tokenizer,
+        text_encoder_2=two,
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=t5,
+        tokenizer_3=t5_tokenizer,
         transformer=sd3_transformer(blocks, seed),
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder

@@ -36,9 +36,16 @@ def run(folder: Path) -> dict[str, Path]:
     for path in made.values():
         path.mkdir()
     fit_probes(
-        teacher, samples, Probes(batch_size=8, tokens_per_sample=4), dims, made["probes"], seed=0, device="cpu",
-        dtype=torch.float32, report=_silent,
-    )  # fmt: skip
+        teacher,
+        samples,
+        Probes(batch_size=8, tokens_per_sample=4),
+        dims,
+        made["probes"],
+        seed=0,
+        device="cpu",
+        dtype=torch.float32,
+        report=_silent,
+    )
     block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
     found = detect(made["probes"], block_ranges, Detection(), Width(text_similarity=0.5, hidden=[50]), _silent)
     plan = [parse_replacement(text) for text in found["plan"]]
@@ -46,13 +53,34 @@ def run(folder: Path) -> dict[str, Path]:
     settings = Distillation(steps=12, batch_size=4, warmup=2, learning_rate=1e-3, student_hidden=50, ema=0.9)
     with torch.enable_grad():
         distil(
-            teacher, samples, plan, settings, dims, made["students"], folder / "checkpoints", 0, "cpu", _silent, 1e-4,
-        )  # fmt: skip
+            teacher,
+            samples,
+            plan,
+            settings,
+            dims,
+            made["students"],
+            folder / "checkpoints",
+            0,
+            "cpu",
+            _silent,
+            1e-4,
+        )
         tuning = Finetuning(steps=8, batch_size=4, warmup=2, measured=3, learning_rate=1e-3, plan="any")
         finetune(
-            teacher, files_in(made["students"]), {"none": []}, dict.fromkeys(plan, 0.1), samples, tuning, 4, dims,
-            made["finetuning"], folder / "finetuning-checkpoints", 0, "cpu", _silent,
-        )  # fmt: skip
+            teacher,
+            files_in(made["students"]),
+            {"none": []},
+            dict.fromkeys(plan, 0.1),
+            samples,
+            tuning,
+            4,
+            dims,
+            made["finetuning"],
+            folder / "finetuning-checkpoints",
+            0,
+            "cpu",
+            _silent,
+        )
     return made
 
 
@@ -78,7 +106,9 @@ def arithmetic() -> str:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     x, w = torch.randn(7, 33, 96), torch.randn(96, 96, requires_grad=True)
-    y = torch.nn.functional.scaled_dot_product_attention(x @ w, x, torch.nn.functional.gelu(x @ w.T, approximate="tanh"))
+    y = torch.nn.functional.scaled_dot_product_attention(
+        x @ w, x, torch.nn.functional.gelu(x @ w.T, approximate="tanh")
+    )
     torch.nn.functional.layer_norm(y, (96,)).square().mean().backward()
     solved = torch.linalg.solve(w.double() @ w.double().T + torch.eye(96), w.double())
     digest = hashlib.sha256(w.grad.numpy().tobytes())
@@ -97,7 +127,11 @@ def record() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         made = run(Path(folder))
         plan = json.loads((Path(folder) / "plan.json").read_text())
-        return {"arithmetic": arithmetic(), "plan": plan, "stages": {name: fingerprint(path) for name, path in made.items()}}
+        return {
+            "arithmetic": arithmetic(),
+            "plan": plan,
+            "stages": {name: fingerprint(path) for name, path in made.items()},
+        }
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 
 def compress(
     config: Annotated[Path, typer.Argument(help="the job's configuration, YAML; `ppcl config` prints the default")],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100"),
     ] = None,
     output: Annotated[str | None, typer.Option(help="where the result goes: a folder, or s3://bucket/key")] = None,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
@@ -68,7 +69,9 @@ def compress(
 
 @app.command()
 def ablate(
-    config: Annotated[Path, typer.Argument(help="the job's configuration; its section `ablation` says how long and how often")],
+    config: Annotated[
+        Path, typer.Argument(help="the job's configuration; its section `ablation` says how long and how often")
+    ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as ablation.seeds=5")
     ] = None,
@@ -110,7 +113,9 @@ def variants(
 def generate(
     result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     prompt: Annotated[str, typer.Argument(help="what the picture shows")],
-    variant: Annotated[str, typer.Option(help="a name that `ppcl variants` lists, or a plan as 3-5,text:8-9,ffn:1")] = "teacher",
+    variant: Annotated[
+        str, typer.Option(help="a name that `ppcl variants` lists, or a plan as 3-5,text:8-9,ffn:1")
+    ] = "teacher",
     output: Annotated[Path, typer.Option("--output", "-o", help="the picture to write, .png")] = Path("out.png"),
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default: those of the job")] = None,
@@ -144,7 +149,9 @@ def generate(
 
 
 @app.command()
-def report(result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")]) -> None:
+def report(
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
+) -> None:
     """Write the report of a result anew."""
     from ppcl.report import write_report
     from ppcl.storage.manifest import Artifacts
@@ -159,7 +166,9 @@ def serve(
     result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     host: Annotated[str | None, typer.Option(help="address to listen at; default: http.host")] = None,
     port: Annotated[int | None, typer.Option(help="port to listen at; default: http.port")] = None,
-    config: Annotated[Path | None, typer.Option(help="settings, YAML; `ppcl config --serve` prints the default")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="settings, YAML; `ppcl config --serve` prints the default")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as engine.batch=4")
     ] = None,
@@ -183,7 +192,8 @@ def serve(
 
 
 _Api = Annotated[
-    str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray's job API, the head's dashboard, such as http://HEAD:8265")
+    str,
+    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray's job API, the head's dashboard, such as http://HEAD:8265"),
 ]
 _Id = Annotated[str | None, typer.Argument(help="the job's id; default: the last that was sent")]
 _HERE = "http://127.0.0.1:8265"
@@ -191,14 +201,21 @@ _HERE = "http://127.0.0.1:8265"
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(help="the job's configuration; what it names must be in reach of the cluster's nodes")],
+    config: Annotated[
+        Path, typer.Argument(help="the job's configuration; what it names must be in reach of the cluster's nodes")
+    ],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100"),
     ] = None,
-    output: Annotated[str | None, typer.Option(help="where the result goes: a folder that the nodes share, or s3://bucket/key")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="where the result goes: a folder that the nodes share, or s3://bucket/key")
+    ] = None,
     address: _Api = _HERE,
     follow: Annotated[bool, typer.Option("--follow", help="print the job's log until it ends")] = False,
-    installed: Annotated[bool, typer.Option("--installed", help="use the ppcl installed on the cluster instead of sending this one")] = False,
+    installed: Annotated[
+        bool, typer.Option("--installed", help="use the ppcl installed on the cluster instead of sending this one")
+    ] = False,
 ) -> None:
     """Send a compression to a cluster; the same configuration again continues one that was stopped or failed."""
     from jobs.submission import Jobs, absolute
@@ -297,7 +314,9 @@ def _going_on(identity: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise _Stopped(f"the job {identity} goes on; `ppcl logs {identity} -f` follows it, `ppcl stop {identity}` ends it") from None
+        raise _Stopped(
+            f"the job {identity} goes on; `ppcl logs {identity} -f` follows it, `ppcl stop {identity}` ends it"
+        ) from None
 
 
 def _follow(jobs: Any, identity: str) -> None:
@@ -307,22 +326,30 @@ def _follow(jobs: Any, identity: str) -> None:
     if ended.state == "FAILED":
         raise UserError(f"the job {identity} failed: {ended.told.error}")
     if ended.state != "SUCCEEDED":
-        raise UserError(f"the job {identity} ended as {ended.state}; submitting the same configuration again continues it")
+        raise UserError(
+            f"the job {identity} ended as {ended.state}; submitting the same configuration again continues it"
+        )
 
 
 @app.command()
 def plan(
     models: Annotated[
-        list[str] | None, typer.Argument(help="qwen-image, flux.1-dev, sd3.5-large, or a pipeline's folder or URL; default: those three")
+        list[str] | None,
+        typer.Argument(help="qwen-image, flux.1-dev, sd3.5-large, or a pipeline's folder or URL; default: those three"),
     ] = None,
     gpus: Annotated[str, typer.Option(help="numbers of GPUs, with commas")] = "1,2,4,8,16,32,64",
     batch: Annotated[int, typer.Option(min=1, help="samples a step, over all replicas")] = 16,
     size: Annotated[str, typer.Option(help="of the pictures, WIDTHxHEIGHT in pixels")] = "1024x1024",
     interval: Annotated[int, typer.Option(min=2, help="blocks that one student stands for")] = 4,
     simulate: Annotated[bool, typer.Option("--simulate", help="how long steps take, too, by a device's rates")] = False,
-    grow: Annotated[bool, typer.Option("--grow", help="--batch is of one pipeline: a step has more samples with more replicas")] = False,
+    grow: Annotated[
+        bool, typer.Option("--grow", help="--batch is of one pipeline: a step has more samples with more replicas")
+    ] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="with --simulate: a rate of the device, such as utilisation=0.5")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="with --simulate: a rate of the device, such as utilisation=0.5"
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -341,7 +368,9 @@ def plan(
         if min(*counts, width, height, 1) < 1:
             raise ValueError
     except ValueError:
-        raise UserError(f"--gpus {gpus!r}, --size {size!r}: numbers such as 1,2,4,8 and a size such as 1024x1024 are wanted") from None
+        raise UserError(
+            f"--gpus {gpus!r}, --size {size!r}: numbers such as 1,2,4,8 and a size such as 1024x1024 are wanted"
+        ) from None
     rates: dict[str, Any] = {}
     for override in set_ or []:
         put(rates, override, "utilisation=0.5")
@@ -354,14 +383,24 @@ def plan(
         raise UserError("--grow and --set are for the simulation; add --simulate")
     made = {model: list(layouts(model, intervals(model, interval), batch, counts)) for model in found}
     if json_:
-        typer.echo(json.dumps([{"model": m.name, "parameters": m.parameters, "ranks": [asdict(r) for r in rows]} for m, rows in made.items()], indent=1))
+        typer.echo(
+            json.dumps(
+                [
+                    {"model": m.name, "parameters": m.parameters, "ranks": [asdict(r) for r in rows]}
+                    for m, rows in made.items()
+                ],
+                indent=1,
+            )
+        )
         return
     for model, rows in made.items():
         out.print(table(model, rows, interval, batch, size))
     typer.echo(FORMULAS)
 
 
-def _simulate(models: list[Any], counts: list[int], batch: int, grow: bool, interval: int, device: Any, json_: bool) -> None:
+def _simulate(
+    models: list[Any], counts: list[int], batch: int, grow: bool, interval: int, device: Any, json_: bool
+) -> None:
     """What `ppcl plan --simulate` prints."""
     from dataclasses import asdict
 
@@ -383,17 +422,31 @@ def _simulate(models: list[Any], counts: list[int], batch: int, grow: bool, inte
         told.append({"model": model.name, "distillation": steps, "probes": fits, "refused": refused})
         if not json_:
             samples = f"{batch} samples a step{' of one pipeline, more with replicas' if grow else ''}"
-            out.print(step_table(f"{model.name}: distillation, one student for {interval} blocks, {samples}", steps, DISTILLATION))
+            out.print(
+                step_table(
+                    f"{model.name}: distillation, one student for {interval} blocks, {samples}", steps, DISTILLATION
+                )
+            )
             for sentence in refused:
                 typer.echo(sentence)
             out.print(step_table(f"{model.name}: probes, {Probes().batch_size} samples a step", fits, PROBES))
     if json_:
-        made = [{name: [asdict(s) | {"binds": s.binds} for s in v] if name in ("distillation", "probes") else v for name, v in one.items()} for one in told]
+        made = [
+            {
+                name: [asdict(s) | {"binds": s.binds} for s in v] if name in ("distillation", "probes") else v
+                for name, v in one.items()
+            }
+            for one in told
+        ]
         typer.echo(json.dumps({"device": device.model_dump(), "models": made}, indent=1))
         return
     typer.echo(MODEL)
     for name, field in type(device).model_fields.items():
-        typer.echo(f"{name:11} = {getattr(device, name):g}: {field.description}" if name != "name" else f"rates of {device.name}:")
+        typer.echo(
+            f"{name:11} = {getattr(device, name):g}: {field.description}"
+            if name != "name"
+            else f"rates of {device.name}:"
+        )
 
 
 @app.command()

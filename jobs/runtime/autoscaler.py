@@ -77,5 +77,7 @@ def _in_use(bundles: Bundles) -> bool:
 
 def _status() -> GetClusterStatusReply:
     reply = GetClusterStatusReply()
-    reply.ParseFromString(GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=_ANSWER))
+    reply.ParseFromString(
+        GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=_ANSWER)
+    )
     return reply

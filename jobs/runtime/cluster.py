@@ -60,7 +60,11 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
     from ray._raylet import AuthenticationTokenLoader
     from ray.exceptions import AuthenticationError
 
-    if address and is_token_auth_enabled() and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True):
+    if (
+        address
+        and is_token_auth_enabled()
+        and not AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True)
+    ):
         # Ray would abort the process.
         raise needs_token(address)
     for name in ("ray", "ray.data", "ray.train"):
@@ -109,7 +113,9 @@ def _check_reachable(address: str) -> None:
     if address in _BY_NAME:
         return
     if address.startswith("ray://"):
-        raise UserError(f"--address {address!r} is that of a Ray Client, which cannot run a job; give host:port of the GCS, as HEAD:6379")
+        raise UserError(
+            f"--address {address!r} is that of a Ray Client, which cannot run a job; give host:port of the GCS, as HEAD:6379"
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"--address {address!r} is no address; give host:port or auto")
@@ -117,13 +123,17 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"no Ray cluster could be reached at {address}: {reason}; check the address of the head node") from None
+        raise UserError(
+            f"no Ray cluster could be reached at {address}: {reason}; check the address of the head node"
+        ) from None
     wrong = _health_check("--address", address)
     if wrong is None:
         return
     if _asks_for_token(wrong):
         raise needs_token(address)
-    raise UserError(f"what listens at {address} is not the head of a Ray cluster; give the address ray start printed there")
+    raise UserError(
+        f"what listens at {address} is not the head of a Ray cluster; give the address ray start printed there"
+    )
 
 
 def _health_check(*where: str) -> str | None:
@@ -155,7 +165,9 @@ def device_of(config: Config) -> str:
     if config.device == "cuda" and can is False:
         raise UserError("device is 'cuda', but the cluster has no GPU; set device: cpu or add GPU nodes")
     if config.device == "auto" and can is None:
-        raise UserError("the cluster's autoscaler does not say whether it can add a GPU; set device: cuda or device: cpu")
+        raise UserError(
+            "the cluster's autoscaler does not say whether it can add a GPU; set device: cuda or device: cpu"
+        )
     return "cuda" if config.device == "cuda" or can else "cpu"
 
 

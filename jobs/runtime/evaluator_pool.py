@@ -49,7 +49,11 @@ class _Evaluator:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         whole = Teacher(teacher)
         self.pipeline = whole.pipeline(device, self.dtype)
-        fine = FinetunedSelection.read(fetch_stage(tuned[0]), read_catalog(fetch_stage(tuned[1])).sensitivity) if tuned else None
+        fine = (
+            FinetunedSelection.read(fetch_stage(tuned[0]), read_catalog(fetch_stage(tuned[1])).sensitivity)
+            if tuned
+            else None
+        )
         self.switch = VariantSwitcher(whole, files_in(fetch_stage(students)), fine)
         self.samples = lru_cache(lambda calibration: CalibrationSet(fetch_stage(calibration)))
 
@@ -100,7 +104,13 @@ class EvaluatorPool:
     """A pool of them, given back at the end of a `with` block."""
 
     def __init__(
-        self, config: Config, teacher: Teacher, students: Path, tuned: tuple[Path, Path] | None, folder: Path, device: str
+        self,
+        config: Config,
+        teacher: Teacher,
+        students: Path,
+        tuned: tuple[Path, Path] | None,
+        folder: Path,
+        device: str,
     ):
         places = Resources(config.evaluation.workers, device, "evaluation.workers", config.patience)
         places.wait()
@@ -118,7 +128,9 @@ class EvaluatorPool:
     def __exit__(self, *error: Any) -> None:
         self._exit.__exit__(*error)
 
-    def all(self, call: Callable[[Any, Any], Any], items: list[Any], done: Callable[[int], None], by: int | None = None) -> list[Any]:
+    def all(
+        self, call: Callable[[Any, Any], Any], items: list[Any], done: Callable[[int], None], by: int | None = None
+    ) -> list[Any]:
         """`call(actor, item)` for every item, in the order of the items, by all actors or so many; raises `UserError` as an actor did."""
         results = []
         for _ in self._results(ray.get(one) for one in self._loading):

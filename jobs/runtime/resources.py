@@ -20,9 +20,7 @@ def shortfall(workers: int, device: str, key: str) -> str | None:
     usable = max(have - _beside(device), 0)
     if workers <= usable:
         return None
-    return (
-        f"{key} asks for {_count(workers, 'worker')}, but the cluster has {_count(have, kind)}, of which {usable} can be used by workers"
-    )
+    return f"{key} asks for {_count(workers, 'worker')}, but the cluster has {_count(have, kind)}, of which {usable} can be used by workers"
 
 
 def refuse_impossible(needs: Iterable[tuple[int, str]], device: str) -> None:
@@ -40,7 +38,9 @@ def refuse_impossible(needs: Iterable[tuple[int, str]], device: str) -> None:
     # What it does not say is known when the stage has waited for it.
     if autoscaler.can_have(bundles(workers, device)) is False:
         needed = _count(workers + _beside(device), _kind(device))
-        raise UserError(f"{told}, and its autoscaler cannot bring it to {needed}; ask for fewer or raise what it may add")
+        raise UserError(
+            f"{told}, and its autoscaler cannot bring it to {needed}; ask for fewer or raise what it may add"
+        )
 
 
 def bundles(workers: int, device: str) -> autoscaler.Bundles:
@@ -82,7 +82,10 @@ class Resources:
         self.lacking_since = self.lacking_since or now
         if autoscaler.launching():
             self._launching = now
-        if now - max(self.lacking_since, self._launching) > self.patience or now - self.lacking_since > _LAUNCHING * self.patience:
+        if (
+            now - max(self.lacking_since, self._launching) > self.patience
+            or now - self.lacking_since > _LAUNCHING * self.patience
+        ):
             raise UserError(f"{told}; ask for fewer or add nodes")
         return False
 

@@ -156,7 +156,9 @@ class Watchdog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         ray.kill(self.life.signs)
         if self.killed and _of_an_actor_that_died(error):
             raise RuntimeError(self.killed[-1]) from error

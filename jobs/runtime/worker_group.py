@@ -110,7 +110,9 @@ def run_worker_group(
         loop,
         train_loop_config=arguments | {"attempt": uuid.uuid4().hex},
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=device == "cuda", resources_per_worker={"GPU" if device == "cuda" else "CPU": 1}
+            num_workers=workers,
+            use_gpu=device == "cuda",
+            resources_per_worker={"GPU" if device == "cuda" else "CPU": 1},
         ),
         torch_config=GroupConfig(
             backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout_s=_COLLECTIVE_TIMEOUT

@@ -53,9 +53,16 @@ def _seeds(config: Config, arguments: dict[str, Any], rank: int, runs: Path, rep
 
 
 def ablate(
-    config: Config, teacher: Teacher, calibration: Path, probes: Path, detection: Path, folder: Path, device: str, key: str,
+    config: Config,
+    teacher: Teacher,
+    calibration: Path,
+    probes: Path,
+    detection: Path,
+    folder: Path,
+    device: str,
+    key: str,
     progress: Callable[[int, int, dict[str, float]], None],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Run every seed that is not there yet and write `ablation.json`; a seed that is done is kept under `folder/runs`."""
     from ppcl.ablation.run import read_detection, removed_blocks
     from ppcl.ablation.summary import summary
@@ -63,9 +70,14 @@ def ablate(
     settings, runs = config.ablation, folder / "runs" / key
     notes = drop_damaged_checkpoints("ablation", runs)
     arguments = {
-        "config": config.model_dump(mode="json"), "teacher": teacher.place, "calibration": str(calibration),
-        "probes": str(probes), "detection": str(detection), "runs": str(runs), "device": device,
-    }  # fmt: skip
+        "config": config.model_dump(mode="json"),
+        "teacher": teacher.place,
+        "calibration": str(calibration),
+        "probes": str(probes),
+        "detection": str(detection),
+        "runs": str(runs),
+        "device": device,
+    }
     places = Resources(settings.workers, device, "ablation.workers", config.patience)
     notes += run_worker_group("ablation", _rank, arguments, places, folder / "runs" / "ray", progress)
     download(runs)

@@ -101,13 +101,27 @@ class _Work:
         hashes = teacher.part_hashes()
         encoders = {k: v for k, v in hashes.items() if k.split("/")[0] not in ("vae", "scheduler")}
         embeddings = key_of(
-            "embeddings", encoders, prompts, settings.prompt_column, settings.limit, settings.batch_size, device,
-            sampling.arguments.get("negative_prompt"), sampling.arguments.get("max_sequence_length"),
-        )  # fmt: skip
+            "embeddings",
+            encoders,
+            prompts,
+            settings.prompt_column,
+            settings.limit,
+            settings.batch_size,
+            device,
+            sampling.arguments.get("negative_prompt"),
+            sampling.arguments.get("max_sequence_length"),
+        )
         states = key_of(
-            "states", embeddings, hashes, teacher.sha256(), sampling.model_dump(mode="json"), settings.source, settings.image_column,
-            settings.states_per_prompt, config.seed,
-        )  # fmt: skip
+            "states",
+            embeddings,
+            hashes,
+            teacher.sha256(),
+            sampling.model_dump(mode="json"),
+            settings.source,
+            settings.image_column,
+            settings.states_per_prompt,
+            config.seed,
+        )
         return cls(
             config,
             teacher.place,
@@ -224,9 +238,16 @@ class _Sampler(_Actor):
         if settings.source == "images":
             images = [_texts(work, number)[row]["image"] for row in rows]
             return noise_images(
-                self.pipeline, adapter, ids, embeddings, images, self.teacher.config(), sampling,
-                settings.states_per_prompt, work.config.seed,
-            )  # fmt: skip
+                self.pipeline,
+                adapter,
+                ids,
+                embeddings,
+                images,
+                self.teacher.config(),
+                sampling,
+                settings.states_per_prompt,
+                work.config.seed,
+            )
         negative = None
         if negative_prompt(type(self.pipeline), sampling) is not None:
             _, _, (negative,) = store.read_embeddings(local_file(work.embeddings / _NEGATIVE))
@@ -352,7 +373,9 @@ def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dic
     dropped, samples, call, sampled = 0, 0, None, []
     for path in sorted((folder / store.STATES).glob("*.parquet")):
         here, own_call = store.read_notes(path)
-        ids = np.concatenate([np.zeros(0, np.int64), *(batch["prompt_id"].to_numpy() for batch in _batches(path, ["prompt_id"]))])
+        ids = np.concatenate(
+            [np.zeros(0, np.int64), *(batch["prompt_id"].to_numpy() for batch in _batches(path, ["prompt_id"]))]
+        )
         dropped, samples, call = dropped + here, samples + len(ids), call or own_call
         sampled.append(np.unique(ids))
     if not samples:

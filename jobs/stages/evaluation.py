@@ -39,7 +39,9 @@ def choose_variants(
     some = _chunks(ids[:: max(1, len(ids) // _CHOSEN_ON)], size)
     total = len(chunks) + len(some) + 2
     with EvaluatorPool(config, teacher, students, None, folder, device) as evaluators:
-        parts = evaluators.all(lambda a, c: a.sensitivities.remote(calibration, c), chunks, lambda done: progress(done, total))
+        parts = evaluators.all(
+            lambda a, c: a.sensitivities.remote(calibration, c), chunks, lambda done: progress(done, total)
+        )
         sensitivity = {i: ErrorSums.joined(part[i] for part in parts).overall() for i in parts[0]}
         counted, settings = parameter_counts(teacher, files_in(students)), config.variants
         block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
@@ -55,7 +57,9 @@ def choose_variants(
         progress(len(chunks) + 2, total)
         named = {str(number): plan for number, plan in enumerate(every)}
         parts = evaluators.all(
-            lambda a, c: a.errors.remote(calibration, c, named), some, lambda done: progress(len(chunks) + 2 + done, total)
+            lambda a, c: a.errors.remote(calibration, c, named),
+            some,
+            lambda done: progress(len(chunks) + 2 + done, total),
         )
         errors = {plan: ErrorSums.joined(part[number] for part in parts).overall() for number, plan in named.items()}
     chosen = best_plans(settings, plans, errors, speedups)
@@ -103,7 +107,9 @@ def evaluate(
     total = len(ids) + len(work) + 1
 
     texts = [p.text for p in prompts]
-    with EvaluatorPool(config, teacher, students, (finetuning, variants) if finetuning else None, folder, device) as evaluators:
+    with EvaluatorPool(
+        config, teacher, students, (finetuning, variants) if finetuning else None, folder, device
+    ) as evaluators:
         # Timed first, while nothing else runs.
         seconds = evaluators.one(lambda a: a.seconds.remote(on, texts[: settings.batch_size]))
         progress(1, total)
@@ -130,8 +136,11 @@ def evaluate(
             "psnr": float(psnr(pictures, reference).mean()),
             "ssim": float(ssim(pictures, reference).mean()),
             "seconds_per_step": seconds[name],
-            "world": None, "R": None, "R_low": None, "R_high": None,
-        }  # fmt: skip
+            "world": None,
+            "R": None,
+            "R_low": None,
+            "R_high": None,
+        }
         if world:
             passed = correctness(world, pictures, prompts)
             row["world"] = checker_scores(passed, settings.confidence, config.seed)

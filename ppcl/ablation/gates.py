@@ -36,14 +36,22 @@ class _Gated(nn.Module):
         after = self.adapter.from_returned(self.block(**arguments))
         gate = self.gates[0][self.number]
         mixed = {
-            name: x if getattr(before, name) is None or x is None else getattr(before, name) + gate.to(x) * (x - getattr(before, name))
+            name: x
+            if getattr(before, name) is None or x is None
+            else getattr(before, name) + gate.to(x) * (x - getattr(before, name))
             for name, x in after._asdict().items()
         }
         return self.adapter.to_returned(after._replace(**mixed))
 
 
 def learned_gates(
-    transformer: nn.Module, samples: Samples, count: int, steps: int, batch_size: int, seed: int, tell: Callable[[int], None]
+    transformer: nn.Module,
+    samples: Samples,
+    count: int,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    tell: Callable[[int], None],
 ) -> list[float]:
     """By block, how much it is worth keeping: its logit after `steps` steps."""
     adapter = adapter_of(transformer)
@@ -59,7 +67,9 @@ def learned_gates(
         with torch.no_grad():
             target = transformer(**inputs)[0].float()
         noise = -torch.log(-torch.log(torch.rand(len(blocks), generator=generator).clamp(1e-9, 1 - 1e-9))).to(device)
-        soft = torch.sigmoid((logits + noise - torch.sort(logits + noise).values[count - 1 : count + 1].mean()) / _TEMPERATURE)
+        soft = torch.sigmoid(
+            (logits + noise - torch.sort(logits + noise).values[count - 1 : count + 1].mean()) / _TEMPERATURE
+        )
         hard = torch.ones_like(soft)
         hard[(logits + noise).argsort()[:count]] = 0.0
         gates[0] = hard + soft - soft.detach()

@@ -85,9 +85,14 @@ def removed_blocks(config: Config, detection: Mapping[str, Any]) -> int:
 
 
 def choices(
-    config: Config, transformer: Any, calibration: CalibrationSet, probes: Path, detection: Mapping[str, Any], seed: int,
+    config: Config,
+    transformer: Any,
+    calibration: CalibrationSet,
+    probes: Path,
+    detection: Mapping[str, Any],
+    seed: int,
     tell: Callable[[int], None],
-) -> dict[str, list[Interval]]:  # fmt: skip
+) -> dict[str, list[Interval]]:
     """By row, the intervals of every way to choose. `tell(steps)` counts those of the learned gates."""
     block_ranges = [range(*span) for span in detection["spans"]]
     count, blocks = removed_blocks(config, detection), detection["blocks"]
@@ -116,7 +121,9 @@ def choices(
     }
 
 
-def plans_of(chosen: Mapping[str, list[Interval]], detection: Mapping[str, Any], ffns: int) -> dict[str, list[Replacement]]:
+def plans_of(
+    chosen: Mapping[str, list[Interval]], detection: Mapping[str, Any], ffns: int
+) -> dict[str, list[Replacement]]:
     """By row, what is on, but for what differs in training alone."""
     plan: list[Replacement] = list(chosen["nonsequential"])
     known = [parse_replacement(text) for text in detection["plan"]]
@@ -134,20 +141,33 @@ def plans_of(chosen: Mapping[str, list[Interval]], detection: Mapping[str, Any],
 
 
 def run_seed(
-    config: Config, teacher: Teacher, calibration: Path, probes: Path, detection: Mapping[str, Any], work: Path, seed: int,
-    device: str, report: Callable[[int, int], None],
-) -> dict[str, Any]:  # fmt: skip
+    config: Config,
+    teacher: Teacher,
+    calibration: Path,
+    probes: Path,
+    detection: Mapping[str, Any],
+    work: Path,
+    seed: int,
+    device: str,
+    report: Callable[[int, int], None],
+) -> dict[str, Any]:
     """`{row: {velocity_error, R, world, share, plan}}` of one seed. `report(done, total)` counts training steps."""
     settings, samples = config.ablation, CalibrationSet(calibration)
     steps = config.distillation.model_copy(
         # Whole students in every row, as in the paper.
         update={
-            "steps": settings.steps, "batch_size": settings.batch_size, "student_hidden": 100,
+            "steps": settings.steps,
+            "batch_size": settings.batch_size,
+            "student_hidden": 100,
             "warmup": min(config.distillation.warmup, settings.steps // 10),
         }
-    )  # fmt: skip
+    )
     tuning = config.finetuning.model_copy(
-        update={"steps": settings.finetuning_steps, "measured": 0, "warmup": min(config.finetuning.warmup, settings.finetuning_steps // 10)}
+        update={
+            "steps": settings.finetuning_steps,
+            "measured": 0,
+            "warmup": min(config.finetuning.warmup, settings.finetuning_steps // 10),
+        }
     )
     parts = [settings.gate_steps, settings.steps, settings.steps, settings.steps, tuning.steps, tuning.steps]
     total = sum(parts) + len(ROWS)
@@ -160,11 +180,23 @@ def run_seed(
     del transformer
     plans = plans_of(chosen, detection, settings.ffns)
 
-    library = sorted({replacement for name, plan in plans.items() if name not in ("sensitivity", "probes") for replacement in plan}, key=sort_key)
+    library = sorted(
+        {replacement for name, plan in plans.items() if name not in ("sensitivity", "probes") for replacement in plan},
+        key=sort_key,
+    )
     distil(
-        teacher, samples, library, steps, ParallelDims(), work / "library", work / "checkpoints", seed, device, telling(1),
+        teacher,
+        samples,
+        library,
+        steps,
+        ParallelDims(),
+        work / "library",
+        work / "checkpoints",
+        seed,
+        device,
+        telling(1),
         config.width.modulation_error,
-    )  # fmt: skip
+    )
     for part, name in enumerate(("sensitivity", "probes"), 2):
         distil_in_sequence(teacher, samples, plans[name], steps, work / name, seed, device, telling(part))
     for part, name in enumerate(("finetuned", "hidden_finetuned"), 4):
@@ -173,18 +205,46 @@ def run_seed(
         (work / name).mkdir(parents=True, exist_ok=True)
         files = {replacement: path for replacement, path in files_in(work / "library").items() if replacement in plan}
         finetune(
-            teacher, files, {_PLAN: plan}, {}, samples, one, config.sampling.steps, ParallelDims(), work / name, work / name / "checkpoints",
-            seed, device, telling(part),
-        )  # fmt: skip
+            teacher,
+            files,
+            {_PLAN: plan},
+            {},
+            samples,
+            one,
+            config.sampling.steps,
+            ParallelDims(),
+            work / name,
+            work / name / "checkpoints",
+            seed,
+            device,
+            telling(part),
+        )
     folders = {row.name: work / (row.name if (work / row.name).is_dir() else "library") for row in ROWS}
-    return _measure(config, teacher, samples, plans, files_in(work / "library"), folders, seed, device, lambda done: report(sum(parts) + done, total))
+    return _measure(
+        config,
+        teacher,
+        samples,
+        plans,
+        files_in(work / "library"),
+        folders,
+        seed,
+        device,
+        lambda done: report(sum(parts) + done, total),
+    )
 
 
 @torch.no_grad()
 def _measure(
-    config: Config, teacher: Teacher, samples: CalibrationSet, plans: Mapping[str, Sequence[Replacement]], library: Mapping[Replacement, Path],
-    folders: Mapping[str, Path], seed: int, device: str, tell: Callable[[int], None],
-) -> dict[str, Any]:  # fmt: skip
+    config: Config,
+    teacher: Teacher,
+    samples: CalibrationSet,
+    plans: Mapping[str, Sequence[Replacement]],
+    library: Mapping[Replacement, Path],
+    folders: Mapping[str, Path],
+    seed: int,
+    device: str,
+    tell: Callable[[int], None],
+) -> dict[str, Any]:
     """`library`: what rows share, in which their own folders have the last word: fine-tuning writes what it trains alone."""
     from ppcl.evaluation.images import generate_images
     from ppcl.evaluation.scoring import relative_drop
@@ -219,14 +279,23 @@ def _measure(
             tell(number + 1)
             continue
         trained[same] = name
-        files = {replacement: path for replacement, path in (library | files_in(folders[name])).items() if replacement in plan}
+        files = {
+            replacement: path
+            for replacement, path in (library | files_in(folders[name])).items()
+            if replacement in plan
+        }
         switch = VariantSwitcher(teacher, files)
         batches = [ids[start : start + evaluation.batch_size] for start in range(0, len(ids), evaluation.batch_size)]
         squares = ErrorSums.joined(
-            variant_errors(pipeline.transformer, switch, {name: plan}, samples.batch(batch, device, dtype))[name] for batch in batches
+            variant_errors(pipeline.transformer, switch, {name: plan}, samples.batch(batch, device, dtype))[name]
+            for batch in batches
         )
         counted = parameter_counts(teacher, files)
-        row = {"velocity_error": squares.overall(), "share": counted.parameters(plan) / counted.total, "plan": [str(e) for e in plan]}
+        row = {
+            "velocity_error": squares.overall(),
+            "share": counted.parameters(plan) / counted.total,
+            "plan": [str(e) for e in plan],
+        }
         if world:
             found = shown(switch, plan)
             row["R"] = relative_drop(found, teachers, evaluation.confidence, seed)["R"]

@@ -58,7 +58,9 @@ def adjacent_similarity(boundaries: Sequence[Sequence[torch.Tensor]]) -> list[fl
 def influence(boundaries: Sequence[Sequence[torch.Tensor]]) -> list[float]:
     """Block influence of ShortGPT (arXiv 2403.03853): 1 less the mean cosine between a token before and behind the block."""
     return [
-        1 - sum(float(F.cosine_similarity(x, y, dim=-1).mean()) for x, y in zip(before, after, strict=False)) / min(len(before), len(after))
+        1
+        - sum(float(F.cosine_similarity(x, y, dim=-1).mean()) for x, y in zip(before, after, strict=False))
+        / min(len(before), len(after))
         for before, after in zip(boundaries, boundaries[1:])
     ]
 

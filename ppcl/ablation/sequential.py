@@ -29,16 +29,24 @@ from ppcl.training.trainee import Trainee
 
 
 def distil_in_sequence(
-    teacher: Teacher, samples: Samples, intervals: Sequence[Interval], settings: Distillation, folder: Path, seed: int,
-    device: str, tell: Callable[[int], None],
-) -> None:  # fmt: skip
+    teacher: Teacher,
+    samples: Samples,
+    intervals: Sequence[Interval],
+    settings: Distillation,
+    folder: Path,
+    seed: int,
+    device: str,
+    tell: Callable[[int], None],
+) -> None:
     """Train the students of `intervals` and write them to `folder/<interval>.safetensors`."""
     adapter, dims = teacher.adapter, ParallelDims()
     count = adapter.block_ranges(teacher.empty_transformer())[-1].stop
     bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
     segment = TeacherSegment(teacher, range(count), intervals, device, torch.bfloat16 if bfloat16 else torch.float32)
     pipeline_stage, ids = PipelineStage(0, 1, 0), samples.ids(held_out=False)
-    objectives = {i: StudentObjective(adapter, segment.transformer, segment.blocks, i, settings) for i in sorted(intervals)}
+    objectives = {
+        i: StudentObjective(adapter, segment.transformer, segment.blocks, i, settings) for i in sorted(intervals)
+    }
     for objective in objectives.values():
         objective.module.to(device)
 
@@ -47,7 +55,14 @@ def distil_in_sequence(
 
     if settings.start == "affine":
         wanted = reduce(or_, (objective.init_capture for objective in objectives.values()), CaptureSpec())
-        fit_closed_form(list(objectives.values()), lambda rows: captured(rows, wanted), ids, settings.batch_size, settings.ridge, dims)
+        fit_closed_form(
+            list(objectives.values()),
+            lambda rows: captured(rows, wanted),
+            ids,
+            settings.batch_size,
+            settings.ridge,
+            dims,
+        )
     trainees = {i: Trainee(objective, settings, dims) for i, objective in objectives.items()}
     wanted = CaptureSpec(frozenset({0, *(i.last + 1 for i in intervals)}))
     for step in range(settings.steps):
@@ -55,9 +70,13 @@ def distil_in_sequence(
         streams, block = now.boundaries[0], 0
         for interval, trainee in trainees.items():
             with torch.no_grad():
-                streams = run_blocks(adapter, [segment.blocks[b] for b in range(block, interval.first)], streams, now.context)
+                streams = run_blocks(
+                    adapter, [segment.blocks[b] for b in range(block, interval.first)], streams, now.context
+                )
             ends = {interval.first: streams, interval.last + 1: now.boundaries[interval.last + 1]}
-            trainee.train_step(CapturedActivations(boundaries=ends, context=now.context, text_mask=now.text_mask), bfloat16)
+            trainee.train_step(
+                CapturedActivations(boundaries=ends, context=now.context, text_mask=now.text_mask), bfloat16
+            )
             with torch.no_grad():
                 streams = trainee.module.streams(streams, now.context)
             block = interval.last + 1

@@ -26,9 +26,7 @@ def noised(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch
 
 
 @torch.no_grad()
-def image_latents(
-    pipeline: Any, adapter: ModelAdapter, images: Sequence[str], sampling: Sampling
-) -> torch.Tensor:
+def image_latents(pipeline: Any, adapter: ModelAdapter, images: Sequence[str], sampling: Sampling) -> torch.Tensor:
     """The pictures' latents as the transformer takes them: the VAE's mean, normalised and packed as by the pipeline.
 
     Pictures are scaled and cut to the sampling's size. Raises `UserError` for one that cannot be read.

@@ -20,11 +20,29 @@ NEGATIVE = -1
 
 # Set here, or by the configuration's own keys.
 _RESERVED = {
-    "self", "prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3", "height", "width",
-    "num_inference_steps", "num_images_per_prompt", "generator", "latents", "prompt_embeds", "prompt_embeds_mask",
-    "pooled_prompt_embeds", "negative_prompt_embeds", "negative_prompt_embeds_mask", "negative_pooled_prompt_embeds",
-    "output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs",
-}  # fmt: skip
+    "self",
+    "prompt",
+    "prompt_2",
+    "prompt_3",
+    "negative_prompt_2",
+    "negative_prompt_3",
+    "height",
+    "width",
+    "num_inference_steps",
+    "num_images_per_prompt",
+    "generator",
+    "latents",
+    "prompt_embeds",
+    "prompt_embeds_mask",
+    "pooled_prompt_embeds",
+    "negative_prompt_embeds",
+    "negative_prompt_embeds_mask",
+    "negative_pooled_prompt_embeds",
+    "output_type",
+    "return_dict",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+}
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,9 @@ def validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
 
 
 def sections(model: type[Section]) -> dict[str, type[Section]]:
-    return {name: type(field.default) for name, field in model.model_fields.items() if isinstance(field.default, Section)}
+    return {
+        name: type(field.default) for name, field in model.model_fields.items() if isinstance(field.default, Section)
+    }
 
 
 def _sentence(model: type[Section], error: ValidationError) -> str:

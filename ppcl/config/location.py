@@ -22,5 +22,6 @@ def _place(value: Any, path: Callable[[Any], Path]) -> Path | str:
         raise ValueError("the bucket's name is missing; give s3://bucket/key")
     return value.rstrip("/")
 
+
 # A setting that is a path, or the URL of something in a bucket, which stays text.
 Location = Annotated[Path, WrapValidator(_place), PlainSerializer(str, when_used="json")]

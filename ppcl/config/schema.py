@@ -50,8 +50,12 @@ class Calibration(Section):
     prompt_column: str = Field("prompt", description="column of the prompts in .jsonl, .csv and .parquet files")
     image_column: str = Field("image", description="column of the pictures' paths, relative to the prompt file")
     limit: int | None = Field(None, ge=1, description="use only the first so many prompts")
-    states_per_prompt: int = Field(4, ge=1, description="timesteps kept of each prompt's trajectory, or noised of each picture")
-    held_out: float = Field(0.125, gt=0, lt=1, description="share of the prompts kept for CKA and velocity errors, never fitted on")
+    states_per_prompt: int = Field(
+        4, ge=1, description="timesteps kept of each prompt's trajectory, or noised of each picture"
+    )
+    held_out: float = Field(
+        0.125, gt=0, lt=1, description="share of the prompts kept for CKA and velocity errors, never fitted on"
+    )
     batch_size: int = Field(16, ge=1, description="prompts a batch")
     workers: int = Field(1, ge=1, description="actors that encode prompts and run the teacher")
 
@@ -71,8 +75,12 @@ class Detection(Section):
     """Contiguous redundant intervals (Eq. 3 to 5, Algorithm 1)."""
 
     method: Literal["first_difference"] = Field("first_difference", description="Algorithm 1 of the paper, exactly")
-    stream: Literal["img", "txt", "mean"] = Field("mean", description="the stream whose CKA is read, or the mean of both")
-    standardize: bool = Field(False, description="z-score every channel before CKA, which undoes shared outlier channels")
+    stream: Literal["img", "txt", "mean"] = Field(
+        "mean", description="the stream whose CKA is read, or the mean of both"
+    )
+    standardize: bool = Field(
+        False, description="z-score every channel before CKA, which undoes shared outlier channels"
+    )
 
 
 class Width(Section):
@@ -82,15 +90,23 @@ class Width(Section):
     text_similarity: float = Field(
         0.95, gt=0, le=1, description="CKA that the text stream behind a run's first block keeps up to its last one"
     )
-    modulations: bool = Field(True, description="compute all modulations in the few directions the timestep moves them in")
+    modulations: bool = Field(
+        True, description="compute all modulations in the few directions the timestep moves them in"
+    )
     modulation_error: float = Field(
-        1e-4, gt=0, lt=1, description="share of the modulations' input that may be lost by it, of its variance over timesteps"
+        1e-4,
+        gt=0,
+        lt=1,
+        description="share of the modulations' input that may be lost by it, of its variance over timesteps",
     )
     hidden: list[Annotated[int, Field(ge=1, le=99)]] = Field(
-        [50, 25, 12], description="percent of their hidden units that FFNs keep, one replacement a block and number; []: none"
+        [50, 25, 12],
+        description="percent of their hidden units that FFNs keep, one replacement a block and number; []: none",
     )
     ffns: int | None = Field(
-        None, ge=0, description="replace so many whole FFNs by linear maps, those of the smallest error of the closed-form fit; null: all; 0: none"
+        None,
+        ge=0,
+        description="replace so many whole FFNs by linear maps, those of the smallest error of the closed-form fit; null: all; 0: none",
     )
 
 
@@ -104,7 +120,9 @@ class Distillation(Section):
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's betas (the paper's)")
     weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay (the paper's)")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm, of each student alone")
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average of the students; 0 turns it off")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of an exponential moving average of the students; 0 turns it off"
+    )
     loss: Literal["relative", "normalized"] = Field(
         "relative", description="relative: squared error over the target's energy, keeps magnitude; normalized: Eq. 6"
     )
@@ -114,10 +132,15 @@ class Distillation(Section):
         "block (the reference)",
     )
     student_hidden: int = Field(
-        100, ge=1, le=100, description="percent of their hidden units that the students' FFNs keep, the best ones by least squares; 100: all (the paper)"
+        100,
+        ge=1,
+        le=100,
+        description="percent of their hidden units that the students' FFNs keep, the best ones by least squares; 100: all (the paper)",
     )
     ridge: float = Field(1e-4, ge=0, description="ridge of the closed-form maps, as a share of a channel's variance")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
+    )
     pipeline: int = Field(1, ge=1, description="pp: ranks that share the teacher's blocks, each with its own segment")
     replicas: Replicas = Field(1, ge=1, description="dp: data-parallel replicas of that pipeline")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
@@ -135,18 +158,29 @@ class Finetuning(Section):
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average; 0 turns it off")
     own_states: float = Field(
-        0.5, ge=0, le=1, description="share of a batch that comes from the variants' own trajectories instead of the teacher's"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a batch that comes from the variants' own trajectories instead of the teacher's",
     )
     plan: str = Field(
         "variants",
         description="variants: every step trains a named variant or a part of one; any: any plan at all; a variant's name or a "
         "plan such as 3-5,ffn:7: this one alone",
     )
-    variants: list[str] = Field([], description="with plan: variants, those that are trained, whole and in part; []: all named ones")
+    variants: list[str] = Field(
+        [], description="with plan: variants, those that are trained, whole and in part; []: all named ones"
+    )
     recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs, float32 on CPUs")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
+    )
     replicas: Replicas = Field(1, ge=1, description="data-parallel replicas")
-    measured: int = Field(50, ge=0, description="drawn plans measured before and after, beside the variants; by them it is known which others are better with what was trained")
+    measured: int = Field(
+        50,
+        ge=0,
+        description="drawn plans measured before and after, beside the variants; by them it is known which others are better with what was trained",
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
 
 
@@ -155,19 +189,25 @@ class Target(Section):
 
     parameters: Share | None = Field(None, description="share of the transformer's parameters, at most")
     speedup: float | None = Field(
-        None, gt=1, description="times the teacher's speed at least, of a step, measured where the job runs on a batch of evaluation"
+        None,
+        gt=1,
+        description="times the teacher's speed at least, of a step, measured where the job runs on a batch of evaluation",
     )
 
 
 class Variants(Section):
     """The named variants of the result."""
 
-    budgets: list[Share] = Field([0.9, 0.8, 0.7], description="shares of the transformer's parameters, one variant each")
+    budgets: list[Share] = Field(
+        [0.9, 0.8, 0.7], description="shares of the transformer's parameters, one variant each"
+    )
     blocks: list[Annotated[int, Field(ge=1)]] = Field(
-        [], description="numbers of blocks that run, one variant each, by intervals alone: blocks are what a step's time goes into"
+        [],
+        description="numbers of blocks that run, one variant each, by intervals alone: blocks are what a step's time goes into",
     )
     targets: dict[str, Target] = Field(
-        default_factory=dict, description="name: {parameters: share at most, speedup: times the teacher's speed at least}"
+        default_factory=dict,
+        description="name: {parameters: share at most, speedup: times the teacher's speed at least}",
     )
     custom: dict[str, list[tuple[int, int] | str]] = Field(
         default_factory=dict,
@@ -178,7 +218,9 @@ class Variants(Section):
 class Evaluation(Section):
     """What is measured of every variant."""
 
-    prompts: Location | None = Field(None, description="prompts of the test pictures; default: those of calibration, held out")
+    prompts: Location | None = Field(
+        None, description="prompts of the test pictures; default: those of calibration, held out"
+    )
     limit: int | None = Field(64, ge=1, description="use only the first so many of them")
     batch_size: int = Field(16, ge=1, description="pictures at once")
     world: Literal["shapes"] | None = Field(
@@ -191,7 +233,9 @@ class Evaluation(Section):
 class Ablation(Section):
     """`ppcl ablate`: what each part of the method adds, and other ways to choose the blocks that go."""
 
-    removed: int | None = Field(None, ge=1, description="blocks that go; null: two fifths, at most what Algorithm 1 finds")
+    removed: int | None = Field(
+        None, ge=1, description="blocks that go; null: two fifths, at most what Algorithm 1 finds"
+    )
     seeds: int = Field(3, ge=1, description="runs with seeds of their own, for intervals of confidence")
     steps: int = Field(1000, ge=1, description="distillation steps of every row")
     batch_size: int = Field(16, ge=1, description="samples a distillation step")
@@ -205,10 +249,14 @@ class Config(Section):
     """A compression job."""
 
     teacher: Location = Field(..., description="folder of a diffusers pipeline, or s3://bucket/key")
-    prompts: Location = Field(..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key")
+    prompts: Location = Field(
+        ..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key"
+    )
     output: Location = Field(Path("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn at random")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one, or where the cluster's autoscaler can add one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: a GPU where there is one, or where the cluster's autoscaler can add one"
+    )
     patience: float = Field(
         300.0,
         gt=0,

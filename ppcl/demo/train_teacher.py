@@ -124,7 +124,9 @@ def train(options: argparse.Namespace) -> tuple[QwenImagePipeline, list[dict]]:
 
     parameters = dict(model.named_parameters())
     ema = {k: p.detach().clone() for k, p in parameters.items()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     first, curve = 0, []
     if (work / "checkpoint.safetensors").exists():
         state = load_file(work / "checkpoint.safetensors", device=device)
@@ -207,9 +209,14 @@ def score(pipeline: QwenImagePipeline, per_category: int, steps: int, seed: int)
             for start in range(0, per_category, 50):
                 chunk = prompts[start : start + 50]
                 pictures = pipeline(
-                    chunk, num_inference_steps=steps, true_cfg_scale=1.0, height=side, width=side,
-                    generator=generator, output_type="np",
-                ).images  # fmt: skip
+                    chunk,
+                    num_inference_steps=steps,
+                    true_cfg_scale=1.0,
+                    height=side,
+                    width=side,
+                    generator=generator,
+                    output_type="np",
+                ).images
                 right += sum(
                     world.check((p * 255).round().astype(np.uint8), c) for p, c in zip(pictures, chunk, strict=True)
                 )
@@ -238,11 +245,17 @@ def main() -> None:
     pipeline.to("cpu").save_pretrained(options.output)
     scores = score(pipeline, options.per_category, options.sampling_steps, seed=1)
     record = {
-        "seed": options.seed, "steps": options.steps, "batch": options.batch, "scenes": options.scenes,
-        "learning_rate": options.learning_rate, "sampling_steps": options.sampling_steps,
-        "images_per_category": options.per_category, "scores": scores,
-        "vae": json.loads((options.vae / "training.json").read_text()), "curve": curve,
-    }  # fmt: skip
+        "seed": options.seed,
+        "steps": options.steps,
+        "batch": options.batch,
+        "scenes": options.scenes,
+        "learning_rate": options.learning_rate,
+        "sampling_steps": options.sampling_steps,
+        "images_per_category": options.per_category,
+        "scores": scores,
+        "vae": json.loads((options.vae / "training.json").read_text()),
+        "curve": curve,
+    }
     (options.output / "training.json").write_text(json.dumps(record, indent=1))
     print(json.dumps(scores, indent=1))
 

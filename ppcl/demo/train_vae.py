@@ -76,7 +76,9 @@ def to_unit(pictures: torch.Tensor) -> torch.Tensor:
     return (pictures.float() / 127.5 - 1).unsqueeze(2)
 
 
-def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path, device: str, start: Path | None) -> None:
+def train(
+    steps: int, batch: int, learning_rate: float, seed: int, output: Path, device: str, start: Path | None
+) -> None:
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vae = new_vae().to(device)
@@ -97,7 +99,10 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path,
             # The square pulls apart two colours that the absolute value alone settles on the nearer one of.
             reconstruction = ((error + 2 * error**2) * (1 + 4 * ink)).mean()
             # Ramped up: from the first step on, this weight collapses the posterior onto the prior.
-            loss = reconstruction + KL_WEIGHT * (1.0 if start is not None else min(1.0, 2 * step / steps)) * posterior.kl().mean() / Z_DIM
+            loss = (
+                reconstruction
+                + KL_WEIGHT * (1.0 if start is not None else min(1.0, 2 * step / steps)) * posterior.kl().mean() / Z_DIM
+            )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -106,7 +111,10 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path,
             if step % 20 == 0 or step == steps - 1:
                 curve.append({"step": step, "l1": error.mean().item(), "kl": posterior.kl().mean().item()})
                 pace = (time.monotonic() - begun) / (step + 1)
-                print(f"vae step {step}/{steps} l1 {curve[-1]['l1']:.4f} kl {curve[-1]['kl']:.1f} {pace:.2f} s/step", flush=True)
+                print(
+                    f"vae step {step}/{steps} l1 {curve[-1]['l1']:.4f} kl {curve[-1]['kl']:.1f} {pace:.2f} s/step",
+                    flush=True,
+                )
         vae.eval()
         with torch.no_grad():
             pictures, texts = scenes(600, np.random.default_rng(seed + 1), held_out=True)
@@ -114,7 +122,9 @@ def train(steps: int, batch: int, learning_rate: float, seed: int, output: Path,
             for chunk, captions in zip(pictures.split(50), [texts[i : i + 50] for i in range(0, 600, 50)], strict=True):
                 z = vae.encode(to_unit(chunk).to(device)).latent_dist.mode()
                 latents.append(z.cpu())
-                back = ((vae.decode(z).sample[:, :, 0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+                back = (
+                    ((vae.decode(z).sample[:, :, 0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+                )
                 right += sum(world.check(p.numpy(), t) for p, t in zip(back, captions, strict=True))
     z = torch.cat(latents)
     vae.register_to_config(
@@ -140,7 +150,9 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="go on from the weights in this folder, with a fresh schedule")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
-    train(options.steps, options.batch, options.learning_rate, options.seed, options.output, options.device, options.start)
+    train(
+        options.steps, options.batch, options.learning_rate, options.seed, options.output, options.device, options.start
+    )
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def centred(tokens: torch.Tensor, standardize: bool = False) -> torch.Tensor:
     if standardize:
         spread = tokens.square().mean(0).sqrt()
         # Rounding alone gives a constant channel some spread; scaling that up would add a channel of noise.
-        tokens = torch.where(spread > 1e-9 * mean.abs(), tokens / spread.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+        tokens = torch.where(
+            spread > 1e-9 * mean.abs(), tokens / spread.clamp(min=torch.finfo(torch.float64).tiny), 0.0
+        )
     return tokens
 
 

@@ -124,7 +124,11 @@ def detect(
     errors = {block: error for block, error in errors.items() if error is not None}
     ffns = sorted(errors, key=errors.get)[: width.ffns]
     text_map = stream_map(probes_folder, blocks, "txt", finite["txt"]) if width.text else None
-    runs = text_runs(text_map, _apart(_with_text(probes_folder, block_ranges), intervals), width.text_similarity) if width.text else []
+    runs = (
+        text_runs(text_map, _apart(_with_text(probes_folder, block_ranges), intervals), width.text_similarity)
+        if width.text
+        else []
+    )
     narrow = [Ffn(block, kept) for block in errors for kept in sorted(set(width.hidden), reverse=True)]
     folds = [LowRankModulation()] if width.modulations else []
     return {

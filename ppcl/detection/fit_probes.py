@@ -62,7 +62,9 @@ def fit_probes(
     ffns = CaptureSpec(residuals=frozenset(part))
     for start in range(0, len(fitted), settings.batch_size):
         before = None
-        for boundary, streams, captured in _walk(segment, pipeline_stage, samples, fitted[start : start + settings.batch_size], ffns):
+        for boundary, streams, captured in _walk(
+            segment, pipeline_stage, samples, fitted[start : start + settings.batch_size], ffns
+        ):
             if before is not None:
                 _add(sums, boundary - 1, before, streams, captured, start, device)
             before = streams
@@ -110,7 +112,13 @@ def _walk(
 
 
 def _add(
-    sums: dict[tuple[int, str], Moments], block: int, before: Streams, after: Streams, captured: CapturedActivations, part: int, device: str
+    sums: dict[tuple[int, str], Moments],
+    block: int,
+    before: Streams,
+    after: Streams,
+    captured: CapturedActivations,
+    part: int,
+    device: str,
 ) -> None:
     """Count what a block, and its FFN alone, made of a batch, in its sums of either stream."""
     pairs = {name: getattr(before, name) for name in Streams._fields}
@@ -186,5 +194,9 @@ def underdetermined(path: Path) -> int | None:
     all had more."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    few = [int(metadata[name.replace(".underdetermined", ".tokens")]) for name, value in metadata.items() if name.endswith(".underdetermined") and value == "True"]
+    few = [
+        int(metadata[name.replace(".underdetermined", ".tokens")])
+        for name, value in metadata.items()
+        if name.endswith(".underdetermined") and value == "True"
+    ]
     return min(few, default=None)

@@ -20,8 +20,6 @@ _OF_A_KIND = 3
 _ROUNDS = 7
 
 
-
-
 def _synchronized() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -61,7 +59,10 @@ def measure_latencies(transformer: nn.Module, switch: VariantSwitcher, inputs: M
     groups: dict[Any, list[Replacement]] = {}
     for replacement in switch.files:
         span = next(index for index, span in enumerate(block_ranges) if replacement.first in span)
-        kind = 0 if isinstance(replacement, LowRankModulation) else len(replacement.blocks), getattr(replacement, "keep_percent", None)
+        kind = (
+            0 if isinstance(replacement, LowRankModulation) else len(replacement.blocks),
+            getattr(replacement, "keep_percent", None),
+        )
         groups.setdefault((span, type(replacement), *kind), []).append(replacement)
     alone: dict[Replacement, int] = {}
     inside: dict[Replacement, int] = {}

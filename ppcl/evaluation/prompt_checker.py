@@ -49,7 +49,9 @@ def checker_prompts(world: ModuleType, limit: int | None, seed: int) -> list[Tes
     part, rest = divmod(limit, len(by_category))
     parts = [part + (index < rest) for index in range(len(by_category))]
     return [
-        prompts[i % len(prompts)] for prompts, count in zip(by_category.values(), parts, strict=True) for i in range(count)
+        prompts[i % len(prompts)]
+        for prompts, count in zip(by_category.values(), parts, strict=True)
+        for i in range(count)
     ]
 
 

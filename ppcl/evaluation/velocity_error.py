@@ -54,7 +54,9 @@ class ErrorSums:
 
 
 @torch.no_grad()
-def sensitivities(transformer: nn.Module, switch: VariantSwitcher, inputs: Mapping[str, Any]) -> dict[Replacement, ErrorSums]:
+def sensitivities(
+    transformer: nn.Module, switch: VariantSwitcher, inputs: Mapping[str, Any]
+) -> dict[Replacement, ErrorSums]:
     """The velocity error of each replacement that the switch has, alone, on one batch of the stock forward's arguments.
 
     The teacher runs once; at its first block each replacement branches off, and the teacher's blocks behind it finish its

@@ -58,10 +58,15 @@ class Moments:
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """As tensors by name, for safetensors or a process group."""
         return {
-            "n": torch.tensor([self.n]), "dropped": torch.tensor([self.dropped]),
+            "n": torch.tensor([self.n]),
+            "dropped": torch.tensor([self.dropped]),
             "parts": torch.tensor(sorted(self.parts), dtype=torch.int64),
-            "x_mean": self.x_mean, "y_mean": self.y_mean, "xx": self.xx, "xy": self.xy, "yy": self.yy,
-        }  # fmt: skip
+            "x_mean": self.x_mean,
+            "y_mean": self.y_mean,
+            "xx": self.xx,
+            "xy": self.xy,
+            "yy": self.yy,
+        }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Moments:

@@ -104,7 +104,9 @@ class ModelAdapter:
 
         Empty for a kind of block that has none; a stream that the block drops is left out.
         """
-        (name,) = (n for n, span in zip(self.block_lists, self.block_ranges(transformer), strict=True) if number in span)
+        (name,) = (
+            n for n, span in zip(self.block_lists, self.block_ranges(transformer), strict=True) if number in span
+        )
         parts = self.parts.get(name, {})
         dropped = "txt" if getattr(block, "context_pre_only", False) else None
         return {stream: where for stream, where in parts.items() if stream != dropped}

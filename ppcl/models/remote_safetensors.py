@@ -35,13 +35,17 @@ class RemoteWeights:
             self.header: dict[str, dict[str, Any]] = json.loads(store.read(name, 8, 8 + length))
             self.header.pop("__metadata__", None)
         except FileNotFoundError:
-            raise UserError(f"{store.url}/{name} does not exist, but the index of the weights names it; upload it again") from None
+            raise UserError(
+                f"{store.url}/{name} does not exist, but the index of the weights names it; upload it again"
+            ) from None
         except (ValueError, struct.error) as error:
             raise self._damaged(error) from None
         self.start = 8 + length
 
     def _damaged(self, error: Exception | str) -> UserError:
-        return UserError(f"{self.store.url}/{self.name} cannot be read as safetensors ({error}); get an intact copy of it")
+        return UserError(
+            f"{self.store.url}/{self.name} cannot be read as safetensors ({error}); get an intact copy of it"
+        )
 
     @property
     def names(self) -> list[str]:

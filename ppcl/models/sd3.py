@@ -9,7 +9,9 @@ SD3 = register(
         parts={
             "transformer_blocks": {
                 "img": BlockParts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),
-                "txt": BlockParts("norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out"),
+                "txt": BlockParts(
+                    "norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out"
+                ),
             }
         },
         prompt_arguments=("encoder_hidden_states", "pooled_projections"),

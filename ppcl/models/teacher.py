@@ -38,14 +38,18 @@ class Teacher:
         self.store = Store(folder) if is_url(folder) else None
         if self.store:
             self._listed = self.store.objects()
-            self.folder = self.store.snapshot([name for name in self._listed if not name.endswith(_WEIGHTS)], self._listed)
+            self.folder = self.store.snapshot(
+                [name for name in self._listed if not name.endswith(_WEIGHTS)], self._listed
+            )
         else:
             self.folder = Path(folder).absolute()
         self.place = self.store.url if self.store else str(self.folder)
         index = self._json("model_index.json")
         entry = index.get("transformer")
         if not entry:
-            raise UserError(f"{self.place} is a {index.get('_class_name')}, which has no transformer; point to an MMDiT pipeline")
+            raise UserError(
+                f"{self.place} is a {index.get('_class_name')}, which has no transformer; point to an MMDiT pipeline"
+            )
         self.adapter: ModelAdapter = adapter_of(entry[1])
         self.pipeline_class: str = index["_class_name"]
         for name, value in index.items():
@@ -123,7 +127,11 @@ class Teacher:
     def with_weights(self, transformer: bool = True) -> Path:
         """The folder with all its weights on this node, or with all but the transformer's."""
         if self.store:
-            wanted = [name for name in self._listed if transformer or not name.startswith("transformer/") or not name.endswith(_WEIGHTS)]
+            wanted = [
+                name
+                for name in self._listed
+                if transformer or not name.startswith("transformer/") or not name.endswith(_WEIGHTS)
+            ]
             return self.store.snapshot(wanted, self._listed)
         return self.folder
 
@@ -146,7 +154,11 @@ class Teacher:
 
         pipeline_class = getattr(diffusers, self.pipeline_class)
         pipeline = pipeline_class.from_pretrained(
-            self.with_weights(transformer=False), transformer=None, dtype=dtype, use_safetensors=True, local_files_only=True
+            self.with_weights(transformer=False),
+            transformer=None,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(device)
@@ -181,7 +193,9 @@ class Teacher:
                     f"the weight {name} in {self.place}/{self.transformer_files[name]} has NaN or infinite values; get an intact copy of it"
                 )
             # Without being told, accelerate would bring it back to the type the structure was made with.
-            set_module_tensor_to_device(model, name, device, tensor, dtype=dtype if tensor.is_floating_point() else None)
+            set_module_tensor_to_device(
+                model, name, device, tensor, dtype=dtype if tensor.is_floating_point() else None
+            )
         missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if missing:
             raise UserError(f"{self.place}/transformer lacks {len(missing)} weights, the first being {missing[0]}")

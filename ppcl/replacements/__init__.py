@@ -5,4 +5,14 @@ from ppcl.replacements.low_rank_modulation import ModulationBasis
 from ppcl.replacements.pruned_ffn import PrunedFfn, eliminate_units
 from ppcl.replacements.text_projectors import RunBlock, RunStart, TextProjectors, text_run
 
-__all__ = ["ModulationBasis", "LinearFfn", "PrunedFfn", "RunBlock", "RunStart", "TextProjectors", "eliminate_units", "with_ffn", "text_run"]
+__all__ = [
+    "ModulationBasis",
+    "LinearFfn",
+    "PrunedFfn",
+    "RunBlock",
+    "RunStart",
+    "TextProjectors",
+    "eliminate_units",
+    "with_ffn",
+    "text_run",
+]

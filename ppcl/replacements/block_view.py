@@ -38,8 +38,10 @@ def _shallow(module: nn.Module) -> nn.Module:
     made = copy.copy(module)
     # nn.Module's copy shares these dictionaries, and the original would change with the view.
     made._modules, made._parameters, made._buffers = (
-        dict(module._modules), dict(module._parameters), dict(module._buffers)
-    )  # fmt: skip
+        dict(module._modules),
+        dict(module._parameters),
+        dict(module._buffers),
+    )
     return made
 
 

@@ -43,14 +43,21 @@ class FinetunedSelection:
         if plan in self.ratios:
             return self.ratios[plan] < 1
         nearest = sorted(self.ratios, key=lambda other: -self._likeness(plan, other))[:_NEAREST]
-        return len(nearest) == _NEAREST and all(self.ratios[other] < 1 and self._likeness(plan, other) > 0 for other in nearest)
+        return len(nearest) == _NEAREST and all(
+            self.ratios[other] < 1 and self._likeness(plan, other) > 0 for other in nearest
+        )
 
     def _likeness(self, one: frozenset[Replacement], other: frozenset[Replacement]) -> float:
         """The share of the sensitivity of what is on in either that is on in both."""
-        either, both = (sum(self.sensitivity.get(replacement, 0.0) for replacement in some) for some in (one | other, one & other))
+        either, both = (
+            sum(self.sensitivity.get(replacement, 0.0) for replacement in some) for some in (one | other, one & other)
+        )
         return both / either if either else 0.0
 
 
 def ratios_of(rows: Iterable[Mapping[str, Any]]) -> dict[frozenset[Replacement], float]:
     """From the rows of `finetuning.json`; a plan without an error has none to lose."""
-    return {frozenset(map(parse_replacement, row["plan"])): row["after"] / row["before"] if row["before"] else float("inf") for row in rows}
+    return {
+        frozenset(map(parse_replacement, row["plan"])): row["after"] / row["before"] if row["before"] else float("inf")
+        for row in rows
+    }

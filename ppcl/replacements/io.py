@@ -61,7 +61,9 @@ def block_map(
     through = IdentityBlock(adapter)
     standing: dict[int, nn.Module] = {}
     for number, maps in ffns.items():
-        standing[number] = with_ffn(adapter, blocks[number], adapter.parts_of(transformer, number, blocks[number]), maps)
+        standing[number] = with_ffn(
+            adapter, blocks[number], adapter.parts_of(transformer, number, blocks[number]), maps
+        )
     for replacement in plan:
         if isinstance(replacement, Interval):
             standing |= dict.fromkeys(replacement.blocks[1:], through)
@@ -75,7 +77,9 @@ def block_map(
         for number, block in enumerate(blocks):
             here = standing.get(number, block)
             if not isinstance(here, IdentityBlock):
-                standing[number] = modules[LowRankModulation()].folded(here, _modulations(adapter, transformer, number, block, here))
+                standing[number] = modules[LowRankModulation()].folded(
+                    here, _modulations(adapter, transformer, number, block, here)
+                )
     return standing
 
 
@@ -102,14 +106,18 @@ def save_replacement(module: ReplacementModule, replacement: Replacement, adapte
     save_tensors(path, module.state_dict(), metadata)
 
 
-def load_replacement(path: Path, teacher: Teacher, device: str = "cpu", dtype: torch.dtype = torch.float32) -> ReplacementModule:
+def load_replacement(
+    path: Path, teacher: Teacher, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> ReplacementModule:
     """Read a replacement. Raises `UserError` where the file is damaged or of another adapter."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"the replacement {path} cannot be read as safetensors ({error}); run ppcl compress again") from None
+        raise UserError(
+            f"the replacement {path} cannot be read as safetensors ({error}); run ppcl compress again"
+        ) from None
     adapter = teacher.adapter
     if metadata.get("format") != _FORMAT or metadata.get("transformer") != adapter.transformer:
         raise UserError(
@@ -128,7 +136,9 @@ def load_replacement(path: Path, teacher: Teacher, device: str = "cpu", dtype: t
     return module.to(device=device, dtype=dtype).requires_grad_(False).eval()
 
 
-def _empty(replacement: Replacement, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], teacher: Teacher) -> nn.Module:
+def _empty(
+    replacement: Replacement, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], teacher: Teacher
+) -> nn.Module:
     """The structure of a replacement, without weights."""
     if isinstance(replacement, Interval):
         source = int(metadata["source"])
@@ -146,9 +156,15 @@ def _empty(replacement: Replacement, metadata: Mapping[str, str], tensors: Mappi
         if isinstance(replacement, LowRankModulation):
             return ModulationBasis(*tensors["directions"].shape)
         if replacement.keep_percent:
-            shapes = {stream: tensors[f"up.{stream}.weight"].shape for stream in Streams._fields if f"up.{stream}.weight" in tensors}
+            shapes = {
+                stream: tensors[f"up.{stream}.weight"].shape
+                for stream in Streams._fields
+                if f"up.{stream}.weight" in tensors
+            }
             return PrunedFfn({stream: (nn.Linear(d, k), nn.Linear(k, d)) for stream, (k, d) in shapes.items()})
-        return LinearFfn({stream: nn.Linear(width, width) for stream in Streams._fields if f"{stream}.weight" in tensors})
+        return LinearFfn(
+            {stream: nn.Linear(width, width) for stream in Streams._fields if f"{stream}.weight" in tensors}
+        )
 
 
 def _as_stored(teacher: Teacher, source: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -172,5 +188,7 @@ def stored_sizes(path: Path) -> dict[str, int]:
                 for length in file.get_slice(name).get_shape():
                     sizes[name] *= length
     except (SafetensorError, OSError) as error:
-        raise UserError(f"the replacement {path} cannot be read as safetensors ({error}); run ppcl compress again") from None
+        raise UserError(
+            f"the replacement {path} cannot be read as safetensors ({error}); run ppcl compress again"
+        ) from None
     return sizes

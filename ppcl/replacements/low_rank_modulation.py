@@ -91,7 +91,9 @@ class Samples(Protocol):
 
 
 @torch.no_grad()
-def fit_basis(transformer: nn.Module, samples: Samples, ids: np.ndarray, batch_size: int, error: float) -> ModulationBasis:
+def fit_basis(
+    transformer: nn.Module, samples: Samples, ids: np.ndarray, batch_size: int, error: float
+) -> ModulationBasis:
     """The fewest directions that leave at most the share `error` of the variance of `SiLU(temb)`.
 
     The variance is that over the prompts of the samples `ids` and timesteps spread evenly over all there are.

@@ -58,7 +58,9 @@ class ParameterCounts:
         return 0 if replacement.keep_percent else 3 * self.width * len(self._streams(replacement, within))
 
     def _streams(self, replacement: Ffn, within: TextRun | None) -> set[str]:
-        return {"img"} if within is not None and replacement.block != within.first else set(self.ffns[replacement.block])
+        return (
+            {"img"} if within is not None and replacement.block != within.first else set(self.ffns[replacement.block])
+        )
 
     def _unfolded(self, replacement: Replacement, within: TextRun | None) -> int:
         brought = self.replacements[replacement]
@@ -67,7 +69,10 @@ class ParameterCounts:
         if isinstance(replacement, TextRun):
             return sum(self.texts[block] for block in replacement.blocks[1:]) - sum(brought.values())
         streams = self._streams(replacement, within)
-        gone = sum(self.ffns[replacement.block][s] + (0 if replacement.keep_percent else self.chunks[replacement.block][s]) for s in streams)
+        gone = sum(
+            self.ffns[replacement.block][s] + (0 if replacement.keep_percent else self.chunks[replacement.block][s])
+            for s in streams
+        )
         # Tensors are called `img.weight`, or `up.img.weight`.
         return gone - sum(size for name, size in brought.items() if streams & set(name.split(".")))
 
@@ -113,6 +118,12 @@ def parameter_counts(teacher: Teacher, files: Mapping[Replacement, Path]) -> Par
             if stream == "txt":
                 texts[number] = ffn + count_parameters(modulation) + count_parameters(block.get_submodule(where.out))
     return ParameterCounts(
-        count_parameters(model), tuple(map(count_parameters, blocks)), {replacement: stored_sizes(path) for replacement, path in files.items()}, ffns, chunks,
-        texts, rows, width,
-    )  # fmt: skip
+        count_parameters(model),
+        tuple(map(count_parameters, blocks)),
+        {replacement: stored_sizes(path) for replacement, path in files.items()},
+        ffns,
+        chunks,
+        texts,
+        rows,
+        width,
+    )

@@ -144,7 +144,10 @@ def parse_name(name: str) -> Replacement | None:
 
 def parse_text(text: str) -> list[Replacement] | None:
     """The replacements of a text such as `3-5,text:6-8,ffn:9`, as people write them; None where it is none."""
-    replacements = [LowRankModulation() if part == LowRankModulation.name else _entry(_WRITTEN.fullmatch(part)) for part in text.split(",")]
+    replacements = [
+        LowRankModulation() if part == LowRankModulation.name else _entry(_WRITTEN.fullmatch(part))
+        for part in text.split(",")
+    ]
     return None if None in replacements else replacements
 
 
@@ -169,7 +172,9 @@ def conflicts(a: Replacement, b: Replacement) -> bool:
     return a.first <= b.last and b.first <= a.last
 
 
-def checked_plan(replacements: Iterable[Replacement | str | Sequence[int]], block_ranges: list[range]) -> list[Replacement]:
+def checked_plan(
+    replacements: Iterable[Replacement | str | Sequence[int]], block_ranges: list[range]
+) -> list[Replacement]:
     """A sorted plan. Raises `UserError` where an replacement is empty, out of range, crosses lists or clashes with another."""
     plan = sorted(map(parse_replacement, replacements), key=sort_key)
     for replacement in plan:
@@ -191,4 +196,8 @@ def _called(replacement: Replacement) -> str:
     if isinstance(replacement, LowRankModulation):
         return "the modulations"
     kind = {Interval: "the interval", TextRun: "the text run", Ffn: "the FFN"}[type(replacement)]
-    return f"{kind} {str(replacement).removeprefix('ffn:')}" if isinstance(replacement, Ffn) else f"{kind} [{replacement.first}, {replacement.last}]"
+    return (
+        f"{kind} {str(replacement).removeprefix('ffn:')}"
+        if isinstance(replacement, Ffn)
+        else f"{kind} [{replacement.first}, {replacement.last}]"
+    )

@@ -95,7 +95,9 @@ class PrunedFfn(nn.Module):
     def set(self, stream: str, up: nn.Linear, made: PrunedUnits) -> None:
         """Take the units of the block's own first map `up`, and the second map that belongs to them."""
         new = self.up[stream], self.down[stream]
-        for mine, made_of in zip(new, (_of(up, made.units.to(up.weight.device)), _linear(made.weight, made.bias)), strict=True):
+        for mine, made_of in zip(
+            new, (_of(up, made.units.to(up.weight.device)), _linear(made.weight, made.bias)), strict=True
+        ):
             mine.weight.copy_(made_of.weight)
             mine.bias.copy_(made_of.bias)
 

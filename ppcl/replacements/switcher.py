@@ -38,16 +38,22 @@ class VariantSwitcher:
         )
         self._teachers_blocks: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
 
-    def module(self, replacement: Replacement, device: str, dtype: torch.dtype, tuned: bool = False) -> ReplacementModule:
+    def module(
+        self, replacement: Replacement, device: str, dtype: torch.dtype, tuned: bool = False
+    ) -> ReplacementModule:
         key = (replacement, tuned, str(device), dtype)
         if key not in self._loaded:
-            self._loaded[key] = load_replacement((self.tuned.files if tuned else self.files)[replacement], self.teacher, device, dtype)
+            self._loaded[key] = load_replacement(
+                (self.tuned.files if tuned else self.files)[replacement], self.teacher, device, dtype
+            )
         return self._loaded[key]
 
     def finetuned(self, plan: Iterable[Replacement]) -> frozenset[Replacement]:
         """The replacements of a plan whose fine-tuned replacements it takes."""
         plan = list(plan)
-        return frozenset(plan) & self.tuned.files.keys() if self.tuned and self.tuned.uses_finetuned(plan) else frozenset()
+        return (
+            frozenset(plan) & self.tuned.files.keys() if self.tuned and self.tuned.uses_finetuned(plan) else frozenset()
+        )
 
     def in_memory(self, transformer: nn.Module, plan: Iterable[Replacement]) -> bool:
         """Whether a plan can be switched to without reading a file."""
@@ -67,7 +73,10 @@ class VariantSwitcher:
         known = self._standing.setdefault(transformer, OrderedDict())
         if key not in known:
             tuned = self.finetuned(key)
-            modules = {replacement: self.module(replacement, transformer.device, transformer.dtype, replacement in tuned) for replacement in key}
+            modules = {
+                replacement: self.module(replacement, transformer.device, transformer.dtype, replacement in tuned)
+                for replacement in key
+            }
             known[key] = block_map(self.teacher.adapter, transformer, self.blocks(transformer), modules, key)
             if len(known) > _REMEMBERED:
                 known.popitem(last=False)

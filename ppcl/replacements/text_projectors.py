@@ -74,9 +74,7 @@ class RunStart(_InRun):
 
     def forward(self, **arguments: Any) -> tuple:
         streams = self.adapter.from_returned(self.block(**arguments))
-        return self.adapter.to_returned(
-            streams._replace(txt=torch.cat([streams.txt, self.listening.take()], dim=-1))
-        )
+        return self.adapter.to_returned(streams._replace(txt=torch.cat([streams.txt, self.listening.take()], dim=-1)))
 
 
 class RunBlock(_InRun):

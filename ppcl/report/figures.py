@@ -84,7 +84,9 @@ def block_map(rows: list[dict[str, Any]], blocks: int, block_ranges: list[Interv
         axes = figure.add_subplot()
         for y, row in enumerate(rows):
             plan = [parse_replacement(text) for text in row["plan"]]
-            inside = {block for replacement in plan if isinstance(replacement, plans.Interval) for block in replacement.blocks}
+            inside = {
+                block for replacement in plan if isinstance(replacement, plans.Interval) for block in replacement.blocks
+            }
             for block in sorted(set(range(blocks)) - inside):
                 axes.add_patch(Rectangle((block + 0.08, y - 0.32), 0.84, 0.64, color=COLOURS["faint"], linewidth=0))
             for replacement in plan:
@@ -92,12 +94,21 @@ def block_map(rows: list[dict[str, Any]], blocks: int, block_ranges: list[Interv
                     continue
                 if isinstance(replacement, Ffn):
                     inner = "none" if replacement.keep_percent else COLOURS["mark"]
-                    axes.plot([replacement.block + 0.5], [y - 0.06], "o", color=COLOURS["mark"], markersize=5, markerfacecolor=inner)
+                    axes.plot(
+                        [replacement.block + 0.5],
+                        [y - 0.06],
+                        "o",
+                        color=COLOURS["mark"],
+                        markersize=5,
+                        markerfacecolor=inner,
+                    )
                     continue
                 bar = isinstance(replacement, plans.Interval)
                 at, height = (y - 0.32, 0.64) if bar else (y + 0.2, 0.12)
                 width = replacement.last - replacement.first + 0.84
-                axes.add_patch(Rectangle((replacement.first + 0.08, at), width, height, color=COLOURS["mark"], linewidth=0))
+                axes.add_patch(
+                    Rectangle((replacement.first + 0.08, at), width, height, color=COLOURS["mark"], linewidth=0)
+                )
         _span_borders(axes, block_ranges, 0)
         axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
         ticks = np.arange(0, blocks, 1 if blocks <= 24 else 5)
@@ -114,9 +125,14 @@ SAME_STREAM = ("behind block s", "behind block r")
 
 
 def heat_map(
-    name: str, title: str, table: Table, intervals: list[Interval], block_ranges: list[Interval], low: float,
+    name: str,
+    title: str,
+    table: Table,
+    intervals: list[Interval],
+    block_ranges: list[Interval],
+    low: float,
     axis_names: tuple[str, str] = SURROGATE,
-) -> Drawing:  # fmt: skip
+) -> Drawing:
     """CKA by row and column, such as of the surrogate that keeps block `u` and is linear up to block `k`; intervals outlined."""
     values = np.array([[np.nan if v is None else v for v in row] for row in table], dtype=float)
     blocks = len(values)
@@ -135,7 +151,13 @@ def heat_map(
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
         axes.spines[:].set_visible(False)
-        bar.imshow(np.linspace(1, low, 64)[:, None], cmap=COLOUR_MAP, extent=(0, 1, low, 1), aspect="auto", interpolation="none")
+        bar.imshow(
+            np.linspace(1, low, 64)[:, None],
+            cmap=COLOUR_MAP,
+            extent=(0, 1, low, 1),
+            aspect="auto",
+            interpolation="none",
+        )
         bar.set_xticks([])
         bar.yaxis.tick_right()
         bar.yaxis.set_major_locator(MaxNLocator(5))
@@ -166,9 +188,17 @@ def delta_curves(table: Table, intervals: list[Interval], block_ranges: list[Int
         for first, last in intervals:
             axes.axvspan(first - 0.46, last + 0.46, color=COLOURS["mark"], alpha=0.1, linewidth=0)
             curve = [_nan(v) for v in table[first]]
-            axes.plot(range(first + 1, last + 1), curve[first + 1 : last + 1], color=COLOURS["mark"], marker="o", markersize=4)
+            axes.plot(
+                range(first + 1, last + 1), curve[first + 1 : last + 1], color=COLOURS["mark"], marker="o", markersize=4
+            )
             if last + 1 < blocks:
-                axes.plot([last, last + 1], curve[last : last + 2], color=COLOURS["mark"], linestyle=(0, (2, 2)), linewidth=1.4)
+                axes.plot(
+                    [last, last + 1],
+                    curve[last : last + 2],
+                    color=COLOURS["mark"],
+                    linestyle=(0, (2, 2)),
+                    linewidth=1.4,
+                )
             shown += curve[first + 1 : last + 2]
         _span_borders(axes, block_ranges, -0.5)
         seen = [v for v in shown if np.isfinite(v)]
@@ -200,7 +230,9 @@ def loss_curves(trained: dict[str, Any]) -> Drawing:
         axes.grid(axis="y")
         axes.set(xlabel="step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ends = "; ".join(f"{name}: {numbers.significant(finite(curve[-1]['loss']))}" for name, curve in curves.items() if curve)
+        ends = "; ".join(
+            f"{name}: {numbers.significant(finite(curve[-1]['loss']))}" for name, curve in curves.items() if curve
+        )
         label = f"Distillation loss by step, by replacement. Last values: {ends}."
         return Drawing(inline(figure, "loss", label), "", [looks[name] for name in curves])
 
@@ -221,7 +253,9 @@ def before_and_after(plans: list[dict[str, Any]]) -> Drawing | None:
             _plain_log(axis)
         axes.set(xlabel="velocity error before", ylabel="velocity error after")
         better = sum(a < b for b, a in points)
-        label = f"Velocity error of {len(points)} plans before and after fine-tuning; {better} of them are better after it."
+        label = (
+            f"Velocity error of {len(points)} plans before and after fine-tuning; {better} of them are better after it."
+        )
         return Drawing(inline(figure, "before-after", label), "")
 
 
@@ -229,7 +263,9 @@ def ablation_bars(rows: list[dict[str, Any]]) -> Drawing:
     """The velocity error of every row of the ablation, with its interval of confidence; smaller is better."""
     with canvas(640, 30 * len(rows) + 60) as figure:
         axes = figure.add_subplot()
-        roles = {group: role for group, role in zip(dict.fromkeys(row["group"] for row in rows), ("mark", "soft", "ink"))}
+        roles = {
+            group: role for group, role in zip(dict.fromkeys(row["group"] for row in rows), ("mark", "soft", "ink"))
+        }
         for y, row in enumerate(rows):
             mean, low, high = row["velocity_error"]
             axes.plot([max(low, mean / 10), high], [y, y], color=COLOURS[roles[row["group"]]], linewidth=2)
@@ -257,7 +293,9 @@ def velocity_curves(measured: dict[str, Any], looks: dict[str, Series]) -> Drawi
         axes.set_ylim(bottom=0)
         axes.invert_xaxis()
         axes.set(xlabel="timestep, as the share of noise (sampling goes from left to right)", ylabel="velocity error")
-        told = "; ".join(f"{name}: {numbers.significant(finite(measured[name].get('velocity_error')))} on average" for name in names)
+        told = "; ".join(
+            f"{name}: {numbers.significant(finite(measured[name].get('velocity_error')))} on average" for name in names
+        )
         legend = [looks[name] for name in names]
         return Drawing(inline(figure, "velocity", f"Velocity error by timestep. {told}."), "", legend)
 
@@ -275,13 +313,27 @@ def size_scatter(rows: list[dict[str, Any]], looks: dict[str, Series], key: str,
             low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
             if low is not None and high is not None:
                 axes.plot([x, x], [low, high], color=COLOURS[look.role], linewidth=1.4)
-            axes.plot([x], [y], look.marker, color=COLOURS[look.role], markersize=8.5, markeredgecolor=COLOURS["paper"], markeredgewidth=0.7, clip_on=False)
+            axes.plot(
+                [x],
+                [y],
+                look.marker,
+                color=COLOURS[look.role],
+                markersize=8.5,
+                markeredgecolor=COLOURS["paper"],
+                markeredgewidth=0.7,
+                clip_on=False,
+            )
         axes.grid()
         axes.margins(0.12)
         if key != "R":
             axes.set_ylim(bottom=0)
-        axes.set(xlabel="share of the teacher's parameters, %", ylabel="R, % (lower is better)" if key == "R" else title.lower())
-        told = "; ".join(f"{row['variant']}: {100 * row['share']:.1f} %, {numbers.significant(row[key])}" for row in drawn)
+        axes.set(
+            xlabel="share of the teacher's parameters, %",
+            ylabel="R, % (lower is better)" if key == "R" else title.lower(),
+        )
+        told = "; ".join(
+            f"{row['variant']}: {100 * row['share']:.1f} %, {numbers.significant(row[key])}" for row in drawn
+        )
         label = f"{title} against the share of the teacher's parameters. {told}."
         return Drawing(inline(figure, f"size-{key}", label), title, [looks[row["variant"]] for row in drawn])
 
@@ -306,7 +358,15 @@ def _category(index: int, category: str, worlds: dict[str, Any], looks: dict[str
             if scores.get("low") is not None and scores.get("high") is not None:
                 axes.plot([100 * scores["low"], 100 * scores["high"]], [y, y], color=colour, linewidth=2)
             axes.plot([score], [y], looks[name].marker, color=colour, markersize=7, markeredgewidth=0, clip_on=False)
-            axes.annotate(f"{score:.0f}", (1, y), (8, 0), ("axes fraction", "data"), "offset points", va="center", color=COLOURS["ink"])
+            axes.annotate(
+                f"{score:.0f}",
+                (1, y),
+                (8, 0),
+                ("axes fraction", "data"),
+                "offset points",
+                va="center",
+                color=COLOURS["ink"],
+            )
             told.append(f"{name} {score:.0f} %")
         axes.set(xlim=(0, 100), ylim=(len(worlds) - 0.5, -0.5))
         axes.set_xticks([0, 25, 50, 75, 100])

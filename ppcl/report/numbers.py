@@ -42,7 +42,11 @@ def between(low: float | None, high: float | None, places: int = 1, scale: float
 def mean_between(values: Sequence[float]) -> str:
     """A mean with both ends of its interval: `0.120 (0.101 to 0.139)`; the mean alone where they are the same."""
     mean, low, high = values
-    return significant(mean) if low == high else f"{significant(mean)} ({significant(max(low, 0.0))} to {significant(high)})"
+    return (
+        significant(mean)
+        if low == high
+        else f"{significant(mean)} ({significant(max(low, 0.0))} to {significant(high)})"
+    )
 
 
 def seconds(value: float | None) -> str:

@@ -25,8 +25,13 @@ STREAMS = {"img": "image stream", "txt": "text stream", "mean": "mean of both"}
 
 # Columns whose best variant is hinted at; what follows from the size alone is not.
 _HIGHER_IS_BETTER = {
-    "speed_up": True, "velocity_error": False, "psnr": True, "ssim": True, "world": True, "R": False,
-}  # fmt: skip
+    "speed_up": True,
+    "velocity_error": False,
+    "psnr": True,
+    "ssim": True,
+    "world": True,
+    "R": False,
+}
 
 
 def write_report(root: Path) -> Path:
@@ -40,7 +45,11 @@ def write_report(root: Path) -> Path:
         artifacts.damaged("evaluation")
     results = read_results(root)
     environment = Environment(
-        loader=PackageLoader("ppcl.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("ppcl.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.globals["numbers"] = numbers
     html = environment.get_template("report.html.j2").render(_context(results))
@@ -55,7 +64,10 @@ def _context(results: Results) -> dict[str, Any]:
     looks = figures.series_of([row["variant"] for row in rows])
     detection, evaluation = results.stage("detection"), results.stage("evaluation")
     measured = evaluation.get("variants", {})
-    quality = [figures.size_scatter(rows, looks, "R", "R"), figures.size_scatter(rows, looks, "velocity_error", "Velocity error")]
+    quality = [
+        figures.size_scatter(rows, looks, "R", "R"),
+        figures.size_scatter(rows, looks, "velocity_error", "Velocity error"),
+    ]
     return {
         "teacher": _teacher_name(results.manifest["job"]),
         "lead": _lead(rows),
@@ -79,7 +91,9 @@ def _context(results: Results) -> dict[str, Any]:
         "finetuning": _finetuning(results.stage("finetuning")),
         "students": _students(results),
         "ablation": results.stage("ablation"),
-        "ablation_drawing": figures.ablation_bars(results.stage("ablation")["rows"]) if results.stage("ablation") else None,
+        "ablation_drawing": figures.ablation_bars(results.stage("ablation")["rows"])
+        if results.stage("ablation")
+        else None,
         "velocity": figures.velocity_curves(measured, looks),
         "quality": [drawing for drawing in quality if drawing],
         "categories": figures.category_scores(measured, looks),
@@ -147,7 +161,8 @@ def best_of(rows: list[dict[str, Any]]) -> dict[str, str]:
     best = {}
     for key, higher in _HIGHER_IS_BETTER.items():
         found = sorted(
-            ((row[key], row["variant"]) for row in rows if row["variant"] != TEACHER and row[key] is not None), reverse=higher
+            ((row[key], row["variant"]) for row in rows if row["variant"] != TEACHER and row[key] is not None),
+            reverse=higher,
         )
         if len(found) > 1 and found[0][0] != found[1][0]:
             best[key] = found[0][1]
@@ -171,7 +186,7 @@ def _heat_maps(detection: dict[str, Any], key: str) -> list[figures.Drawing]:
         )
         for stream in STREAMS
         if stream in tables
-    ]  # fmt: skip
+    ]
 
 
 def _finetuning(tuned: dict[str, Any]) -> dict[str, Any] | None:
@@ -205,15 +220,22 @@ def _text_map(detection: dict[str, Any]) -> figures.Drawing | None:
     runs = [entry for entry in map(parse_replacement, detection["plan"]) if isinstance(entry, TextRun)]
     low = min((value for row in table for value in row if finite(value) is not None), default=0.0)
     return figures.heat_map(
-        "text-map", "text stream", table, [(run.first, run.last) for run in runs], detection["spans"],
-        low if low < 1 else 0.0, figures.SAME_STREAM,
-    )  # fmt: skip
+        "text-map",
+        "text stream",
+        table,
+        [(run.first, run.last) for run in runs],
+        detection["spans"],
+        low if low < 1 else 0.0,
+        figures.SAME_STREAM,
+    )
 
 
 def _losses(training: dict[str, Any]) -> figures.Drawing | None:
     """Of the FFNs no curve is drawn: they are many, and start at the optimum of their own loss."""
     trained = training.get("replacements", {})
-    drawn = {text: told for text, told in trained.items() if not isinstance(parse_replacement(text), Ffn | LowRankModulation)}
+    drawn = {
+        text: told for text, told in trained.items() if not isinstance(parse_replacement(text), Ffn | LowRankModulation)
+    }
     return figures.loss_curves(drawn) if drawn else None
 
 
@@ -230,14 +252,18 @@ def _blocks(entry: Ffn | LowRankModulation) -> str:
 def _students(results: Results) -> list[dict[str, Any]]:
     """One dict an entry that was trained: its losses at the start and the end, and its sensitivity; by what they replace."""
     sensitivity = results.stage("variants").get("damage", {})
-    trained = {parse_replacement(text): told for text, told in results.stage("students").get("replacements", {}).items()}
+    trained = {
+        parse_replacement(text): told for text, told in results.stage("students").get("replacements", {}).items()
+    }
     students = []
     for entry in sorted(trained, key=lambda entry: (type(entry).__name__, sort_key(entry))):
         curve = trained[entry]["curve"]
         students.append(
             {
                 "kind": KINDS[type(entry)],
-                "blocks": _blocks(entry) if isinstance(entry, Ffn | LowRankModulation) else figures.interval_name((entry.first, entry.last)),
+                "blocks": _blocks(entry)
+                if isinstance(entry, Ffn | LowRankModulation)
+                else figures.interval_name((entry.first, entry.last)),
                 "removed": entry.removed,
                 "first": finite(curve[0]["loss"]) if curve else None,
                 "last": finite(curve[-1]["loss"]) if curve else None,

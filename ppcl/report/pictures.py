@@ -44,7 +44,9 @@ def picture_rows(results: Results, names: list[str]) -> list[dict[str, Any]]:
                 }
             )
         if any(picture["source"] for picture in pictures):
-            rows.append({"prompt": prompts[index]["text"], "category": prompts[index].get("category"), "pictures": pictures})
+            rows.append(
+                {"prompt": prompts[index]["text"], "category": prompts[index].get("category"), "pictures": pictures}
+            )
     return rows
 
 

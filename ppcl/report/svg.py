@@ -79,7 +79,13 @@ def inline(figure: Figure, name: str, label: str) -> Markup:
             if key != "id" or value in used
         }
     width, height = root.get("viewBox", "").split()[2:]
-    root.attrib = {"viewBox": f"0 0 {width} {height}", "width": width, "height": height, "role": "img", "aria-label": label}
+    root.attrib = {
+        "viewBox": f"0 0 {width} {height}",
+        "width": width,
+        "height": height,
+        "role": "img",
+        "aria-label": label,
+    }
     return Markup(ET.tostring(root, encoding="unicode"))
 
 

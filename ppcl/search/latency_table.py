@@ -28,5 +28,7 @@ class LatencyTable:
         """How many times faster than the teacher a step is with a plan on, were savings to add up."""
         plan = list(plan)
         runs = [replacement for replacement in plan if isinstance(replacement, TextRun)]
-        left = self.total - sum(self.saved(e, next((r for r in runs if isinstance(e, Ffn) and e.block in r.blocks), None)) for e in plan)
+        left = self.total - sum(
+            self.saved(e, next((r for r in runs if isinstance(e, Ffn) and e.block in r.blocks), None)) for e in plan
+        )
         return self.total / max(1, left)

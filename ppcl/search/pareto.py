@@ -57,7 +57,10 @@ def _front(savings: Savings, sensitivity: Mapping[Replacement, float], folded: b
             if isinstance(replacement, TextRun):
                 for number in replacement.blocks:
                     ways = [e for e in starting.get(number, ()) if isinstance(e, Ffn)]
-                    more = [_added(alone, (savings.saved(ffn, replacement, folded), sensitivity[ffn], (ffn,))) for ffn in ways]
+                    more = [
+                        _added(alone, (savings.saved(ffn, replacement, folded), sensitivity[ffn], (ffn,)))
+                        for ffn in ways
+                    ]
                     alone = _pareto([*alone, *chain.from_iterable(more)])
             rows += chain.from_iterable(_added(best[replacement.last + 1], row) for row in alone)
         best[block] = _pareto(rows)
@@ -154,7 +157,9 @@ _MARGINS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 _A_MARGIN = 4
 
 
-def target_candidates(name: str, target: Target, sizes: ParameterCounts, times: LatencyTable, sensitivity: Mapping[Replacement, float]) -> list[Plan]:
+def target_candidates(
+    name: str, target: Target, sizes: ParameterCounts, times: LatencyTable, sensitivity: Mapping[Replacement, float]
+) -> list[Plan]:
     """Plans that may meet a target, worth measuring as a whole: of least sensitivity for mixtures of what they save.
 
     See `candidates` for why the least sum is not enough. Raises `UserError` where no plan is predicted to come near.
@@ -168,10 +173,16 @@ def target_candidates(name: str, target: Target, sizes: ParameterCounts, times: 
             for share in _SHARES:
                 plans = [plan for _, _, plan in pareto_front(_Mixed(sizes, times, share), costs)]
                 left = {plan: sizes.parameters(plan) / sizes.total for plan in plans}
-                speed = {plan: times.speedup(plan) for plan in plans if target.parameters is None or left[plan] <= target.parameters}
+                speed = {
+                    plan: times.speedup(plan)
+                    for plan in plans
+                    if target.parameters is None or left[plan] <= target.parameters
+                }
                 smallest, fastest = min(smallest, *left.values()), max([fastest, *speed.values()])
                 for margin, known in found.items():
-                    meeting = (plan for plan in speed if target.speedup is None or speed[plan] >= margin * target.speedup)
+                    meeting = (
+                        plan for plan in speed if target.speedup is None or speed[plan] >= margin * target.speedup
+                    )
                     if (plan := next(meeting, None)) is not None:
                         known[tuple(sorted(plan, key=sort_key))] = sum(sensitivity[replacement] for replacement in plan)
     best = [plan for known in found.values() for plan in sorted(known, key=known.__getitem__)[:_A_MARGIN]]
@@ -195,4 +206,6 @@ def choose_blocks(most: int, sizes: ParameterCounts, sensitivity: Mapping[Replac
         if len(sizes.blocks) - removed <= most:
             return tuple(sorted(plan))
     smallest = len(sizes.blocks) - rows[-1][0]
-    raise UserError(f"variants.blocks: {most} blocks cannot be met; with every interval on {smallest} run, so give {smallest} or more")
+    raise UserError(
+        f"variants.blocks: {most} blocks cannot be met; with every interval on {smallest} run, so give {smallest} or more"
+    )

@@ -44,7 +44,9 @@ class Variant:
         return cls(name, on, parameters, parameters / sizes.total, sizes.running(on), budget)
 
 
-def available_plan(plan: Iterable[Replacement | str | Sequence[int]], known: Iterable[Replacement], block_ranges: list[range]) -> list[Replacement]:
+def available_plan(
+    plan: Iterable[Replacement | str | Sequence[int]], known: Iterable[Replacement], block_ranges: list[range]
+) -> list[Replacement]:
     """A sorted, checked choice of replacements. Raises `UserError` where one is impossible or was not trained."""
     chosen, known = checked_plan(plan, block_ranges), sorted(known, key=sort_key)
     for replacement in chosen:
@@ -79,17 +81,24 @@ def names_of(settings: Variants) -> list[str]:
     return made[1:]
 
 
-def plans_to_measure(settings: Variants, sizes: ParameterCounts, times: LatencyTable | None, sensitivity: Mapping[Replacement, float]) -> dict[str, list[Plan]]:
+def plans_to_measure(
+    settings: Variants, sizes: ParameterCounts, times: LatencyTable | None, sensitivity: Mapping[Replacement, float]
+) -> dict[str, list[Plan]]:
     """By name, the plans among which those of the budgets and targets are chosen; `times` is needed for targets.
 
     Raises `UserError` where one cannot be met.
     """
     plans = {budget_name(budget): candidates(budget, sizes, sensitivity) for budget in settings.budgets}
-    return plans | {name: target_candidates(name, target, sizes, times, sensitivity) for name, target in settings.targets.items()}
+    return plans | {
+        name: target_candidates(name, target, sizes, times, sensitivity) for name, target in settings.targets.items()
+    }
 
 
 def best_plans(
-    settings: Variants, plans: Mapping[str, Sequence[Plan]], errors: Mapping[Plan, float], speedups: Mapping[Plan, float]
+    settings: Variants,
+    plans: Mapping[str, Sequence[Plan]],
+    errors: Mapping[Plan, float],
+    speedups: Mapping[Plan, float],
 ) -> dict[str, Plan]:
     """By name, the plan of the smallest velocity error among those that are as fast as wanted, else the fastest one.
 
@@ -104,7 +113,11 @@ def best_plans(
 
 
 def make_variants(
-    settings: Variants, sizes: ParameterCounts, sensitivity: Mapping[Replacement, float], block_ranges: list[range], chosen: Mapping[str, Plan]
+    settings: Variants,
+    sizes: ParameterCounts,
+    sensitivity: Mapping[Replacement, float],
+    block_ranges: list[range],
+    chosen: Mapping[str, Plan],
 ) -> dict[str, Variant]:
     """The named variants: the teacher, one a budget, one a number of blocks, one a target, all intervals on, and the custom ones.
 
@@ -117,7 +130,10 @@ def make_variants(
 
     made = {TEACHER: variant(TEACHER, ())}
     made |= {budget_name(b): variant(budget_name(b), chosen[budget_name(b)], b) for b in settings.budgets}
-    made |= {blocks_name(most): variant(blocks_name(most), choose_blocks(most, sizes, sensitivity)) for most in settings.blocks}
+    made |= {
+        blocks_name(most): variant(blocks_name(most), choose_blocks(most, sizes, sensitivity))
+        for most in settings.blocks
+    }
     made |= {name: variant(name, chosen[name]) for name in settings.targets}
     if intervals := [replacement for replacement in sensitivity if isinstance(replacement, Interval)]:
         made[ALL] = variant(ALL, intervals)
@@ -149,7 +165,10 @@ class VariantCatalog:
                 "blocks": self.blocks,
                 "spans": [[span.start, span.stop] for span in self.block_ranges],
             },
-            "damage": {str(replacement): self.sensitivity[replacement] for replacement in sorted(self.sensitivity, key=sort_key)},
+            "damage": {
+                str(replacement): self.sensitivity[replacement]
+                for replacement in sorted(self.sensitivity, key=sort_key)
+            },
             "variants": {
                 v.name: {
                     "plan": [str(replacement) for replacement in v.plan],

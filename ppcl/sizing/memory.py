@@ -84,7 +84,11 @@ def longest_dividing(model: Model, plan: Sequence[Interval], gpus: int) -> int:
 
 def meshes(model: Model, plan: Sequence[Interval], batch: int, gpus: int) -> list[tuple[int, int]]:
     """`(pp, dp)` that so many GPUs can be, the longest pipeline last. Raises `UserError` where a replica would have no sample."""
-    found = [(n, gpus // n) for n in range(1, longest_dividing(model, plan, gpus) + 1) if gpus % n == 0 and gpus // n <= batch]
+    found = [
+        (n, gpus // n)
+        for n in range(1, longest_dividing(model, plan, gpus) + 1)
+        if gpus % n == 0 and gpus // n <= batch
+    ]
     if not found:
         raise UserError(
             f"{gpus} GPUs: the longest pipeline of which a whole number fits has {longest_dividing(model, plan, gpus)} ranks, and each of its "

@@ -61,7 +61,9 @@ class Model:
         return sum(self.blocks) + self.rest
 
     @classmethod
-    def of(cls, name: str, transformer: str, config: dict[str, Any], text_tokens: int, height: int, width: int) -> Model:
+    def of(
+        cls, name: str, transformer: str, config: dict[str, Any], text_tokens: int, height: int, width: int
+    ) -> Model:
         """`height`, `width`: of the pictures, pixels."""
         import diffusers
 
@@ -135,7 +137,9 @@ def _counter() -> FlopCounterMode:
     aten = torch.ops.aten
     attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: (
+            sdpa_backward_flop_count(g, q, k, v)
+        ),
     }
     return FlopCounterMode(display=False, custom_mapping=attention)
 
@@ -162,8 +166,9 @@ def _call(adapter: ModelAdapter, config: Any, samples: int, height: int, width: 
     """Arguments of the stock forward."""
     rows, columns = height // _PIXELS_A_TOKEN, width // _PIXELS_A_TOKEN
     call: dict[str, Any] = {
-        "timestep": torch.empty(samples), "encoder_hidden_states": torch.empty(samples, text, config.joint_attention_dim)
-    }  # fmt: skip
+        "timestep": torch.empty(samples),
+        "encoder_hidden_states": torch.empty(samples, text, config.joint_attention_dim),
+    }
     if adapter.packed_latents:
         call["hidden_states"] = torch.empty(samples, rows * columns, config.in_channels)
     else:
@@ -191,7 +196,9 @@ def _count(module: nn.Module) -> int:
 def published() -> dict[str, dict[str, Any]]:
     """The configurations that come with ppcl, by what `ppcl plan` calls them."""
     files = [file for file in resources.files(__package__).iterdir() if file.name.endswith(".json")]
-    return {file.name.removesuffix(".json"): json.loads(file.read_text()) for file in sorted(files, key=lambda f: f.name)}
+    return {
+        file.name.removesuffix(".json"): json.loads(file.read_text()) for file in sorted(files, key=lambda f: f.name)
+    }
 
 
 def model_of(name: str, height: int, width: int) -> Model:

@@ -88,7 +88,13 @@ class Step:
     @property
     def binds(self) -> str:
         """What takes most beside computing equal shares, or computing where that is less than a tenth of the step."""
-        words = {"sums": "sums", "imbalance": "slowest segment", "weights": "memory", "reduce": "all-reduce", "streams": "streams"}
+        words = {
+            "sums": "sums",
+            "imbalance": "slowest segment",
+            "weights": "memory",
+            "reduce": "all-reduce",
+            "streams": "streams",
+        }
         most = max(words, key=lambda name: getattr(self, name))
         if self.used < self.gpus:
             return "number of blocks"
@@ -128,7 +134,9 @@ def distillation(model: Model, plan: Sequence[Interval], batch: int, gpus: int, 
     fit = [dims for dims in can if _memory(model, plan, batch, *dims) <= _USABLE * device.size]
     if not fit:
         least = min(_memory(model, plan, batch, *dims) for dims in can)
-        raise UserError(f"{gpus} GPUs: a rank needs {least / 1e9:.0f} GB, a device has {device.size / 1e9:.0f} GB, of which nine tenths are usable")
+        raise UserError(
+            f"{gpus} GPUs: a rank needs {least / 1e9:.0f} GB, a device has {device.size / 1e9:.0f} GB, of which nine tenths are usable"
+        )
     return min((distillation_on(model, plan, batch, *dims, device) for dims in fit), key=lambda made: made.step)
 
 
@@ -141,7 +149,10 @@ def distillation_on(model: Model, plan: Sequence[Interval], batch: int, pp: int,
     samples = -(-batch // dp)
     works = [distillation_work(model, plan, samples, stage, pp, dp, device) for stage in range(pp)]
     alone = distillation_work(model, plan, batch, 0, 1, 1, device)
-    held = [sum(model.blocks[b] for b in segment_of(stage, pp, len(model.blocks), list(plan))) + model.rest for stage in range(pp)]
+    held = [
+        sum(model.blocks[b] for b in segment_of(stage, pp, len(model.blocks), list(plan))) + model.rest
+        for stage in range(pp)
+    ]
     return _step(model, works, alone, held, batch, samples, pp * dp, dp, device)
 
 
@@ -156,13 +167,22 @@ def probes(model: Model, batch: int, gpus: int, device: Device) -> Step:
 
 
 def _step(
-    model: Model, works: list[Work], alone: Work, held: list[int], batch: int, samples: int, gpus: int, dp: int, device: Device
+    model: Model,
+    works: list[Work],
+    alone: Work,
+    held: list[int],
+    batch: int,
+    samples: int,
+    gpus: int,
+    dp: int,
+    device: Device,
 ) -> Step:
     pp = len(works)
     stream = samples * model.stream_bytes
     # The dearest of the replicas' places: where the pipeline crosses from node to node.
     send = [
-        device.latency + stream / min(device.between(r * pp + stage, r * pp + stage + 1) for r in range(dp)) for stage in range(pp - 1)
+        device.latency + stream / min(device.between(r * pp + stage, r * pp + stage + 1) for r in range(dp))
+        for stage in range(pp - 1)
     ]
     steps = 8 * pp + 20
     done = play(works, send, 2 * steps)
@@ -192,7 +212,9 @@ def _step(
 def _read(held: Sequence[int], dp: int, device: Device) -> float:
     """Of the fullest node, whose ranks read their own tensors each."""
     ranks = list(held) * dp
-    return max(sum(ranks[i : i + device.node]) for i in range(0, len(ranks), device.node)) * TEACHER_BYTES / device.storage
+    return (
+        max(sum(ranks[i : i + device.node]) for i in range(0, len(ranks), device.node)) * TEACHER_BYTES / device.storage
+    )
 
 
 def distillation_work(
@@ -203,13 +225,19 @@ def distillation_work(
     mine = [interval for interval in plan if interval.first in part]
     rate, memory = device.flops * device.utilisation, device.memory * device.reached
     before = device.overhead * samples * model.rest_flops / rate
-    blocks = device.overhead * sum(max(samples * model.flops[b] / rate, TEACHER_BYTES * model.blocks[b] / memory) for b in part)
+    blocks = device.overhead * sum(
+        max(samples * model.flops[b] / rate, TEACHER_BYTES * model.blocks[b] / memory) for b in part
+    )
     # Weights and inputs of the affine maps take a product each in the backward pass.
     affine = 6 * model.tokens * model.width**2
     training = device.overhead * samples * sum(model.trained_flops[i.first] + affine for i in mine) / rate
     students = [model.blocks[i.first] + model.affine for i in mine]
     weights = device.overhead * sum(students) * (STUDENT_TRAFFIC + (_REDUCE_TRAFFIC if dp > 1 else 0)) / memory
-    link = min(device.between(stage + replica * pp, stage + (replica + 1) % dp * pp) for replica in range(dp)) if dp > 1 else 1.0
+    link = (
+        min(device.between(stage + replica * pp, stage + (replica + 1) % dp * pp) for replica in range(dp))
+        if dp > 1
+        else 1.0
+    )
     reduce = 2 * (dp - 1) * (sum(students) * GRADIENT_BYTES / dp / link + len(students) * _MESSAGES * device.latency)
     return Work(before, blocks, training + weights + reduce, before + blocks + training, 0.0, weights, reduce)
 
@@ -221,7 +249,10 @@ def _probes_work(model: Model, samples: int, part: range, device: Device) -> Wor
     products = [samples * model.sums_flops[b] / (device.sums * device.utilisation) for b in part]
     # Two fits a stream where its FFN has one, too, in chunks.
     chunks = -(-samples * model.tokens // _CHUNK)
-    moved = [chunks * _SUMS_TRAFFIC * model.width**2 * model.sums_flops[b] / (4 * model.width**2 * model.tokens) / memory for b in part]
+    moved = [
+        chunks * _SUMS_TRAFFIC * model.width**2 * model.sums_flops[b] / (4 * model.width**2 * model.tokens) / memory
+        for b in part
+    ]
     adding = [device.overhead * (p + m) for p, m in zip(products, moved)]
     # Streams are sent on before the last block's are added.
     running = device.overhead * sum(forward)

@@ -30,7 +30,19 @@ def gigabytes(count: float) -> str:
 def rows_of(ranks: Sequence[Rank]) -> list[list[str]]:
     return [
         [str(rank.gpus), f"{rank.pp} × {rank.dp}"]
-        + [gigabytes(n) for n in (rank.teacher, rank.students, rank.streams, rank.activations, rank.memory, rank.sent, rank.reduced, rank.fsdp)]
+        + [
+            gigabytes(n)
+            for n in (
+                rank.teacher,
+                rank.students,
+                rank.streams,
+                rank.activations,
+                rank.memory,
+                rank.sent,
+                rank.reduced,
+                rank.fsdp,
+            )
+        ]
         for rank in ranks
     ]
 
@@ -48,12 +60,19 @@ def table(model: Model, ranks: Sequence[Rank], interval: int, batch: int, size: 
 def step_rows(steps: Sequence[Step], parts: Sequence[str]) -> list[list[str]]:
     return [
         [
-            str(step.gpus), f"{step.pp} × {step.dp}", str(step.samples), f"{1e3 * step.step:.0f}", f"{step.throughput:.0f}",
-            f"{100 * step.efficiency:.0f} %", step.binds, *(f"{1e3 * getattr(step, part):.0f}" for part in parts),
-            f"{step.fill:.1f}", f"{step.read:.0f}",
+            str(step.gpus),
+            f"{step.pp} × {step.dp}",
+            str(step.samples),
+            f"{1e3 * step.step:.0f}",
+            f"{step.throughput:.0f}",
+            f"{100 * step.efficiency:.0f} %",
+            step.binds,
+            *(f"{1e3 * getattr(step, part):.0f}" for part in parts),
+            f"{step.fill:.1f}",
+            f"{step.read:.0f}",
         ]
         for step in steps
-    ]  # fmt: skip
+    ]
 
 
 def step_table(title: str, steps: Sequence[Step], parts: Sequence[str]) -> Table:

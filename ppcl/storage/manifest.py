@@ -51,7 +51,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error.strerror}); free space or choose another output folder") from None
+        raise UserError(
+            f"{path} could not be written ({error.strerror}); free space or choose another output folder"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,9 @@ class Artifacts:
     def manifest(self) -> dict[str, Any]:
         content = self._read_manifest()
         if content is None:
-            raise UserError(f"{self.place} is no result of ppcl: it has no {MANIFEST}; give a folder that ppcl compress wrote")
+            raise UserError(
+                f"{self.place} is no result of ppcl: it has no {MANIFEST}; give a folder that ppcl compress wrote"
+            )
         try:
             manifest = json.loads(content)
             if not isinstance(manifest, dict):
@@ -110,7 +114,9 @@ class Artifacts:
                 f"{self._name(MANIFEST)} is damaged; remove it and run ppcl compress again, which makes the result anew"
             ) from None
         if manifest.get("format") != FORMAT:
-            raise UserError(f"{self._name(MANIFEST)} has format {manifest.get('format')}, this ppcl reads format {FORMAT}")
+            raise UserError(
+                f"{self._name(MANIFEST)} has format {manifest.get('format')}, this ppcl reads format {FORMAT}"
+            )
         return manifest
 
     def check(self) -> None:
@@ -202,7 +208,10 @@ class Artifacts:
             parallel_map(lambda name: self.store.upload(paths[name], name), list(paths))
             there = [f"{stage}/{name}" for name in Store(f"{self.store.url}/{stage}").objects()]
             # What workers uploaded on the way and the stage did not keep.
-            parallel_map(self.store.remove, [name for name in there if name not in files and "checkpoints" not in name.split("/")])
+            parallel_map(
+                self.store.remove,
+                [name for name in there if name not in files and "checkpoints" not in name.split("/")],
+            )
         manifest = self.manifest()
         manifest["stages"][stage] = {"key": key, "files": files, "seconds": round(seconds, 3), "info": info or {}}
         self._write_manifest(manifest)
@@ -246,7 +255,9 @@ def fetch_stage(folder: str | Path) -> Path:
         if artifacts.entry(on_this_node.name) is None:
             raise UserError(f"{artifacts.place} has no complete {on_this_node.name}; run ppcl compress again")
         if bad := artifacts.damaged(on_this_node.name):
-            raise UserError(f"{artifacts.place}/{bad[0]} is damaged or gone; run ppcl compress again, which makes it anew")
+            raise UserError(
+                f"{artifacts.place}/{bad[0]} is damaged or gone; run ppcl compress again, which makes it anew"
+            )
         known = {artifacts.path(name) for name in artifacts.entry(on_this_node.name).files}
         for path in on_this_node.rglob("*"):
             # Left from another run of the stage.

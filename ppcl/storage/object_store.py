@@ -46,13 +46,6 @@ _REFUSED = {
 }
 
 
-
-
-
-
-
-
-
 class Object(NamedTuple):
     """What the store says of an object in a listing; the tag changes with the content."""
 
@@ -125,7 +118,12 @@ class Store:
             return f"the store at {_endpoint()} refuses {self.url}: {why}; look at AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and the bucket's policy"
         if isinstance(error, OSError) and not status and (told := cannot_write(error)):
             return f"{told}; free space, or set PPCL_SCRATCH to another folder"
-        if status and 400 <= status < 500 and status not in (404, 408, 429) and not isinstance(error, FileNotFoundError):
+        if (
+            status
+            and 400 <= status < 500
+            and status not in (404, 408, 429)
+            and not isinstance(error, FileNotFoundError)
+        ):
             return f"the store at {_endpoint()} does not accept a request for {self.url}: {_reason(error)}"
         return None
 
@@ -220,14 +218,22 @@ class Store:
 
     def snapshot(self, names: Collection[str], listed: dict[str, Object]) -> Path:
         """A folder of this node with these of the objects, as they were when `listed`. Downloads those it does not have."""
-        folder = scratch_folder() / "snapshots" / hashlib.sha256(f"{self.url} {sorted(listed.items())}".encode()).hexdigest()[:16]
+        folder = (
+            scratch_folder()
+            / "snapshots"
+            / hashlib.sha256(f"{self.url} {sorted(listed.items())}".encode()).hexdigest()[:16]
+        )
         with once_a_node(folder):
-            parallel_map(lambda name: self._snapshot_file(folder / name, name), [n for n in names if not (folder / n).exists()])
+            parallel_map(
+                lambda name: self._snapshot_file(folder / name, name), [n for n in names if not (folder / n).exists()]
+            )
         return folder
 
     def _snapshot_file(self, path: Path, name: str) -> None:
         if not self.download(name, path):
-            raise UserError(f"{self.url}/{name} is damaged or gone: its content is not what its sha256 says; upload it again")
+            raise UserError(
+                f"{self.url}/{name} is damaged or gone: its content is not what its sha256 says; upload it again"
+            )
 
 
 @lru_cache(maxsize=1)
@@ -240,9 +246,11 @@ def _files() -> Any:
         skip_instance_cache=True,
         use_listings_cache=False,
         config_kwargs={
-            "connect_timeout": _CONNECT_SECONDS, "read_timeout": _READ_SECONDS, "retries": {"total_max_attempts": 1},
+            "connect_timeout": _CONNECT_SECONDS,
+            "read_timeout": _READ_SECONDS,
+            "retries": {"total_max_attempts": 1},
         },
-    )  # fmt: skip
+    )
     client.retries = 1
     return client
 
@@ -269,35 +277,3 @@ def _reason(error: Exception) -> str:
         return f"nothing answers at {_endpoint()}, which AWS_ENDPOINT_URL sets"
     words = str(error).strip().splitlines()
     return words[0] if words else type(error).__name__
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

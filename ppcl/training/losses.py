@@ -12,7 +12,9 @@ from torch.nn import functional as F
 _LEAST_ENERGY = 1e-12
 
 
-def normalized(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+def normalized(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
     """`Σ ‖norm(s) - norm(t)‖²` over tokens, with `norm` the L2 norm over features, and the number of tokens (Eq. 6).
 
     `student`, `teacher`: `(B, T, d)`; `mask`: `(B, T)`, true for tokens that count.
@@ -21,7 +23,9 @@ def normalized(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor 
     return _masked_sum(error, mask), float(error.numel() if mask is None else mask.sum())
 
 
-def relative(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+def relative(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
     """`Σ ‖s - t‖²` over tokens, and the divisor `Σ ‖t‖²`: keeps magnitude, which directions alone let drift.
 
     A target that is nothing at all, such as what a last block adds to a text stream nobody reads, counts as a tiny one.

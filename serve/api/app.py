@@ -26,7 +26,9 @@ from serve.playground import Page
 from serve.protocol import Accepted, Backend, Event, GenerationRequest, Picture, PipelineCard, Preview, Refused
 
 _NOT_READY_SECONDS = 2.0
-_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": ImageRequest.model_json_schema()}}}}
+_BODY = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": ImageRequest.model_json_schema()}}}
+}
 
 
 def create_app(backend: Backend, settings: Settings, door: Door | None = None, behind_ray: bool = False) -> FastAPI:
@@ -87,7 +89,13 @@ def create_app(backend: Backend, settings: Settings, door: Door | None = None, b
     @app.get("/health")
     async def health() -> Response:
         if not await backend.healthy():
-            raise Refused(503, errors.SERVER, "the server is not ready yet; try again soon", "not_ready", retry_after=_NOT_READY_SECONDS)
+            raise Refused(
+                503,
+                errors.SERVER,
+                "the server is not ready yet; try again soon",
+                "not_ready",
+                retry_after=_NOT_READY_SECONDS,
+            )
         return JSONResponse({"status": "ready"})
 
     @app.head("/metrics", include_in_schema=False)

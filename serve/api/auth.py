@@ -31,11 +31,15 @@ class Keys:
                 reason = getattr(error, "strerror", None) or "it is not text"
                 raise UserError(f"http.api_keys_file {http.api_keys_file} cannot be read: {reason}") from None
             if not any(line.strip() for line in lines):
-                raise UserError(f"http.api_keys_file {http.api_keys_file} holds no key; write one a line, or leave the setting out")
+                raise UserError(
+                    f"http.api_keys_file {http.api_keys_file} holds no key; write one a line, or leave the setting out"
+                )
             found += [line.strip() for line in lines if line.strip()]
         for number, key in enumerate(found, start=1):
             if not _KEY.fullmatch(key):
-                raise UserError(f"API key {number} of {len(found)} holds blanks or characters beyond ASCII; use letters and digits")
+                raise UserError(
+                    f"API key {number} of {len(found)} holds blanks or characters beyond ASCII; use letters and digits"
+                )
         self._digests = [_digest(key) for key in found]
 
     def __bool__(self) -> bool:
@@ -50,7 +54,9 @@ class Keys:
         for digest in self._digests:
             known |= hmac.compare_digest(given, digest)
         if not known:
-            raise _refused("this API key is not known here; check it, or ask who runs this server for one", "invalid_api_key")
+            raise _refused(
+                "this API key is not known here; check it, or ask who runs this server for one", "invalid_api_key"
+            )
 
 
 def check_exposure(http: Http, keys: Keys) -> None:
@@ -71,9 +77,11 @@ def check_host(host: str | None) -> None:
     name = (host or "").rpartition("]")[0].removeprefix("[") or (host or "").partition(":")[0]
     if not loopback(name):
         raise Refused(
-            403, "invalid_request_error",
-            "this server has no API keys, so it answers only under the names localhost and 127.0.0.1", "forbidden_host",
-        )  # fmt: skip
+            403,
+            "invalid_request_error",
+            "this server has no API keys, so it answers only under the names localhost and 127.0.0.1",
+            "forbidden_host",
+        )
 
 
 def loopback(name: str) -> bool:

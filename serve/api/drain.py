@@ -18,7 +18,9 @@ class Door:
     def inside(self) -> Iterator[None]:
         """Around a request. Raises `Refused` with 503 where the door is shut."""
         if not self.open:
-            raise Refused(503, "server_error", "the server is shutting down; try again soon", "shutting_down", retry_after=1.0)
+            raise Refused(
+                503, "server_error", "the server is shutting down; try again soon", "shutting_down", retry_after=1.0
+            )
         self.under_way += 1
         try:
             yield

@@ -18,7 +18,10 @@ SERVER = "server_error"
 _SHOWN = 60
 
 _BY_STATUS = {
-    404: ("unknown_url", "there is nothing at this address; images are made by POST /v1/images/generations, models are at GET /v1/models"),
+    404: (
+        "unknown_url",
+        "there is nothing at this address; images are made by POST /v1/images/generations, models are at GET /v1/models",
+    ),
     405: ("method_not_allowed", "this address does not take this method"),
 }
 
@@ -53,7 +56,12 @@ def answer(refused: Refused, headers: dict[str, str] | None = None) -> JSONRespo
 
 
 def unexpected() -> Refused:
-    return Refused(500, SERVER, "the server failed on this request; its log tells more under the id in x-request-id", "internal_error")
+    return Refused(
+        500,
+        SERVER,
+        "the server failed on this request; its log tells more under the id in x-request-id",
+        "internal_error",
+    )
 
 
 def of_http(error: HTTPException) -> Refused:

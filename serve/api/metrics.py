@@ -17,7 +17,9 @@ class HttpMetrics:
         self.registry = CollectorRegistry()
         common = {"namespace": "ppcl", "subsystem": "http", "registry": self.registry}
         self._requests = Counter("requests", "Requests answered", ("method", "route", "status"), **common)
-        self._seconds = Histogram("request_seconds", "Seconds until an answer was complete", ("route",), buckets=_SECONDS, **common)
+        self._seconds = Histogram(
+            "request_seconds", "Seconds until an answer was complete", ("route",), buckets=_SECONDS, **common
+        )
         self.running = Gauge("requests_running", "Requests not yet answered", **common)
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:

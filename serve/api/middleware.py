@@ -50,8 +50,17 @@ class Guard:
     `behind_ray`: requests have an id already, which Ray Serve's proxy also puts into the answer.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, metrics: HttpMetrics, door: Door, behind_ray: bool):
-        self.app, self.settings, self.keys, self.metrics, self.door, self.behind_ray = app, settings, keys, metrics, door, behind_ray
+    def __init__(
+        self, app: ASGIApp, settings: Settings, keys: Keys, metrics: HttpMetrics, door: Door, behind_ray: bool
+    ):
+        self.app, self.settings, self.keys, self.metrics, self.door, self.behind_ray = (
+            app,
+            settings,
+            keys,
+            metrics,
+            door,
+            behind_ray,
+        )
 
     def request_id(self, headers: Headers) -> str:
         given = headers.get(REQUEST_ID, "") if self.behind_ray else ""
@@ -153,5 +162,10 @@ class _Exchange:
         status = self.status or CLIENT_GONE
         self.guard.metrics.answered(self.scope["method"], route, status, seconds)
         tell_request(
-            id=self.id, method=self.scope["method"][:16], route=route, status=status, seconds=round(seconds, 4), **self.told
+            id=self.id,
+            method=self.scope["method"][:16],
+            route=route,
+            status=status,
+            seconds=round(seconds, 4),
+            **self.told,
         )

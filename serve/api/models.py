@@ -28,7 +28,13 @@ def model(card: ModelCard, created: int) -> dict[str, Any]:
 
 def auto(cards: list[ModelCard], created: int) -> dict[str, Any]:
     """The model that is one of the others: the largest whose pictures are expected in time."""
-    return {"id": AUTO, "object": "model", "created": created, "owned_by": "ppcl", "variants": [card.id for card in cards]}
+    return {
+        "id": AUTO,
+        "object": "model",
+        "created": created,
+        "owned_by": "ppcl",
+        "variants": [card.id for card in cards],
+    }
 
 
 def one(name: str, cards: list[ModelCard], created: int) -> dict[str, Any]:
@@ -43,5 +49,8 @@ def one(name: str, cards: list[ModelCard], created: int) -> dict[str, Any]:
 
 def unknown_model(name: str, cards: list[ModelCard], param: str = "model") -> Refused:
     return invalid(
-        f"there is no model {shown(name)}; there are {', '.join([AUTO, *(card.id for card in cards)])}", param, "model_not_found", 404
+        f"there is no model {shown(name)}; there are {', '.join([AUTO, *(card.id for card in cards)])}",
+        param,
+        "model_not_found",
+        404,
     )

@@ -18,7 +18,9 @@ async def read_object(request: Request, http: Http, limits: Limits) -> dict[str,
     """The body, a JSON object. Raises `Refused` with 400, 408, 413 or 415, `ClientGone` where the client leaves before its end."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise invalid(f"the content type is {shown(kind)}; send application/json", code="unsupported_media_type", status=415)
+        raise invalid(
+            f"the content type is {shown(kind)}; send application/json", code="unsupported_media_type", status=415
+        )
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise invalid("the body is compressed; send it as it is", code="unsupported_media_type", status=415)
     length = request.headers.get("content-length", "")
@@ -29,7 +31,10 @@ async def read_object(request: Request, http: Http, limits: Limits) -> dict[str,
             body = await _read(request, limits)
     except TimeoutError:
         raise Refused(
-            408, "invalid_request_error", f"the body did not arrive within {http.body_seconds:g} seconds; send it faster", "request_timeout"
+            408,
+            "invalid_request_error",
+            f"the body did not arrive within {http.body_seconds:g} seconds; send it faster",
+            "request_timeout",
         ) from None
     return parse_object(body)
 
@@ -56,7 +61,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise invalid(f"the body is not UTF-8: byte {error.start} cannot be read", code="invalid_json") from None
     except json.JSONDecodeError as error:
         raise invalid(
-            f"the body is not JSON: {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno}, column {error.colno}", code="invalid_json"
+            f"the body is not JSON: {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno}, column {error.colno}",
+            code="invalid_json",
         ) from None
     except RecursionError:
         raise invalid("the body is nested too deeply; every value here is a plain one", code="invalid_json") from None
@@ -64,7 +70,9 @@ def parse_object(body: bytes) -> dict[str, Any]:
         # Python reads no integer of more than some thousand digits.
         raise invalid("the body holds a number with too many digits", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise invalid(f"the body is {shown(value)}; send a JSON object such as {{\"prompt\": \"a red circle\"}}", code="invalid_json")
+        raise invalid(
+            f'the body is {shown(value)}; send a JSON object such as {{"prompt": "a red circle"}}', code="invalid_json"
+        )
     return value
 
 
@@ -83,5 +91,7 @@ def _no_constant(name: str) -> None:
 
 def _too_large(limits: Limits) -> Refused:
     return invalid(
-        f"the body is larger than {limits.body_bytes} bytes, the most this server takes", code="request_too_large", status=413
+        f"the body is larger than {limits.body_bytes} bytes, the most this server takes",
+        code="request_too_large",
+        status=413,
     )

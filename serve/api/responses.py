@@ -70,7 +70,8 @@ async def whole_answer(
     return {
         "created": int(time.time()),
         "data": [
-            {"b64_json": file, "seed": picture.seed, "timings": picture.seconds} for file, picture in zip(files, pictures, strict=True)
+            {"b64_json": file, "seed": picture.seed, "timings": picture.seconds}
+            for file, picture in zip(files, pictures, strict=True)
         ],
         "size": _size(request),
         "output_format": asked.output_format,
@@ -106,7 +107,12 @@ async def partial_event(asked: ImageRequest, request: GenerationRequest, preview
 
 
 async def completed_event(
-    asked: ImageRequest, request: GenerationRequest, card: PipelineCard, accepted: Accepted, picture: Picture, seconds: float
+    asked: ImageRequest,
+    request: GenerationRequest,
+    card: PipelineCard,
+    accepted: Accepted,
+    picture: Picture,
+    seconds: float,
 ) -> dict[str, Any]:
     """`image_generation.completed` of one picture; ours: its `index`, `seed` and what was served."""
     return {

@@ -21,10 +21,19 @@ class ImageRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     prompt: str = Field(description="what the pictures show")
-    model: str = Field(AUTO, min_length=1, max_length=4096, description="a variant, a plan as text, or auto: the largest that meets the deadline")
+    model: str = Field(
+        AUTO,
+        min_length=1,
+        max_length=4096,
+        description="a variant, a plan as text, or auto: the largest that meets the deadline",
+    )
     n: int = Field(1, ge=1, le=10, description="number of pictures; picture i has the seed `seed + i`")
-    size: str = Field("auto", pattern="^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="WIDTHxHEIGHT in pixels, or auto")
-    response_format: Literal["b64_json"] = Field("b64_json", description="pictures come in the answer; there is no store to link to")
+    size: str = Field(
+        "auto", pattern="^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="WIDTHxHEIGHT in pixels, or auto"
+    )
+    response_format: Literal["b64_json"] = Field(
+        "b64_json", description="pictures come in the answer; there is no store to link to"
+    )
     output_format: Literal["png", "jpeg", "webp"] = Field("png", description="the pictures' file format")
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp, 100 unless given")
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = Field(
@@ -39,27 +48,39 @@ class ImageRequest(BaseModel):
     user: Any = None
     safety_identifier: Any = None
 
-    negative_prompt: str | None = Field(None, description="what the pictures shall not show, for guidance with two calls a step")
+    negative_prompt: str | None = Field(
+        None, description="what the pictures shall not show, for guidance with two calls a step"
+    )
     num_inference_steps: int | None = Field(None, ge=1, description="denoising steps")
     guidance_scale: Scale | None = Field(None, description="guidance that the model was distilled for")
     true_cfg_scale: Scale | None = Field(None, description="classifier-free guidance with two calls a step; 1 is off")
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="seed of the noise; drawn, and told in the answer, unless given")
-    min_variant: str | None = Field(None, min_length=1, max_length=256, description="the smallest variant that auto may take")
-    deadline_ms: int | None = Field(None, ge=1, le=86_400_000, description="milliseconds after which the pictures are no longer of use")
+    seed: int | None = Field(
+        None, ge=0, le=LARGEST_SEED, description="seed of the noise; drawn, and told in the answer, unless given"
+    )
+    min_variant: str | None = Field(
+        None, min_length=1, max_length=256, description="the smallest variant that auto may take"
+    )
+    deadline_ms: int | None = Field(
+        None, ge=1, le=86_400_000, description="milliseconds after which the pictures are no longer of use"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> ImageRequest:
         if not self.prompt.strip():
             raise invalid("prompt is empty; say what the picture shows", "prompt")
         if self.partial_images and not self.stream:
-            raise invalid(f"partial_images is {self.partial_images} without a stream; set stream to true", "partial_images")
+            raise invalid(
+                f"partial_images is {self.partial_images} without a stream; set stream to true", "partial_images"
+            )
         if self.output_format == "png" and self.output_compression not in (None, 100):
             raise invalid(
                 f"output_compression is {self.output_compression}, but png keeps every pixel; set output_format to jpeg or webp",
                 "output_compression",
             )
         if self.min_variant is not None and self.model != AUTO:
-            raise invalid(f"min_variant goes with the model {AUTO}; {shown(self.model)} is served as it is", "min_variant")
+            raise invalid(
+                f"min_variant goes with the model {AUTO}; {shown(self.model)} is served as it is", "min_variant"
+            )
         return self
 
     @property

@@ -24,7 +24,11 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncGenerator[dict[str, Any], None], source: AsyncGenerator, headers: dict[str, str], ping_seconds: float
+        self,
+        events: AsyncGenerator[dict[str, Any], None],
+        source: AsyncGenerator,
+        headers: dict[str, str],
+        ping_seconds: float,
     ):
         # What buffers answers on the way is asked not to.
         super().__init__(headers={**headers, "x-accel-buffering": "no"})

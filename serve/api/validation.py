@@ -21,7 +21,12 @@ def generation(asked: ImageRequest, id: str, card: PipelineCard, limits: Limits)
     for name in ("prompt", "negative_prompt"):
         characters = len(getattr(asked, name) or "")
         if characters > limits.prompt_characters:
-            raise invalid(f"{name} has {characters} characters; at most {limits.prompt_characters} are taken", name, "string_too_long", 422)
+            raise invalid(
+                f"{name} has {characters} characters; at most {limits.prompt_characters} are taken",
+                name,
+                "string_too_long",
+                422,
+            )
     for name in asked.arguments:
         if name not in card.arguments:
             takes = f"it takes {', '.join(card.arguments)}" if card.arguments else "leave it out"
@@ -29,16 +34,25 @@ def generation(asked: ImageRequest, id: str, card: PipelineCard, limits: Limits)
     width, height = _size(asked.size, card, limits)
     steps = asked.num_inference_steps or card.steps
     if steps > limits.steps:
-        raise invalid(f"num_inference_steps is {steps}; at most {limits.steps} are taken", "num_inference_steps", "limit_exceeded", 422)
+        raise invalid(
+            f"num_inference_steps is {steps}; at most {limits.steps} are taken",
+            "num_inference_steps",
+            "limit_exceeded",
+            422,
+        )
     if asked.n > limits.pictures:
-        raise invalid(f"n is {asked.n}; at most {limits.pictures} pictures are made for one request", "n", "limit_exceeded", 422)
+        raise invalid(
+            f"n is {asked.n}; at most {limits.pictures} pictures are made for one request", "n", "limit_exceeded", 422
+        )
     work = asked.n * width * height * steps
     if work > limits.work:
         raise invalid(
             f"{asked.n} × {width}x{height} pixels × {steps} steps is {work}; at most {limits.work} is done for one request: ask for "
             "fewer or smaller pictures, or fewer steps",
-            "n" if asked.n > 1 else "size", "limit_exceeded", 422,
-        )  # fmt: skip
+            "n" if asked.n > 1 else "size",
+            "limit_exceeded",
+            422,
+        )
     return GenerationRequest(
         id=id,
         prompt=asked.prompt,
@@ -60,11 +74,21 @@ def _size(size: str, card: PipelineCard, limits: Limits) -> tuple[int, int]:
     width, height = (card.width, card.height) if size == "auto" else map(int, size.split("x"))
     if width % card.multiple or height % card.multiple:
         near = "x".join(str(max(1, round(side / card.multiple)) * card.multiple) for side in (width, height))
-        raise invalid(f"size is {size}; both sides are multiples of {card.multiple} here, such as {near}", "size", "invalid_value", 422)
+        raise invalid(
+            f"size is {size}; both sides are multiples of {card.multiple} here, such as {near}",
+            "size",
+            "invalid_value",
+            422,
+        )
     if width * height > limits.pixels:
-        raise invalid(f"size is {size}, {width * height} pixels; at most {limits.pixels} are made", "size", "limit_exceeded", 422)
+        raise invalid(
+            f"size is {size}, {width * height} pixels; at most {limits.pixels} are made", "size", "limit_exceeded", 422
+        )
     if max(width, height) > limits.aspect * min(width, height):
         raise invalid(
-            f"size is {size}; the longer side is at most {limits.aspect:g} times the shorter one", "size", "limit_exceeded", 422
+            f"size is {size}; the longer side is at most {limits.aspect:g} times the shorter one",
+            "size",
+            "limit_exceeded",
+            422,
         )
     return width, height

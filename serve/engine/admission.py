@@ -33,8 +33,16 @@ class Admission:
     """Over what is accepted already. `variants`: those that are served, by name; `queue`: pictures that may be accepted and not
     finished. Times are those of one monotonic clock. Not safe for threads by itself: its owner holds a lock."""
 
-    def __init__(self, backlog: Backlog, elastic: ElasticQuality, variants: Mapping[str, Variant], queue: int, settings: Elastic):
-        self.backlog, self.elastic, self.variants, self.queue, self._settings = backlog, elastic, variants, queue, settings
+    def __init__(
+        self, backlog: Backlog, elastic: ElasticQuality, variants: Mapping[str, Variant], queue: int, settings: Elastic
+    ):
+        self.backlog, self.elastic, self.variants, self.queue, self._settings = (
+            backlog,
+            elastic,
+            variants,
+            queue,
+            settings,
+        )
         self._names = {variant.plan: name for name, variant in variants.items()}
         self._lately = Lately(_LATELY)
 
@@ -100,12 +108,16 @@ class Admission:
         if there + request.count > self.queue:
             wanted.refused = True
             wait = max(1, there + request.count - self.queue) * self.backlog.seconds() / max(1, there)
-            raise _busy(f"the server has {there} pictures to draw, of at most {self.queue}; try again later", "queue_full", wait)
+            raise _busy(
+                f"the server has {there} pictures to draw, of at most {self.queue}; try again later", "queue_full", wait
+            )
 
     def _late(self, deadline: float, expected: float, alone: float, wanted: Wanted) -> None:
         """Raises `Refused` for a request that would not be done in time."""
         if alone > deadline:
-            message = f"deadline_ms is {1000 * deadline:g}; the pictures take {1000 * alone:.0f} ms where nothing else waits"
+            message = (
+                f"deadline_ms is {1000 * deadline:g}; the pictures take {1000 * alone:.0f} ms where nothing else waits"
+            )
             raise Refused(422, "invalid_request_error", message, "deadline_too_short", "deadline_ms")
         wanted.refused = True
         message = f"the pictures would take {expected:.2f} s and are wanted within {deadline:g} s; try again later"

@@ -47,7 +47,9 @@ class Profile:
 class Costs:
     """`profiles` by plan; `around`: seconds a picture of `pixels`, the default size, takes besides its steps."""
 
-    def __init__(self, profiles: dict[Plan, Profile], around: float, pixels: int, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, profiles: dict[Plan, Profile], around: float, pixels: int, clock: Callable[[], float] = time.monotonic
+    ):
         self.profiles, self.around, self.pixels, self._clock = dict(profiles), around, pixels, clock
         # By size: the factor, and when it was learnt.
         self._factors: dict[int, tuple[float, float]] = {}
@@ -82,7 +84,9 @@ def profile(studio: Studio, order: Order, plans: Iterable[Plan], rows: int) -> C
     shared = studio.shared
     transformer, adapter = shared.stock.transformer, shared.adapter
     calls: list[dict] = []
-    hook = transformer.register_forward_pre_hook(lambda module, args, arguments: calls.append(arguments), with_kwargs=True)
+    hook = transformer.register_forward_pre_hook(
+        lambda module, args, arguments: calls.append(arguments), with_kwargs=True
+    )
     try:
         studio.draw(order, Member())
         # Another prompt: that of the first is remembered.
@@ -98,7 +102,9 @@ def profile(studio: Studio, order: Order, plans: Iterable[Plan], rows: int) -> C
     return Costs(profiles, again.seconds["encoding"] + again.seconds["decoding"], order.height * order.width)
 
 
-def _measured(shared: SharedPipeline, calls: Sequence[dict[str, Any]], plans: Sequence[Plan]) -> dict[tuple[Plan, int], list[float]]:
+def _measured(
+    shared: SharedPipeline, calls: Sequence[dict[str, Any]], plans: Sequence[Plan]
+) -> dict[tuple[Plan, int], list[float]]:
     """Seconds of each of the calls, by its number, with each plan on."""
     taken: dict[tuple[Plan, int], list[float]] = {}
     for turn in range(1 + _ROUNDS):

@@ -81,18 +81,27 @@ class Engine:
         precision = {"cuda": "bfloat16", "cpu": "float32"}[device] if engine.precision == "auto" else engine.precision
         self.settings, self.counters = settings, counters or Metrics()
         compute = Arithmetic()
-        self.weights: Weights = compute(load, settings.result, settings.teacher, engine.variants, device, getattr(torch, precision))
+        self.weights: Weights = compute(
+            load, settings.result, settings.teacher, engine.variants, device, getattr(torch, precision)
+        )
         self._lock = threading.Lock()
         self._names: dict[Any, str] = {variant.plan: name for name, variant in self.weights.variants.items()}
         self._backlog: Backlog | None = None
         shared = SharedPipeline(
-            self.weights.pipeline, self.weights.switch, engine.batch, engine.gather_seconds, engine.decoded_pixels, self._batch_done,
+            self.weights.pipeline,
+            self.weights.switch,
+            engine.batch,
+            engine.gather_seconds,
+            engine.decoded_pixels,
+            self._batch_done,
             compute,
-        )  # fmt: skip
+        )
         self.studio = Studio(shared)
         self.card = self._card()
         sampling, variants = self.weights.result.sampling, list(self.weights.variants.values())
-        usual = Order(variants[0].plan, _WARM_UP_PROMPT, self.card.height, self.card.width, _WARM_UP_STEPS, 0, sampling.arguments)
+        usual = Order(
+            variants[0].plan, _WARM_UP_PROMPT, self.card.height, self.card.width, _WARM_UP_STEPS, 0, sampling.arguments
+        )
         self.costs = profile(self.studio, usual, [variant.plan for variant in variants], engine.batch)
         self._threads = ThreadPoolExecutor(engine.queue, thread_name_prefix="picture")
         self._backlog = Backlog(self.costs, engine.batch, lambda work: self._threads.submit(self._draw, work))
@@ -130,11 +139,15 @@ class Engine:
         usual = self.card.height * self.card.width
         return [
             ModelCard(
-                variant.name, variant.parameters, variant.share, variant.blocks, self._qualities[variant.name],
+                variant.name,
+                variant.parameters,
+                variant.share,
+                variant.blocks,
+                self._qualities[variant.name],
                 self.costs.forward(Kind(variant.plan, usual), 1),
             )
             for variant in sorted(self.weights.variants.values(), key=lambda variant: -variant.parameters)
-        ]  # fmt: skip
+        ]
 
     async def pipeline(self) -> PipelineCard:
         return self.card
@@ -145,7 +158,10 @@ class Engine:
     def load(self) -> dict[str, float]:
         """`backlog_seconds`: of what is accepted and of what was lately refused, at undegraded quality. `pictures`: accepted."""
         with self._lock:
-            return {"backlog_seconds": self._admission.demand(time.monotonic()), "pictures": float(len(self._backlog.pictures))}
+            return {
+                "backlog_seconds": self._admission.demand(time.monotonic()),
+                "pictures": float(len(self._backlog.pictures)),
+            }
 
     async def metrics_text(self) -> str:
         return self.counters.text()
@@ -186,7 +202,13 @@ class Engine:
         variant = self.weights.variant(model)
         if variant is None:
             known = ", ".join([AUTO, *self.weights.variants])
-            raise Refused(404, "invalid_request_error", f"the model {model[:80]!r} does not exist; there are {known}", "model_not_found", "model")
+            raise Refused(
+                404,
+                "invalid_request_error",
+                f"the model {model[:80]!r} does not exist; there are {known}",
+                "model_not_found",
+                "model",
+            )
         return variant
 
     def _tokens(self, request: GenerationRequest) -> int:
@@ -208,7 +230,9 @@ class Engine:
         with self._lock:
             now = time.monotonic()
             if self._closed:
-                raise Refused(503, "server_error", "the server is shutting down; try again soon", "shutting_down", retry_after=1.0)
+                raise Refused(
+                    503, "server_error", "the server is shutting down; try again soon", "shutting_down", retry_after=1.0
+                )
             try:
                 decision = self._admission.decide(request, named, per_step, now)
             except Refused as refused:
@@ -219,15 +243,23 @@ class Engine:
             deadline = None if request.deadline is None else now + request.deadline
             for index in range(request.count):
                 order = Order(
-                    decision.kind.plan, request.prompt, request.height, request.width, request.steps, request.seed + index,
-                    arguments, request.previews,
-                )  # fmt: skip
+                    decision.kind.plan,
+                    request.prompt,
+                    request.height,
+                    request.width,
+                    request.steps,
+                    request.seed + index,
+                    arguments,
+                    request.previews,
+                )
                 turn = _Turn(job, index, order, now)
                 job.works.append(Work(decision.kind, decision.undegraded, request.steps, per_step, deadline, turn))
             for work in job.works:
                 self._backlog.add(work)
             self._show_queue()
-        self.counters.record(counted.ACCEPTED, variant=self._label(decision.model), degraded=str(decision.degraded).lower())
+        self.counters.record(
+            counted.ACCEPTED, variant=self._label(decision.model), degraded=str(decision.degraded).lower()
+        )
         return job, Accepted(decision.model, decision.degraded, decision.expected)
 
     def _draw(self, work: Work) -> None:
@@ -246,14 +278,22 @@ class Engine:
                         work.member.due = self._backlog.due(work.kind)
 
             stepped(0)
-            drawn = self.studio.draw(order, work.member, stepped, lambda number, step, image: job.tell(Preview(index, number, step, image)))
+            drawn = self.studio.draw(
+                order, work.member, stepped, lambda number, step, image: job.tell(Preview(index, number, step, image))
+            )
             seconds = {"queued": began - work.what.accepted, **drawn.seconds}
             for phase, value in seconds.items():
                 self.counters.record(counted.PICTURE_SECONDS, value, phase=phase)
             self.counters.record(counted.IMAGES, variant=self._label(job.variant))
             told: Event | Exception = Picture(index, drawn.image, order.seed, job.prompt_tokens, seconds)
         except Cancelled:
-            told = Refused(503, "server_error", "the server was shut down before the pictures were drawn", "shutting_down", retry_after=1.0)
+            told = Refused(
+                503,
+                "server_error",
+                "the server was shut down before the pictures were drawn",
+                "shutting_down",
+                retry_after=1.0,
+            )
         except Refused as error:
             told = error
         except torch.OutOfMemoryError:
@@ -261,7 +301,9 @@ class Engine:
             told = Refused(503, "server_error", message, "out_of_memory")
         except Exception as error:
             tell_failure(job.request.id, error)
-            told = Refused(500, "server_error", "the pictures could not be drawn; the server's log says why", "engine_error")
+            told = Refused(
+                500, "server_error", "the pictures could not be drawn; the server's log says why", "engine_error"
+            )
         with self._lock:
             self._backlog.remove(work)
             self._show_queue()

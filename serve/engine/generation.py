@@ -91,11 +91,17 @@ class Studio:
             if index + 1 == order.steps:
                 self.shared.denoising.leave(member)
             elif index + 1 in shown:
-                waiting.append(self._previewing.submit(self._preview, order, member, watch.clean, shown[index + 1], index + 1, previewed))
+                waiting.append(
+                    self._previewing.submit(
+                        self._preview, order, member, watch.clean, shown[index + 1], index + 1, previewed
+                    )
+                )
             stepped(index + 1)
             return tensors
 
-        pipeline.transformer.register_forward_pre_hook(lambda *_: times.setdefault("first step", time.perf_counter()) and None)
+        pipeline.transformer.register_forward_pre_hook(
+            lambda *_: times.setdefault("first step", time.perf_counter()) and None
+        )
         try:
             image = self._called(pipeline, order, callback_on_step_end=step_end)
             for preview in waiting:
@@ -121,7 +127,13 @@ class Studio:
         return (images[0] * 255).round().clip(0, 255).astype(np.uint8)
 
     def _preview(
-        self, order: Order, member: Member, clean: torch.Tensor, number: int, step: int, previewed: Callable[[int, int, np.ndarray], None]
+        self,
+        order: Order,
+        member: Member,
+        clean: torch.Tensor,
+        number: int,
+        step: int,
+        previewed: Callable[[int, int, np.ndarray], None],
     ) -> None:
         """The same call of the pipeline, with the clean latents as they are expected and no step left to do."""
         pipeline = self.shared.copy(order.kind, member)
@@ -155,7 +167,9 @@ def _no_steps(scheduler: Any) -> Any:
     made = copy.copy(scheduler)
     made.timesteps = torch.empty(0)
 
-    def set_timesteps(num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: Any = None) -> None:
+    def set_timesteps(
+        num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None, mu: Any = None
+    ) -> None:
         pass
 
     made.set_timesteps = set_timesteps

@@ -41,7 +41,10 @@ class Weights:
             variant = self.result.variant(model)
         except UserError:
             return None
-        if not set(variant.plan) <= set(self.switch.files) or not _kept(variant.plan, len(self._numbers)) <= self.blocks:
+        if (
+            not set(variant.plan) <= set(self.switch.files)
+            or not _kept(variant.plan, len(self._numbers)) <= self.blocks
+        ):
             return None
         return variant if self.switch.in_memory(self.pipeline.transformer, variant.plan) else None
 
@@ -50,9 +53,7 @@ class Weights:
         return range(self.result.catalog.blocks)
 
 
-def load(
-    result: Path, teacher: Path | None, names: Sequence[str] | None, device: str, dtype: torch.dtype
-) -> Weights:
+def load(result: Path, teacher: Path | None, names: Sequence[str] | None, device: str, dtype: torch.dtype) -> Weights:
     """Read the variants `names` of a result, all by default; their files' hashes are those of its manifest.
 
     Raises `UserError` where a name is none, or the result is not intact.
@@ -64,17 +65,25 @@ def load(
     opened = Result(result, teacher)
     for name in names or ():
         if name not in opened.variants:
-            raise UserError(f"engine.variants: there is no variant {name!r} in {result}; there are {', '.join(opened.variants)}")
+            raise UserError(
+                f"engine.variants: there is no variant {name!r} in {result}; there are {', '.join(opened.variants)}"
+            )
     variants = {name: opened.variants[name] for name in names or opened.variants}
     blocks = frozenset().union(*(_kept(variant.plan, opened.catalog.blocks) for variant in variants.values()))
     transformer = opened.teacher.transformer(keep=blocks, device=device, dtype=dtype)
     pipeline = getattr(diffusers, opened.teacher.pipeline_class).from_pretrained(
-        opened.teacher.with_weights(transformer=False), transformer=transformer, dtype=dtype, use_safetensors=True, local_files_only=True
+        opened.teacher.with_weights(transformer=False),
+        transformer=transformer,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
     needed = {entry for variant in variants.values() for entry in variant.plan}
-    switch = VariantSwitcher(opened.teacher, {e: path for e, path in opened.replacements.items() if e in needed}, opened.tuned)
+    switch = VariantSwitcher(
+        opened.teacher, {e: path for e, path in opened.replacements.items() if e in needed}, opened.tuned
+    )
     for variant in variants.values():
         # Read now, so that no request waits for a file.
         switch(pipeline.transformer, variant.plan)

@@ -22,14 +22,23 @@ _PICTURE_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.
 _ROWS = (1, 2, 4, 8, 16, 32)
 
 REQUESTS = Instrument("counter", "ppcl_requests", "Requests, by how they ended", ("outcome",))
-ACCEPTED = Instrument("counter", "ppcl_accepted", "Requests accepted, by variant, and whether it is smaller than auto would like", ("variant", "degraded"))
+ACCEPTED = Instrument(
+    "counter",
+    "ppcl_accepted",
+    "Requests accepted, by variant, and whether it is smaller than auto would like",
+    ("variant", "degraded"),
+)
 IMAGES = Instrument("counter", "ppcl_images", "Pictures drawn", ("variant",))
 QUEUED = Instrument("gauge", "ppcl_pictures_queued", "Pictures that wait to be begun")
 RUNNING = Instrument("gauge", "ppcl_pictures_running", "Pictures that are being drawn")
 BACKLOG = Instrument("gauge", "ppcl_backlog_seconds", "Device-seconds of what is accepted, at undegraded quality")
 BATCH_ROWS = Instrument("histogram", "ppcl_batch_rows", "Rows of a call of the transformer", ("variant",), _ROWS)
-STEP_SECONDS = Instrument("histogram", "ppcl_step_seconds", "Seconds of a call of the transformer", ("variant",), _STEP_SECONDS)
-PICTURE_SECONDS = Instrument("histogram", "ppcl_picture_seconds", "Seconds of a picture, by phase", ("phase",), _PICTURE_SECONDS)
+STEP_SECONDS = Instrument(
+    "histogram", "ppcl_step_seconds", "Seconds of a call of the transformer", ("variant",), _STEP_SECONDS
+)
+PICTURE_SECONDS = Instrument(
+    "histogram", "ppcl_picture_seconds", "Seconds of a picture, by phase", ("phase",), _PICTURE_SECONDS
+)
 
 INSTRUMENTS = (REQUESTS, ACCEPTED, IMAGES, QUEUED, RUNNING, BACKLOG, BATCH_ROWS, STEP_SECONDS, PICTURE_SECONDS)
 

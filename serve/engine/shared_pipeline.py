@@ -94,19 +94,27 @@ class SharedPipeline:
         self._encoding = threading.Lock()
         self._encoded: OrderedDict[Hashable, Any] = OrderedDict()
         compute = self.arithmetic
-        self.denoising = Batcher("denoising", lambda *batch: compute(self._forward, *batch), lambda group: most_rows, gather, told)
-        self.decoding = Batcher("decoding", lambda *batch: compute(self._decode, *batch), lambda group: self._decoded_at_once(group, decoded_pixels))
+        self.denoising = Batcher(
+            "denoising", lambda *batch: compute(self._forward, *batch), lambda group: most_rows, gather, told
+        )
+        self.decoding = Batcher(
+            "decoding",
+            lambda *batch: compute(self._decode, *batch),
+            lambda group: self._decoded_at_once(group, decoded_pixels),
+        )
 
     def copy(self, kind: Kind, member: Member) -> Any:
         """The pipeline for one picture."""
         made = copy.copy(self.stock)
         # Not by `setattr`, with which a pipeline also changes the configuration that all copies share.
-        made.__dict__.update({
-            "transformer": TransformerProxy(self.stock.transformer, kind, self.denoising, member),
-            "vae": VaeProxy(self.stock.vae, self.decoding, member),
-            "scheduler": copy.deepcopy(self.stock.scheduler),
-            "encode_prompt": self._encode_prompt,
-        })  # fmt: skip
+        made.__dict__.update(
+            {
+                "transformer": TransformerProxy(self.stock.transformer, kind, self.denoising, member),
+                "vae": VaeProxy(self.stock.vae, self.decoding, member),
+                "scheduler": copy.deepcopy(self.stock.scheduler),
+                "encode_prompt": self._encode_prompt,
+            }
+        )
         return made
 
     @property
@@ -151,6 +159,7 @@ class SharedPipeline:
 
     def _encode_prompt(self, *args: Any, **arguments: Any) -> Any:
         with self._encoding:
+
             def encoded() -> Any:
                 return self.arithmetic(type(self.stock).encode_prompt, self.stock, *args, **arguments)
 

@@ -32,7 +32,9 @@ class Page:
             stem, _, suffix = name.partition(".")
             names[suffix] = f"{stem}.{_hash(content)}.{suffix}"
             self._parts[names[suffix]] = (content, kind)
-        environment = Environment(loader=PackageLoader("serve.playground", "."), autoescape=True, undefined=StrictUndefined)
+        environment = Environment(
+            loader=PackageLoader("serve.playground", "."), autoescape=True, undefined=StrictUndefined
+        )
         html = environment.get_template("page.html.j2").render(key_needed=key_needed, parts=names)
         self._html, self._etag = html.encode(), f'"{_hash(html.encode())}"'
 
@@ -46,7 +48,9 @@ class Page:
     def part(self, name: str) -> Response:
         """Raises `Refused` with 404 where there is none of this name."""
         if name not in self._parts:
-            raise Refused(404, "invalid_request_error", "there is no such part of the page; load the page anew", "unknown_url")
+            raise Refused(
+                404, "invalid_request_error", "there is no such part of the page; load the page anew", "unknown_url"
+            )
         content, kind = self._parts[name]
         return Response(content, media_type=kind, headers={"cache-control": "public, max-age=31536000, immutable"})
 

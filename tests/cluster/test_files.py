@@ -21,14 +21,25 @@ RAY = re.search(r"^ray==(\S+)$", (REPOSITORY / "constraints.txt").read_text(), r
 # What KubeRay 1.7 knows at these places, `ray.io/v1`; an unknown key would be dropped without a word.
 KEYS = {
     "RayCluster": {
-        "rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "authOptions", "gcsFaultToleranceOptions", "headGroupSpec", "workerGroupSpecs",
+        "rayVersion",
+        "enableInTreeAutoscaling",
+        "autoscalerOptions",
+        "authOptions",
+        "gcsFaultToleranceOptions",
+        "headGroupSpec",
+        "workerGroupSpecs",
     },
     "RayJob": {
-        "entrypoint", "submissionMode", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec",
+        "entrypoint",
+        "submissionMode",
+        "backoffLimit",
+        "shutdownAfterJobFinishes",
+        "ttlSecondsAfterFinished",
+        "rayClusterSpec",
     },
     "group": {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"},
     "container": {"name", "image", "env", "envFrom", "ports", "resources", "volumeMounts", "command"},
-}  # fmt: skip
+}
 
 
 def documents(name):
@@ -37,7 +48,11 @@ def documents(name):
 
 def cluster_spec(name):
     (document,) = documents(name)
-    assert document["apiVersion"] == "ray.io/v1" and document["metadata"]["name"] and set(document["spec"]) <= KEYS[document["kind"]]
+    assert (
+        document["apiVersion"] == "ray.io/v1"
+        and document["metadata"]["name"]
+        and set(document["spec"]) <= KEYS[document["kind"]]
+    )
     return document["spec"].get("rayClusterSpec", document["spec"])
 
 
@@ -94,7 +109,9 @@ def test_no_dashboard_of_a_file_listens_to_everybody():
     """Ray's job API runs whatever it is sent."""
     for path in CLUSTER.iterdir():
         if path.suffix in (".yaml", ".sh"):
-            assert "dashboard-host=0.0.0.0" not in path.read_text() and not re.search(r"dashboard-host:.*0\.0\.0\.0", path.read_text()), path
+            assert "dashboard-host=0.0.0.0" not in path.read_text() and not re.search(
+                r"dashboard-host:.*0\.0\.0\.0", path.read_text()
+            ), path
 
 
 def test_the_image_copies_what_there_is_and_runs_a_python_that_is_new_enough():

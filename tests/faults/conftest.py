@@ -12,7 +12,9 @@ from tests.jobs.test_submission import away, head, store  # noqa: F401  (fixture
 def values(tmp_path_factory, teacher_folder):
     os.environ.setdefault("RAY_worker_niceness", "0")
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    prompts.write_text("\n".join(f"a {c} {s}" for c in ("red", "green", "blue", "black") for s in ("circle", "square", "cross")))
+    prompts.write_text(
+        "\n".join(f"a {c} {s}" for c in ("red", "green", "blue", "black") for s in ("circle", "square", "cross"))
+    )
     return {
         "teacher": str(teacher_folder),
         "prompts": str(prompts),

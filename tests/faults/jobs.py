@@ -45,9 +45,13 @@ class Job:
         self.tally = Path(f"{beside}.tally")
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "jobs.cli.main", "compress", str(config), *sets, *attached], cwd=REPOSITORY,
-                env=environment(fault, mark, self.tally) | (env or {}), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-m", "jobs.cli.main", "compress", str(config), *sets, *attached],
+                cwd=REPOSITORY,
+                env=environment(fault, mark, self.tally) | (env or {}),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def said(self):
@@ -126,7 +130,10 @@ def steps(tally):
     for line in Path(tally).read_text().splitlines():
         process, entry, step = line.split()
         trained[entry].setdefault(process, []).append(int(step))
-    return {entry: (first, [step for again in later for step in again]) for entry, (first, *later) in ((e, p.values()) for e, p in trained.items())}
+    return {
+        entry: (first, [step for again in later for step in again])
+        for entry, (first, *later) in ((e, p.values()) for e, p in trained.items())
+    }
 
 
 def trained_no_more_than_needed(tally, started_over=(), at_any_moment=False):

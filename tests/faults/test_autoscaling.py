@@ -11,7 +11,10 @@ pytestmark = pytest.mark.faults
 def test_a_job_runs_to_its_end_on_a_cluster_that_has_nothing_at_first(values, undisturbed, tmp_path):
     with autoscaling(env=environment(), cpu=({"CPU": 2}, 2)) as address:
         job = Job(values, tmp_path / "result", address=address).end()
-    assert "calibration: waiting for nodes, 5 min 0 s from the last sign of one: calibration.workers asks for 1 worker, " in job.said
+    assert (
+        "calibration: waiting for nodes, 5 min 0 s from the last sign of one: calibration.workers asks for 1 worker, "
+        in job.said
+    )
     assert "failed (" not in job.said and "report: " in job.said
     same(students(job.output), undisturbed)
 

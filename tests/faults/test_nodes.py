@@ -40,10 +40,16 @@ def cluster(*nodes):
     from ray.cluster_utils import Cluster
 
     memory = 100 * 2**20
-    with tempfile.TemporaryDirectory(prefix="ppcl", ignore_cleanup_errors=True) as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory(prefix="ppcl", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         # No other Ray of this machine finds it there. The path is short since sockets' names must be.
         patch.setenv("RAY_TMPDIR", folder)
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": memory})
+        made = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": memory},
+        )
         try:
             for cpus, env in nodes:
                 with pytest.MonkeyPatch.context() as of_the_node:
@@ -64,7 +70,9 @@ def test_a_job_outlives_the_loss_of_a_node(values, whole, undisturbed, tmp_path,
     env = environment(f"node in {stage}", tmp_path / "mark", Path(f"{output}.tally"))
     with cluster((3, env), (3, env)) as address:
         job = Job(values, output, address=address)
-        job.end() if stage == "evaluation" else job.until({"calibration": "probes: ", "probes": "detection: ", "students": "variants: "}[stage])
+        job.end() if stage == "evaluation" else job.until(
+            {"calibration": "probes: ", "probes": "detection: ", "students": "variants: "}[stage]
+        )
     assert (tmp_path / "mark").exists()
     # Ray Data goes on by itself.
     assert job.said.count(f"{stage}: failed (") == (stage != "calibration")
@@ -94,13 +102,17 @@ def test_a_node_that_is_missing_is_waited_for_and_then_told(values, result, tmp_
     with cluster((2, env), (2, env)) as address:
         job = Job(values, result, address=address, patience=20).end(2)
     told = "distillation.pipeline × distillation.replicas asks for 2 workers, but the cluster has 2 CPUs, of which 1 can be used by workers"
-    assert f"students: waiting for nodes, 20 s from the last sign of one: {told}" in job.said and job.error.startswith(f"ppcl: {told}")
+    assert f"students: waiting for nodes, 20 s from the last sign of one: {told}" in job.said and job.error.startswith(
+        f"ppcl: {told}"
+    )
 
 
 def faketime():
     """Debian's libfaketime, installed where it is missing and this user may."""
     if not glob("/usr/lib/*/faketime/libfaketime.so.1") and not os.geteuid():
-        subprocess.run(["apt-get", "install", "-y", "--no-install-recommends", "libfaketime"], capture_output=True, timeout=300)
+        subprocess.run(
+            ["apt-get", "install", "-y", "--no-install-recommends", "libfaketime"], capture_output=True, timeout=300
+        )
     found = glob("/usr/lib/*/faketime/libfaketime.so.1")
     if not found:
         pytest.skip("libfaketime is not there and could not be installed")
@@ -118,7 +130,12 @@ def test_nodes_whose_clocks_are_hours_apart_do_a_job_through_a_bucket(values, wh
             store.upload(path, str(path.relative_to(tmp_path / "result")))
 
     def clock(hours):
-        return {"LD_PRELOAD": library, "FAKETIME": f"{hours:+d}h", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_NO_CACHE": "0"}
+        return {
+            "LD_PRELOAD": library,
+            "FAKETIME": f"{hours:+d}h",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "FAKETIME_NO_CACHE": "0",
+        }
 
     beside = tmp_path / "job"
     env = environment()
@@ -126,7 +143,9 @@ def test_nodes_whose_clocks_are_hours_apart_do_a_job_through_a_bucket(values, wh
     with cluster((1, env), (1, env | clock(5)), (1, env | clock(-7))) as address:
         dead, failure = threading.Event(), bucket.error(503, "SlowDown")
         # The first cannot end its students before it is killed: they do not go up.
-        with s3.failing(lambda r: dead.wait(DEADLINE) and failure(r), lambda r: r.method == "PUT" and "/students/0" in r.path):
+        with s3.failing(
+            lambda r: dead.wait(DEADLINE) and failure(r), lambda r: r.method == "PUT" and "/students/0" in r.path
+        ):
             first = Job(values, url, address=address, beside=beside)
             first.wait_until(lambda: any("checkpoints" in name for name in store.objects("students")))
             second = Job(values, url, address=address, beside=tmp_path / "second", env=clock(9)).end(2)
@@ -138,13 +157,19 @@ def test_nodes_whose_clocks_are_hours_apart_do_a_job_through_a_bucket(values, wh
     same(students(mirror(url)), undisturbed)
 
 
-def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_bucket(values, undisturbed, teacher_folder, tmp_path, monkeypatch):
+def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_bucket(
+    values, undisturbed, teacher_folder, tmp_path, monkeypatch
+):
     if os.geteuid():
         pytest.skip("network namespaces need root")
     from ppcl.storage.object_store import Store, _files
 
     with bucket.served("0.0.0.0") as proxy:
-        for name, value in {**bucket.CREDENTIALS, "AWS_ENDPOINT_URL": proxy.url, "PPCL_SCRATCH": str(tmp_path / "here")}.items():
+        for name, value in {
+            **bucket.CREDENTIALS,
+            "AWS_ENDPOINT_URL": proxy.url,
+            "PPCL_SCRATCH": str(tmp_path / "here"),
+        }.items():
             monkeypatch.setenv(name, value)
         _files.cache_clear()
         url = f"s3://{bucket.BUCKET}/two"
@@ -158,13 +183,26 @@ def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_buck
         places = {"teacher": f"{url}/teacher", "prompts": f"{url}/prompts.txt", "output": f"{url}/result"}
         config.write_text(yaml.safe_dump(values | places | {"distillation": values["distillation"] | {"replicas": 2}}))
         ended = subprocess.run(
-            [REPOSITORY / "cluster" / "two_nodes.sh", sys.executable, "-m", "jobs.cli.main", "compress", config, "--address", "10.77.0.1:6379"],
-            cwd=REPOSITORY, capture_output=True, text=True, timeout=DEADLINE,
-            env=os.environ | {
+            [
+                REPOSITORY / "cluster" / "two_nodes.sh",
+                sys.executable,
+                "-m",
+                "jobs.cli.main",
+                "compress",
+                config,
+                "--address",
+                "10.77.0.1:6379",
+            ],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            env=os.environ
+            | {
                 "AWS_ENDPOINT_URL": f"http://10.77.0.254:{proxy.port}",
                 "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             },
-        )  # fmt: skip
+        )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         made = Store(f"{url}/result")
         for name in made.objects("students"):
@@ -174,7 +212,9 @@ def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_buck
         _files.cache_clear()
 
 
-def test_a_coordinator_that_is_killed_is_told_by_status_and_submitting_again_continues(head, values, result, undisturbed, tmp_path):
+def test_a_coordinator_that_is_killed_is_told_by_status_and_submitting_again_continues(
+    head, values, result, undisturbed, tmp_path
+):
     from tests.jobs.test_submission import status
     from tests.jobs.test_whole_job import ppcl
 
@@ -186,13 +226,22 @@ def test_a_coordinator_that_is_killed_is_told_by_status_and_submitting_again_con
     while len(checkpoints(result)) < 4:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    (driver,) = (p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] and p.info["cmdline"][1:4] == ["-m", "jobs.cli.main", "compress"] and "auto" in p.info["cmdline"])
+    (driver,) = (
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if p.info["cmdline"]
+        and p.info["cmdline"][1:4] == ["-m", "jobs.cli.main", "compress"]
+        and "auto" in p.info["cmdline"]
+    )
     driver.kill()
     while status(head)["state"] == "RUNNING":
         assert time.monotonic() < deadline
     code, said, wrong = ppcl("status", "--address", head)
     # A shell may stand between, and gives the signal another number.
-    assert code == 0 and re.search(r"FAILED, students.* failed with exit code (137|-9)(: Killed)?; submitting the same configuration again continues it", said), said
+    assert code == 0 and re.search(
+        r"FAILED, students.* failed with exit code (137|-9)(: Killed)?; submitting the same configuration again continues it",
+        said,
+    ), said
     kept = {path.stem: int(safe_open(path, "pt").metadata()["step"]) for path in checkpoints(result)}
     code, said, wrong = ppcl("submit", config, "--address", head, "--follow")
     assert code == 0, said + wrong

@@ -17,7 +17,9 @@ def test_a_bucket_that_fails_for_long_ends_in_one_sentence_and_the_job_goes_on_l
     url = f"{s3.bucket}/result"
     with s3.failing(bucket.error(503, "SlowDown"), lambda r: "students" in r.path and r.method == "PUT"):
         ended = Job(values, url, beside=tmp_path / "job").end(2)
-    assert ended.error.startswith("ppcl: the store of s3://") and "it answers 503 SlowDown; tried 3 times" in ended.error
+    assert (
+        ended.error.startswith("ppcl: the store of s3://") and "it answers 503 SlowDown; tried 3 times" in ended.error
+    )
     assert "Traceback" not in ended.said
     said = Store(url).read("log.txt").decode()
     assert "students: 11 replacements" in said

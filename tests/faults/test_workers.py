@@ -53,12 +53,16 @@ def test_a_job_outlives_the_loss_of_an_evaluator(values, whole, tmp_path):
 
 
 def same_files(output, whole, stage):
-    made, expected = (json.loads((folder / "manifest.json").read_text())["stages"][stage]["files"] for folder in (output, whole))
+    made, expected = (
+        json.loads((folder / "manifest.json").read_text())["stages"][stage]["files"] for folder in (output, whole)
+    )
     assert made == expected
 
 
 def same_errors(output, whole):
-    made, expected = (json.loads((folder / "evaluation" / "evaluation.json").read_text())["variants"] for folder in (output, whole))
+    made, expected = (
+        json.loads((folder / "evaluation" / "evaluation.json").read_text())["variants"] for folder in (output, whole)
+    )
     assert made.keys() == expected.keys()
     for name, row in made.items():
         assert row["velocity_error"] == pytest.approx(expected[name]["velocity_error"], abs=1e-8)
@@ -66,7 +70,10 @@ def same_errors(output, whole):
 
 def test_a_rank_that_stops_answering_is_given_up_after_the_patience_that_is_set(values, result, undisturbed, tmp_path):
     job = Job(values, result, "stopped", tmp_path / "mark", patience=20).until("variants: ")
-    assert "students: failed (rank 0 gave no sign of life for 20 s, the configuration's patience); trying again" in job.said
+    assert (
+        "students: failed (rank 0 gave no sign of life for 20 s, the configuration's patience); trying again"
+        in job.said
+    )
     same(students(job.output), undisturbed)
     trained_no_more_than_needed(job.tally)
 
@@ -77,7 +84,9 @@ def test_an_evaluator_that_stops_answering_is_given_up_after_the_patience_that_i
     same_errors(job.output, whole)
 
 
-def test_a_worker_of_calibration_that_stops_answering_is_given_up_after_the_patience_that_is_set(values, whole, tmp_path):
+def test_a_worker_of_calibration_that_stops_answering_is_given_up_after_the_patience_that_is_set(
+    values, whole, tmp_path
+):
     output = before(whole, "calibration", tmp_path)
     shutil.rmtree(output / "cache")
     job = Job(values, output, "calibration stopped", tmp_path / "mark", patience=20).until("probes: ")
@@ -86,7 +95,9 @@ def test_a_worker_of_calibration_that_stops_answering_is_given_up_after_the_pati
 
 
 @pytest.mark.parametrize(("pipeline", "replicas"), [(2, 1), (1, 1), (1, 2)])
-def test_a_killed_driver_leaves_what_any_number_of_workers_goes_on_from(values, result, undisturbed, pipeline, replicas):
+def test_a_killed_driver_leaves_what_any_number_of_workers_goes_on_from(
+    values, result, undisturbed, pipeline, replicas
+):
     job = Job(values, result)
     job.wait_until(lambda: len(checkpoints(job.output)) > 3)
     job.kill()

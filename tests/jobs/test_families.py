@@ -11,16 +11,24 @@ from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun
 from ppcl.result import Result
 from tests import tiny
 
-ARGUMENTS = {"flux": {"guidance_scale": 2.5, "max_sequence_length": 12}, "sd3": {"guidance_scale": 1.0, "max_sequence_length": 12}}
+ARGUMENTS = {
+    "flux": {"guidance_scale": 2.5, "max_sequence_length": 12},
+    "sd3": {"guidance_scale": 1.0, "max_sequence_length": 12},
+}
 TEACHERS = {"flux": tiny.flux_pipeline, "sd3": tiny.sd3_pipeline}
 
 
 @pytest.mark.parametrize("family", TEACHERS)
 def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
     teacher = TEACHERS[family](tmp_path / "teacher")
-    (tmp_path / "prompts.txt").write_text("\n".join(f"a {c} {s}" for c in ("red", "green", "blue") for s in ("circle", "square")))
+    (tmp_path / "prompts.txt").write_text(
+        "\n".join(f"a {c} {s}" for c in ("red", "green", "blue") for s in ("circle", "square"))
+    )
     config = Config(
-        teacher=teacher, prompts=tmp_path / "prompts.txt", output=tmp_path / "result", device="cpu",
+        teacher=teacher,
+        prompts=tmp_path / "prompts.txt",
+        output=tmp_path / "result",
+        device="cpu",
         sampling={"steps": 2, "height": 16, "width": 16, "arguments": ARGUMENTS[family]},
         calibration={"states_per_prompt": 2, "held_out": 0.3},
         width={"text_similarity": 0.2, "hidden": [50]},
@@ -28,15 +36,19 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
         finetuning={"steps": 2, "batch_size": 4, "warmup": 1, "measured": 2},
         variants={"budgets": [0.7], "custom": {"folded": ["modulations"]}},
         evaluation={"limit": 2},
-    )  # fmt: skip
+    )
     Job(config, Console(file=io.StringIO())).run("cpu")
     result = Result(tmp_path / "result")
     kinds = {type(entry) for entry in result.replacements}
     assert kinds == {Interval, TextRun, Ffn, LowRankModulation}
     assert result.variants.keys() == {"teacher", "p70", "all", "folded"}
     if family == "flux":
-        assert any(entry.first >= 4 for entry in result.replacements if isinstance(entry, Interval)), "none of single-stream blocks"
-    image = result.pipeline("p70")("a red circle", num_inference_steps=2, height=16, width=16, **ARGUMENTS[family]).images[0]
+        assert any(entry.first >= 4 for entry in result.replacements if isinstance(entry, Interval)), (
+            "none of single-stream blocks"
+        )
+    image = result.pipeline("p70")(
+        "a red circle", num_inference_steps=2, height=16, width=16, **ARGUMENTS[family]
+    ).images[0]
     assert image.size == (16, 16)
     for name, variant in result.variants.items():
         assert variant.parameters == sum(p.numel() for p in _running(result, name)), name

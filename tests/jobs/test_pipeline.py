@@ -13,7 +13,10 @@ from ppcl.errors import UserError
 @pytest.fixture
 def job(teacher_folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    return Job(Config(teacher=teacher_folder, prompts=tmp_path / "prompts.txt", output=tmp_path / "result"), Console(file=io.StringIO(), width=300))
+    return Job(
+        Config(teacher=teacher_folder, prompts=tmp_path / "prompts.txt", output=tmp_path / "result"),
+        Console(file=io.StringIO(), width=300),
+    )
 
 
 def stage(failures, keeps_checkpoints=False):
@@ -34,7 +37,10 @@ def stage(failures, keeps_checkpoints=False):
 def test_a_stage_that_loses_workers_is_tried_again_from_what_it_keeps(job, keeps, found):
     job._run_stage(stage([RuntimeError("Traceback\nsomewhere\nlost a worker"), OSError("gone")], keeps))
     said = job.reporter.console.file.getvalue()
-    assert "probes: failed (lost a worker); trying again from what is complete, 1 of 2 times" in said and "failed (gone)" in said
+    assert (
+        "probes: failed (lost a worker); trying again from what is complete, 1 of 2 times" in said
+        and "failed (gone)" in said
+    )
     assert job.artifacts.entry("probes").info == {"found": found}
 
 

@@ -42,7 +42,11 @@ def store(s3_server, tmp_path_factory):
     """A place in a bucket, known to this process and to all it starts; `store.scratch` is what the cluster's node keeps of it."""
     with pytest.MonkeyPatch.context() as patch:
         scratch = tmp_path_factory.mktemp("node") / "scratch"
-        for name, value in {**bucket.CREDENTIALS, "AWS_ENDPOINT_URL": s3_server.url, "PPCL_SCRATCH": str(scratch)}.items():
+        for name, value in {
+            **bucket.CREDENTIALS,
+            "AWS_ENDPOINT_URL": s3_server.url,
+            "PPCL_SCRATCH": str(scratch),
+        }.items():
             patch.setenv(name, value)
         _files.cache_clear()
         made = Store(f"s3://{bucket.BUCKET}/submitted")
@@ -55,15 +59,36 @@ def store(s3_server, tmp_path_factory):
 def started(away, **settings):
     """`ray start --head` with a dashboard, from the folder `away` where no ppcl is; gives the addresses of the job API and of the GCS."""
     dashboard, gcs = free_port(), free_port()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_JOB_START_TIMEOUT_SECONDS": "300"} | settings
+    environment = (
+        {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_JOB_START_TIMEOUT_SECONDS": "300"} | settings
+    )
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     head = subprocess.Popen(
-        [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={gcs}", "--num-cpus=4",
-         f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={free_port()}", f"--temp-dir={away}/ray",
-         "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}",
-         "--include-dashboard=true"],
-        cwd=away, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            f"--port={gcs}",
+            "--num-cpus=4",
+            f"--dashboard-port={dashboard}",
+            "--dashboard-host=127.0.0.1",
+            f"--ray-client-server-port={free_port()}",
+            f"--temp-dir={away}/ray",
+            "--object-store-memory=200000000",
+            f"--dashboard-agent-listen-port={free_port()}",
+            f"--metrics-export-port={free_port()}",
+            "--include-dashboard=true",
+        ],
+        cwd=away,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     address, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 240
     try:
         while "nothing answers" in (wrong := ppcl("list", "--address", address)[2]) or "is not Ray's job API" in wrong:
@@ -130,8 +155,12 @@ def test_a_cluster_without_jobs_says_so(head):
 
 
 def test_what_the_cluster_can_never_have_is_told_at_once(head, job):
-    code, said, wrong = ppcl("submit", job, "--address", head, "--output", job.parent / "big", "--set", "distillation.pipeline=64")
-    assert code == 2 and "asks for 64 workers, but the cluster has 4 CPUs" in wrong and wrong.count("\n") == 1, said + wrong
+    code, said, wrong = ppcl(
+        "submit", job, "--address", head, "--output", job.parent / "big", "--set", "distillation.pipeline=64"
+    )
+    assert code == 2 and "asks for 64 workers, but the cluster has 4 CPUs" in wrong and wrong.count("\n") == 1, (
+        said + wrong
+    )
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +175,9 @@ def stopped(head, job, store, s3_server):
 
     # The stage cannot end before it is stopped: what it made does not go up.
     stopped, failure = threading.Event(), bucket.error(503, "SlowDown")
-    with s3_server.failing(lambda r: stopped.wait(240) and failure(r), lambda r: r.method == "PUT" and "/students/0" in r.path):
+    with s3_server.failing(
+        lambda r: stopped.wait(240) and failure(r), lambda r: r.method == "PUT" and "/students/0" in r.path
+    ):
         deadline = time.monotonic() + 240
         while not store.objects("result/students/checkpoints"):
             now = status(head)
@@ -189,15 +220,26 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(head, stopped, continu
         assert f"{stage}: complete, skipped" in said
     assert "students: done" in said and "evaluation: done" in said and "p90" in said
     last = status(head)
-    assert last["state"] == "SUCCEEDED" and last["report"] == f"{store.url}/result/report.html" and last["id"] == stopped[:-1] + "2"
+    assert (
+        last["state"] == "SUCCEEDED"
+        and last["report"] == f"{store.url}/result/report.html"
+        and last["id"] == stopped[:-1] + "2"
+    )
     code, said, _ = ppcl("list", "--address", head)
-    assert [line.split(",")[0] for line in said.splitlines()[-2:]] == [f"{stopped}: STOPPED", f"{last['id']}: SUCCEEDED"]
+    assert [line.split(",")[0] for line in said.splitlines()[-2:]] == [
+        f"{stopped}: STOPPED",
+        f"{last['id']}: SUCCEEDED",
+    ]
 
 
 def test_the_bucket_holds_what_the_manifest_names_and_weights_were_read_by_range(continued, store, s3_server):
     _, kept = continued
     # Two ranks of distillation read their own blocks; only the pipelines that make pictures are whole.
-    weights = [r for r in s3_server.requests if r.method == "GET" and "/teacher/transformer/" in r.path and r.path.endswith("safetensors")]
+    weights = [
+        r
+        for r in s3_server.requests
+        if r.method == "GET" and "/teacher/transformer/" in r.path and r.path.endswith("safetensors")
+    ]
     assert any(r.range for r in weights)
     result = Store(f"{store.url}/result")
     manifest = json.loads(result.read("manifest.json"))
@@ -250,7 +292,9 @@ def sent(head, identity, command):
     """A job of ppcl to the job API, but with a command of the test's own; gives its id."""
     from ray.job_submission import JobSubmissionClient
 
-    return JobSubmissionClient(head).submit_job(entrypoint=command, submission_id=identity, metadata={"ppcl": "compress", "output": "/nowhere"})
+    return JobSubmissionClient(head).submit_job(
+        entrypoint=command, submission_id=identity, metadata={"ppcl": "compress", "output": "/nowhere"}
+    )
 
 
 def ended(head, identity):
@@ -297,7 +341,10 @@ def test_what_the_nodes_have_not_installed_is_told(head, store, monkeypatch):
     monkeypatch.setattr(submission, "_NEEDED", (*submission._NEEDED, "no_such_package", "nor_this"))
     jobs = Jobs(head)
     identity = jobs.submit(Config(teacher="t", prompts="p", output=f"{store.url}/lacking"))
-    with pytest.raises(UserError, match=f"the job {identity} failed: the cluster has no no_such_package, nor_this; install the dependencies"):
+    with pytest.raises(
+        UserError,
+        match=f"the job {identity} failed: the cluster has no no_such_package, nor_this; install the dependencies",
+    ):
         jobs.wait_until_begun(identity)
 
 
@@ -348,7 +395,9 @@ def between(head, breaks):
         async with ClientSession() as session:
             if not request.path.endswith("/logs/tail"):
                 async with session.request(request.method, head + request.path_qs, data=await request.read()) as answer:
-                    return web.Response(body=await answer.read(), status=answer.status, content_type=answer.content_type)
+                    return web.Response(
+                        body=await answer.read(), status=answer.status, content_type=answer.content_type
+                    )
             ours, end = web.WebSocketResponse(), breaks.pop(0) if breaks else None
             await ours.prepare(request)
             async with session.ws_connect(head + request.path, timeout=ClientWSTimeout(ws_close=0.1)) as theirs:
@@ -412,7 +461,9 @@ def test_following_gives_up_where_nothing_can_be_had_any_more(head, monkeypatch)
     monkeypatch.setattr(submission, "_RECONNECTS", 2)
     with between(head, []) as address:
         jobs = Jobs(address)
-    with pytest.raises(UserError, match="the job lost-1 cannot be followed: the cluster at .* does not answer any more"):
+    with pytest.raises(
+        UserError, match="the job lost-1 cannot be followed: the cluster at .* does not answer any more"
+    ):
         jobs.follow("lost-1", print)
     assert Jobs(head).stop("lost-1").state == "STOPPED"
 
@@ -421,7 +472,10 @@ def test_ctrl_c_ends_the_following_and_not_the_job(head):
     sent(head, "counting-2", f"{COUNTING}; sleep 600")
     code, _, wrong = ppcl("logs", "-f", "--address", head, stop_at="line 2")
     assert code == 130
-    assert wrong == "ppcl: the job counting-2 goes on; `ppcl logs counting-2 -f` follows it, `ppcl stop counting-2` ends it\n"
+    assert (
+        wrong
+        == "ppcl: the job counting-2 goes on; `ppcl logs counting-2 -f` follows it, `ppcl stop counting-2` ends it\n"
+    )
     assert status(head, "counting-2")["state"] == "RUNNING"
     code, said, _ = ppcl("stop", "counting-2", "--address", head)
     assert code == 0 and "counting-2: STOPPED" in said
@@ -436,7 +490,11 @@ def test_an_address_where_nothing_or_something_else_is(job):
 
 @pytest.mark.parametrize(
     ("answer", "sentence"),
-    [(b'{"ray_version": "2.44.1"}', "runs Ray 2.44.1, this ppcl Ray 2.60"), (b"<html>", "is not Ray's job API"), (b"{}", "is not Ray's job API")],
+    [
+        (b'{"ray_version": "2.44.1"}', "runs Ray 2.44.1, this ppcl Ray 2.60"),
+        (b"<html>", "is not Ray's job API"),
+        (b"{}", "is not Ray's job API"),
+    ],
 )
 def test_another_ray_and_another_server_are_told(answer, sentence):
     class Answer(BaseHTTPRequestHandler):

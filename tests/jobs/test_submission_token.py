@@ -24,7 +24,16 @@ def test_none_or_a_wrong_token_is_told(guarded, given, monkeypatch, tmp_path, te
     api, gcs = guarded
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green cross\n")
     job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump({"teacher": str(teacher_folder), "prompts": "prompts.txt", "output": str(tmp_path / "result"), "device": "cpu"}))
+    job.write_text(
+        yaml.safe_dump(
+            {
+                "teacher": str(teacher_folder),
+                "prompts": "prompts.txt",
+                "output": str(tmp_path / "result"),
+                "device": "cpu",
+            }
+        )
+    )
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray looks for a token there, too
@@ -32,7 +41,9 @@ def test_none_or_a_wrong_token_is_told(guarded, given, monkeypatch, tmp_path, te
         monkeypatch.setenv(name, value)
     for command, address in ((["list"], api), (["compress", job], gcs)):
         code, _, wrong = ppcl(*command, "--address", address)
-        assert code == 2 and wrong.startswith(f"ppcl: the cluster at {address} needs a token; none or a wrong one was given"), (command, wrong)
+        assert code == 2 and wrong.startswith(
+            f"ppcl: the cluster at {address} needs a token; none or a wrong one was given"
+        ), (command, wrong)
         assert wrong.count("\n") == 1
 
 
@@ -43,9 +54,15 @@ def test_a_token_that_is_wanted_and_nowhere_is_told_before_anything_is_asked(mon
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump({"teacher": str(teacher_folder), "prompts": "prompts.txt", "output": str(tmp_path / "result")}))
+    job.write_text(
+        yaml.safe_dump({"teacher": str(teacher_folder), "prompts": "prompts.txt", "output": str(tmp_path / "result")})
+    )
     code, _, wrong = ppcl("compress", job, "--address", "auto")
-    assert code == 2 and wrong.startswith("ppcl: the cluster at auto needs a token; none or a wrong one was given") and wrong.count("\n") == 1
+    assert (
+        code == 2
+        and wrong.startswith("ppcl: the cluster at auto needs a token; none or a wrong one was given")
+        and wrong.count("\n") == 1
+    )
 
 
 def test_who_has_the_token_gets_in(guarded, monkeypatch):

@@ -210,4 +210,9 @@ def test_a_cluster_with_another_ray_or_python_is_told(job, ray_cluster, name, ve
         code, _, error = ppcl("compress", job, "--address", ray_cluster.get_runtime_context().gcs_address)
     finally:
         gcs.internal_kv_put(key, told, True, **where)
-    assert code == 2 and "runs another Ray or Python than this ppcl" in error and version in error and error.count("\n") == 1
+    assert (
+        code == 2
+        and "runs another Ray or Python than this ppcl" in error
+        and version in error
+        and error.count("\n") == 1
+    )

@@ -94,9 +94,13 @@ def test_names_and_intervals_choose_the_same_and_the_pipeline_draws(result):
         pipeline = result.pipeline(choice)
         sampling = result.sampling
         pictures[str(choice)] = pipeline(
-            "a photo of a red circle", num_inference_steps=sampling.steps, height=sampling.height, width=sampling.width,
-            generator=torch.Generator().manual_seed(0), output_type="np",
-        ).images  # fmt: skip
+            "a photo of a red circle",
+            num_inference_steps=sampling.steps,
+            height=sampling.height,
+            width=sampling.width,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images
     assert np.array_equal(pictures["ends"], pictures["0-1,4-5"])
     assert np.array_equal(pictures["ends"], pictures["((0, 1), (4, 5))"])
     assert not np.array_equal(pictures["ends"], pictures["teacher"])
@@ -105,7 +109,10 @@ def test_names_and_intervals_choose_the_same_and_the_pipeline_draws(result):
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
-        ("p10", "no variant 'p10'; there are teacher, p90, p75, all, ends, and plans written as .* with commas between, of 0-1, 2-3, 4-5"),
+        (
+            "p10",
+            "no variant 'p10'; there are teacher, p90, p75, all, ends, and plans written as .* with commas between, of 0-1, 2-3, 4-5",
+        ),
         ("0-2", "there is no replacement 0-2; there are 0-1, 2-3, 4-5"),
         ("0-1,0-1", "overlap"),
         ("3-9", "does not lie within one block list"),
@@ -194,7 +201,9 @@ def test_a_student_comes_back_from_its_file_as_it_was(tmp_path, teacher_folder):
     assert made.state_dict().keys() == read.state_dict().keys()
     assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in made.state_dict().items())
     half = load_replacement(tmp_path / "00-01.safetensors", teacher, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and not any(p.requires_grad for p in half.parameters())
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and not any(
+        p.requires_grad for p in half.parameters()
+    )
 
 
 def test_the_jobs_sampling_is_told_or_asked_for(copy):

@@ -16,9 +16,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 _PATIENCE = 60.0
 _ARGUMENTS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-port=0",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+    "--remote-debugging-port=0",
+)
 _KEYS = {"Tab": 9, "Enter": 13, " ": 32}
 
 
@@ -27,7 +35,9 @@ class Browser:
 
     def __init__(self, profile: Path, width: int = 1280, height: int = 900):
         self._process = subprocess.Popen(
-            [CHROMIUM, *_ARGUMENTS, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [CHROMIUM, *_ARGUMENTS, f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         self._number, self.problems, self.asked = 0, [], []
         try:

@@ -41,7 +41,13 @@ class Answer:
 
 class Server:
     def __init__(self, backend: Backend, settings: Settings, behind_ray: bool = False):
-        config = uvicorn.Config(create_app(backend, settings, behind_ray=behind_ray), host="127.0.0.1", port=0, log_level="critical", access_log=False)
+        config = uvicorn.Config(
+            create_app(backend, settings, behind_ray=behind_ray),
+            host="127.0.0.1",
+            port=0,
+            log_level="critical",
+            access_log=False,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -66,7 +72,10 @@ class Server:
         framing = {"transfer-encoding": "chunked"} if isinstance(body, list) else {"content-length": str(len(body))}
         sent = {"host": f"127.0.0.1:{self.port}", "connection": "close"} | framing | dict(headers or {})
         lines = [f"{method} {path} HTTP/1.1".encode("latin-1")]
-        lines += [name.encode() + b": " + (value if isinstance(value, bytes) else value.encode("latin-1")) for name, value in sent.items()]
+        lines += [
+            name.encode() + b": " + (value if isinstance(value, bytes) else value.encode("latin-1"))
+            for name, value in sent.items()
+        ]
         with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as connection:
             connection.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
             for chunk in body if isinstance(body, list) else []:
@@ -74,11 +83,15 @@ class Server:
             connection.sendall(b"0\r\n\r\n" if isinstance(body, list) else body)
             response = http.client.HTTPResponse(connection, method=method)
             response.begin()
-            return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read())
+            return Answer(
+                response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
+            )
 
     def generate(self, values: Any, headers: Mapping[str, str | bytes] | None = None) -> Answer:
         body = values if isinstance(values, bytes) else json.dumps(values).encode()
-        return self.ask("POST", "/v1/images/generations", body, {"content-type": "application/json"} | dict(headers or {}))
+        return self.ask(
+            "POST", "/v1/images/generations", body, {"content-type": "application/json"} | dict(headers or {})
+        )
 
 
 def until(true: Any, complaint: str) -> None:

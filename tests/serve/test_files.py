@@ -22,7 +22,11 @@ def rayservice():
     return yaml.safe_load((REPOSITORY / "cluster" / "rayservice.yaml").read_text())
 
 
-@pytest.mark.parametrize("values", [serve_file, lambda: yaml.safe_load(rayservice()["spec"]["serveConfigV2"])], ids=["serve deploy", "KubeRay"])
+@pytest.mark.parametrize(
+    "values",
+    [serve_file, lambda: yaml.safe_load(rayservice()["spec"]["serveConfigV2"])],
+    ids=["serve deploy", "KubeRay"],
+)
 def test_ray_takes_the_file_and_we_take_its_args(values):
     from ray.serve.schema import ServeDeploySchema
 
@@ -67,7 +71,9 @@ def test_the_dashboard_shows_what_the_engine_counts():
     for panel in json.loads(text)["panels"]:
         for target in panel["targets"]:
             for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
-                labels = {label for name in re.findall(r"ray_ppcl_\w+", target["expr"]) for label in exported[name].labels}
+                labels = {
+                    label for name in re.findall(r"ray_ppcl_\w+", target["expr"]) for label in exported[name].labels
+                }
                 assert label in labels | {"replica"}
 
 
@@ -80,7 +86,12 @@ def test_settings_come_from_defaults_then_the_file_then_the_command(tmp_path):
     path = tmp_path / "serve.yaml"
     path.write_text("engine:\n  batch: 2\n  queue: 3\nhttp:\n  port: 9000\n")
     settings = load_settings(Path("r"), path, ["engine.queue=5"], {"host": None, "port": 9001})
-    assert (settings.engine.batch, settings.engine.queue, settings.http.port, settings.http.host) == (2, 5, 9001, "127.0.0.1")
+    assert (settings.engine.batch, settings.engine.queue, settings.http.port, settings.http.host) == (
+        2,
+        5,
+        9001,
+        "127.0.0.1",
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,25 @@ class Command:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = port or free.getsockname()[1]
-        command = [sys.executable, "-m", "jobs.cli.main", "serve", str(result), "--port", str(self.port), "--set", "engine.variants=[teacher,all]"]
+        command = [
+            sys.executable,
+            "-m",
+            "jobs.cli.main",
+            "serve",
+            str(result),
+            "--port",
+            str(self.port),
+            "--set",
+            "engine.variants=[teacher,all]",
+        ]
         self.process = subprocess.Popen(
             [*command, "--set", "limits.steps=100000", "--set", "engine.cpus=1", *more],
-            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
         self.said: list[str] = []
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
@@ -68,14 +82,19 @@ class Command:
         """Its exit code, with nothing of it left."""
         code = self.process.wait(PATIENCE)
         self._reading.join(PATIENCE)
-        until(lambda: not [child for child in self._children if child.is_running() and child.status() != "zombie"], "its processes end")
+        until(
+            lambda: not [child for child in self._children if child.is_running() and child.status() != "zombie"],
+            "its processes end",
+        )
         with socket.socket() as again:
             again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             again.bind(("127.0.0.1", self.port))
         return code
 
     def draw(self, steps, **more):
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=PATIENCE
+        )
         usual = {"model": "all", "prompt": "a secret wish", "extra_body": {"num_inference_steps": steps}}
         return client.images.generate(**(usual | more))
 
@@ -88,7 +107,11 @@ class Command:
 
     def requests_running(self):
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=PATIENCE) as answer:
-            return [float(line.split()[1]) for line in answer.read().decode().splitlines() if line.startswith("ppcl_pictures_running ")] or [0.0]
+            return [
+                float(line.split()[1])
+                for line in answer.read().decode().splitlines()
+                if line.startswith("ppcl_pictures_running ")
+            ] or [0.0]
 
     def kill(self):
         for child in psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else ():
@@ -181,9 +204,13 @@ def test_ctrl_c_while_it_starts_leaves_nothing_behind(start, result):
 def refused(result, *more, **environment):
     """What the command says of a mistake, in one line."""
     run = subprocess.run(
-        [sys.executable, "-m", "jobs.cli.main", "serve", str(result), *more], cwd=REPOSITORY, capture_output=True, text=True,
-        env={name: value for name, value in os.environ.items() if name != "PPCL_API_KEYS"} | environment, timeout=PATIENCE,
-    )  # fmt: skip
+        [sys.executable, "-m", "jobs.cli.main", "serve", str(result), *more],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "PPCL_API_KEYS"} | environment,
+        timeout=PATIENCE,
+    )
     assert run.returncode == 2 and not run.stdout and run.stderr.count("\n") == 1, (run.stdout, run.stderr)
     return run.stderr.removeprefix("ppcl: ").rstrip("\n")
 
@@ -193,7 +220,12 @@ def test_mistakes_are_told_before_anything_is_started(result, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert refused(result, "--port", port) == f"127.0.0.1:{port} cannot be listened at: Address already in use; choose another --host or --port"
-    assert "there is no API key; set PPCL_API_KEYS or http.api_keys_file, or listen at 127.0.0.1" in refused(result, "--host", "0.0.0.0")
+        assert (
+            refused(result, "--port", port)
+            == f"127.0.0.1:{port} cannot be listened at: Address already in use; choose another --host or --port"
+        )
+    assert "there is no API key; set PPCL_API_KEYS or http.api_keys_file, or listen at 127.0.0.1" in refused(
+        result, "--host", "0.0.0.0"
+    )
     assert f"log.file {tmp_path} cannot be written: Is a directory" in refused(result, "--set", f"log.file={tmp_path}")
     assert "there is no variant 'p50' in" in refused(result, "--set", "engine.variants=[p50]")

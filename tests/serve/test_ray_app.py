@@ -42,16 +42,25 @@ class Site:
 
         from serve.ray_app import application
 
-        usual = ["engine.cpus=1", "engine.variants=[teacher,all]", "limits.steps=1000", "autoscaling.look_back_seconds=1"]
+        usual = [
+            "engine.cpus=1",
+            "engine.variants=[teacher,all]",
+            "limits.steps=1000",
+            "autoscaling.look_back_seconds=1",
+        ]
         settings = load_settings(self.result, None, [*usual, *changes], {"port": self.port})
         serve.run(application(settings), name=APP, route_prefix="/")
 
     def client(self, **more):
-        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", timeout=PATIENCE, **({"max_retries": 0} | more))
+        return openai.OpenAI(
+            base_url=f"{self.address}/v1", api_key="none", timeout=PATIENCE, **({"max_retries": 0} | more)
+        )
 
     def draw(self, steps=SHORT, model="teacher", seed=0, **more):
         return self.client().images.generate(
-            prompt="a photo of a red circle", model=model, extra_body={"num_inference_steps": steps, "seed": seed, **more}
+            prompt="a photo of a red circle",
+            model=model,
+            extra_body={"num_inference_steps": steps, "seed": seed, **more},
         )
 
     def engine(self):
@@ -71,7 +80,9 @@ class Site:
         """The names of the engine's replicas, those that start or end included."""
         import ray
 
-        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == "serve"]
+        names = [
+            actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == "serve"
+        ]
         return [name for name in names if f"{APP}#engine#" in name]
 
     def load(self):
@@ -123,7 +134,11 @@ def test_the_official_client_draws_streams_and_lists(site):
     assert image.size == (32, 32) and drawn.variant == "teacher"
     events = list(
         site.client().images.generate(
-            prompt="a photo of a red circle", model="auto", stream=True, partial_images=2, extra_body={"num_inference_steps": 6}
+            prompt="a photo of a red circle",
+            model="auto",
+            stream=True,
+            partial_images=2,
+            extra_body={"num_inference_steps": 6},
         )
     )
     kinds = [event.type for event in events]
@@ -187,7 +202,9 @@ def test_a_full_engine_says_so_and_when_to_come_back(site):
 
 def test_a_rolling_update_under_load_fails_no_request(site):
     before = site.actors()
-    answers = under_load(site, 3, lambda: site.deploy("autoscaling.min_replicas=2", "autoscaling.max_replicas=2"), steps=20)
+    answers = under_load(
+        site, 3, lambda: site.deploy("autoscaling.min_replicas=2", "autoscaling.max_replicas=2"), steps=20
+    )
     assert len(answers) >= 8 and all(answer is True for answer in answers), Counter(map(str, answers))
     until(lambda: site.replicas() == 2, "two replicas run")
     until(lambda: not set(before) & set(site.actors()), "the replicas of before are gone")
@@ -203,7 +220,10 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(site):
         # The busiest moment there is: both replicas draw.
         until(lambda: all(site.load()["pictures"] > 0 for _ in range(6)), "the replicas draw")
         ray.kill(actor, no_restart=True)
-        until(lambda: len(set(site.actors()) - {name}) == 2 and site.replicas() == 2, "another replica has taken its place")
+        until(
+            lambda: len(set(site.actors()) - {name}) == 2 and site.replicas() == 2,
+            "another replica has taken its place",
+        )
 
     answers = under_load(site, 6, kill, steps=100)
     failed = [answer for answer in answers if answer is not True]
@@ -240,8 +260,12 @@ def test_what_was_told_of_a_lost_replicas_request_is_not_told_again(site):
 
 def test_replicas_follow_the_work_up_and_down_and_no_request_fails(site):
     scaling = {
-        "min_replicas": 1, "max_replicas": 2, "target_backlog_seconds": 0.5, "upscale_delay_seconds": 0.5, "downscale_delay_seconds": 1,
-    }  # fmt: skip
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "target_backlog_seconds": 0.5,
+        "upscale_delay_seconds": 0.5,
+        "downscale_delay_seconds": 1,
+    }
     site.deploy(*(f"autoscaling.{key}={value}" for key, value in scaling.items()))
     until(lambda: site.replicas() == 1, "the floor is reached")
     answers = under_load(site, 8, lambda: until(lambda: site.replicas() == 2, "a second replica"), steps=100)

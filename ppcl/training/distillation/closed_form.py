@@ -17,7 +17,12 @@ from ppcl.training.parallel_dims import ParallelDims
 
 
 def fit_closed_form(
-    objectives: Sequence[DistillationObjective], captured: Callable[[np.ndarray], CapturedActivations], ids: np.ndarray, batch_size: int, ridge: float, dims: ParallelDims
+    objectives: Sequence[DistillationObjective],
+    captured: Callable[[np.ndarray], CapturedActivations],
+    ids: np.ndarray,
+    batch_size: int,
+    ridge: float,
+    dims: ParallelDims,
 ) -> None:
     """Set `objectives` to their closed-form starts, from one pass of the whole pipeline over the samples `ids`.
 

@@ -29,10 +29,6 @@ LossTerm = tuple[torch.Tensor, float]
 Loss = Callable[..., LossTerm]
 
 
-
-
-
-
 # What sums are called, the tokens `(n, p)`, and those that shall come of them `(n, q)`.
 MomentUpdate = tuple[str, torch.Tensor, torch.Tensor]
 
@@ -80,7 +76,10 @@ class _LeastSquaresInit:
         raise NotImplementedError
 
     def sums(self) -> dict[str, tuple[int, int]]:
-        return {f"{self.replacement.name}.{n}": (linear.in_features, linear.out_features) for n, linear in self.linears().items()}
+        return {
+            f"{self.replacement.name}.{n}": (linear.in_features, linear.out_features)
+            for n, linear in self.linears().items()
+        }
 
     def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         for name, x, y in self._pairs(captured):
@@ -98,9 +97,13 @@ class StudentObjective(_LeastSquaresInit):
     """A student block for an interval (Eq. 6), all of a block or with fewer hidden units in its FFNs."""
 
     def __init__(
-        self, adapter: ModelAdapter, transformer: nn.Module, blocks: Mapping[int, nn.Module], replacement: Interval,
+        self,
+        adapter: ModelAdapter,
+        transformer: nn.Module,
+        blocks: Mapping[int, nn.Module],
+        replacement: Interval,
         settings: Distillation,
-    ):  # fmt: skip
+    ):
         self.replacement = replacement
         source = sum(replacement) // 2 if settings.start == "middle" else replacement.first
         block = copy.deepcopy(blocks[source]).float()
@@ -117,7 +120,9 @@ class StudentObjective(_LeastSquaresInit):
         self.module = StudentBlock(adapter, replacement, source, block, affine)
         self.capture = CaptureSpec(frozenset({replacement.first, replacement.last + 1}))
         # What the teacher's own block `u` makes is the affine map's input for the fit alone; then the student's block makes it.
-        self.init_capture = CaptureSpec(frozenset({replacement.first + 1, replacement.last + 1})) if affine else CaptureSpec()
+        self.init_capture = (
+            CaptureSpec(frozenset({replacement.first + 1, replacement.last + 1})) if affine else CaptureSpec()
+        )
         if self.narrow:
             self.init_capture |= self.narrow.init_capture
 
@@ -151,7 +156,9 @@ class StudentObjective(_LeastSquaresInit):
         made = self.module.streams(captured.boundaries[self.replacement.first], captured.context)
         target = captured.boundaries[self.replacement.last + 1]
         return {
-            name: loss_of(getattr(made, name), x, captured.mask(name)) for name, x in target._asdict().items() if x is not None
+            name: loss_of(getattr(made, name), x, captured.mask(name))
+            for name, x in target._asdict().items()
+            if x is not None
         }
 
 
@@ -161,7 +168,9 @@ class LinearFfnObjective(_LeastSquaresInit):
     def __init__(self, adapter: ModelAdapter, transformer: nn.Module, block: nn.Module, replacement: Ffn):
         self.replacement = replacement
         self.module = LinearFfn.new(adapter.parts_of(transformer, replacement.block, block), _width(block))
-        self.capture = self.init_capture = CaptureSpec(frozenset({replacement.block + 1}), residuals=frozenset({replacement.block}))
+        self.capture = self.init_capture = CaptureSpec(
+            frozenset({replacement.block + 1}), residuals=frozenset({replacement.block})
+        )
 
     def linears(self) -> dict[str, nn.Linear]:
         return dict(self.module)
@@ -182,7 +191,9 @@ class LinearFfnObjective(_LeastSquaresInit):
         return parts
 
     def _ends(self, captured: CapturedActivations, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return captured.residuals[self.replacement.block, name], getattr(captured.boundaries[self.replacement.block + 1], name)
+        return captured.residuals[self.replacement.block, name], getattr(
+            captured.boundaries[self.replacement.block + 1], name
+        )
 
 
 class PrunedFfnObjective:
@@ -201,7 +212,9 @@ class PrunedFfnObjective:
 
     def sums(self) -> dict[str, tuple[int, int]]:
         # One Gram matrix for all widths of the block.
-        return {f"hidden-{self.replacement.block}-{stream}": (self._maps(stream)[1].in_features, 0) for stream in self.parts}
+        return {
+            f"hidden-{self.replacement.block}-{stream}": (self._maps(stream)[1].in_features, 0) for stream in self.parts
+        }
 
     def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         for stream in self.parts:
@@ -212,7 +225,9 @@ class PrunedFfnObjective:
         for stream in self.parts:
             up, down = self._maps(stream)
             width = self.module.up[stream].out_features
-            made = eliminate_units(sums[f"hidden-{self.replacement.block}-{stream}"], down.weight, down.bias, [width], ridge)
+            made = eliminate_units(
+                sums[f"hidden-{self.replacement.block}-{stream}"], down.weight, down.bias, [width], ridge
+            )
             self.module.set(stream, up, made[width])
 
     def _maps(self, stream: str) -> tuple[nn.Linear, nn.Linear]:
@@ -224,7 +239,12 @@ class TextProjectorsObjective(_LeastSquaresInit):
     """Projectors for a run of text streams (Eq. 7, 8): every block's image output, and the projectors' own outputs."""
 
     def __init__(
-        self, adapter: ModelAdapter, transformer: nn.Module, blocks: Mapping[int, nn.Module], replacement: TextRun, count: int
+        self,
+        adapter: ModelAdapter,
+        transformer: nn.Module,
+        blocks: Mapping[int, nn.Module],
+        replacement: TextRun,
+        count: int,
     ):
         """`count`: the teacher's blocks; behind the last one nothing reads the text stream."""
         self.replacement = replacement
@@ -245,7 +265,10 @@ class TextProjectorsObjective(_LeastSquaresInit):
         for number in self.module.z:
             yield f"z.{number}", z, captured.tokens(captured.text_inputs[int(number)], "txt")
         if self.module.h is not None:
-            h, after = (captured.tokens(captured.boundaries[b + 1].txt, "txt") for b in (self.replacement.first, self.replacement.last))
+            h, after = (
+                captured.tokens(captured.boundaries[b + 1].txt, "txt")
+                for b in (self.replacement.first, self.replacement.last)
+            )
             yield "h", h, after - h
 
     def losses(self, captured: CapturedActivations, loss_of: Loss) -> dict[str, LossTerm]:
@@ -270,9 +293,13 @@ def _width(block: nn.Module) -> int:
 
 
 def new_objective(
-    adapter: ModelAdapter, transformer: nn.Module, blocks: Mapping[int, nn.Module], replacement: Replacement, settings: Distillation,
+    adapter: ModelAdapter,
+    transformer: nn.Module,
+    blocks: Mapping[int, nn.Module],
+    replacement: Replacement,
+    settings: Distillation,
     count: int,
-) -> DistillationObjective:  # fmt: skip
+) -> DistillationObjective:
     """`blocks`: the teacher's own, of the replacement at least, by number; `count`: how many the teacher has."""
     if isinstance(replacement, Interval):
         return StudentObjective(adapter, transformer, blocks, replacement, settings)

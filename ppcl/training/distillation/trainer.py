@@ -41,10 +41,6 @@ FFN_COST = 0.25
 _CURVE_POINTS = 200
 
 
-
-
-
-
 def segment_of(stage: int, pp: int, blocks: int, plan: Sequence[Replacement]) -> range:
     """The blocks of one stage, balanced by cost, cut between the replacements of the plan."""
     costs = [1.0] * blocks
@@ -57,10 +53,6 @@ def segment_of(stage: int, pp: int, blocks: int, plan: Sequence[Replacement]) ->
             for block in replacement.blocks[1:]:
                 costs[block] += STUDENT_COST
     return balanced_segments(costs, pp, plan)[stage]
-
-
-
-
 
 
 def distil(
@@ -104,7 +96,9 @@ def distil(
     def captured(rows: np.ndarray, wanted: CaptureSpec) -> CapturedActivations:
         return segment.run(samples.batch(rows, device, segment.dtype), pipeline_stage, wanted)
 
-    closed = {replacement: objective for replacement, objective in objectives.items() if not hasattr(objective, "losses")}
+    closed = {
+        replacement: objective for replacement, objective in objectives.items() if not hasattr(objective, "losses")
+    }
     if _has_closed_start(plan, settings) and not all(found.values()):
         fresh = [objective for replacement, objective in objectives.items() if not found[replacement]]
         wanted = reduce(or_, (objective.init_capture for objective in fresh), CaptureSpec())
@@ -113,7 +107,11 @@ def distil(
         for replacement, objective in closed.items():
             if dims.dp_rank == 0 and not found[replacement]:
                 save_replacement(objective.module, replacement, adapter, _file(checkpoints, replacement))
-    trainees = {replacement: Trainee(objective, settings, dims) for replacement, objective in objectives.items() if replacement not in closed}
+    trainees = {
+        replacement: Trainee(objective, settings, dims)
+        for replacement, objective in objectives.items()
+        if replacement not in closed
+    }
     wanted = reduce(or_, (trainee.objective.capture for trainee in trainees.values()), CaptureSpec())
     for replacement, trainee in trainees.items():
         if found[replacement]:
@@ -159,7 +157,11 @@ def distil(
 
 def _has_closed_start(plan: Sequence[Replacement], settings: Distillation) -> bool:
     """Whether any objective of any rank starts in closed form: then all take part in that pass."""
-    return settings.start == "affine" or settings.student_hidden < 100 or not all(isinstance(replacement, Interval) for replacement in plan)
+    return (
+        settings.start == "affine"
+        or settings.student_hidden < 100
+        or not all(isinstance(replacement, Interval) for replacement in plan)
+    )
 
 
 def _file(folder: Path, replacement: Replacement) -> Path:

@@ -103,12 +103,19 @@ def random_plans(draws: PlanSampler, count: int, seed: int) -> list[list[Replace
     return [list(plan) for plan in found]
 
 
-def plan_sampler(settings: Finetuning, known: Iterable[Replacement], variants: Mapping[str, Sequence[Replacement]], block_ranges: list[range]) -> PlanSampler:
+def plan_sampler(
+    settings: Finetuning,
+    known: Iterable[Replacement],
+    variants: Mapping[str, Sequence[Replacement]],
+    block_ranges: list[range],
+) -> PlanSampler:
     """What `finetuning.plan` says. `variants`: the named ones. Raises `UserError` where it cannot be."""
     named = {name: plan for name, plan in variants.items() if trainable(plan)}
     for name in settings.variants:
         if name not in named:
-            raise UserError(f"finetuning.variants: there is no variant {name!r} with anything to train; there are {', '.join(named) or 'none'}")
+            raise UserError(
+                f"finetuning.variants: there is no variant {name!r} with anything to train; there are {', '.join(named) or 'none'}"
+            )
     if settings.plan == ANY:
         return AnyPlan(known)
     if settings.plan == VARIANTS:
@@ -123,7 +130,9 @@ def plan_sampler(settings: Finetuning, known: Iterable[Replacement], variants: M
     return FixedPlan(_written(settings.plan, known, named, block_ranges))
 
 
-def _written(text: str, known: Iterable[Replacement], named: Iterable[str], block_ranges: list[range]) -> list[Replacement]:
+def _written(
+    text: str, known: Iterable[Replacement], named: Iterable[str], block_ranges: list[range]
+) -> list[Replacement]:
     plan = parse_text(text)
     if plan is None:
         raise UserError(
@@ -133,7 +142,9 @@ def _written(text: str, known: Iterable[Replacement], named: Iterable[str], bloc
     plan, known = checked_plan(map(parse_replacement, plan), block_ranges), list(known)
     for replacement in plan:
         if replacement not in known:
-            raise UserError(f"finetuning.plan: there is no replacement {replacement}; there are {', '.join(map(str, known))}")
+            raise UserError(
+                f"finetuning.plan: there is no replacement {replacement}; there are {', '.join(map(str, known))}"
+            )
     if not trainable(plan):
         raise UserError(f"finetuning.plan: {text!r} has nothing to train; folded modulations stay as they are")
     return plan

@@ -19,7 +19,14 @@ class Rollouts:
     `grid`: the timesteps a trajectory visits, ascending; `samples`: what new trajectories take their prompts from.
     """
 
-    def __init__(self, ids: Sequence[int], timesteps: Sequence[float], latents: torch.Tensor, grid: np.ndarray, samples: np.ndarray):
+    def __init__(
+        self,
+        ids: Sequence[int],
+        timesteps: Sequence[float],
+        latents: torch.Tensor,
+        grid: np.ndarray,
+        samples: np.ndarray,
+    ):
         self.grid, self.samples = grid, samples
         self.ids = np.array(ids, dtype=np.int64)
         self.timesteps = np.array(timesteps, dtype=np.float64)
@@ -51,9 +58,10 @@ class Rollouts:
     def tensors(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
         return {
-            "trajectories.ids": torch.from_numpy(self.ids), "trajectories.timesteps": torch.from_numpy(self.timesteps),
+            "trajectories.ids": torch.from_numpy(self.ids),
+            "trajectories.timesteps": torch.from_numpy(self.timesteps),
             "trajectories.latents": self.latents,
-        }  # fmt: skip
+        }
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         self.ids = tensors["trajectories.ids"].numpy()

@@ -56,9 +56,18 @@ class _Trainer:
     """One replica: the teacher, the replacements in training, and the optimizer."""
 
     def __init__(
-        self, teacher: Teacher, files: Mapping[Replacement, Path], variants: Mapping[str, Sequence[Replacement]], samples: Samples,
-        settings: Finetuning, dims: ParallelDims, seed: int, steps: int, device: str, bfloat16: bool,
-    ):  # fmt: skip
+        self,
+        teacher: Teacher,
+        files: Mapping[Replacement, Path],
+        variants: Mapping[str, Sequence[Replacement]],
+        samples: Samples,
+        settings: Finetuning,
+        dims: ParallelDims,
+        seed: int,
+        steps: int,
+        device: str,
+        bfloat16: bool,
+    ):
         self.adapter = teacher.adapter
         self.samples, self.settings, self.dims, self.seed, self.device = samples, settings, dims, seed, device
         self.bfloat16, self.dtype = bfloat16, torch.bfloat16 if bfloat16 else torch.float32
@@ -66,15 +75,22 @@ class _Trainer:
         self.switch = VariantSwitcher(teacher, files)
         self.draws = plan_sampler(settings, files, variants, self.adapter.block_ranges(self.model))
         self.replacements = trainable(self.draws.replacements)
-        self.modules = {replacement: self.switch.module(replacement, self.model.device, self.dtype) for replacement in files}
+        self.modules = {
+            replacement: self.switch.module(replacement, self.model.device, self.dtype) for replacement in files
+        }
         for replacement in self.replacements:
             # Trained in float32 whatever the teacher runs in; autocast brings both together.
             self.modules[replacement].float().requires_grad_(True)
         self.parameters = {
-            f"{replacement.name}.{name}": p for replacement in self.replacements for name, p in self.modules[replacement].named_parameters()
+            f"{replacement.name}.{name}": p
+            for replacement in self.replacements
+            for name, p in self.modules[replacement].named_parameters()
         }
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
         )
         self.ema = {k: p.detach().clone() for k, p in self.parameters.items()} if settings.ema else {}
         self.ids = samples.ids(held_out=False)
@@ -87,7 +103,9 @@ class _Trainer:
         inputs = self.samples.batch(self.ids[:: max(1, len(self.ids) // 512)], "cpu", torch.float32)
         grid = visited_timesteps(self._shares(inputs), steps)
         # More than one step learns on, so that those of one step are no neighbours of those of the step before.
-        ids = np.random.default_rng([self.seed, self.dims.dp_rank]).permutation(self.ids)[: _POOL * self.settings.batch_size]
+        ids = np.random.default_rng([self.seed, self.dims.dp_rank]).permutation(self.ids)[
+            : _POOL * self.settings.batch_size
+        ]
         inputs = self.samples.batch(ids, "cpu", torch.float32)
         return Rollouts(ids, self._shares(inputs), inputs[self.adapter.latents], grid, self.ids)
 
@@ -260,7 +278,9 @@ def finetune(
     if dims.dp_rank == 0:
         after = trainer.errors(plans)
         for replacement in trainer.replacements:
-            save_replacement(trainer.modules[replacement], replacement, teacher.adapter, folder / f"{replacement.name}.safetensors")
+            save_replacement(
+                trainer.modules[replacement], replacement, teacher.adapter, folder / f"{replacement.name}.safetensors"
+            )
         rows = [
             {"plan": [str(e) for e in plan], "variant": named.get(tuple(plan)), "before": b, "after": a}
             for plan, b, a in zip(plans, before, after, strict=True)
@@ -269,7 +289,15 @@ def finetune(
         for row, plan in zip(rows, plans, strict=True):
             # Told of a drawn plan is what would happen to one that was not measured.
             known = ratios if row["variant"] else {p: r for p, r in ratios.items() if p != frozenset(plan)}
-            row["taken"] = FinetunedSelection(dict.fromkeys(trainer.replacements, folder), sensitivity, known).uses_finetuned(plan)
-        record = {"steps": settings.steps, "fixed": fixed, "curve": trainer.loss_history, "skipped_steps": trainer.skipped, "plans": rows}
+            row["taken"] = FinetunedSelection(
+                dict.fromkeys(trainer.replacements, folder), sensitivity, known
+            ).uses_finetuned(plan)
+        record = {
+            "steps": settings.steps,
+            "fixed": fixed,
+            "curve": trainer.loss_history,
+            "skipped_steps": trainer.skipped,
+            "plans": rows,
+        }
         (folder / "finetuning.json").write_text(json.dumps(record))
     dims.barrier()

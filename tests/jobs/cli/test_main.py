@@ -89,7 +89,11 @@ MISTAKES = {
     "unknown key": (None, ["--set", "distillation.step=3"], "unknown key distillation.step"),
     "out of range": (None, ["--set", "distillation.steps=0"], "distillation.steps is 0"),
     "wrong type": (None, ["--set", "sampling.height=tall"], "sampling.height is 'tall'"),
-    "bucket without a name": (None, ["--output", "s3://"], "output is 's3://': the bucket's name is missing; give s3://bucket/key"),
+    "bucket without a name": (
+        None,
+        ["--output", "s3://"],
+        "output is 's3://': the bucket's name is missing; give s3://bucket/key",
+    ),
     "not key=value": (None, ["--set", "distillation.steps"], "is not of the form key=value"),
     "teacher is nowhere": (None, ["--set", "teacher=/no/such/folder"], "is no diffusers pipeline folder"),
     "evaluation prompts": (None, ["--set", "evaluation.prompts=/no/such.txt"], "/no/such.txt does not exist"),
@@ -168,18 +172,37 @@ def test_config_prints_a_configuration_that_loads(here, ppcl):
 
     code, said, _ = ppcl("config")
     assert code == 0
-    (here / "printed.yaml").write_text(said.replace("teacher: # required", "teacher: t").replace("prompts: # required", "prompts: p"))
+    (here / "printed.yaml").write_text(
+        said.replace("teacher: # required", "teacher: t").replace("prompts: # required", "prompts: p")
+    )
     loaded = load_config(here / "printed.yaml")
     assert loaded == Config(teacher=here / "t", prompts=here / "p")
 
 
 def test_plan_simulates_as_json_with_the_rates_it_took(ppcl, teacher_folder):
-    code, said, _ = ppcl("plan", teacher_folder, "--size", "64x64", "--interval", 2, "--gpus", "2,64", "--batch", 8, "--simulate", "--set", "utilisation=0.5", "--json")
+    code, said, _ = ppcl(
+        "plan",
+        teacher_folder,
+        "--size",
+        "64x64",
+        "--interval",
+        2,
+        "--gpus",
+        "2,64",
+        "--batch",
+        8,
+        "--simulate",
+        "--set",
+        "utilisation=0.5",
+        "--json",
+    )
     made = json.loads(said)
     assert code == 0 and made["device"]["utilisation"] == 0.5
     (model,) = made["models"]
     # Six blocks in pairs: three segments, of which two GPUs can be two; 64 can be neither three nor more replicas than samples.
-    assert [(step["gpus"], step["samples"]) for step in model["distillation"]] == [(2, 8 // step["dp"]) for step in model["distillation"]]
+    assert [(step["gpus"], step["samples"]) for step in model["distillation"]] == [
+        (2, 8 // step["dp"]) for step in model["distillation"]
+    ]
     assert len(model["refused"]) == 1 and model["refused"][0].startswith("64 GPUs: ")
     assert [step["used"] for step in model["probes"]] == [2, 6]
 

@@ -21,9 +21,13 @@ with connected(None, Config(teacher="t", prompts="p", device="cpu")):
 
 def test_nobody_else_reaches_the_embedded_ray_even_where_the_environment_turns_tokens_off():
     process = subprocess.Popen(
-        [sys.executable, "-c", _HOLD], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", _HOLD],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-    )  # fmt: skip
+    )
     try:
         assert process.stdout.readline() == "ready\n"
         nobody_else_gets_in(process.pid)

@@ -12,5 +12,8 @@ from ppcl.errors import UserError
 def test_what_is_wrong_with_their_input_arrives_as_one_sentence(ray_cluster, teacher_folder, tmp_path):
     config = Config(teacher=teacher_folder, prompts=tmp_path / "prompts.txt", device="cpu")
     gone = SimpleNamespace(place=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=str(gone.place)), EvaluatorPool(config, gone, tmp_path, None, tmp_path, "cpu") as evaluators:
+    with (
+        pytest.raises(UserError, match=str(gone.place)),
+        EvaluatorPool(config, gone, tmp_path, None, tmp_path, "cpu") as evaluators,
+    ):
         evaluators.one(lambda a: a.finetuned.remote({}))

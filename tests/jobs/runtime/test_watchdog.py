@@ -45,8 +45,13 @@ def made(ray, *actors, seconds=0.0):
 
 
 def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster):
-    told = rf"a worker \(process \d+ on [\d.]+\) gave no sign of life for {PATIENCE:.0f} s, the configuration's patience"
-    with pytest.raises(RuntimeError, match=told), Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch:
+    told = (
+        rf"a worker \(process \d+ on [\d.]+\) gave no sign of life for {PATIENCE:.0f} s, the configuration's patience"
+    )
+    with (
+        pytest.raises(RuntimeError, match=told),
+        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch,
+    ):
         list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life, "constructor"))))
 
 
@@ -69,7 +74,10 @@ def test_one_that_works_for_longer_than_the_patience_is_left_alone_and_one_that_
 
 
 def test_a_users_mistake_stays_what_it_is(ray_cluster):
-    with pytest.raises(UserError, match="mistake"), Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch:
+    with (
+        pytest.raises(UserError, match="mistake"),
+        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch,
+    ):
         watch.killed.append("a worker gave no sign of life")
         raise UserError("mistake")
 

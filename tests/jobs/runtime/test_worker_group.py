@@ -32,7 +32,14 @@ def test_a_worker_group_that_fails_while_it_starts_leaves_no_place_taken(ray_clu
     monkeypatch.setattr(ranks, "GroupConfig", _Config)
     job = ray_cluster.get_runtime_context().get_job_id()
     with pytest.raises(Exception, match="no process group today"):
-        run_worker_group("test", lambda arguments, report: None, {}, Resources(2, "cpu", "workers", 1.0), tmp_path / "ray", lambda *told: None)
+        run_worker_group(
+            "test",
+            lambda arguments, report: None,
+            {},
+            Resources(2, "cpu", "workers", 1.0),
+            tmp_path / "ray",
+            lambda *told: None,
+        )
     assert _groups(job)
     deadline = time.monotonic() + 60
     while set(_groups(job)) != {"REMOVED"}:

@@ -23,7 +23,9 @@ COUNT = 24
 
 def config(teacher_folder, workers):
     probes = {"workers": workers, "batch_size": 5, "tokens_per_sample": 4}
-    return Config(teacher=teacher_folder, prompts=teacher_folder / "none.txt", device="cpu", probes=probes, patience=0.5)
+    return Config(
+        teacher=teacher_folder, prompts=teacher_folder / "none.txt", device="cpu", probes=probes, patience=0.5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +53,16 @@ def alone(teacher_folder, calibration, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     settings = config(teacher_folder, 1)
     fit_probes(
-        Teacher(teacher_folder), CalibrationSet(calibration), settings.probes, ParallelDims.join(1, 1), folder, settings.seed,
-        "cpu", torch.float32, lambda *told: None,
-    )  # fmt: skip
+        Teacher(teacher_folder),
+        CalibrationSet(calibration),
+        settings.probes,
+        ParallelDims.join(1, 1),
+        folder,
+        settings.seed,
+        "cpu",
+        torch.float32,
+        lambda *told: None,
+    )
     return folder
 
 
@@ -110,7 +119,5 @@ def test_more_workers_than_the_cluster_has_are_refused_before_any_starts(
     with pytest.raises(
         UserError, match="probes.workers asks for 40 workers, but the cluster has 4 CPUs, of which 3 can"
     ):
-        run_stage(
-            config(teacher_folder, 40), Teacher(teacher_folder), calibration, tmp_path, "cpu", lambda *told: None
-        )
+        run_stage(config(teacher_folder, 40), Teacher(teacher_folder), calibration, tmp_path, "cpu", lambda *told: None)
     assert os.listdir(tmp_path) == []

@@ -105,8 +105,14 @@ def test_measured_errors_and_learned_gates_find_idle_blocks(model_with_idle_bloc
     model = model_with_idle_blocks
     count = len(adapter_of(model).blocks(model))
     samples = MemorySamples(64)
-    errors = selection.skip_errors(model, [samples.batch(samples.ids(False)[:16], "cpu", torch.float32)], lambda _: None)
-    assert len(errors) == count and sorted(range(count), key=errors.__getitem__)[:2] == [1, 3] and errors[0] > 10 * errors[1]
+    errors = selection.skip_errors(
+        model, [samples.batch(samples.ids(False)[:16], "cpu", torch.float32)], lambda _: None
+    )
+    assert (
+        len(errors) == count
+        and sorted(range(count), key=errors.__getitem__)[:2] == [1, 3]
+        and errors[0] > 10 * errors[1]
+    )
     before = [p.clone() for p in model.parameters()]
     logits = learned_gates(model, samples, 2, 60, 8, 0, lambda _: None)
     assert set(sorted(range(count), key=logits.__getitem__)[:2]) == {1, 3}

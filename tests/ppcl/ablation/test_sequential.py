@@ -18,8 +18,21 @@ def test_only_what_stands_before_a_student_differs_in_sequence(teacher_folder, t
     teacher, samples = Teacher(teacher_folder), MemorySamples()
     for name in ("apart", "sequence"):
         (tmp_path / name).mkdir()
-    distil(teacher, samples, INTERVALS, SETTINGS, ParallelDims(), tmp_path / "apart", tmp_path / "c", 0, "cpu", lambda *told: None)
+    distil(
+        teacher,
+        samples,
+        INTERVALS,
+        SETTINGS,
+        ParallelDims(),
+        tmp_path / "apart",
+        tmp_path / "c",
+        0,
+        "cpu",
+        lambda *told: None,
+    )
     distil_in_sequence(teacher, samples, INTERVALS, SETTINGS, tmp_path / "sequence", 0, "cpu", lambda done: None)
-    first, second = ([load_file(tmp_path / name / f"{i.name}.safetensors") for name in ("apart", "sequence")] for i in INTERVALS)
+    first, second = (
+        [load_file(tmp_path / name / f"{i.name}.safetensors") for name in ("apart", "sequence")] for i in INTERVALS
+    )
     assert all(torch.allclose(first[0][key], first[1][key], atol=1e-6) for key in first[0])
     assert not all(torch.allclose(second[0][key], second[1][key], atol=1e-5) for key in second[0])

@@ -20,24 +20,42 @@ KEPT = 2
 def vae():
     torch.manual_seed(0)
     return AutoencoderKL(
-        block_out_channels=(4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=1.5, shift_factor=0.1,
-    ).eval()  # fmt: skip
+        block_out_channels=(4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=1.5,
+        shift_factor=0.1,
+    ).eval()
 
 
 def flux_pipeline():
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), transformer=tiny.flux_transformer(),
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        transformer=tiny.flux_transformer(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
 
 
 def sd3_pipeline():
     return StableDiffusion3Pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), transformer=tiny.sd3_transformer(),
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        transformer=tiny.sd3_transformer(),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
 
 
 def embedding(seed):

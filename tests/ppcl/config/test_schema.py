@@ -23,7 +23,9 @@ GOOD = {"teacher": "models/t", "prompts": "p.txt"}
 
 def test_paths_of_the_file_are_relative_to_it_and_overrides_win(write, tmp_path):
     path = write(GOOD | {"distillation": {"steps": 7}})
-    config = load_config(path, ["distillation.steps=9", "variants.budgets=[0.5]", "sampling.arguments.true_cfg_scale=4.0"], "out")
+    config = load_config(
+        path, ["distillation.steps=9", "variants.budgets=[0.5]", "sampling.arguments.true_cfg_scale=4.0"], "out"
+    )
     assert config.teacher == tmp_path / "models/t" and config.prompts == tmp_path / "p.txt"
     assert (config.distillation.steps, config.variants.budgets, str(config.output)) == (9, [0.5], "out")
     assert config.sampling.arguments == {"true_cfg_scale": 4.0}
@@ -35,16 +37,32 @@ def test_paths_of_the_file_are_relative_to_it_and_overrides_win(write, tmp_path)
         (GOOD | {"step": 1}, [], "unknown key step; known here: teacher, prompts"),
         (GOOD | {"distillation": {"lr": 1}}, [], "unknown key distillation.lr; known here: steps"),
         (GOOD | {"distilation": {}}, [], "unknown key distilation; the nearest is distillation; known here"),
-        (GOOD, ["distillation.stpes=1"], "unknown key distillation.stpes; the nearest is distillation.steps; known here"),
+        (
+            GOOD,
+            ["distillation.stpes=1"],
+            "unknown key distillation.stpes; the nearest is distillation.steps; known here",
+        ),
         (GOOD | {"step": 1, "sede": 2}, [], r"unknown key sede; .* \(and 1 more\)"),
         (GOOD | {3: 1}, [], "3 is 3: keys should be strings"),
         (GOOD, ["distillation.steps=-3"], "distillation.steps is -3: input should be greater than or equal to 1"),
         (GOOD, ["calibration.held_out=1"], "calibration.held_out is 1"),
         (GOOD, ["variants.budgets=[0.5, 1.5]"], "variants.budgets.1 is 1.5: input should be less than 1"),
         (GOOD, ["distillation.betas=[0.9, 1.0]"], "distillation.betas.1 is 1.0: input should be less than 1"),
-        (GOOD, ["distillation.learning_rate=.inf"], "distillation.learning_rate is inf: input should be a finite number"),
-        (GOOD, ["distillation.replicas=20"], "distillation.replicas is 20: it must not be more than batch_size, 16: each replica"),
-        (GOOD, ["finetuning.batch_size=2", "finetuning.replicas=3"], "finetuning.replicas is 3: it must not be more than batch_size, 2"),
+        (
+            GOOD,
+            ["distillation.learning_rate=.inf"],
+            "distillation.learning_rate is inf: input should be a finite number",
+        ),
+        (
+            GOOD,
+            ["distillation.replicas=20"],
+            "distillation.replicas is 20: it must not be more than batch_size, 16: each replica",
+        ),
+        (
+            GOOD,
+            ["finetuning.batch_size=2", "finetuning.replicas=3"],
+            "finetuning.replicas is 3: it must not be more than batch_size, 2",
+        ),
         (GOOD, ["probes.ridge=.nan"], "probes.ridge is nan"),
         (GOOD, ["sampling.steps=2.5"], "sampling.steps is 2.5: input should be a valid integer"),
         (GOOD, ["variants.custom.mine=3"], "variants.custom.mine is 3: input should be a valid list"),
@@ -71,7 +89,9 @@ def test_a_mistake_is_one_sentence(write, values, overrides, sentence):
     assert "\n" not in said and "pydantic" not in said and "pathlib" not in said and len(said) < 400
 
 
-@pytest.mark.parametrize("section", [name for name, field in Config.model_fields.items() if isinstance(field.default, BaseModel)])
+@pytest.mark.parametrize(
+    "section", [name for name, field in Config.model_fields.items() if isinstance(field.default, BaseModel)]
+)
 def test_an_unknown_key_is_refused_in_every_section(write, section):
     with pytest.raises(UserError, match=f"unknown key {section}.unheard_of; known here: "):
         load_config(write(GOOD | {section: {"unheard_of": 1}}))

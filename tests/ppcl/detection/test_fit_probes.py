@@ -37,9 +37,16 @@ def fitted(teacher_folder, folder, pp=1, batch_size=5, samples=None):
     settings = SETTINGS.model_copy(update={"batch_size": batch_size})
     captured = []
     fit_probes(
-        Teacher(teacher_folder), samples or MemorySamples(SAMPLES), settings, ParallelDims.join(pp, 1), Path(folder), seed=0,
-        device="cpu", dtype=torch.float32, report=lambda done, total, values: captured.append((done, total)),
-    )  # fmt: skip
+        Teacher(teacher_folder),
+        samples or MemorySamples(SAMPLES),
+        settings,
+        ParallelDims.join(pp, 1),
+        Path(folder),
+        seed=0,
+        device="cpu",
+        dtype=torch.float32,
+        report=lambda done, total, values: captured.append((done, total)),
+    )
     assert [done for done, _ in captured] == sorted(done for done, _ in captured) and captured[-1] == (SAMPLES, SAMPLES)
 
 
@@ -158,9 +165,16 @@ def test_fits_to_no_more_tokens_than_the_width_are_known(teacher_folder, alone, 
     """Three samples have 48 image tokens and at most 21 text tokens, and the width is between."""
     few = MemorySamples(4)
     fit_probes(
-        Teacher(teacher_folder), few, SETTINGS, ParallelDims.join(1, 1), tmp_path, seed=0, device="cpu", dtype=torch.float32,
+        Teacher(teacher_folder),
+        few,
+        SETTINGS,
+        ParallelDims.join(1, 1),
+        tmp_path,
+        seed=0,
+        device="cpu",
+        dtype=torch.float32,
         report=lambda *told: None,
-    )  # fmt: skip
+    )
     assert underdetermined(probe_file(tmp_path, 2)) == int(few.mask[:3].sum())
     assert underdetermined(probe_file(alone, 2)) is None
 

@@ -49,7 +49,12 @@ def test_algorithm_1(rows, block_ranges, intervals):
         # Worked by hand. Row 0: Δ = .10, .05, .20 (rise at 3), so [0,2]. Row 3: Δ = .10, .10 (no rise), so [3,5].
         (
             [
-                [1, 0.90, 0.85, 0.65, 0.60, 0.50], [1, 0.5, 0.5, 0.5, 0.5], [1, 0.5, 0.5, 0.5], [1, 0.75, 0.5], [1, 0.5], [1],
+                [1, 0.90, 0.85, 0.65, 0.60, 0.50],
+                [1, 0.5, 0.5, 0.5, 0.5],
+                [1, 0.5, 0.5, 0.5],
+                [1, 0.75, 0.5],
+                [1, 0.5],
+                [1],
             ],
             [(0, 2), (3, 5)],
         ),
@@ -63,7 +68,7 @@ def test_algorithm_1(rows, block_ranges, intervals):
         ([[1, 0.75, 0.625, 0.125], [1, 0.5, 0.5], [1, 0.5], [1]], [(0, 2), (3, 3)]),
         ([[1, 0.5], [1]], [(0, 1)]),
     ],
-)  # fmt: skip
+)
 def test_from_similarities_to_intervals(rows, intervals):
     assert [tuple(i) for i in first_difference(differences(table(rows)), [range(len(rows))])] == intervals
 

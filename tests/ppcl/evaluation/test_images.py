@@ -8,7 +8,9 @@ from ppcl.evaluation.images import generate_images, image_path, load_images, sav
 from ppcl.result import Result
 from tests import made_result
 
-SAMPLING = Sampling(steps=3, height=32, width=32, arguments={"true_cfg_scale": 2.0, "negative_prompt": "a photo of a cross"})
+SAMPLING = Sampling(
+    steps=3, height=32, width=32, arguments={"true_cfg_scale": 2.0, "negative_prompt": "a photo of a cross"}
+)
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares"]
 
 

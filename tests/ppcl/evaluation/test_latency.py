@@ -55,7 +55,9 @@ def test_an_interval_saves_its_blocks_but_one_and_an_ffn_what_its_maps_do_not_ta
     # Its modulation is three chunks of six, its FFNs one map each.
     saved = ffn * 7 / 8 + 2 * 4 * 3 * width * width
     assert times.alone[Ffn(2)] == times.alone[Ffn(5)] == pytest.approx(saved, abs=2)
-    assert times.speedup([Interval(0, 1), Ffn(5)]) == pytest.approx(times.total / (times.total - block - saved), rel=1e-6)
+    assert times.speedup([Interval(0, 1), Ffn(5)]) == pytest.approx(
+        times.total / (times.total - block - saved), rel=1e-6
+    )
 
 
 def test_whole_plans_are_timed_and_the_teacher_is_left(products, switch):

@@ -88,7 +88,9 @@ def test_held_out_captions_are_asked_equally_and_the_trained_ones_never():
 
 
 def test_passes_by_category():
-    prompts = named_prompts(load_checker("shapes"), ["a photo of a circle", "a photo of a red circle", "a photo of a blue circle"])
+    prompts = named_prompts(
+        load_checker("shapes"), ["a photo of a circle", "a photo of a red circle", "a photo of a blue circle"]
+    )
     red = world.render([world.Thing("circle", "red", 8, 8, 6)])
     found = correctness(world, np.stack([red] * 3), prompts)
     assert {c: p.tolist() for c, p in found.items()} == {"single_object": [1.0], "colors": [1.0, 0.0]}

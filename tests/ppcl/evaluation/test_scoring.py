@@ -23,7 +23,9 @@ def test_squares_are_relative_errors_that_join():
     v, t, at = rng.normal(size=(20, 3, 4)), rng.normal(size=(20, 3, 4)), rng.random(20)
     whole = ErrorSums.of(torch.tensor(v), torch.tensor(t), torch.tensor(at))
     assert whole.overall() == pytest.approx(((v - t) ** 2).sum() / (t**2).sum())
-    joined = ErrorSums.joined(ErrorSums.of(*(torch.tensor(x[s]) for x in (v, t, at))) for s in (slice(0, 7), slice(7, 20)))
+    joined = ErrorSums.joined(
+        ErrorSums.of(*(torch.tensor(x[s]) for x in (v, t, at))) for s in (slice(0, 7), slice(7, 20))
+    )
     assert joined.overall() == pytest.approx(whole.overall(), rel=1e-12)
     rows = whole.by_timestep()
     here = (at >= 0.4) & (at < 0.5)
@@ -51,7 +53,9 @@ def test_damage_of_one_interval_is_the_error_of_the_variant_with_it_alone(teache
         changed.transformer_blocks[0] = students[Interval(0, 1)].block
         del changed.transformer_blocks[1]
         velocity = changed(**inputs, return_dict=False)[0]
-    assert errors["a"].overall() == pytest.approx(float((velocity - teachers).square().sum() / teachers.square().sum()), rel=1e-5)
+    assert errors["a"].overall() == pytest.approx(
+        float((velocity - teachers).square().sum() / teachers.square().sum()), rel=1e-5
+    )
 
 
 def pictures(seed):

@@ -63,7 +63,9 @@ def test_identity_swap_is_the_stock_forward_bitwise_and_is_put_back(model):
 def test_a_swapped_block_changes_the_output(model):
     inputs = tiny.inputs(model)
     stock = model(**inputs).sample
-    other = FAMILIES["qwen" if "Qwen" in type(model).__name__ else "flux" if "Flux" in type(model).__name__ else "sd3"](seed=9)
+    other = FAMILIES["qwen" if "Qwen" in type(model).__name__ else "flux" if "Flux" in type(model).__name__ else "sd3"](
+        seed=9
+    )
     with swapped(model, {1: adapter_of(model).blocks(other)[1]}):
         assert not torch.allclose(model(**inputs).sample, stock)
 

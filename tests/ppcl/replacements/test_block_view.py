@@ -121,7 +121,9 @@ def test_views_leave_the_teachers_block_as_it_was(model):
     after = run_blocks(adapter, blocks, streams, context)
     assert torch.equal(before.img, after.img)
     # No weight is copied: what is left of the block is the block's own memory.
-    storages = {p.untyped_storage().data_ptr() for p in [*blocks[1].parameters(), *maps.parameters(), *projectors.parameters()]}
+    storages = {
+        p.untyped_storage().data_ptr() for p in [*blocks[1].parameters(), *maps.parameters(), *projectors.parameters()]
+    }
     assert {p.untyped_storage().data_ptr() for p in placed[1].parameters()} <= storages
     own = sum(p.numel() for p in blocks[1].parameters())
     assert sum(p.numel() for p in placed[1].parameters()) < 0.6 * own

@@ -16,7 +16,13 @@ from tests import made_result, tiny
 
 A, B, C, D = Interval(0, 1), Interval(2, 3), Interval(4, 5), Ffn(6)
 SENSITIVITY = {A: 0.5, B: 0.3, C: 0.1, D: 0.05, LowRankModulation(): 1e-6}
-RATIOS = {frozenset({A, B, C}): 0.5, frozenset({A, B}): 0.8, frozenset({C}): 2.0, frozenset({B, C}): 1.2, frozenset({A, D}): 0.9}
+RATIOS = {
+    frozenset({A, B, C}): 0.5,
+    frozenset({A, B}): 0.8,
+    frozenset({C}): 2.0,
+    frozenset({B, C}): 1.2,
+    frozenset({A, D}): 0.9,
+}
 
 
 def tuned(ratios=RATIOS, files=(A, B, C)):
@@ -26,15 +32,21 @@ def tuned(ratios=RATIOS, files=(A, B, C)):
 @pytest.mark.parametrize(
     ("plan", "taken"),
     [
-        ({A, B, C}, True), ({A, B}, True), ({C}, False), ({B, C}, False),
+        ({A, B, C}, True),
+        ({A, B}, True),
+        ({C}, False),
+        ({B, C}, False),
         # Nearest are [A B C] and [A B], both better; for [C D] they are [C] and [B C], both worse.
-        ({A, B, C, D}, True), ({A, B, LowRankModulation()}, True), ({C, D}, False),
+        ({A, B, C, D}, True),
+        ({A, B, LowRankModulation()}, True),
+        ({C, D}, False),
         # [B C], worse, and [A B C], better: all must be.
         ({B}, False),
         # Nothing of it was trained, or no measured plan has anything of it.
-        ({D}, False), (set(), False),
+        ({D}, False),
+        (set(), False),
     ],
-)  # fmt: skip
+)
 def test_a_plan_takes_them_where_it_or_those_like_it_were_better(plan, taken):
     assert tuned().uses_finetuned(plan) is taken
 
@@ -59,7 +71,9 @@ def root(tmp_path, teacher_folder):
         module = load_replacement(artifacts.path("students", f"{interval.name}.safetensors"), teacher)
         for p in module.parameters():
             p.data.mul_(2)
-        save_replacement(module, interval, teacher.adapter, artifacts.path("finetuning", f"{interval.name}.safetensors"))
+        save_replacement(
+            module, interval, teacher.adapter, artifacts.path("finetuning", f"{interval.name}.safetensors")
+        )
     rows = [{"plan": [str(e) for e in plan], "before": 1.0, "after": ratio} for plan, ratio in RATIOS.items()]
     artifacts.path("finetuning", "finetuning.json").write_text(json.dumps({"plans": rows}))
     artifacts.commit("finetuning", "2", info={"variants": "1"})
@@ -101,7 +115,12 @@ def test_a_damaged_fine_tuned_file_is_told(root):
 
 def test_a_file_that_the_manifest_does_not_name_is_not_taken(root, teacher_folder):
     teacher = Teacher(teacher_folder)
-    save_replacement(load_replacement(root / "students" / f"{C.name}.safetensors", teacher), C, teacher.adapter, root / "finetuning" / f"{C.name}.safetensors")
+    save_replacement(
+        load_replacement(root / "students" / f"{C.name}.safetensors", teacher),
+        C,
+        teacher.adapter,
+        root / "finetuning" / f"{C.name}.safetensors",
+    )
     assert C not in Result(root).tuned.files
 
 

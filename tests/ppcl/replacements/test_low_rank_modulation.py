@@ -66,9 +66,10 @@ def test_a_basis_of_all_directions_changes_nothing(model, others, training):
     blocks = list(adapter.blocks(model))
     parts = adapter.parts_of(model, 1, blocks[1])
     modules = {
-        Ffn(1): randomised(LinearFfn.new(parts, WIDTH)), TextRun(0, 1): randomised(TextProjectors(TextRun(0, 1), WIDTH, True)),
+        Ffn(1): randomised(LinearFfn.new(parts, WIDTH)),
+        TextRun(0, 1): randomised(TextProjectors(TextRun(0, 1), WIDTH, True)),
         LowRankModulation(): fit_basis(model, Samples(model), np.arange(4), 64, 1e-30),
-    }  # fmt: skip
+    }
     # The curve of a tiny embedder has fewer directions than the width; what it never does may be lost.
     assert modules[LowRankModulation()].directions.shape == (WIDTH, WIDTH)
 

@@ -133,10 +133,12 @@ def test_a_narrow_ffn_within_a_text_run_is_the_images(model):
 @pytest.mark.parametrize(
     ("model", "interval", "streams"),
     [
-        (tiny.flux_transformer, Interval(0, 2), {"img", "txt"}), (tiny.flux_transformer, Interval(3, 5), set()),
-        (tiny.sd3_transformer, Interval(1, 2), {"img", "txt"}), (tiny.sd3_transformer, Interval(3, 4), {"img", "txt"}),
+        (tiny.flux_transformer, Interval(0, 2), {"img", "txt"}),
+        (tiny.flux_transformer, Interval(3, 5), set()),
+        (tiny.sd3_transformer, Interval(1, 2), {"img", "txt"}),
+        (tiny.sd3_transformer, Interval(3, 4), {"img", "txt"}),
     ],
-)  # fmt: skip
+)
 def test_students_of_every_family_are_narrow_where_blocks_have_ffns(tmp_path, model, interval, streams):
     """FLUX's single-stream blocks have none of their own: their students stay whole."""
     model = model()
@@ -146,7 +148,9 @@ def test_students_of_every_family_are_narrow_where_blocks_have_ffns(tmp_path, mo
     parts = adapter.parts_of(model, interval.first, blocks[interval.first])
     assert set(parts) == streams == {name.split("-")[-1] for name in lesson.sums()}
     for stream, where in parts.items():
-        whole, narrow = (submodule(block, f"{where.ffn}.{adapter.ffn_up}") for block in (blocks[interval.first], lesson.module.block))
+        whole, narrow = (
+            submodule(block, f"{where.ffn}.{adapter.ffn_up}") for block in (blocks[interval.first], lesson.module.block)
+        )
         assert narrow.out_features == whole.out_features // 2, stream
     save_replacement(lesson.module, interval, adapter, tmp_path / f"{interval.name}.safetensors")
     with init_empty_weights():

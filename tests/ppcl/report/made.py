@@ -21,7 +21,9 @@ VARIANTS = {"p90": (0.9, [1]), "p80": (0.8, [1, 3]), "p70": (0.7, [0, 1, 2, 3]),
 PROMPTS = 12
 
 
-def job(root: Path, stages: tuple[str, ...] = ("detection", "students", "variants", "evaluation"), **changes: Any) -> Path:
+def job(
+    root: Path, stages: tuple[str, ...] = ("detection", "students", "variants", "evaluation"), **changes: Any
+) -> Path:
     """A job's folder with those stages complete. `changes` replaces a stage's artifact by a function of it."""
     rng = np.random.default_rng(0)
     artifacts = Artifacts(root)
@@ -59,10 +61,18 @@ def detection() -> dict[str, Any]:
         for u in range(BLOCKS)
     ]
     return {
-        "blocks": BLOCKS, "spans": [[0, BLOCKS]], "stream": "mean", "standardize": False, "cka": cka,
+        "blocks": BLOCKS,
+        "spans": [[0, BLOCKS]],
+        "stream": "mean",
+        "standardize": False,
+        "cka": cka,
         "cka_standardized": {"img": table(0.5, 0.2), "txt": table(0.3, 0.1), "mean": table(0.4, 0.1)},
-        "delta": delta, "intervals": [list(pair) for pair in INTERVALS], "method": "first_difference", "plan": [f"{u}-{v}" for u, v in INTERVALS], "text_map": None,
-    }  # fmt: skip
+        "delta": delta,
+        "intervals": [list(pair) for pair in INTERVALS],
+        "method": "first_difference",
+        "plan": [f"{u}-{v}" for u, v in INTERVALS],
+        "text_map": None,
+    }
 
 
 def training(rng: np.random.Generator) -> dict[str, Any]:
@@ -70,7 +80,9 @@ def training(rng: np.random.Generator) -> dict[str, Any]:
     for index, (first, last) in enumerate(INTERVALS):
         steps = np.arange(0, 2000, 5)
         img = (0.1 + 0.05 * index) * (0.25 + np.exp(-steps / (200 + 60 * index))) * rng.lognormal(0, 0.08, len(steps))
-        curve = [{"step": int(s), "loss": float(1.4 * a), "img": float(a), "txt": float(0.4 * a)} for s, a in zip(steps, img)]
+        curve = [
+            {"step": int(s), "loss": float(1.4 * a), "img": float(a), "txt": float(0.4 * a)} for s, a in zip(steps, img)
+        ]
         intervals[f"{first}-{last}"] = {"curve": curve, "seconds": 341.2}
     return {"steps": 2000, "batch_size": 32, "start": "affine", "loss": "normalized", "replacements": intervals}
 
@@ -80,7 +92,10 @@ def finetuning(rng: np.random.Generator) -> dict[str, Any]:
     before = 0.002 * 30 ** rng.random(22)
     after = before * np.where(np.arange(22) == 0, 1.3, 0.3 + 0.4 * rng.random(22))
     names = ["p90", "p80", *[None] * 20]
-    plans = [{"plan": ["1-2"], "variant": n, "before": b, "after": a, "taken": bool(a < b)} for n, b, a in zip(names, before, after, strict=True)]
+    plans = [
+        {"plan": ["1-2"], "variant": n, "before": b, "after": a, "taken": bool(a < b)}
+        for n, b, a in zip(names, before, after, strict=True)
+    ]
     plans[-1]["taken"], plans[-2]["after"] = False, 1.1 * plans[-2]["before"]
     curve = [{"step": s, "loss": 0.05 * 0.99**s, "entries": 4} for s in range(0, 300, 3)]
     return {"steps": 300, "fixed": False, "curve": curve, "skipped_steps": 0, "plans": plans}
@@ -90,15 +105,26 @@ def ablation() -> dict[str, Any]:
     """Errors within one decade, as those of a small teacher are."""
     rows = [
         {
-            "name": row.name, "label": row.label, "group": row.group, "paper": row.paper, "share": 0.65 - 0.01 * index,
+            "name": row.name,
+            "label": row.label,
+            "group": row.group,
+            "paper": row.paper,
+            "share": 0.65 - 0.01 * index,
             "velocity_error": [0.02 + 0.006 * index, 0.019 + 0.005 * index, 0.021 + 0.007 * index],
-            "R": [20.0 + index, 18.0 + index, 22.0 + index], "plans": ["1-2"] * 3,
+            "R": [20.0 + index, 18.0 + index, 22.0 + index],
+            "plans": ["1-2"] * 3,
         }
         for index, row in enumerate(ROWS)
-    ]  # fmt: skip
+    ]
     return {
-        "seeds": 3, "steps": 200, "finetuning_steps": 100, "removed": 6, "blocks": BLOCKS, "confidence": 0.95, "rows": rows,
-    }  # fmt: skip
+        "seeds": 3,
+        "steps": 200,
+        "finetuning_steps": 100,
+        "removed": 6,
+        "blocks": BLOCKS,
+        "confidence": 0.95,
+        "rows": rows,
+    }
 
 
 def variants() -> dict[str, Any]:
@@ -109,9 +135,12 @@ def variants() -> dict[str, Any]:
         intervals = [INTERVALS[i] for i in on]
         removed = sum(last - first for first, last in intervals)
         made[name] = {
-            "plan": [f"{u}-{v}" for u, v in intervals], "parameters": total - removed * block,
-            "share": (total - removed * block) / total, "blocks": BLOCKS - removed, "budget": budget,
-        }  # fmt: skip
+            "plan": [f"{u}-{v}" for u, v in intervals],
+            "parameters": total - removed * block,
+            "share": (total - removed * block) / total,
+            "blocks": BLOCKS - removed,
+            "budget": budget,
+        }
     return {
         "teacher": {"parameters": total, "blocks": BLOCKS, "spans": [[0, BLOCKS]]},
         "damage": {f"{u:02d}-{v:02d}": 0.012 * (v - u) for u, v in INTERVALS},
@@ -128,20 +157,24 @@ def evaluation(rng: np.random.Generator) -> dict[str, Any]:
         measured[name] = {
             "velocity_error": 0.021 * index**1.4,
             "velocity_by_timestep": [
-                {"timestep": t, "error": 0.02 * index**1.4 * (0.5 + 2 * (t - 0.4) ** 2)} for t in np.linspace(0.05, 0.95, 10)
+                {"timestep": t, "error": 0.02 * index**1.4 * (0.5 + 2 * (t - 0.4) ** 2)}
+                for t in np.linspace(0.05, 0.95, 10)
             ],
-            "psnr": None if index == 0 else 31 - 3.2 * index, "ssim": None if index == 0 else 0.98 - 0.05 * index,
+            "psnr": None if index == 0 else 31 - 3.2 * index,
+            "ssim": None if index == 0 else 0.98 - 0.05 * index,
             "seconds_per_step": 0.082 * (1 - 0.11 * index),
             "world": {"overall": {"score": overall, "low": overall - 0.05, "high": overall + 0.04}, "categories": rows},
-            "R": 6.1 * index, "R_low": 6.1 * index - 2.4 * (index > 0), "R_high": 6.1 * index + 2.8 * (index > 0),
-        }  # fmt: skip
+            "R": 6.1 * index,
+            "R_low": 6.1 * index - 2.4 * (index > 0),
+            "R_high": 6.1 * index + 2.8 * (index > 0),
+        }
     chosen = [c for category in world.CATEGORIES for c in [x for x in world.captions() if x.category == category][3:5]]
     return {
         "variants": measured,
         "prompts": [{"text": caption.text, "category": caption.category} for caption in chosen[:PROMPTS]],
         "sampling": {"steps": 20, "height": world.CANVAS, "width": world.CANVAS, "arguments": {"true_cfg_scale": 3.0}},
         "device": "cpu",
-    }  # fmt: skip
+    }
 
 
 def pictures(folder: Path, content: dict[str, Any], rng: np.random.Generator) -> None:

@@ -16,12 +16,32 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the report was not looked at in a browser")
 def test_a_browser_renders_the_report_and_asks_for_nothing_outside(tmp_path):
     path = write_report(made.job(tmp_path / "job"))
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--dump-dom"]
+    arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--enable-logging=stderr",
+        "--dump-dom",
+    ]
     run = subprocess.run(
-        [CHROMIUM, *arguments, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()], capture_output=True, text=True, timeout=120
+        [CHROMIUM, *arguments, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     dom = run.stdout
-    for said in ("shapes-qwen", "Quality against size", "World score by category", "a photo of", "Damage: the velocity error"):
+    for said in (
+        "shapes-qwen",
+        "Quality against size",
+        "World score by category",
+        "a photo of",
+        "Damage: the velocity error",
+    ):
         assert said in dom
     assert dom.count("<img ") == 40 and dom.count("<svg ") > 18
     assert not re.search(r"https?://", dom)

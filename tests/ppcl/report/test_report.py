@@ -62,7 +62,10 @@ def read(root):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     def verdicts(evaluation):
-        return {**evaluation, "right": {name: [i % 3 > 0 for i in range(made.PROMPTS)] for name in evaluation["variants"]}}
+        return {
+            **evaluation,
+            "right": {name: [i % 3 > 0 for i in range(made.PROMPTS)] for name in evaluation["variants"]},
+        }
 
     return made.job(tmp_path_factory.mktemp("report") / "job", evaluation=verdicts)
 
@@ -75,7 +78,13 @@ def page(root):
 def test_the_report_has_every_section_and_loads_nothing(root, page):
     text = (root / "report.html").read_text()
     headings = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
-    assert headings == ["Variants", "Quality against size", "Pictures from the same seeds", "Similarity of the blocks", "Distillation"]
+    assert headings == [
+        "Variants",
+        "Quality against size",
+        "Pictures from the same seeds",
+        "Similarity of the blocks",
+        "Distillation",
+    ]
     without_pictures = re.sub(r"base64,[\w+/=]+", "", text)
     assert not re.search(r"https?:|//[a-z]|@import|<script|<link|<iframe", without_pictures)
     policy = [m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
@@ -85,7 +94,13 @@ def test_the_report_has_every_section_and_loads_nothing(root, page):
 
 
 def test_header_tells_teacher_size_and_settings(page):
-    for said in ("shapes-qwen", "4.81 M", "4 variants from one set of replacements, with 59 % to 88 %", "/models/shapes-qwen", "first_difference"):
+    for said in (
+        "shapes-qwen",
+        "4.81 M",
+        "4 variants from one set of replacements, with 59 % to 88 %",
+        "/models/shapes-qwen",
+        "first_difference",
+    ):
         assert said in page.said
     assert re.search(r"Written \d{4}-\d\d-\d\d \d\d:\d\d UTC", page.said)
 
@@ -97,8 +112,13 @@ def test_summary_rows_against_the_artifacts(root):
     assert [row["blocks"] for row in rows] == [16, 14, 12, 10, 9]
     last = rows[-1]
     assert last["share"] == last["parameters"] / rows[0]["parameters"]
-    assert last["speed_up"] == pytest.approx(evaluation["teacher"]["seconds_per_step"] / evaluation["all"]["seconds_per_step"])
-    assert (last["world_low"], last["R_high"]) == (evaluation["all"]["world"]["overall"]["low"], evaluation["all"]["R_high"])
+    assert last["speed_up"] == pytest.approx(
+        evaluation["teacher"]["seconds_per_step"] / evaluation["all"]["seconds_per_step"]
+    )
+    assert (last["world_low"], last["R_high"]) == (
+        evaluation["all"]["world"]["overall"]["low"],
+        evaluation["all"]["R_high"],
+    )
     assert last["plan"] == [f"{u}-{v}" for u, v in made.INTERVALS] and rows[0]["psnr"] is None
     json.dumps(rows)
 
@@ -122,7 +142,9 @@ def test_pictures_are_the_files_and_say_whether_they_are_right(root, page):
     assert page.said.count("✗ wrong") == sum("found wrong" in picture["alt"] for picture in pictures) > 0
     shown = np.asarray(Image.open(_opened(pictures[0]["src"])))
     assert np.array_equal(shown, np.asarray(Image.open(root / "evaluation/pictures/teacher/0000.png")))
-    categories = re.findall(r"(single object|two object|counting|colors|position|color attr)(?= teacher ✓| teacher ✗)", page.said)
+    categories = re.findall(
+        r"(single object|two object|counting|colors|position|color attr)(?= teacher ✓| teacher ✗)", page.said
+    )
     assert set(categories) == {"single object", "two object", "counting", "colors", "position", "color attr"}
 
 
@@ -220,7 +242,15 @@ def test_sixty_blocks_in_two_lists_without_any_interval(tmp_path):
     def large(detection):
         cka = [[None if k < u else 1 - 0.01 * (k - u) for k in range(60)] for u in range(60)]
         tables = {"img": cka, "txt": cka, "mean": cka}
-        return {**detection, "blocks": 60, "spans": [[0, 19], [19, 60]], "cka": tables, "delta": cka, "intervals": [], "plan": []}
+        return {
+            **detection,
+            "blocks": 60,
+            "spans": [[0, 19], [19, 60]],
+            "cka": tables,
+            "delta": cka,
+            "intervals": [],
+            "plan": [],
+        }
 
     page = read(made.job(tmp_path / "job", stages=("detection",), detection=large))
     assert "No contiguous redundant interval was found" in page.said
@@ -254,14 +284,24 @@ def test_series_are_told_apart_by_more_than_hue():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (numbers.count(20_430_000_000), "20.4 B"), (numbers.count(999), "999"), (numbers.count(None), "–"),
-        (numbers.significant(0.12), "0.120"), (numbers.significant(1234.5), "1234"), (numbers.significant(0), "0"),
-        (numbers.significant(123.4), "123"), (numbers.significant(0.00001234), "1.23e-05"),
-        (numbers.percent(-0.031), "\u22123.1\u202f%"), (numbers.percent(-0.0001), "0.0\u202f%"), (numbers.percent(6.1, scale=1), "6.1\u202f%"),
-        (numbers.between(0.7, 0.78), "70.0 to 78.0"), (numbers.between(None, 1), ""),
-        (numbers.seconds(0.0382), "38.2 ms"), (numbers.seconds(250), "4 min 10 s"), (numbers.seconds(11100), "3 h 05 min"),
+        (numbers.count(20_430_000_000), "20.4 B"),
+        (numbers.count(999), "999"),
+        (numbers.count(None), "–"),
+        (numbers.significant(0.12), "0.120"),
+        (numbers.significant(1234.5), "1234"),
+        (numbers.significant(0), "0"),
+        (numbers.significant(123.4), "123"),
+        (numbers.significant(0.00001234), "1.23e-05"),
+        (numbers.percent(-0.031), "\u22123.1\u202f%"),
+        (numbers.percent(-0.0001), "0.0\u202f%"),
+        (numbers.percent(6.1, scale=1), "6.1\u202f%"),
+        (numbers.between(0.7, 0.78), "70.0 to 78.0"),
+        (numbers.between(None, 1), ""),
+        (numbers.seconds(0.0382), "38.2 ms"),
+        (numbers.seconds(250), "4 min 10 s"),
+        (numbers.seconds(11100), "3 h 05 min"),
     ],
-)  # fmt: skip
+)
 def test_how_numbers_are_written(text, expected):
     assert text == expected
 
@@ -281,13 +321,21 @@ EVERY = ("detection", "students", "variants", "finetuning", "evaluation", "ablat
 def test_fine_tuning_and_ablation_are_told_and_drawn(tmp_path):
     page = read(made.job(tmp_path / "job", EVERY))
     assert "Of 22 measured plans, 20 have a smaller velocity error after it" in page.said
-    assert "of the 20 drawn ones, each held against the others, 19 would take them, 1 of which is worse with them" in page.said
+    assert (
+        "of the 20 drawn ones, each held against the others, 19 would take them, 1 of which is worse with them"
+        in page.said
+    )
     assert "6 of 16 blocks gone, 200 distillation steps a row, 3 seeds" in page.said
     for row in made.ablation()["rows"]:
         assert row["label"].strip() in page.said
     told = [attributes.get("aria-label") or "" for attributes in page.all("svg")]
-    assert any(text.startswith("Velocity error of 22 plans before and after fine-tuning; 20 of them are better") for text in told)
-    assert any(text.startswith("Velocity error by row of the ablation. CKA sensitivity, sequential: 0.02") for text in told)
+    assert any(
+        text.startswith("Velocity error of 22 plans before and after fine-tuning; 20 of them are better")
+        for text in told
+    )
+    assert any(
+        text.startswith("Velocity error by row of the ablation. CKA sensitivity, sequential: 0.02") for text in told
+    )
 
 
 def test_numbers_on_a_logarithmic_axis_are_plain(tmp_path):

@@ -77,15 +77,20 @@ WIDE = ParameterCounts(
     1000,
     (100,) * 8,
     {
-        Interval(0, 2): {"w": 100}, Interval(4, 5): {"w": 110}, TextRun(1, 3): {"z.2.w": 5, "z.3.w": 5, "h.w": 5},
-        TextRun(6, 7): {"z.7.w": 5}, **{Ffn(b): {"img.w": 5, "txt.w": 4} for b in (0, 2, 3, 5, 7)},
+        Interval(0, 2): {"w": 100},
+        Interval(4, 5): {"w": 110},
+        TextRun(1, 3): {"z.2.w": 5, "z.3.w": 5, "h.w": 5},
+        TextRun(6, 7): {"z.7.w": 5},
+        **{Ffn(b): {"img.w": 5, "txt.w": 4} for b in (0, 2, 3, 5, 7)},
         **{Ffn(b, 50): {"up.img.w": 6, "up.txt.w": 5, "down.img.w": 6, "down.txt.w": 5} for b in (3, 5)},
     },
     {b: {"img": 24, "txt": 19} for b in range(8)},
     {b: {"img": 6, "txt": 6} for b in range(8)},
     dict.fromkeys(range(8), 40),
-)  # fmt: skip
-WIDE_DAMAGE = dict(zip(WIDE.replacements, (0.31, 0.12, 0.09, 0.05, 0.04, 0.021, 0.08, 0.015, 0.033, 0.012, 0.007), strict=True))
+)
+WIDE_DAMAGE = dict(
+    zip(WIDE.replacements, (0.31, 0.12, 0.09, 0.05, 0.04, 0.021, 0.08, 0.015, 0.033, 0.012, 0.007), strict=True)
+)
 
 
 def wide_plans():
@@ -108,9 +113,11 @@ def test_the_front_over_depth_and_width_holds_what_no_plan_beats():
 
 
 FOLDED = dataclasses.replace(
-    WIDE, replacements={**WIDE.replacements, LowRankModulation(): {"directions": 4 * 2, "mean": 4}},
-    rows={b: {"img": 6, "txt": 6} for b in range(8)}, width=4,
-)  # fmt: skip
+    WIDE,
+    replacements={**WIDE.replacements, LowRankModulation(): {"directions": 4 * 2, "mean": 4}},
+    rows={b: {"img": 6, "txt": 6} for b in range(8)},
+    width=4,
+)
 
 
 @pytest.mark.parametrize("cost", [0.0001, 0.05, 5.0])
@@ -137,17 +144,25 @@ def test_an_ffn_within_a_text_run_saves_its_image_part_alone():
 
 # A student saves the time of the blocks it stands for, half of the units hardly any.
 TIMES = LatencyTable(
-    8000, range(8),
-    {Interval(0, 2): 1800, Interval(4, 5): 900, TextRun(1, 3): 700, TextRun(6, 7): 350,
-     **{e: 300 if not e.keep_percent else 60 for e in WIDE_DAMAGE if isinstance(e, Ffn)}},
+    8000,
+    range(8),
+    {
+        Interval(0, 2): 1800,
+        Interval(4, 5): 900,
+        TextRun(1, 3): 700,
+        TextRun(6, 7): 350,
+        **{e: 300 if not e.keep_percent else 60 for e in WIDE_DAMAGE if isinstance(e, Ffn)},
+    },
     {e: 120 for e in WIDE_DAMAGE if isinstance(e, Ffn)},
-)  # fmt: skip
+)
 
 
 def times_left(plan):
     left = TIMES.total
     for entry in plan:
-        run = next((r for r in plan if isinstance(r, TextRun) and isinstance(entry, Ffn) and entry.block in r.blocks[1:]), None)
+        run = next(
+            (r for r in plan if isinstance(r, TextRun) and isinstance(entry, Ffn) and entry.block in r.blocks[1:]), None
+        )
         left -= 120 if run else TIMES.alone[entry]
     return left
 
@@ -174,5 +189,8 @@ def test_a_targets_candidates_meet_it_and_hold_the_least_sum(target):
 
 
 def test_a_target_that_cannot_be_met_says_what_can():
-    with pytest.raises(UserError, match=r"variants.targets.x cannot be met: the smallest plan leaves 0\.\d{4} of the parameters, and the fastest that is small enough is about 1\.\d\d times"):
+    with pytest.raises(
+        UserError,
+        match=r"variants.targets.x cannot be met: the smallest plan leaves 0\.\d{4} of the parameters, and the fastest that is small enough is about 1\.\d\d times",
+    ):
         target_candidates("x", Target(speedup=9.0), WIDE, TIMES, WIDE_DAMAGE)

@@ -16,7 +16,9 @@ SENSITIVITY = dict(zip(INTERVALS, (0.05, 0.01, 0.09, 0.015, 0.02), strict=True))
 
 def test_named_variants_and_their_way_through_json():
     block_ranges = [range(9), range(9, 14)]
-    settings = Variants(budgets=[0.9, 0.755], blocks=[13], targets={"fast": {"speedup": 1.5}}, custom={"mine": [(3, 4)]})
+    settings = Variants(
+        budgets=[0.9, 0.755], blocks=[13], targets={"fast": {"speedup": 1.5}}, custom={"mine": [(3, 4)]}
+    )
     chosen = {"p90": (INTERVALS[0],), "p75.5": (INTERVALS[1],), "fast": tuple(INTERVALS[:2])}
     made = make_variants(settings, SIZES, SENSITIVITY, block_ranges, chosen)
     assert list(made) == ["teacher", "p90", "p75.5", "b13", "fast", "all", "mine"]

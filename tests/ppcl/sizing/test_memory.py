@@ -65,14 +65,19 @@ def _measure(folder, out):
     count = len(teacher.adapter.blocks(teacher.empty_transformer()))
     segment = TeacherSegment(teacher, segment_of(mesh.pp_rank, 2, count, plan), plan, "cpu", torch.bfloat16)
     pipeline_stage = PipelineStage(mesh.pp_rank, 2, mesh.rank)
-    objectives = [new_objective(segment.adapter, segment.transformer, segment.blocks, e, Distillation(), count) for e in segment.plan]
+    objectives = [
+        new_objective(segment.adapter, segment.transformer, segment.blocks, e, Distillation(), count)
+        for e in segment.plan
+    ]
     trainees = [Trainee(objective, Distillation(precision="bfloat16"), mesh) for objective in objectives]
     inputs = tiny.inputs(tiny.qwen_transformer(), BATCH)
     text = inputs["encoder_hidden_states"][:1].expand(BATCH, -1, -1).repeat(1, 8, 1)
     inputs |= {
         "hidden_states": torch.randn(BATCH, (SIZE // 16) ** 2, inputs["hidden_states"].shape[-1]).bfloat16(),
-        "encoder_hidden_states": text.bfloat16(), "encoder_hidden_states_mask": None, "img_shapes": [[(1, SIZE // 16, SIZE // 16)]] * BATCH,
-    }  # fmt: skip
+        "encoder_hidden_states": text.bfloat16(),
+        "encoder_hidden_states_mask": None,
+        "img_shapes": [[(1, SIZE // 16, SIZE // 16)]] * BATCH,
+    }
     wanted = CaptureSpec()
     for trainee in trainees:
         wanted |= trainee.objective.capture
@@ -99,9 +104,12 @@ def _measure(folder, out):
             students += p.nbytes + p.grad.nbytes + state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
     streams = sum(x.nbytes for s in seen.boundaries.values() for x in s if x is not None)
     measured = {
-        "teacher": sum(p.nbytes for p in segment.transformer.parameters()), "students": students, "activations": most,
-        "streams": streams, "sent": pipeline_stage.bytes_sent,
-    }  # fmt: skip
+        "teacher": sum(p.nbytes for p in segment.transformer.parameters()),
+        "students": students,
+        "activations": most,
+        "streams": streams,
+        "sent": pipeline_stage.bytes_sent,
+    }
     (out / f"{mesh.rank}.json").write_text(json.dumps(measured))
 
 
@@ -126,11 +134,20 @@ def test_two_real_ranks_hold_and_send_what_is_computed(teacher_folder, tmp_path)
 
 
 def test_what_cannot_be_sized_is_told(tmp_path):
-    with pytest.raises(UserError, match="no diffusers pipeline folder.*or name one of flux.1-dev, qwen-image, sd3.5-large"):
+    with pytest.raises(
+        UserError, match="no diffusers pipeline folder.*or name one of flux.1-dev, qwen-image, sd3.5-large"
+    ):
         model_of(str(tmp_path / "gpt"), 1024, 1024)
     with pytest.raises(UserError, match="1000 × 1024 pixels: both must be multiples of 16"):
         model_of("qwen-image", 1024, 1000)
 
 
 def test_bytes_are_told_in_three_digits():
-    assert [gigabytes(n) for n in (0, 999, 28.31e6, 999.9e6, 40.9e9, 151e9)] == ["–", "999 B", "28.3 MB", "1000 MB", "40.9 GB", "151 GB"]
+    assert [gigabytes(n) for n in (0, 999, 28.31e6, 999.9e6, 40.9e9, 151e9)] == [
+        "–",
+        "999 B",
+        "28.3 MB",
+        "1000 MB",
+        "40.9 GB",
+        "151 GB",
+    ]

@@ -50,8 +50,9 @@ def _products(block, call):
     found = []
     handles = [
         m.register_forward_hook(lambda m, args, made: found.append(2 * made.numel() * m.in_features))
-        for m in block.modules() if isinstance(m, nn.Linear)
-    ]  # fmt: skip
+        for m in block.modules()
+        if isinstance(m, nn.Linear)
+    ]
     call()
     for handle in handles:
         handle.remove()
@@ -87,7 +88,17 @@ def test_operations_of_sums_are_those_of_a_real_fit(teacher_folder, small, tmp_p
 
     monkeypatch.setattr(Moments, "_add", add)
     samples = Whole()
-    probes_run.fit_probes(Teacher(teacher_folder), samples, Probes(batch_size=8), ParallelDims(), tmp_path, 0, "cpu", torch.float32, lambda *told: None)
+    probes_run.fit_probes(
+        Teacher(teacher_folder),
+        samples,
+        Probes(batch_size=8),
+        ParallelDims(),
+        tmp_path,
+        0,
+        "cpu",
+        torch.float32,
+        lambda *told: None,
+    )
     assert sum(counted) == len(samples.ids(held_out=False)) * sum(small.sums_flops)
 
 
@@ -157,7 +168,10 @@ def test_more_ranks_than_the_plan_has_segments_become_replicas(qwen):
     others = [distillation_on(qwen, plan, 64, pp, 64 // pp, DEVICE) for pp in (2, 4, 8)]
     assert distillation(qwen, plan, 64, 64, DEVICE).step == min(other.step for other in others)
     assert probes(qwen, 32, 512, DEVICE).pp == 60 and probes(qwen, 32, 512, DEVICE).binds == "number of blocks"
-    with pytest.raises(UserError, match="1024 GPUs: .* has 8 ranks, and each of its 128 replicas needs a sample of a step, which has 16"):
+    with pytest.raises(
+        UserError,
+        match="1024 GPUs: .* has 8 ranks, and each of its 128 replicas needs a sample of a step, which has 16",
+    ):
         distillation(qwen, plan, 16, 1024, DEVICE)
     with pytest.raises(UserError, match="1 GPUs: a rank needs .* GB, a device has 80 GB"):
         distillation(qwen, plan, 16, 1, DEVICE)
@@ -192,7 +206,13 @@ def test_the_simulation_tells_what_was_measured():
 
     scaling = json.loads((REPOSITORY / "benchmarks" / "results" / "scaling.json").read_text())
     settings = scaling["settings"]
-    model = Model.of("random", "QwenImageTransformer2DModel", settings["config"], settings["text_tokens"], *[16 * settings["side"]] * 2)
+    model = Model.of(
+        "random",
+        "QwenImageTransformer2DModel",
+        settings["config"],
+        settings["text_tokens"],
+        *[16 * settings["side"]] * 2,
+    )
     device = device_of(scaling["rates"], model, settings["blocks"])
     held = 0
     for key, run in scaling["runs"].items():

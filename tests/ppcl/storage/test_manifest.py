@@ -26,10 +26,14 @@ def test_a_stage_is_skipped_while_key_and_files_are_the_same(artifacts):
     assert not artifacts.state("students", "key", said.append) and not said
     assert not artifacts.state("probes", "other", said.append)
     assert said == ["probes: what it depends on has changed; making it again"]
-    assert list(artifacts.entry("probes").files) == ["probes/a.json"] and artifacts.entry("probes").info == {"blocks": 3}
+    assert list(artifacts.entry("probes").files) == ["probes/a.json"] and artifacts.entry("probes").info == {
+        "blocks": 3
+    }
 
 
-@pytest.mark.parametrize("change", [lambda p: p.write_text("12346"), lambda p: p.write_text("1234"), lambda p: p.unlink()])
+@pytest.mark.parametrize(
+    "change", [lambda p: p.write_text("12346"), lambda p: p.write_text("1234"), lambda p: p.unlink()]
+)
 def test_a_file_that_changed_by_a_bit_a_byte_or_altogether_is_found(artifacts, change):
     change(artifacts.path("probes", "a.json"))
     said = []
@@ -87,7 +91,10 @@ def test_a_folder_of_another_kind_is_refused_and_left_alone(tmp_path, artifacts)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize(("content", "sentence"), [("{", "is damaged"), ("[]", "is damaged"), ('{"format": 7}', "has format 7"), (None, "is no result")])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("{", "is damaged"), ("[]", "is damaged"), ('{"format": 7}', "has format 7"), (None, "is no result")],
+)
 def test_a_manifest_that_cannot_be_read(artifacts, content, sentence):
     path = artifacts.path("manifest.json")
     path.write_text(content) if content else path.unlink()

@@ -90,7 +90,10 @@ def test_a_store_that_fails_for_a_moment_is_tried_again(store, s3, fault, tmp_pa
 
 
 def test_a_store_that_goes_on_failing_is_told_in_one_sentence(store, s3):
-    with s3.failing(error(503, "SlowDown")), pytest.raises(UserError, match=r"it answers 503.*; tried 3 times\); what is complete is kept"):
+    with (
+        s3.failing(error(503, "SlowDown")),
+        pytest.raises(UserError, match=r"it answers 503.*; tried 3 times\); what is complete is kept"),
+    ):
         store.read("f")
     assert len(s3.requests) == 3
 
@@ -111,9 +114,15 @@ def test_a_slow_store_is_given_up_after_a_while_and_a_lame_one_is_waited_for(sto
 def test_a_bucket_that_is_not_there_wrong_credentials_and_read_only_storage(store, s3, tmp_path):
     with pytest.raises(UserError, match="the bucket no-such-bucket of s3://no-such-bucket/x does not exist"):
         Artifacts("s3://no-such-bucket/x").check()
-    with s3.failing(error(403, "InvalidAccessKeyId")), pytest.raises(UserError, match="it does not know the access key"):
+    with (
+        s3.failing(error(403, "InvalidAccessKeyId")),
+        pytest.raises(UserError, match="it does not know the access key"),
+    ):
         Artifacts(store.url).check()
-    with s3.failing(error(403, "AccessDenied"), lambda r: r.method == "PUT"), pytest.raises(UserError, match="may not do that"):
+    with (
+        s3.failing(error(403, "AccessDenied"), lambda r: r.method == "PUT"),
+        pytest.raises(UserError, match="may not do that"),
+    ):
         store.upload(_file(tmp_path / "f", b"1"), "f")
 
 
@@ -121,14 +130,19 @@ def test_an_endpoint_where_nothing_is(store, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     storage._files.cache_clear()
     try:
-        with pytest.raises(UserError, match=r"nothing answers at http://127.0.0.1:9, which AWS_ENDPOINT_URL sets; tried 3 times"):
+        with pytest.raises(
+            UserError, match=r"nothing answers at http://127.0.0.1:9, which AWS_ENDPOINT_URL sets; tried 3 times"
+        ):
             store.read("f")
     finally:
         storage._files.cache_clear()
 
 
 def test_a_clock_that_a_store_does_not_accept_is_told_as_such(store, s3):
-    with s3.failing(error(403, "RequestTimeTooSkewed")), pytest.raises(UserError, match="the clock of .* is wrong by too much; set it"):
+    with (
+        s3.failing(error(403, "RequestTimeTooSkewed")),
+        pytest.raises(UserError, match="the clock of .* is wrong by too much; set it"),
+    ):
         store.read("f")
 
 
@@ -157,7 +171,9 @@ def test_a_stage_is_uploaded_before_its_entry_and_verified_when_read(store, s3):
 
     said = []
     shutil.rmtree(artifacts.root)  # another node
-    assert Artifacts(store.url).state("probes", "key", said.append) and artifacts.path("probes", "a").read_bytes() == b"1"
+    assert (
+        Artifacts(store.url).state("probes", "key", said.append) and artifacts.path("probes", "a").read_bytes() == b"1"
+    )
     artifacts.path("probes", "stale").write_bytes(b"")
     assert [p.name for p in fetch_stage(artifacts.path("probes")).iterdir()] == ["a"]
     store.write("probes/a", b"2")
@@ -200,7 +216,10 @@ def test_checkpoints_go_up_while_the_work_goes_on_and_another_node_begins_with_t
         raise RuntimeError("killed")
     assert set(store.objects()) == {"students/checkpoints/a"}
     monkeypatch.setenv("PPCL_SCRATCH", str(tmp_path / "another node"))
-    with synced_checkpoints(folder, "two", everything, nobody) as first, synced_checkpoints(folder, "two", everything, nobody) as second:
+    with (
+        synced_checkpoints(folder, "two", everything, nobody) as first,
+        synced_checkpoints(folder, "two", everything, nobody) as second,
+    ):
         assert [p.read_text() for p in (first / "a", second / "a")] == ["1", "1"]
         (first / "new").write_text("2")
         os.replace(first / "new", first / "a")
@@ -221,7 +240,10 @@ def test_checkpoints_that_are_damaged_are_left_out_on_every_node_and_told(store,
     for node in ("one", "another"):
         monkeypatch.setenv("PPCL_SCRATCH", str(tmp_path / node))
         told = []
-        with synced_checkpoints(folder, "one", is_whole, told.append) as first, synced_checkpoints(folder, "one", is_whole, told.append):
+        with (
+            synced_checkpoints(folder, "one", is_whole, told.append) as first,
+            synced_checkpoints(folder, "one", is_whole, told.append),
+        ):
             assert [path.name for path in first.iterdir()] == ["whole.safetensors"]
         assert sorted(path.stem for path in told) == ["not its sha256", "not whole"]
 
@@ -286,7 +308,12 @@ def test_a_rank_reads_the_ranges_of_its_own_blocks_and_no_weight_else(store, s3,
     assert read and all(r.range for r in read)
     kept = sum(p.nbytes for p in mine.parameters())
     header = 100_000
-    assert kept <= sum(r.sent for r in read) < kept + header < (teacher_folder / whole.transformer_files["proj_out.weight"]).stat().st_size
+    assert (
+        kept
+        <= sum(r.sent for r in read)
+        < kept + header
+        < (teacher_folder / whole.transformer_files["proj_out.weight"]).stat().st_size
+    )
     assert not list(whole.folder.rglob("*.safetensors"))
 
 

@@ -5,7 +5,12 @@ from safetensors.torch import save_file
 
 from ppcl.storage.tensor_files import DamagedError, drop_damaged, is_whole, load_tensors, save_tensors
 
-TENSORS = {"x": torch.arange(1000.0), "half": torch.randn(3, 5).bfloat16(), "step": torch.tensor(7.0), "ids": torch.arange(4)}
+TENSORS = {
+    "x": torch.arange(1000.0),
+    "half": torch.randn(3, 5).bfloat16(),
+    "step": torch.tensor(7.0),
+    "ids": torch.arange(4),
+}
 WORDS = {"step": "7", "curve": "[]"}
 
 
@@ -13,7 +18,9 @@ def test_what_was_written_is_read(tmp_path):
     save_tensors(tmp_path / "new" / "a.safetensors", TENSORS, WORDS)
     tensors, words = load_tensors(tmp_path / "new" / "a.safetensors")
     assert words == WORDS and tensors.keys() == TENSORS.keys()
-    assert all(torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.safetensors"]
 
 
@@ -48,7 +55,10 @@ def test_damaged_ones_are_dropped_and_the_others_kept(tmp_path):
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "08-09.safetensors").write_bytes(b"{")
     assert [path.stem for path in drop_damaged(tmp_path)] == ["02-03", "04-05", "06-07", "08-09"]
-    assert sorted(path.name for path in tmp_path.rglob("*.*")) == ["00-01.json", "00-01.safetensors"] and drop_damaged(tmp_path) == []
+    assert (
+        sorted(path.name for path in tmp_path.rglob("*.*")) == ["00-01.json", "00-01.safetensors"]
+        and drop_damaged(tmp_path) == []
+    )
 
 
 def test_a_file_of_another_writer_is_damaged(tmp_path):

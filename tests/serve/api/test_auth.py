@@ -29,7 +29,21 @@ def test_keys_come_from_the_environment_and_from_a_file(monkeypatch, tmp_path):
         keys.check(f"bearer  {key} ")
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Basic c2VzYW1l", "sesame", "Bearer sesam", "Bearer sesame two", "Bearer SESAME", "Bearer \xff"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        "Basic c2VzYW1l",
+        "sesame",
+        "Bearer sesam",
+        "Bearer sesame two",
+        "Bearer SESAME",
+        "Bearer \xff",
+    ],
+)
 def test_anything_but_a_known_key_is_refused(monkeypatch, header):
     monkeypatch.setenv("PPCL_API_KEYS", "sesame")
     refused = refusal(Keys(Http()), header)
@@ -48,7 +62,19 @@ def test_a_file_without_keys_is_an_error_rather_than_an_open_server(tmp_path):
     assert "with blanks" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("host", "open_to_others"), [("127.0.0.1", False), ("localhost", False), ("::1", False), ("127.8.8.8", False), ("0.0.0.0", True), ("::", True), ("10.0.0.7", True), ("example", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("host", "open_to_others"),
+    [
+        ("127.0.0.1", False),
+        ("localhost", False),
+        ("::1", False),
+        ("127.8.8.8", False),
+        ("0.0.0.0", True),
+        ("::", True),
+        ("10.0.0.7", True),
+        ("example", True),
+    ],
+)
 def test_without_keys_only_this_machine_is_listened_to(monkeypatch, host, open_to_others):
     if open_to_others:
         with pytest.raises(UserError, match="there is no API key"):
@@ -59,12 +85,27 @@ def test_without_keys_only_this_machine_is_listened_to(monkeypatch, host, open_t
     check_exposure(Http(host=host), Keys(Http()))
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]", "LOCALHOST:1"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000", "[::1]", "LOCALHOST:1"]
+)
 def test_this_machines_own_names_are_served_without_keys(host):
     check_host(host)
 
 
-@pytest.mark.parametrize("host", [None, "", "evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.7:8000", "[fe80::1]:8000", "]"])  # fmt: skip
+@pytest.mark.parametrize(
+    "host",
+    [
+        None,
+        "",
+        "evil.example",
+        "evil.example:8000",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "10.0.0.7:8000",
+        "[fe80::1]:8000",
+        "]",
+    ],
+)
 def test_other_names_of_this_machine_are_not(host):
     with pytest.raises(Refused) as caught:
         check_host(host)

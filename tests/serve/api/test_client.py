@@ -25,19 +25,28 @@ def decoded(b64_json: str) -> Image.Image:
 
 
 def test_a_picture_is_the_one_the_stock_pipeline_draws(server, engine):
-    answer = server.client().images.generate(**ASKED, extra_body={"seed": 5, "num_inference_steps": 3, "true_cfg_scale": 1.0})
+    answer = server.client().images.generate(
+        **ASKED, extra_body={"seed": 5, "num_inference_steps": 3, "true_cfg_scale": 1.0}
+    )
     import torch
 
     pipeline = Result(engine.settings.result).pipeline("p75")
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
-        "a red circle", height=32, width=32, num_inference_steps=3, true_cfg_scale=1.0, generator=torch.Generator().manual_seed(5)
+        "a red circle",
+        height=32,
+        width=32,
+        num_inference_steps=3,
+        true_cfg_scale=1.0,
+        generator=torch.Generator().manual_seed(5),
     ).images[0]
     assert np.abs(np.asarray(decoded(answer.data[0].b64_json)).astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_an_answer_tells_what_was_drawn_and_how(server):
-    answer = server.client().images.generate(**ASKED, n=2, user="u", style="vivid", extra_body={"seed": 5, "num_inference_steps": 3})
+    answer = server.client().images.generate(
+        **ASKED, n=2, user="u", style="vivid", extra_body={"seed": 5, "num_inference_steps": 3}
+    )
     assert (answer.size, answer.output_format, answer.background, len(answer.data)) == ("32x32", "png", "opaque", 2)
     # Pictures of 32 × 32 are 4 × 4 tokens of the tiny transformer, whose VAE has a factor of 4.
     assert answer.usage.output_tokens == 2 * (32 // 8) ** 2
@@ -73,7 +82,9 @@ def test_a_plan_as_text_is_a_model_too(server):
     assert answer.model_extra["variant"] == "0-1,2-3"
 
 
-@pytest.mark.parametrize(("size", "shape"), [("32x64", (32, 64)), ("64x32", (64, 32)), ("40x48", (40, 48)), ("auto", (32, 32))])
+@pytest.mark.parametrize(
+    ("size", "shape"), [("32x64", (32, 64)), ("64x32", (64, 32)), ("40x48", (40, 48)), ("auto", (32, 32))]
+)
 def test_pictures_have_the_size_that_was_asked_for(server, size, shape):
     answer = server.client().images.generate(**ASKED | {"size": size}, extra_body={"num_inference_steps": 1})
     assert decoded(answer.data[0].b64_json).size == shape
@@ -90,7 +101,9 @@ def test_pictures_come_in_the_format_that_was_asked_for(server, file_format):
 @pytest.mark.parametrize("file_format", ["jpeg", "webp"])
 def test_less_quality_makes_smaller_files(server, file_format):
     def size(compression):
-        answer = server.client().images.generate(**ASKED, output_format=file_format, output_compression=compression, extra_body={"seed": 1})
+        answer = server.client().images.generate(
+            **ASKED, output_format=file_format, output_compression=compression, extra_body={"seed": 1}
+        )
         return len(answer.data[0].b64_json)
 
     assert size(0) < size(50) < size(100)
@@ -98,9 +111,14 @@ def test_less_quality_makes_smaller_files(server, file_format):
 
 def test_a_stream_shows_each_picture_as_it_becomes(server):
     with server.client().images.generate(
-        **ASKED | {"size": "32x48"}, n=2, stream=True, partial_images=2, output_format="webp", quality="high",
+        **ASKED | {"size": "32x48"},
+        n=2,
+        stream=True,
+        partial_images=2,
+        output_format="webp",
+        quality="high",
         extra_body={"seed": 3, "num_inference_steps": 6},
-    ) as stream:  # fmt: skip
+    ) as stream:
         events = list(stream)
     for index in (0, 1):
         mine = [event for event in events if event.model_extra["index"] == index]
@@ -110,7 +128,12 @@ def test_a_stream_shows_each_picture_as_it_becomes(server):
         for event in mine:
             picture = decoded(event.b64_json)
             assert (picture.format, picture.size) == ("WEBP", (32, 48))
-            assert (event.size, event.output_format, event.quality, event.background) == ("32x48", "webp", "high", "opaque")
+            assert (event.size, event.output_format, event.quality, event.background) == (
+                "32x48",
+                "webp",
+                "high",
+                "opaque",
+            )
             assert event.created_at > 1_700_000_000
         assert mine[-1].usage.output_tokens == 24 and mine[-1].usage.input_tokens_details.image_tokens == 0
         assert (mine[-1].model_extra["variant"], mine[-1].model_extra["seed"]) == ("p75", 3 + index)
@@ -128,7 +151,10 @@ def test_a_stream_ends_with_the_picture_that_is_drawn_without_one(server):
 def test_many_pictures_at_once_through_the_asynchronous_client(server):
     async def all_of_them():
         async with server.async_client() as client:
-            asked = [{**ASKED, "model": model, "extra_body": {"seed": seed}} for seed, model in enumerate(["p75", "all", "teacher", "auto"] * 2)]
+            asked = [
+                {**ASKED, "model": model, "extra_body": {"seed": seed}}
+                for seed, model in enumerate(["p75", "all", "teacher", "auto"] * 2)
+            ]
             return await asyncio.gather(*(client.images.generate(**one) for one in asked))
 
     answers = asyncio.run(all_of_them())
@@ -139,7 +165,9 @@ def test_many_pictures_at_once_through_the_asynchronous_client(server):
 def test_an_asynchronous_stream(server):
     async def events():
         async with server.async_client() as client:
-            stream = await client.images.generate(**ASKED, stream=True, partial_images=1, extra_body={"num_inference_steps": 4})
+            stream = await client.images.generate(
+                **ASKED, stream=True, partial_images=1, extra_body={"num_inference_steps": 4}
+            )
             return [event.type async for event in stream]
 
     assert asyncio.run(events()) == ["image_generation.partial_image", "image_generation.completed"]
@@ -154,7 +182,11 @@ def test_every_variant_is_a_model_with_its_figures_and_auto_is_one(server, engin
     assert set(listed) == {"auto", *engine.weights.variants}
     for name, variant in engine.weights.variants.items():
         told = listed[name].model_extra
-        assert (told["parameters"], told["share"], told["blocks"]) == (variant.parameters, variant.share, variant.blocks)
+        assert (told["parameters"], told["share"], told["blocks"]) == (
+            variant.parameters,
+            variant.share,
+            variant.blocks,
+        )
         assert told["seconds_per_step"] > 0 and "quality" in told
         assert figures(server.client().models.retrieve(name)) == figures(listed[name])
     assert listed["auto"].model_extra["variants"][0] == "teacher"
@@ -189,7 +221,9 @@ def test_errors_are_openais_typed_exceptions(server, locked_server):
 def full_queue(server):
     """Streams that fill the queue until they are closed."""
     client = server.client()
-    streams = [client.images.generate(**ASKED, n=8, stream=True, extra_body={"num_inference_steps": 2000}) for _ in range(2)]
+    streams = [
+        client.images.generate(**ASKED, n=8, stream=True, extra_body={"num_inference_steps": 2000}) for _ in range(2)
+    ]
     yield streams
     for stream in streams:
         stream.close()

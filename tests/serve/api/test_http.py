@@ -30,10 +30,24 @@ def lines(tmp_path):
 
 
 def test_with_keys_everything_but_the_page_and_health_asks_for_one(locked_server):
-    for method, path in (("GET", "/v1/models"), ("GET", "/v1/models/all"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/other"), ("POST", "/v1/images/generations")):  # fmt: skip
+    for method, path in (
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/all"),
+        ("GET", "/metrics"),
+        ("GET", "/openapi.json"),
+        ("GET", "/other"),
+        ("POST", "/v1/images/generations"),
+    ):
         answer = locked_server.ask(method, path)
-        assert (answer.status, answer.error["code"], answer.headers["www-authenticate"]) == (401, "missing_api_key", "Bearer")
-        assert locked_server.ask(method, path, headers={"authorization": "Bearer open-sesame"}).error["code"] == "invalid_api_key"
+        assert (answer.status, answer.error["code"], answer.headers["www-authenticate"]) == (
+            401,
+            "missing_api_key",
+            "Bearer",
+        )
+        assert (
+            locked_server.ask(method, path, headers={"authorization": "Bearer open-sesame"}).error["code"]
+            == "invalid_api_key"
+        )
     for path in ("/", "/health"):
         assert locked_server.ask("GET", path).status == 200
     for key in ("sesame", "open-up"):
@@ -49,7 +63,11 @@ def test_without_keys_a_page_under_another_name_cannot_use_the_server(server, lo
 
 
 def test_other_sites_may_not_read_answers(server):
-    preflight = {"origin": "https://other.example", "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    preflight = {
+        "origin": "https://other.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type",
+    }
     for answer in (
         server.ask("OPTIONS", "/v1/images/generations", headers=preflight),
         server.generate(VALID, {"origin": "https://other.example"}),
@@ -61,7 +79,9 @@ def test_other_sites_may_not_read_answers(server):
 
 
 def test_every_answer_forbids_what_browsers_might_make_of_it(server):
-    answers = [server.ask("GET", path) for path in ("/", "/health", "/v1/models", "/nothing", "/metrics")] + [server.generate(VALID)]
+    answers = [server.ask("GET", path) for path in ("/", "/health", "/v1/models", "/nothing", "/metrics")] + [
+        server.generate(VALID)
+    ]
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
     for answer in answers:
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -112,7 +132,9 @@ def _send(server, values) -> socket.socket:
     return connection
 
 
-@pytest.mark.parametrize("values", [LONG, LONG | {"n": 3}, LONG | {"stream": True, "partial_images": 3}], ids=["whole", "three", "stream"])
+@pytest.mark.parametrize(
+    "values", [LONG, LONG | {"n": 3}, LONG | {"stream": True, "partial_images": 3}], ids=["whole", "three", "stream"]
+)
 def test_a_client_that_goes_away_ends_the_work_for_it(server, engine, lines, values):
     connection = _send(server, values)
     until(lambda: waiting(server), "the work did not begin")
@@ -156,7 +178,11 @@ def test_an_engine_that_stops_is_told_in_the_stream_and_to_whoever_comes_later(s
         assert told.startswith(b"HTTP/1.1 200")
         (data,) = [line.removeprefix(b"data: ") for line in told.splitlines() if line.startswith(b"data: ")]
         event = json.loads(data)
-        assert (event["type"], event["error"]["type"], event["error"]["code"]) == ("error", "server_error", "shutting_down")
+        assert (event["type"], event["error"]["type"], event["error"]["code"]) == (
+            "error",
+            "server_error",
+            "shutting_down",
+        )
         with pytest.raises(openai.InternalServerError) as later:
             stopping.client().images.generate(prompt="a red circle", size="32x32")
         assert later.value.status_code == 503 and later.value.response.headers["x-should-retry"] == "true"
@@ -185,17 +211,28 @@ def test_a_client_cannot_choose_the_id_of_its_request(server):
 def test_the_log_has_a_line_a_request_and_neither_prompts_nor_keys(locked_server, lines):
     secret = "the secret wish of somebody"
     answers = [
-        locked_server.generate(VALID | {"prompt": secret, "negative_prompt": secret}, {"authorization": "Bearer sesame"}),
+        locked_server.generate(
+            VALID | {"prompt": secret, "negative_prompt": secret}, {"authorization": "Bearer sesame"}
+        ),
         locked_server.generate({"prompt": secret, secret: 1}, {"authorization": "Bearer sesame"}),
         locked_server.generate({"prompt": secret}, {"authorization": f"Bearer {secret}"}),
-        locked_server.ask("GET", f"/v1/models/{secret.replace(' ', '%20')}?q={secret.replace(' ', '+')}", headers={"authorization": "Bearer sesame"}),
+        locked_server.ask(
+            "GET",
+            f"/v1/models/{secret.replace(' ', '%20')}?q={secret.replace(' ', '+')}",
+            headers={"authorization": "Bearer sesame"},
+        ),
     ]
     assert [answer.status for answer in answers] == [200, 400, 401, 404]
     until(lambda: len(lines()) >= 4, "lines are missing")
     told = lines()
     assert [line["id"] for line in told] == [answer.headers["x-request-id"] for answer in answers]
     assert [line["status"] for line in told] == [200, 400, 401, 404]
-    assert [line["route"] for line in told] == ["/v1/images/generations", "/v1/images/generations", "unmatched", "/v1/models/{model:path}"]
+    assert [line["route"] for line in told] == [
+        "/v1/images/generations",
+        "/v1/images/generations",
+        "unmatched",
+        "/v1/models/{model:path}",
+    ]
     assert (told[0]["variant"], told[0]["degraded"], told[0]["images"]) == ("all", False, 1) and told[0]["seconds"] > 0
     assert [line.get("error") for line in told] == [None, "unknown_parameter", "invalid_api_key", "model_not_found"]
     assert "secret" not in json.dumps(told) and "sesame" not in json.dumps(told)
@@ -270,7 +307,9 @@ def test_a_line_of_the_log_can_be_read_by_people(server, lines):
     until(lambda: len(lines()) == 2, "two lines")
     drawn, refused = (plain(json.dumps(told)) for told in lines())
     assert re.fullmatch(r"\d\d:\d\d:\d\d  200  POST  /v1/images/generations  \d+\.\d{3} s  all  req_\w+", drawn)
-    assert re.fullmatch(r"\d\d:\d\d:\d\d  404  POST  /v1/images/generations  \d+\.\d{3} s  model_not_found  req_\w+", refused)
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d  404  POST  /v1/images/generations  \d+\.\d{3} s  model_not_found  req_\w+", refused
+    )
     try:
         raise ValueError("a secret wish")
     except ValueError as error:

@@ -6,10 +6,22 @@ from tests.serve.api.malformed import VALID, requests
 
 # What each kind is refused with; a kind that may be valid by luck is at times answered with a picture.
 STATUSES = {
-    "wrong value": {400, 404, 422}, "wrong key": {400}, "damaged body": {400, 404, 422}, "noise": {400}, "bad UTF-8": {400},
-    "no number": {400}, "key twice": {400}, "deep": {400, 413}, "huge": {400, 413}, "content type": {415}, "address": {404, 405},
-    "method": {405}, "model in address": {404}, "model in body": {400, 404}, "too much": {400, 413, 422, 404},
-}  # fmt: skip
+    "wrong value": {400, 404, 422},
+    "wrong key": {400},
+    "damaged body": {400, 404, 422},
+    "noise": {400},
+    "bad UTF-8": {400},
+    "no number": {400},
+    "key twice": {400},
+    "deep": {400, 413},
+    "huge": {400, 413},
+    "content type": {415},
+    "address": {404, 405},
+    "method": {405},
+    "model in address": {404},
+    "model in body": {400, 404},
+    "too much": {400, 413, 422, 404},
+}
 
 
 def test_five_hundred_malformed_requests_never_get_a_failure_and_always_the_envelope(server):

@@ -35,16 +35,41 @@ def test_a_prompt_is_enough_and_the_rest_is_as_the_pipeline_is_called():
 
 def test_every_parameter_reaches_the_request_to_the_engine():
     request = wanted(
-        model="p75", n=3, size="32x48", num_inference_steps=7, seed=5, negative_prompt="blurry", true_cfg_scale=2,
-        stream=True, partial_images=2, deadline_ms=1500,
-    )  # fmt: skip
-    assert (request.model, request.count, request.width, request.height, request.steps, request.seed) == ("p75", 3, 32, 48, 7, 5)
+        model="p75",
+        n=3,
+        size="32x48",
+        num_inference_steps=7,
+        seed=5,
+        negative_prompt="blurry",
+        true_cfg_scale=2,
+        stream=True,
+        partial_images=2,
+        deadline_ms=1500,
+    )
+    assert (request.model, request.count, request.width, request.height, request.steps, request.seed) == (
+        "p75",
+        3,
+        32,
+        48,
+        7,
+        5,
+    )
     assert request.arguments == {"negative_prompt": "blurry", "true_cfg_scale": 2.0}
     assert (request.previews, request.deadline) == (2, 1.5)
 
 
 def test_null_counts_as_left_out_and_openais_other_parameters_are_ignored():
-    asked = parse({"prompt": "a", "n": None, "size": None, "user": "u", "style": "vivid", "moderation": "low", "safety_identifier": "s"})
+    asked = parse(
+        {
+            "prompt": "a",
+            "n": None,
+            "size": None,
+            "user": "u",
+            "style": "vivid",
+            "moderation": "low",
+            "safety_identifier": "s",
+        }
+    )
     assert asked.n == 1 and asked.size == "auto"
 
 
@@ -92,7 +117,7 @@ def test_without_a_seed_every_request_draws_another():
         ({"sizes": "64x64"}, "sizes", "unknown parameter 'sizes'; the nearest is size"),
         ({"zzzz": 1}, "zzzz", "unknown parameter 'zzzz'; known are prompt, model, n"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_is_refused_with_the_parameter_the_value_and_what_would_be_right(values, param, said):
     refused = refusal(**values)
     assert (refused.status, refused.type, refused.param) == (400, "invalid_request_error", param)
@@ -110,24 +135,41 @@ def test_refusals_tell_missing_unknown_and_wrongly_typed_apart():
     ("limits", "values", "param", "said"),
     [
         ({"prompt_characters": 5}, {}, "prompt", "prompt has 12 characters; at most 5 are taken"),
-        ({"prompt_characters": 12}, {"negative_prompt": "n" * 13}, "negative_prompt", "negative_prompt has 13 characters"),
-        ({}, {"guidance_scale": 2.0}, "guidance_scale", "takes no guidance_scale; it takes negative_prompt, true_cfg_scale"),
+        (
+            {"prompt_characters": 12},
+            {"negative_prompt": "n" * 13},
+            "negative_prompt",
+            "negative_prompt has 13 characters",
+        ),
+        (
+            {},
+            {"guidance_scale": 2.0},
+            "guidance_scale",
+            "takes no guidance_scale; it takes negative_prompt, true_cfg_scale",
+        ),
         ({}, {"size": "64x40"}, "size", "multiples of 16 here, such as 64x32"),
         ({}, {"size": "7x7"}, "size", "such as 16x16"),
         ({"pixels": 64 * 64}, {"size": "64x80"}, "size", "5120 pixels; at most 4096 are made"),
         ({"aspect": 2}, {"size": "160x64"}, "size", "at most 2 times the shorter one"),
         ({"steps": 30}, {"num_inference_steps": 31}, "num_inference_steps", "at most 30 are taken"),
         ({"pictures": 2}, {"n": 3}, "n", "at most 2 pictures"),
-        ({"work": 64 * 64 * 20}, {"size": "64x64", "n": 2}, "n", "2 × 64x64 pixels × 20 steps is 163840; at most 81920"),
+        (
+            {"work": 64 * 64 * 20},
+            {"size": "64x64", "n": 2},
+            "n",
+            "2 × 64x64 pixels × 20 steps is 163840; at most 81920",
+        ),
         ({"work": 64 * 64 * 20}, {"size": "64x80"}, "size", "at most 81920"),
     ],
-)  # fmt: skip
+)
 def test_what_this_server_does_not_serve_is_refused_with_the_limit(limits, values, param, said):
     refused = excess(Limits(**limits), **values)
     assert refused.param == param and said in refused.message
 
 
-@pytest.mark.parametrize("values", [{"model": "p75\r\nx-injected: 1"}, {"model": "p\u00e475"}, {"model": "p75\0"}, {"min_variant": "\x7f"}])
+@pytest.mark.parametrize(
+    "values", [{"model": "p75\r\nx-injected: 1"}, {"model": "p\u00e475"}, {"model": "p75\0"}, {"min_variant": "\x7f"}]
+)
 def test_a_name_that_no_variant_can_have_is_an_unknown_model(values):
     with pytest.raises(Refused) as caught:
         wanted(**values)
@@ -141,4 +183,7 @@ def test_a_request_at_every_limit_is_served():
 
 def test_the_schema_that_clients_can_read_describes_every_parameter_of_ours():
     properties = ImageRequest.model_json_schema()["properties"]
-    assert all("description" in properties[name] for name in ("negative_prompt", "num_inference_steps", "seed", "min_variant", "deadline_ms"))
+    assert all(
+        "description" in properties[name]
+        for name in ("negative_prompt", "num_inference_steps", "seed", "min_variant", "deadline_ms")
+    )

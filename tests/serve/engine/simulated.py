@@ -73,7 +73,9 @@ class Simulation:
         self._turns, self._encoding, self._calls = Turns(), [], []
         self._told: dict[int, tuple[str, float] | None] = {}
 
-    def run(self, arrivals: list[float], choose: Callable[[int], str], deadline: float | None) -> list[tuple[str, float] | None]:
+    def run(
+        self, arrivals: list[float], choose: Callable[[int], str], deadline: float | None
+    ) -> list[tuple[str, float] | None]:
         coming = list(enumerate(arrivals))
         while coming or self._encoding or self._calls:
             if not (self._encoding or self._calls):
@@ -144,11 +146,16 @@ def effective_quality(told: list[tuple[str, float] | None], deadline: float, sco
     return sum(scores[one[0]] for one in told if one is not None and one[1] <= deadline) / len(told)
 
 
-def compared(machine: Machine, load: float, deadline: float, seeds: int, seconds: float = 60.0, elastic: Elastic | None = None) -> dict[str, list[float]]:
+def compared(
+    machine: Machine, load: float, deadline: float, seeds: int, seconds: float = 60.0, elastic: Elastic | None = None
+) -> dict[str, list[float]]:
     """Effective quality by policy and seed. `load`: of the capacity of the largest variant in full batches; `deadline`: times the
     seconds of its picture alone."""
     first = next(iter(machine.profiles))
-    rate, limit = load / machine.picture(first, BATCH) / machine.slower, deadline * machine.picture(first, 1) * machine.slower
+    rate, limit = (
+        load / machine.picture(first, BATCH) / machine.slower,
+        deadline * machine.picture(first, 1) * machine.slower,
+    )
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
         arrivals = poisson(rate, seconds, seed)

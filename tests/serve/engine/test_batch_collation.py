@@ -30,13 +30,18 @@ def share(pipeline, switch=lambda transformer, plan: None, rows=8, gather=GATHER
         begun.append(plan)
         switch(transformer, plan)
 
-    shared = SharedPipeline(pipeline, switch_late, rows, gather, 2**20, lambda group, rows, seconds: batches.append((group[0].plan, rows)))
+    shared = SharedPipeline(
+        pipeline, switch_late, rows, gather, 2**20, lambda group, rows, seconds: batches.append((group[0].plan, rows))
+    )
     return shared, batches
 
 
 def embedded(seed, length=6):
     e = embedding(seed)
-    return {"prompt_embeds": e["encoder_hidden_states"][None, :length], "pooled_prompt_embeds": e["pooled_projections"][None]}
+    return {
+        "prompt_embeds": e["encoder_hidden_states"][None, :length],
+        "pooled_prompt_embeds": e["pooled_projections"][None],
+    }
 
 
 def negative(seed):
@@ -50,7 +55,12 @@ def qwen(teacher_folder):
 
 def qwen_calls(pipeline):
     call = {"height": 32, "width": 32, "generator": 7}
-    words = ["red", "a photo of a red circle", "a photo of two blue squares and one green cross, left of a black triangle", "x"]
+    words = [
+        "red",
+        "a photo of a red circle",
+        "a photo of two blue squares and one green cross, left of a black triangle",
+        "x",
+    ]
     plain = [{"prompt": text, "num_inference_steps": 3 + n, "generator": n} for n, text in enumerate(words)]
     guided = [
         {"prompt": words[n], "negative_prompt": text, "true_cfg_scale": scale, "num_inference_steps": 4}
@@ -70,7 +80,10 @@ def flux_calls():
 
 def sd3_calls():
     call = {"height": 16, "width": 16}
-    guided = [embedded(n) | negative(9) | {"guidance_scale": 2.0 + n, "num_inference_steps": 3 + n, "generator": n} for n in range(3)]
+    guided = [
+        embedded(n) | negative(9) | {"guidance_scale": 2.0 + n, "num_inference_steps": 3 + n, "generator": n}
+        for n in range(3)
+    ]
     plain = [embedded(n) | {"guidance_scale": 1.0, "num_inference_steps": 3 + n, "generator": 9 + n} for n in range(2)]
     return sd3_pipeline(), [call | own for own in guided + plain]
 
@@ -117,7 +130,10 @@ def test_pictures_of_different_variants_share_a_transformer(tmp_path, teacher_fo
     plans = [(), made_result.INTERVALS[:1], made_result.INTERVALS, made_result.INTERVALS[1:]]
     plans = [tuple(plan) for plan in plans for _ in range(2)]
     prompts = ["a photo of a red circle", "a photo of a green cross"] * 4
-    calls = [{"prompt": text, "height": 32, "width": 32, "num_inference_steps": 3, "generator": n} for n, text in enumerate(prompts)]
+    calls = [
+        {"prompt": text, "height": 32, "width": 32, "num_inference_steps": 3, "generator": n}
+        for n, text in enumerate(prompts)
+    ]
     alone = []
     for call, plan in zip(calls, plans, strict=True):
         switch(pipeline.transformer, plan)
@@ -149,7 +165,13 @@ def with_changes(**changes):
 
 def test_a_picture_is_that_of_the_stock_pipeline(studio, qwen):
     drawn = studio.draw(ORDER, Member())
-    stock = qwen("a photo of a red circle", height=32, width=32, num_inference_steps=6, generator=torch.Generator().manual_seed(3))
+    stock = qwen(
+        "a photo of a red circle",
+        height=32,
+        width=32,
+        num_inference_steps=6,
+        generator=torch.Generator().manual_seed(3),
+    )
     assert np.array_equal(drawn.image, np.asarray(stock.images[0]))
     assert set(drawn.seconds) == {"encoding", "denoising", "decoding"} and min(drawn.seconds.values()) > 0
 
@@ -181,7 +203,9 @@ def test_the_clean_latents_of_the_last_step_are_the_result(qwen):
     assert qwen.scheduler is scheduler
 
 
-@pytest.mark.parametrize(("steps", "previews", "after"), [(6, 2, [2, 4]), (6, 1, [3]), (2, 3, [1]), (1, 3, []), (6, 0, [])])
+@pytest.mark.parametrize(
+    ("steps", "previews", "after"), [(6, 2, [2, 4]), (6, 1, [3]), (2, 3, [1]), (1, 3, []), (6, 0, [])]
+)
 def test_previews_come_from_another_thread_in_order_and_before_the_end(studio, steps, previews, after):
     seen = []
 
@@ -205,11 +229,15 @@ def test_pictures_are_decoded_in_batches_no_larger_than_told(qwen):
     for pixels, most in ((2 * 32 * 32, 2), (1, 1)):
         shared = SharedPipeline(qwen, lambda transformer, plan: None, 8, GATHER, pixels, lambda *batch: None)
         sizes, decode = [], qwen.vae.decode
-        shared.stock.vae.decode = lambda z, return_dict, decode=decode, sizes=sizes: sizes.append(len(z)) or decode(z, return_dict=return_dict)
+        shared.stock.vae.decode = lambda z, return_dict, decode=decode, sizes=sizes: (
+            sizes.append(len(z)) or decode(z, return_dict=return_dict)
+        )
         studio = Studio(shared)
         try:
             with ThreadPoolExecutor(5) as pool:
-                list(pool.map(studio.draw, [with_changes(seed=seed) for seed in range(5)], [Member() for _ in range(5)]))
+                list(
+                    pool.map(studio.draw, [with_changes(seed=seed) for seed in range(5)], [Member() for _ in range(5)])
+                )
         finally:
             studio.close()
             del shared.stock.vae.decode
@@ -219,8 +247,13 @@ def test_pictures_are_decoded_in_batches_no_larger_than_told(qwen):
 def test_rows_a_step_takes_are_told_by_how_the_pipeline_guides(qwen):
     flux, sd3 = flux_pipeline().__call__, sd3_pipeline().__call__
     asked = [
-        (qwen.__call__, {}, 1), (qwen.__call__, {"negative_prompt": " "}, 2), (qwen.__call__, {"negative_prompt": " ", "true_cfg_scale": 1}, 1),
-        (flux, {}, 1), (flux, {"true_cfg_scale": 2.0, "negative_prompt": ""}, 2), (flux, {"guidance_scale": 9.0}, 1),
-        (sd3, {}, 2), (sd3, {"guidance_scale": 1.0}, 1),
-    ]  # fmt: skip
+        (qwen.__call__, {}, 1),
+        (qwen.__call__, {"negative_prompt": " "}, 2),
+        (qwen.__call__, {"negative_prompt": " ", "true_cfg_scale": 1}, 1),
+        (flux, {}, 1),
+        (flux, {"true_cfg_scale": 2.0, "negative_prompt": ""}, 2),
+        (flux, {"guidance_scale": 9.0}, 1),
+        (sd3, {}, 2),
+        (sd3, {"guidance_scale": 1.0}, 1),
+    ]
     assert [calls_per_step(call, arguments) for call, arguments, _ in asked] == [rows for _, _, rows in asked]

@@ -17,8 +17,15 @@ ELASTIC = ("elastic.variants=[teacher,all]", "elastic.patience=1.5", "elastic.re
 
 def request(**changes):
     usual = {
-        "id": "1", "prompt": "a photo of a red circle", "model": "auto", "count": 1, "height": 32, "width": 32, "steps": 4, "seed": 5,
-    }  # fmt: skip
+        "id": "1",
+        "prompt": "a photo of a red circle",
+        "model": "auto",
+        "count": 1,
+        "height": 32,
+        "width": 32,
+        "steps": 4,
+        "seed": 5,
+    }
     return GenerationRequest(**(usual | changes))
 
 
@@ -51,7 +58,11 @@ def test_a_request_is_accepted_then_drawn_as_the_stock_pipeline_would(engine, re
     from ppcl.result import Result
 
     stock = Result(result_folder).pipeline("ends")(
-        "a photo of a red circle", height=32, width=32, num_inference_steps=4, generator=torch.Generator().manual_seed(5)
+        "a photo of a red circle",
+        height=32,
+        width=32,
+        num_inference_steps=4,
+        generator=torch.Generator().manual_seed(5),
     )
     assert np.abs(picture.image.astype(int) - np.asarray(stock.images[0])).max() <= 1
 
@@ -79,7 +90,9 @@ def test_models_are_the_variants_from_large_to_small(engine):
 
 
 def test_a_plan_as_text_is_a_model_too(engine):
-    assert run(events(engine, model="0-1,2-3"))[0].variant == engine._names.get(engine.weights.variant("0-1,2-3").plan, "0-1,2-3")
+    assert run(events(engine, model="0-1,2-3"))[0].variant == engine._names.get(
+        engine.weights.variant("0-1,2-3").plan, "0-1,2-3"
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +118,9 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing_behind(engine, chan
 
 def test_a_full_queue_tells_when_to_come_back(engine):
     async def crowd():
-        told = await asyncio.gather(*(events(engine, id=str(n), count=4, steps=20) for n in range(5)), return_exceptions=True)
+        told = await asyncio.gather(
+            *(events(engine, id=str(n), count=4, steps=20) for n in range(5)), return_exceptions=True
+        )
         refused = [one for one in told if isinstance(one, Refused)]
         assert len(refused) == 2 and {one.code for one in refused} == {"queue_full"}
         assert all(one.status == 429 and one.retry_after >= 1 for one in refused)
@@ -192,7 +207,8 @@ def test_a_deadline_that_passes_while_pictures_wait_is_dropped_before_they_are_b
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "code"), [(torch.OutOfMemoryError("CUDA"), 503, "out_of_memory"), (ValueError("secret prompt"), 500, "engine_error")]
+    ("error", "status", "code"),
+    [(torch.OutOfMemoryError("CUDA"), 503, "out_of_memory"), (ValueError("secret prompt"), 500, "engine_error")],
 )
 def test_an_error_fails_its_request_alone(engine, monkeypatch, caplog, error, status, code):
     forward = engine.weights.pipeline.transformer.forward
@@ -209,15 +225,27 @@ def test_an_error_fails_its_request_alone(engine, monkeypatch, caplog, error, st
 
     good, bad, other = run(crowd())
     assert isinstance(good[-1], Picture) and isinstance(other[-1], Picture)
-    assert isinstance(bad, Refused) and (bad.status, bad.code) == (status, code) and "secret" not in str(bad) + caplog.text
+    assert (
+        isinstance(bad, Refused) and (bad.status, bad.code) == (status, code) and "secret" not in str(bad) + caplog.text
+    )
     assert run(engine.healthy())
 
 
 def test_metrics_count_requests_pictures_and_batches(engine):
     def value(name):
-        return sum(float(line.rsplit(" ", 1)[1]) for line in run(engine.metrics_text()).splitlines() if line.startswith(name))
+        return sum(
+            float(line.rsplit(" ", 1)[1]) for line in run(engine.metrics_text()).splitlines() if line.startswith(name)
+        )
 
-    before = {name: value(name) for name in ('ppcl_requests_total{outcome="done"}', "ppcl_images_total", "ppcl_batch_rows_sum", 'ppcl_accepted_total{degraded="false",variant="all"}')}  # fmt: skip
+    before = {
+        name: value(name)
+        for name in (
+            'ppcl_requests_total{outcome="done"}',
+            "ppcl_images_total",
+            "ppcl_batch_rows_sum",
+            'ppcl_accepted_total{degraded="false",variant="all"}',
+        )
+    }
     run(events(engine, model="all", count=2))
     after = {name: value(name) for name in before}
     assert [after[name] - before[name] for name in before] == [1, 2, 8, 1]

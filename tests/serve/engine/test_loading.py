@@ -45,7 +45,9 @@ def test_a_part_draws_what_the_whole_does(result_folder):
 
 
 def test_a_variant_that_is_none_is_told_with_those_there_are(result_folder):
-    with pytest.raises(UserError, match="engine.variants: there is no variant 'p10' in .*; there are teacher, p90, p75, all, ends"):
+    with pytest.raises(
+        UserError, match="engine.variants: there is no variant 'p10' in .*; there are teacher, p90, p75, all, ends"
+    ):
         loaded(result_folder, ["p10"])
 
 

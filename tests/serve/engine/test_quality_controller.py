@@ -82,7 +82,14 @@ def test_a_margin_is_added_to_what_is_expected():
 def test_it_degrades_at_once_and_recovers_by_one_after_a_while_of_little_load(quality):
     assert choose(quality, 5, waiting=4).variant == "small"
     assert choose(quality, 5, waiting=0).variant == "small", "it recovered at once"
-    for now, variant in ((100, "small"), (109, "small"), (111, "middle"), (120, "middle"), (122, "large"), (140, "large")):
+    for now, variant in (
+        (100, "small"),
+        (109, "small"),
+        (111, "middle"),
+        (120, "middle"),
+        (122, "large"),
+        (140, "large"),
+    ):
         quality.watch(now, lambda name: 0.3)
         assert choose(quality, 5).variant == variant, now
 

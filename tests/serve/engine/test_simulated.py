@@ -11,8 +11,12 @@ from tests.serve.engine.simulated import Machine, Simulation, compared, poisson
 SCORES = {"teacher": 0.93, "half": 0.85}
 # A batch of eight takes half as long again as one picture, as a small model's on a CPU does; and five times as long, as a large one's.
 MACHINES = {
-    "batches pay": Machine({"teacher": Profile(1, 0.025, 8, 0.0375), "half": Profile(1, 0.014, 8, 0.021)}, SCORES, 0.03),
-    "batches pay little": Machine({"teacher": Profile(1, 0.025, 8, 0.125), "half": Profile(1, 0.014, 8, 0.07)}, SCORES, 0.03),
+    "batches pay": Machine(
+        {"teacher": Profile(1, 0.025, 8, 0.0375), "half": Profile(1, 0.014, 8, 0.021)}, SCORES, 0.03
+    ),
+    "batches pay little": Machine(
+        {"teacher": Profile(1, 0.025, 8, 0.125), "half": Profile(1, 0.014, 8, 0.07)}, SCORES, 0.03
+    ),
 }
 # What chance does to a mean of so few and short runs, and what the first seconds cost in which the load is not known yet.
 TIE = 0.03
@@ -21,7 +25,10 @@ TIE = 0.03
 @pytest.mark.parametrize("load", [0.5, 1.0, 1.5, 2.0])
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 def test_elastic_quality_wins_or_ties_at_every_load(machine, load):
-    found = {policy: statistics.mean(values) for policy, values in compared(machine, load, deadline=4, seeds=2, seconds=20).items()}
+    found = {
+        policy: statistics.mean(values)
+        for policy, values in compared(machine, load, deadline=4, seeds=2, seconds=20).items()
+    }
     assert found["elastic"] >= max(found.values()) - TIE, found
     assert found["elastic"] >= found["random"]
 
@@ -47,9 +54,15 @@ def test_after_a_crowd_it_goes_back_up():
 
 
 def test_a_server_whose_pictures_take_long_goes_back_up_too():
-    machine = Machine({name: Profile(1, 0.5, 8, 4.0) if name == "teacher" else Profile(1, 0.3, 8, 2.4) for name in SCORES}, SCORES, 0.5)
+    machine = Machine(
+        {name: Profile(1, 0.5, 8, 4.0) if name == "teacher" else Profile(1, 0.3, 8, 2.4) for name in SCORES},
+        SCORES,
+        0.5,
+    )
     server = Simulation(machine)
-    server.run([float(at) for at in range(10)] + [200.0 + 15 * number for number in range(5)], lambda number: "auto", None)
+    server.run(
+        [float(at) for at in range(10)] + [200.0 + 15 * number for number in range(5)], lambda number: "auto", None
+    )
     assert server.elastic.level == 0
     server.elastic.level = 1
     assert server.run([1000.0 + 15 * number for number in range(4)], lambda number: "auto", None)[-1][0] == "teacher"

@@ -41,11 +41,20 @@ def finished(browser):
 
 
 def captions(browser) -> dict[str, str]:
-    return dict(browser.run("[...document.querySelectorAll('.run:first-child .card')].map((c) => [c.querySelector('.name').textContent, c.innerText])"))
+    return dict(
+        browser.run(
+            "[...document.querySelectorAll('.run:first-child .card')].map((c) => [c.querySelector('.name').textContent, c.innerText])"
+        )
+    )
 
 
 def test_the_form_starts_as_the_pipeline_is_called_and_shows_every_variant(browser, engine):
-    assert browser.run("['steps', 'width', 'height', 'seed'].map((id) => document.getElementById(id).value)") == ["2", "32", "32", "0"]
+    assert browser.run("['steps', 'width', 'height', 'seed'].map((id) => document.getElementById(id).value)") == [
+        "2",
+        "32",
+        "32",
+        "0",
+    ]
     shown = browser.text("#variants")
     for name, variant in engine.weights.variants.items():
         assert name in shown and f"({round(variant.share * 100)} %) · {variant.blocks} blocks" in shown
@@ -63,9 +72,16 @@ def test_variants_are_drawn_side_by_side_with_their_parameters_and_seconds(brows
     told = captions(browser)
     assert set(told) == {"auto: teacher", "teacher", "p75"}
     for text in told.values():
-        assert re.search(r"\d+ k parameters, \d blocks\n[\d.]+ (ms|s), of which [\d.]+ (ms|s) for 5 steps\nseed 7", text), text
+        assert re.search(
+            r"\d+ k parameters, \d blocks\n[\d.]+ (ms|s), of which [\d.]+ (ms|s) for 5 steps\nseed 7", text
+        ), text
     assert browser.text(".run:first-child h2") == "a red circle"
-    assert browser.run("[...document.querySelectorAll('.run:first-child img')].every((i) => i.naturalWidth === 32 && i.alt)") is True
+    assert (
+        browser.run(
+            "[...document.querySelectorAll('.run:first-child img')].every((i) => i.naturalWidth === 32 && i.alt)"
+        )
+        is True
+    )
     assert len(set(browser.run("[...document.querySelectorAll('.run:first-child img')].map((i) => i.src)"))) == 2
     assert browser.text("#live").endswith("s.")
     assert browser.problems == []
@@ -111,8 +127,21 @@ def test_it_works_by_keyboard_alone(browser):
             browser.press(" ")
         if reached[-1] == "generate":
             break
-    assert {"negative_prompt", "seed", "new-seed", "steps", "width", "height", "auto", "teacher", "p75", "generate"} <= set(reached)
-    outline = browser.run("getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement).outlineWidth")
+    assert {
+        "negative_prompt",
+        "seed",
+        "new-seed",
+        "steps",
+        "width",
+        "height",
+        "auto",
+        "teacher",
+        "p75",
+        "generate",
+    } <= set(reached)
+    outline = browser.run(
+        "getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement).outlineWidth"
+    )
     assert outline == "solid3px"
     browser.press("Enter")
     finished(browser)
@@ -127,7 +156,9 @@ def test_a_link_brings_the_settings_back_and_the_server_never_sees_them(browser,
     browser.type("#width", "48")
     choose(browser, "p90", "all")
     browser.click("#share")
-    browser.until("document.querySelector('#share').textContent === 'Copied' || !document.querySelector('#link-field').hidden")
+    browser.until(
+        "document.querySelector('#share').textContent === 'Copied' || !document.querySelector('#link-field').hidden"
+    )
     link = browser.run("location.href")
     assert link.startswith(f"{server.address}/#prompt=")
     browser.asked.clear()
@@ -136,7 +167,10 @@ def test_a_link_brings_the_settings_back_and_the_server_never_sees_them(browser,
     fields = ("prompt", "negative_prompt", "seed", "steps", "width", "height")
     told = browser.run(f"{list(fields)}.map((id) => document.getElementById(id).value)")
     assert told == ["ein Kreis & ein #Quadrat", "blurry", "12", "3", "48", "32"]
-    assert browser.run("[...document.querySelectorAll('input[name=variant]:checked')].map((box) => box.value)") == ["p90", "all"]
+    assert browser.run("[...document.querySelectorAll('input[name=variant]:checked')].map((box) => box.value)") == [
+        "p90",
+        "all",
+    ]
     assert not [address for address in browser.asked if "Quadrat" in address.partition("#")[0]]
 
 
@@ -182,7 +216,9 @@ def test_what_the_server_refuses_is_told_in_its_words_beside_what_it_drew(browse
 
 
 def test_nothing_comes_from_elsewhere_and_parts_are_cached_by_their_hash(browser, server):
-    assert {address.split("/")[2] for address in browser.asked if not address.startswith("data:")} == {f"127.0.0.1:{server.port}"}
+    assert {address.split("/")[2] for address in browser.asked if not address.startswith("data:")} == {
+        f"127.0.0.1:{server.port}"
+    }
     parts = [address.removeprefix(server.address) for address in browser.asked if "/page/" in address]
     assert len(parts) == 2 and all(re.fullmatch(r"/page/page\.[0-9a-f]{16}\.(css|js)", part) for part in parts)
     for part in parts:
@@ -203,7 +239,9 @@ def test_it_fits_a_phone_and_every_field_has_a_name(browser, dark):
     assert browser.run(f"{small}.map((e) => e.id || e.textContent)") == []
     nameless = "[...document.querySelectorAll('input, textarea, button')].filter((e) => !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim()))"
     assert browser.run(f"{nameless}.map((e) => e.id)") == []
-    assert browser.run("getComputedStyle(document.body).backgroundColor") == ("rgb(20, 22, 26)" if dark else "rgb(252, 251, 248)")
+    assert browser.run("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(20, 22, 26)" if dark else "rgb(252, 251, 248)"
+    )
 
 
 def test_a_server_with_keys_is_asked_with_the_key_that_was_typed_which_stays_in_the_tab(chromium, locked_server):

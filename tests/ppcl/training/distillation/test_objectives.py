@@ -37,7 +37,17 @@ def train(folder, out, settings=SETTINGS):
     dims = ParallelDims.join(settings.pipeline, settings.replicas)
     with torch.enable_grad():
         distil(
-            Teacher(folder), MemorySamples(), PLAN, settings, dims, out, out / "checkpoints", 0, "cpu", lambda *_: None, 0.05
+            Teacher(folder),
+            MemorySamples(),
+            PLAN,
+            settings,
+            dims,
+            out,
+            out / "checkpoints",
+            0,
+            "cpu",
+            lambda *_: None,
+            0.05,
         )
 
 
@@ -71,7 +81,9 @@ class Heard:
             )
             block.img_norm2.register_forward_pre_hook(lambda _, a, n=number: self.g.update({(n, "img"): a[0]}))
             block.txt_norm2.register_forward_pre_hook(lambda _, a, n=number: self.g.update({(n, "txt"): a[0]}))
-            block.register_forward_hook(lambda _, a, out, n=number: self.h.update({(n, "txt"): out[0], (n, "img"): out[1]}))
+            block.register_forward_hook(
+                lambda _, a, out, n=number: self.h.update({(n, "txt"): out[0], (n, "img"): out[1]})
+            )
         with torch.no_grad():
             model(**inputs)
 
@@ -141,7 +153,9 @@ def test_the_losses_are_those_written_out(folder, started):
     """Every objective's losses on one batch against the stock blocks with hooks, and the modules called by hand."""
     teacher = Teacher(folder)
     segment = TeacherSegment(teacher, range(6), PLAN, "cpu", torch.float32)
-    objective = new_objective(segment.adapter, segment.transformer, segment.blocks, Ffn(2), Distillation(start="first"), 6)
+    objective = new_objective(
+        segment.adapter, segment.transformer, segment.blocks, Ffn(2), Distillation(start="first"), 6
+    )
     objective.module.load_state_dict(load_replacement(started / "ffn-02.safetensors", teacher).state_dict())
     samples = MemorySamples()
     captured = segment.run(samples.batch(samples.ids(held_out=False)), PipelineStage(0, 1), objective.capture)
@@ -160,7 +174,9 @@ def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(fold
     """With one sample, one token and one timestep each map can be exact: then the images must be the teacher's."""
     teacher = Teacher(folder)
     segment = TeacherSegment(teacher, range(6), [], "cpu", torch.float32)
-    objective = new_objective(segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
+    objective = new_objective(
+        segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6
+    )
     captured = segment.run(MemorySamples().batch([3]), PipelineStage(0, 1), objective.capture)
     for number, linear in objective.module.z.items():
         x, y = (captured.text_inputs[b][0].double() for b in (1, int(number)))
@@ -182,11 +198,17 @@ def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(fold
 @pytest.mark.parametrize(
     "plan",
     [
-        [Ffn(2)], [TextRun(1, 3)], [TextRun(4, 5)], [Interval(0, 1), Ffn(2)], [TextRun(1, 3), Ffn(2), Ffn(0), Ffn(5)],
-        [TextRun(1, 3), TextRun(4, 5), Ffn(2), Ffn(5)], [LowRankModulation()], [LowRankModulation(), Interval(0, 1), Interval(3, 5), Ffn(2)],
+        [Ffn(2)],
+        [TextRun(1, 3)],
+        [TextRun(4, 5)],
+        [Interval(0, 1), Ffn(2)],
+        [TextRun(1, 3), Ffn(2), Ffn(0), Ffn(5)],
+        [TextRun(1, 3), TextRun(4, 5), Ffn(2), Ffn(5)],
+        [LowRankModulation()],
+        [LowRankModulation(), Interval(0, 1), Interval(3, 5), Ffn(2)],
         [LowRankModulation(), TextRun(1, 3), Ffn(0), Ffn(2), Ffn(5)],
     ],
-)  # fmt: skip
+)
 def test_a_plan_counts_what_the_plugged_transformer_holds(folder, trained, plan):
     teacher = Teacher(folder)
     model, switch = teacher.transformer(), VariantSwitcher(teacher, files_in(trained))
@@ -215,7 +237,9 @@ def test_a_cut_never_falls_into_a_text_run():
 @torch.no_grad()
 def test_the_teachers_own_streams_are_what_is_seen(folder):
     segment = TeacherSegment(Teacher(folder), range(6), PLAN, "cpu", torch.float32)
-    objective = new_objective(segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6)
+    objective = new_objective(
+        segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6
+    )
     inputs = MemorySamples().batch([0, 1])
     captured = segment.run(inputs, PipelineStage(0, 1), objective.capture)
     model = Teacher(folder).transformer()

@@ -92,7 +92,10 @@ def test_a_stopped_run_continues_to_the_same_students(folder, alone, tmp_path):
 
 def test_a_closed_form_start_is_fitted_once(folder, alone, tmp_path, monkeypatch):
     fits = []
-    monkeypatch.setattr("ppcl.training.distillation.trainer.fit_closed_form", lambda *given: fits.append(len(given[0])) or fit_closed_form(*given))
+    monkeypatch.setattr(
+        "ppcl.training.distillation.trainer.fit_closed_form",
+        lambda *given: fits.append(len(given[0])) or fit_closed_form(*given),
+    )
     with pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path, stop_after=1)
     train(folder, tmp_path)

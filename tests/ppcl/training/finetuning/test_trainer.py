@@ -24,9 +24,23 @@ from tests.samples import MemorySamples
 
 PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), Ffn(0), Ffn(2), Ffn(2, 50)]
 VARIANTS = {"teacher": [], "small": [Interval(0, 1), Ffn(2)], "half": [Interval(3, 5), Ffn(0), Ffn(2, 50)]}
-SENSITIVITY = {Interval(0, 1): 0.2, Interval(3, 5): 0.3, TextRun(1, 3): 0.05, Ffn(0): 0.02, Ffn(2): 0.01, Ffn(2, 50): 0.002}
+SENSITIVITY = {
+    Interval(0, 1): 0.2,
+    Interval(3, 5): 0.3,
+    TextRun(1, 3): 0.05,
+    Ffn(0): 0.02,
+    Ffn(2): 0.01,
+    Ffn(2, 50): 0.002,
+}
 SETTINGS = Finetuning(
-    steps=120, batch_size=16, learning_rate=1e-3, warmup=2, own_states=0.25, measured=12, checkpoint_every=10, plan="any"
+    steps=120,
+    batch_size=16,
+    learning_rate=1e-3,
+    warmup=2,
+    own_states=0.25,
+    measured=12,
+    checkpoint_every=10,
+    plan="any",
 )
 
 
@@ -42,7 +56,16 @@ def students(folder, tmp_path_factory):
     settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, start="first", ridge=1.0)
     with torch.enable_grad():
         distil(
-            Teacher(folder), MemorySamples(256), PLAN, settings, ParallelDims.join(1, 1), out, out / "c", 0, "cpu", lambda *_: None
+            Teacher(folder),
+            MemorySamples(256),
+            PLAN,
+            settings,
+            ParallelDims.join(1, 1),
+            out,
+            out / "c",
+            0,
+            "cpu",
+            lambda *_: None,
         )
     return out
 
@@ -56,8 +79,19 @@ def tune(folder, students, out, settings=SETTINGS, stop_after=None, variants=VAR
     dims = ParallelDims.join(1, settings.replicas)
     with torch.enable_grad():
         finetune(
-            Teacher(folder), files_in(students), variants, SENSITIVITY, MemorySamples(256), settings, 8, dims, out, out / "checkpoints", 0,
-            "cpu", report,
+            Teacher(folder),
+            files_in(students),
+            variants,
+            SENSITIVITY,
+            MemorySamples(256),
+            settings,
+            8,
+            dims,
+            out,
+            out / "checkpoints",
+            0,
+            "cpu",
+            report,
         )
     return json.loads((out / "finetuning.json").read_text()) if dims.dp_rank == 0 else None
 
@@ -104,7 +138,10 @@ def test_variants_are_drawn_whole_and_in_part_and_nothing_else_is():
 def test_some_of_the_variants_can_be_all_that_is_trained():
     draws = plan_sampler(Finetuning(variants=["half"]), PLAN, VARIANTS, [range(6)])
     assert set(draws.replacements) == set(VARIANTS["half"])
-    with pytest.raises(UserError, match="finetuning.variants: there is no variant 'teacher' with anything to train; there are small, half"):
+    with pytest.raises(
+        UserError,
+        match="finetuning.variants: there is no variant 'teacher' with anything to train; there are small, half",
+    ):
         plan_sampler(Finetuning(variants=["half", "teacher"]), PLAN, VARIANTS, [range(6)])
 
 
@@ -196,10 +233,27 @@ def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
     plan, samples, teacher = [Interval(3, 5), Ffn(2, 50), LowRankModulation()], MemorySamples(256), Teacher(folder)
     settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, start="first", ridge=1.0)
     with torch.enable_grad():
-        distil(teacher, samples, plan, settings, ParallelDims(), tmp_path / "s", tmp_path / "c", 0, "cpu", lambda *_: None, 1e-2)
+        distil(
+            teacher,
+            samples,
+            plan,
+            settings,
+            ParallelDims(),
+            tmp_path / "s",
+            tmp_path / "c",
+            0,
+            "cpu",
+            lambda *_: None,
+            1e-2,
+        )
     tuning = SETTINGS.model_copy(update={"steps": 60, "plan": "variants", "measured": 0})
-    told = tune(folder, tmp_path / "s", tmp_path / "tuned", tuning, variants={"one": plan, "bare": plan[:1]})["plans"][0]
-    switch, ids = VariantSwitcher(teacher, files_in(tmp_path / "s") | files_in(tmp_path / "tuned")), samples.ids(held_out=True)
+    told = tune(folder, tmp_path / "s", tmp_path / "tuned", tuning, variants={"one": plan, "bare": plan[:1]})["plans"][
+        0
+    ]
+    switch, ids = (
+        VariantSwitcher(teacher, files_in(tmp_path / "s") | files_in(tmp_path / "tuned")),
+        samples.ids(held_out=True),
+    )
     errors = variant_errors(teacher.transformer(), switch, {"one": plan}, samples.batch(ids))
     assert told["after"] < 0.9 * told["before"]
     assert told["after"] == pytest.approx(errors["one"].overall(), rel=1e-3)
