@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test faults clean
+.PHONY: setup demo test test-unit lint types faults clean
 
 setup: $(VENV)/.ready
 
@@ -19,9 +19,23 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ppcl compress demo/demo.yaml
 
-test: setup
-	$(BIN)/ruff check ppcl jobs serve tests
-	$(BIN)/python -m pytest -q
+# One process a core: files of tests go to them whole, since what is costly is shared within a file.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# All but the fault tests: style, imports, types, then the unit and integration tests, the slowest twenty told.
+test: lint types
+	$(PYTEST) --durations=20
+
+# The mathematics and whatever else needs no process, socket or browser.
+test-unit: setup
+	$(PYTEST) -m "not integration and not faults"
+
+lint: setup
+	$(BIN)/ruff check ppcl jobs serve tests benchmarks
+	$(BIN)/ruff format --check ppcl jobs serve tests benchmarks
+
+types: setup
+	$(BIN)/mypy
 
 # Processes killed, stopped and spoilt in whole jobs; root lets it have two hosts, too. Half an hour on 2 cores.
 faults: setup

@@ -13,6 +13,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Read when Ray is imported, and inherited by its workers, which import this repository from wherever they run.
 os.environ |= {
+    # Wide enough for the tables that commands print.
+    "COLUMNS": "200",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
     "RAY_AUTH_MODE": "disabled",
@@ -38,6 +40,19 @@ def ray_cluster():
     ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=200 * 1024**2, log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+# Fixtures behind which are processes, sockets or a browser; whatever uses one is no unit test.
+_INTEGRATION_FIXTURES = {"ray_cluster", "s3_server", "server", "client", "browser", "start"}
+_INTEGRATION_FOLDERS = ("tests/jobs/", "tests/serve/test_", "tests/packaging/", "tests/docs/")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the integration tests, so that the unit tests can be run alone."""
+    for item in items:
+        path = item.path.relative_to(REPOSITORY).as_posix()
+        if path.startswith(_INTEGRATION_FOLDERS) or _INTEGRATION_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.integration)
 
 
 @pytest.fixture(scope="session")

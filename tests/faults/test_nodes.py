@@ -215,8 +215,8 @@ def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_buck
 def test_a_coordinator_that_is_killed_is_told_by_status_and_submitting_again_continues(
     head, values, result, undisturbed, tmp_path
 ):
+    from tests.commands import as_process as ppcl
     from tests.jobs.test_submission import status
-    from tests.jobs.test_whole_job import ppcl
 
     config = tmp_path / "job.yaml"
     config.write_text(yaml.safe_dump(values | {"output": str(result)}))

@@ -25,8 +25,8 @@ from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.storage.object_store import Store, _files
 from tests import bucket
+from tests.commands import as_process as ppcl
 from tests.conftest import REPOSITORY
-from tests.jobs.test_whole_job import ppcl
 
 pytestmark = pytest.mark.dashboard
 

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from tests.commands import as_process as ppcl
 from tests.jobs.test_submission import started
-from tests.jobs.test_whole_job import ppcl
 
 pytestmark = pytest.mark.dashboard
 

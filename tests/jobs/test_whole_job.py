@@ -1,12 +1,11 @@
-"""`ppcl compress` as a user runs it: a process of its own, its embedded Ray, stopped and continued."""
+"""`ppcl compress` as a user runs it: stopped and continued, damaged, out of space; and what is done with its result.
+
+What is stopped by a signal runs as a process of its own with its embedded Ray, everything else here, on the Ray of the session.
+"""
 
 import json
-import os
-import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,30 +13,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.commands import as_process
+from tests.commands import in_process as ppcl
+
 STAGES = ["calibration", "probes", "detection", "students", "variants", "finetuning", "evaluation"]
-
-
-def ppcl(*arguments, stop_at=None):
-    """Run the command; `stop_at`: press Ctrl-C when that is first said. Gives (exit code, stdout, stderr)."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli.main", *map(str, arguments)],
-        cwd=REPOSITORY,
-        env=os.environ | {"COLUMNS": "200"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if stop_at and stop_at in line:
-            # To the whole group, as a terminal does it.
-            os.killpg(process.pid, signal.SIGINT)
-            stop_at = None
-    error = process.stderr.read()
-    return process.wait(timeout=120), "".join(said), error
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +48,10 @@ def entries(job):
 
 
 @pytest.fixture(scope="module")
-def finished(job):
+def finished(job, ray_cluster):
     """The job's result, interrupted in three stages on the way: in Ray Data's and in both of Ray Train's."""
     for stage in ("calibration", "students", "finetuning"):
-        code, said, error = ppcl("compress", job, stop_at=f"{stage}: ")
+        code, said, error = as_process("compress", job, stop_at=f"{stage}: ")
         assert code == 130, said + error
         assert error == "ppcl: stopped; the same command continues from what is complete\n"
         assert list(entries(job)) == STAGES[: STAGES.index(stage)]
@@ -140,12 +119,12 @@ def test_variants_and_generate_from_the_command_line(finished, tmp_path):
     assert pictures["named"].tobytes() == pictures["intervals"].tobytes() != pictures["teacher"].tobytes()
 
 
-def test_more_workers_than_the_cluster_has_are_refused_at_once(job, tmp_path):
+def test_more_workers_than_the_cluster_has_are_refused_at_once(job, ray_cluster, tmp_path):
     code, said, error = ppcl("compress", job, "--output", tmp_path / "other", "--set", "distillation.pipeline=64")
     assert code == 2 and "asks for 64 workers" in error and "calibration" not in said
 
 
-def test_a_disk_that_fills_up_is_told_and_the_job_goes_on_when_there_is_space(job, tmp_path):
+def test_a_disk_that_fills_up_is_told_and_the_job_goes_on_when_there_is_space(job, ray_cluster, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
@@ -155,7 +134,7 @@ def test_a_disk_that_fills_up_is_told_and_the_job_goes_on_when_there_is_space(jo
         assert code == 2, said + error
         assert "No space left on device" in error and "free space" in error and error.count("\n") == 1
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
-        code, said, _ = ppcl("compress", job, "--output", disk / "result", stop_at="calibration: done")
+        code, said, _ = as_process("compress", job, "--output", disk / "result", stop_at="calibration: done")
         assert code == 130 and "calibration: done" in said
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
@@ -207,7 +186,7 @@ def test_a_cluster_with_another_ray_or_python_is_told(job, ray_cluster, name, ve
     # What a node of such a cluster writes when it starts.
     gcs.internal_kv_put(key, json.dumps(json.loads(told) | {name: version}).encode(), True, **where)
     try:
-        code, _, error = ppcl("compress", job, "--address", ray_cluster.get_runtime_context().gcs_address)
+        code, _, error = as_process("compress", job, "--address", ray_cluster.get_runtime_context().gcs_address)
     finally:
         gcs.internal_kv_put(key, told, True, **where)
     assert (

@@ -1,0 +1,63 @@
+"""The command line as tests run it: in this process, on the Ray of the session, or as a process that can be stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+# Exit code, standard output, standard error.
+Ended = tuple[int, str, str]
+
+
+def in_process(*arguments: Any) -> Ended:
+    """Run a command here. What would start a Ray takes the one that this process is connected to already."""
+    from jobs.cli.main import main
+
+    @contextlib.contextmanager
+    def connected(address: str | None, config: Any) -> Iterator[str]:
+        yield "cpu"
+
+    code, out, err = 0, io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
+        if "--address" not in arguments:
+            patch.setattr("jobs.runtime.cluster.connected", connected)
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, out.getvalue(), err.getvalue()
+
+
+def as_process(*arguments: Any, stop_at: str | None = None, by: int = signal.SIGINT) -> Ended:
+    """Run a command in a process of its own. `stop_at`: send it the signal `by` when that is first printed.
+
+    Ctrl-C goes to the whole group, as from a terminal; other signals to the command alone, as by `kill`.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli.main", *map(str, arguments)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    send: Callable[[int, int], None] = os.killpg if by == signal.SIGINT else os.kill
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if stop_at and stop_at in line:
+            send(process.pid, by)
+            stop_at = None
+    error = process.stderr.read()
+    return process.wait(timeout=120), "".join(printed), error
