@@ -9,6 +9,7 @@ from typing import Any
 
 from ppcl.config.loading import rename_keys
 from ppcl.config.schema import Config
+from ppcl.errors import UserError
 from ppcl.storage.manifest import CONFIG, Artifacts
 
 STAGE_FILES = {
