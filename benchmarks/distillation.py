@@ -4,7 +4,7 @@
 
 - `reference scheme`: the whole teacher and all students in one process, one sum of losses, one optimizer.
 - `whole on each rank`: that scheme on two ranks, data-parallel (PPCL's published training does this, with the
-  optimizer's state sharded): here `pipeline=1, replicas=2`.
+  optimizer's state sharded): here `pipeline_parallel=1, data_parallel=2`.
 - `pp=1`, `pp=2`: ours. With pp=2 each rank holds its own blocks and students.
 
 A random Qwen-Image transformer of `--blocks` blocks; the same batches of random samples for all. Memory is the peak
@@ -106,9 +106,9 @@ def ours(options: argparse.Namespace, folder: Path, intervals: list[Interval], p
         steps=options.steps,
         batch_size=options.batch,
         warmup=1,
-        pipeline=pp,
-        replicas=dp,
-        start="first",
+        pipeline_parallel=pp,
+        data_parallel=dp,
+        init="first",
         checkpoint_every=10**6,
     )
     times = []

@@ -45,7 +45,7 @@ class Judge:
     def __init__(self, config: Config, teacher: Teacher, pictures: int):
         self.config, self.teacher = config, teacher
         self.pipeline = teacher.pipeline("cpu", torch.float32)
-        self.world = load_checker(config.evaluation.world)
+        self.world = load_checker(config.evaluation.checker)
         self.prompts = checker_prompts(self.world, pictures, config.seed)
         self.teachers = self.right(VariantSwitcher(teacher, {}), ())
 
@@ -88,11 +88,11 @@ def main() -> None:
         settings = config.finetuning.model_copy(
             update={
                 "steps": steps,
-                "own_states": own,
+                "rollout_share": own,
                 "plan": options.variant,
                 "variants": [],
-                "replicas": 1,
-                "measured": 0,
+                "data_parallel": 1,
+                "measured_plans": 0,
             }
         )
         with tempfile.TemporaryDirectory() as out:
@@ -113,14 +113,14 @@ def main() -> None:
                     lambda *_: None,
                 )
             (told,) = json.loads((Path(out) / "finetuning.json").read_text())["plans"]
-            row = {"steps": steps, "own_states": own, "velocity_error": told["after"]}
+            row = {"steps": steps, "rollout_share": own, "velocity_error": told["after"]}
             rows.append(row | judge.drop(files | files_in(Path(out)), plan))
         print(rows[-1], flush=True)
     table = Table(title=f"{options.variant}: {', '.join(map(str, plan))}; {options.pictures} pictures")
     for heading in ("steps", "own states", "velocity error", "R, %"):
         table.add_column(heading)
     for row in rows:
-        shown = [row["steps"], row.get("own_states")]
+        shown = [row["steps"], row.get("rollout_share")]
         error = f"{row['velocity_error']:.5f}" if "velocity_error" in row else ""
         drop = f"{row['R']:.1f} ({row['R_low']:.1f} to {row['R_high']:.1f})"
         table.add_row(*("" if value is None else f"{value:g}" for value in shown), error, drop)

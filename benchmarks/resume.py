@@ -64,7 +64,7 @@ def _rank(rank: int, port: int, options: argparse.Namespace, teacher: Path, out:
         steps=options.steps,
         batch_size=options.batch,
         warmup=1,
-        pipeline=RANKS,
+        pipeline_parallel=RANKS,
         checkpoint_every=options.checkpoint_every,
     )
     plan = [Interval(u, u + 2) for u in range(0, options.blocks - 2, 3)]

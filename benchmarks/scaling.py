@@ -124,9 +124,9 @@ def _distil(
         steps=options.steps,
         batch_size=options.batch,
         warmup=1,
-        pipeline=pp,
-        replicas=dp,
-        start="first",
+        pipeline_parallel=pp,
+        data_parallel=dp,
+        init="first",
         precision="bfloat16",
         checkpoint_every=10**6,
     )
@@ -215,7 +215,7 @@ def _rates(options: argparse.Namespace, folder: Path, model: Model) -> dict[str,
 
     flops = options.batch * sum(model.flops[:2]) / _seconds(forward)
     objective = new_objective(
-        adapter, segment.transformer, segment.blocks, Interval(0, 1), Distillation(start="first"), 2
+        adapter, segment.transformer, segment.blocks, Interval(0, 1), Distillation(init="first"), 2
     )
     trainee = Trainee(objective, Distillation(), ParallelDims())
     captured = CapturedActivations(boundaries={0: streams, 2: forward()}, context=context)

@@ -70,11 +70,11 @@ def main() -> None:
             settings = config.distillation.model_copy(
                 update={
                     "steps": options.steps,
-                    "start": start,
+                    "init": start,
                     "loss": loss,
                     "learning_rate": rate,
-                    "pipeline": 1,
-                    "replicas": 1,
+                    "pipeline_parallel": 1,
+                    "data_parallel": 1,
                 }
             )
             with tempfile.TemporaryDirectory() as out:

@@ -38,8 +38,8 @@ _ATTEMPTS = 3
 _OPERATIONAL = {
     "calibration": {"workers", "batch_size"},
     "probes": {"workers"},
-    "distillation": {"pipeline", "replicas", "checkpoint_every"},
-    "finetuning": {"replicas", "checkpoint_every", "recompute"},
+    "distillation": {"pipeline_parallel", "data_parallel", "checkpoint_every"},
+    "finetuning": {"data_parallel", "checkpoint_every", "activation_checkpointing"},
     "evaluation": {"workers"},
     "ablation": {"workers"},
 }
@@ -76,9 +76,9 @@ class Job:
         self.artifacts.check()
         column = config.calibration.prompt_column
         images = config.calibration.image_column if config.calibration.source == "images" else None
-        self.prompts_hash = check_prompts(config.prompts, column, images, config.calibration.limit)
+        self.prompts_hash = check_prompts(config.prompts, column, images, config.calibration.max_prompts)
         if config.evaluation.prompts is not None:
-            check_prompts(config.evaluation.prompts, column, None, config.evaluation.limit)
+            check_prompts(config.evaluation.prompts, column, None, config.evaluation.max_prompts)
         self.teacher = Teacher(config.teacher)
         self.teacher_hash = self.teacher.sha256()
         identity = {"teacher": self.teacher.place, "teacher_sha256": self.teacher_hash, "prompts": self.prompts_hash}
@@ -271,11 +271,11 @@ class Job:
             "calibration": (config.calibration.workers, "calibration.workers"),
             "probes": (config.probes.workers, "probes.workers"),
             "students": (
-                config.distillation.pipeline * config.distillation.replicas,
-                "distillation.pipeline × distillation.replicas",
+                config.distillation.pipeline_parallel * config.distillation.data_parallel,
+                "distillation.pipeline_parallel × distillation.data_parallel",
             ),
             "variants": (config.evaluation.workers, "evaluation.workers"),
-            "finetuning": (config.finetuning.replicas if config.finetuning.steps else 1, "finetuning.replicas"),
+            "finetuning": (config.finetuning.data_parallel if config.finetuning.steps else 1, "finetuning.data_parallel"),
             "evaluation": (config.evaluation.workers, "evaluation.workers"),
             "ablation": (config.ablation.workers, "ablation.workers"),
         }
@@ -295,7 +295,7 @@ class Job:
         # Calibration goes on with whatever places there are.
         if told := shortfall(1 if stage == "calibration" else workers, device, key):
             self.reporter.say(
-                f"{stage}: waiting for nodes, {duration(self.config.patience)} from the last sign of one: {told}"
+                f"{stage}: waiting for nodes, {duration(self.config.worker_timeout_s)} from the last sign of one: {told}"
             )
 
     def _survived(self, stage: Stage, update: Update, key: str) -> dict[str, Any]:

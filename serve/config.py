@@ -178,10 +178,10 @@ def load_settings(
     """
     values = {} if path is None else read_values(Served, path, "ppcl config --serve")
     for override in overrides or []:
-        put(values, override, "engine.batch=4")
+        put(Served, values, override, "engine.batch=4")
     for key, value in (http or {}).items():
         if value is not None:
-            put(values, f"http.{key}={value}", "http.port=8000")
+            put(Served, values, f"http.{key}={value}", "http.port=8000")
     return validated(Served, values | {"result": str(result)}, "the serving settings" if path is None else str(path))
 
 

@@ -373,7 +373,7 @@ def plan(
         ) from None
     rates: dict[str, Any] = {}
     for override in set_ or []:
-        put(rates, override, "utilisation=0.5")
+        put(Device, rates, override, "utilisation=0.5")
     device = validated(Device, rates, "--set")
     found = [model_of(name, height, width) for name in models or published()]
     if simulate:

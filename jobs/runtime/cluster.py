@@ -50,7 +50,7 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
     """A Ray to run on, for the length of a `with` block; gives the device the job's workers use."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    os.environ[_SIGN_OF_LIFE] = str(config.patience)
+    os.environ[_SIGN_OF_LIFE] = str(config.worker_timeout_s)
     if address is None:
         close_embedded_ray()
     import ray

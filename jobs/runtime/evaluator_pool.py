@@ -112,7 +112,7 @@ class EvaluatorPool:
         folder: Path,
         device: str,
     ):
-        places = Resources(config.evaluation.workers, device, "evaluation.workers", config.patience)
+        places = Resources(config.evaluation.workers, device, "evaluation.workers", config.worker_timeout_s)
         places.wait()
         self._exit = ExitStack()
         self._watch = self._exit.enter_context(Watchdog("an evaluator", places))

@@ -109,7 +109,7 @@ class Watchdog:
             if process.node in nodes and self._killed(process):
                 self.killed.append(
                     f"{self.who} (process {process.number} on {nodes[process.node]}) gave no sign of life for "
-                    f"{self.places.patience:.0f} s, the configuration's patience"
+                    f"{self.places.patience:.0f} s, the configuration's worker_timeout_s"
                 )
 
     def _killed(self, process: Process) -> bool:

@@ -155,5 +155,5 @@ def _told(failure: BaseException, patience: float) -> BaseException:
     failed = failure.worker_failures.items() if isinstance(failure, WorkerGroupError) else ()
     for rank, error in failed:
         if isinstance(error, WorkerHealthCheckTimeoutError):
-            return RuntimeError(f"rank {rank} gave no sign of life for {patience:.0f} s, the configuration's patience")
+            return RuntimeError(f"rank {rank} gave no sign of life for {patience:.0f} s, the configuration's worker_timeout_s")
     return failure

@@ -78,7 +78,7 @@ def ablate(
         "runs": str(runs),
         "device": device,
     }
-    places = Resources(settings.workers, device, "ablation.workers", config.patience)
+    places = Resources(settings.workers, device, "ablation.workers", config.worker_timeout_s)
     notes += run_worker_group("ablation", _rank, arguments, places, folder / "runs" / "ray", progress)
     download(runs)
     seeds = {seed: json.loads((runs / f"seed-{seed}.json").read_text()) for seed in range(settings.seeds)}

@@ -64,7 +64,7 @@ def calibrate(
     numbers = range(math.ceil(count / config.calibration.batch_size))
 
     # One place is enough: a cluster with fewer of them than workers still does the work, and Ray Data asks for more by itself.
-    places = Resources(1, work.device, "calibration.workers", config.patience)
+    places = Resources(1, work.device, "calibration.workers", config.worker_timeout_s)
     places.wait()
     with Watchdog("a worker of calibration", places) as watch:
         encoded = _Cache(work.embeddings, [_NEGATIVE, *(_name(n) for n in numbers)])
@@ -97,7 +97,7 @@ class _Work:
     def of(cls, config: Config, teacher: Teacher, cache: Path) -> _Work:
         device = device_of(config)
         settings, sampling = config.calibration, config.sampling
-        prompts = check_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.limit)
+        prompts = check_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.max_prompts)
         hashes = teacher.part_hashes()
         encoders = {k: v for k, v in hashes.items() if k.split("/")[0] not in ("vae", "scheduler")}
         embeddings = key_of(
@@ -105,7 +105,7 @@ class _Work:
             encoders,
             prompts,
             settings.prompt_column,
-            settings.limit,
+            settings.max_prompts,
             settings.batch_size,
             device,
             sampling.arguments.get("negative_prompt"),
@@ -349,7 +349,7 @@ def _cut(config: Config, path: Path) -> int:
     schema = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("image", pa.string())])
     partial = path.with_name(path.name + ".partial")
     count = 0
-    prompts = read_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.limit)
+    prompts = read_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.max_prompts)
     with pq.ParquetWriter(partial, schema) as writer:
         while batch := list(islice(prompts, settings.batch_size)):
             columns = [pa.array(column, field.type) for column, field in zip(zip(*batch), schema)]

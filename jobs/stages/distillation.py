@@ -31,7 +31,7 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
             samples=CalibrationSet(fetch_stage(arguments["calibration"])),
             plan=[parse_replacement(text) for text in arguments["plan"]],
             settings=settings,
-            dims=ParallelDims.join(settings.pipeline, settings.replicas),
+            dims=ParallelDims.join(settings.pipeline_parallel, settings.data_parallel),
             folder=folder,
             checkpoints=checkpoints,
             seed=config.seed,
@@ -56,8 +56,8 @@ def distil_plan(
     Checkpoints lie under `folder/checkpoints/<key>` until all are written.
     """
     settings = config.distillation
-    workers = settings.pipeline * settings.replicas
-    places = Resources(workers, device, "distillation.pipeline × distillation.replicas", config.patience)
+    workers = settings.pipeline_parallel * settings.data_parallel
+    places = Resources(workers, device, "distillation.pipeline_parallel × distillation.data_parallel", config.worker_timeout_s)
     checkpoints = folder / "checkpoints" / key
     notes = drop_damaged_checkpoints("students", checkpoints)
     if plan:
@@ -76,7 +76,7 @@ def distil_plan(
     training = {
         "steps": settings.steps,
         "batch_size": settings.batch_size,
-        "start": settings.start,
+        "start": settings.init,
         "loss": settings.loss,
         "replacements": curves,
     }

@@ -122,7 +122,7 @@ def evaluate(
         )
 
     download(folder)
-    world = load_checker(settings.world) if settings.world else None
+    world = load_checker(settings.checker) if settings.checker else None
     reference = load_images([image_path(folder, TEACHER, i) for i in indices])
     teachers = correctness(world, reference, prompts) if world else None
     measured, right = {}, {}
@@ -165,8 +165,8 @@ def _prompts(config: Config, calibration: Any) -> list[Any]:
 
     settings = config.evaluation
     if settings.prompts is not None:
-        texts = [p.text for p in read_prompts(settings.prompts, config.calibration.prompt_column, None, settings.limit)]
-        return named_prompts(load_checker(settings.world), texts) if settings.world else [TestPrompt(t) for t in texts]
-    if settings.world:
-        return checker_prompts(load_checker(settings.world), settings.limit, config.seed)
-    return [TestPrompt(text) for _, text in calibration.prompts(held_out=True)][: settings.limit]
+        texts = [p.text for p in read_prompts(settings.prompts, config.calibration.prompt_column, None, settings.max_prompts)]
+        return named_prompts(load_checker(settings.checker), texts) if settings.checker else [TestPrompt(t) for t in texts]
+    if settings.checker:
+        return checker_prompts(load_checker(settings.checker), settings.max_prompts, config.seed)
+    return [TestPrompt(text) for _, text in calibration.prompts(held_out=True)][: settings.max_prompts]

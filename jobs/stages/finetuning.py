@@ -35,7 +35,7 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
             samples=CalibrationSet(fetch_stage(arguments["calibration"])),
             settings=config.finetuning,
             sampling_steps=config.sampling.steps,
-            dims=ParallelDims.join(1, config.finetuning.replicas),
+            dims=ParallelDims.join(1, config.finetuning.data_parallel),
             folder=folder,
             checkpoints=checkpoints,
             seed=config.seed,
@@ -71,7 +71,7 @@ def finetune_replacements(
         "checkpoints": str(checkpoints),
         "device": device,
     }
-    places = Resources(config.finetuning.replicas, device, "finetuning.replicas", config.patience)
+    places = Resources(config.finetuning.data_parallel, device, "finetuning.data_parallel", config.worker_timeout_s)
     notes += run_worker_group("finetuning", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
     download(folder)
     remove(folder / "checkpoints")

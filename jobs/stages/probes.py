@@ -50,7 +50,7 @@ def fit_probes(
 
     `dropped`: calibration tokens left out for NaN or Inf, at the block that lost most. `notes`: what the user should know.
     """
-    places = Resources(config.probes.workers, device, "probes.workers", config.patience)
+    places = Resources(config.probes.workers, device, "probes.workers", config.worker_timeout_s)
     arguments = {
         "config": config.model_dump(mode="json"),
         "teacher": teacher.place,

@@ -158,14 +158,14 @@ def run_seed(
         update={
             "steps": settings.steps,
             "batch_size": settings.batch_size,
-            "student_hidden": 100,
+            "student_keep_percent": 100,
             "warmup": min(config.distillation.warmup, settings.steps // 10),
         }
     )
     tuning = config.finetuning.model_copy(
         update={
             "steps": settings.finetuning_steps,
-            "measured": 0,
+            "measured_plans": 0,
             "warmup": min(config.finetuning.warmup, settings.finetuning_steps // 10),
         }
     )
@@ -252,8 +252,8 @@ def _measure(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipeline = teacher.pipeline(device, dtype)
     evaluation = config.evaluation
-    world = load_checker(evaluation.world) if evaluation.world else None
-    prompts = checker_prompts(world, evaluation.limit, config.seed) if world else []
+    world = load_checker(evaluation.checker) if evaluation.checker else None
+    prompts = checker_prompts(world, evaluation.max_prompts, config.seed) if world else []
 
     def shown(switch: VariantSwitcher, plan: Sequence[Replacement]) -> dict[str, Any]:
         switch(pipeline.transformer, plan)

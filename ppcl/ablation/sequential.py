@@ -53,7 +53,7 @@ def distil_in_sequence(
     def captured(rows: torch.Tensor, wanted: CaptureSpec) -> CapturedActivations:
         return segment.run(samples.batch(rows, device, segment.dtype), pipeline_stage, wanted)
 
-    if settings.start == "affine":
+    if settings.init == "affine":
         wanted = reduce(or_, (objective.init_capture for objective in objectives.values()), CaptureSpec())
         fit_closed_form(
             list(objectives.values()),

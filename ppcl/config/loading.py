@@ -5,18 +5,35 @@ Unknown keys and values out of range are errors of one sentence that name the ke
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ppcl.errors import UserError
 
 
 class Section(BaseModel):
+    """A group of configuration keys.
+
+    `renamed` maps an old key of the section to its new one. Old keys keep working for one version, with a warning.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values, renames = rename_keys(cls, values)
+        _warn(renames, cls.__name__)
+        return values
 
 
 Model = TypeVar("Model", bound=Section)
@@ -38,8 +55,48 @@ def read_values(model: type[Section], path: Path, command: str) -> dict[str, Any
     return {key: value for key, value in values.items() if value is not None or key not in sections(model)}
 
 
-def put(values: dict[str, Any], override: str, example: str) -> None:
-    """Apply `key.sub=value`, with a YAML value. Raises `UserError`."""
+def rename_keys(model: type[Section], values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """A copy of `values` with old keys renamed, in the sections below too, and what was renamed, by dotted key.
+
+    Raises `UserError` where a key is given under its old and its new name.
+    """
+    current: dict[str, Any] = {}
+    renames: dict[str, str] = {}
+    below = sections(model)
+    for key, value in values.items():
+        name = model.renamed.get(key, key)
+        if name != key:
+            if name in values:
+                raise UserError(f"{key} is the old name of {name}, and both are given; remove {key}")
+            renames[key] = name
+        if name in below and isinstance(value, dict):
+            try:
+                value, renames_below = rename_keys(below[name], value)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+            renames |= {f"{key}.{old}": f"{name}.{new}" for old, new in renames_below.items()}
+        current[name] = value
+    return current, renames
+
+
+def current_keys(model: type[Section], values: dict[str, Any], source: str) -> dict[str, Any]:
+    """`values` with old keys renamed. Logs one warning that names the new keys. Raises `UserError` as `rename_keys`."""
+    try:
+        values, renames = rename_keys(model, values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    _warn(renames, source)
+    return values
+
+
+def _warn(renames: Mapping[str, str], source: str) -> None:
+    if renames:
+        pairs = ", ".join(f"{old} is now {new}" for old, new in renames.items())
+        logging.getLogger(__name__).warning("%s: %s; the next version does not know the old names", source, pairs)
+
+
+def put(model: type[Section], values: dict[str, Any], override: str, example: str) -> None:
+    """Apply `key.sub=value`, with a YAML value, to values of a model. Raises `UserError`."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"--set {override!r} is not of the form key=value, such as {example}")
@@ -47,12 +104,24 @@ def put(values: dict[str, Any], override: str, example: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"--set {override!r}: the value is not valid YAML") from None
-    *above, last = key.split(".")
+    *above, last = _current_path(model, key.split("."), f"--set {override!r}")
     for section in above:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise UserError(f"--set {override!r}: {section} is a value, not a section")
     values[last] = value
+
+
+def _current_path(model: type[Section], path: list[str], source: str) -> list[str]:
+    """A dotted key's parts with old names renamed. Logs a warning that names the new key."""
+    section: type[Section] | None = model
+    current = []
+    for part in path:
+        current.append(section.renamed.get(part, part) if section else part)
+        section = sections(section).get(current[-1]) if section else None
+    if current != path:
+        _warn({".".join(path): ".".join(current)}, source)
+    return current
 
 
 def validated(model: type[Model], values: dict[str, Any], source: str) -> Model:

@@ -7,11 +7,11 @@ errors that name the key, the value seen and what would be right.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from ppcl.config.loading import Section, commented, put, read_values, validated
+from ppcl.config.loading import Section, commented, current_keys, put, read_values, validated
 from ppcl.config.location import Location, is_url
 
 
@@ -42,6 +42,8 @@ class Sampling(Section):
 class Calibration(Section):
     """The samples everything is fitted and measured on: latents, timestep and prompt embedding."""
 
+    renamed: ClassVar[dict[str, str]] = {"limit": "max_prompts"}
+
     source: Literal["trajectories", "images"] = Field(
         "trajectories",
         description="trajectories: states on the teacher's own sampling trajectories (prompts only); images: noised VAE "
@@ -49,7 +51,7 @@ class Calibration(Section):
     )
     prompt_column: str = Field("prompt", description="column of the prompts in .jsonl, .csv and .parquet files")
     image_column: str = Field("image", description="column of the pictures' paths, relative to the prompt file")
-    limit: int | None = Field(None, ge=1, description="use only the first so many prompts")
+    max_prompts: int | None = Field(None, ge=1, description="maximum number of prompts to use; null: all")
     states_per_prompt: int = Field(
         4, ge=1, description="timesteps kept of each prompt's trajectory, or noised of each picture"
     )
@@ -86,11 +88,17 @@ class Detection(Section):
 class Width(Section):
     """What linear maps replace within blocks (Eq. 7 to 9)."""
 
+    renamed: ClassVar[dict[str, str]] = {
+        "hidden": "ffn_keep_percents",
+        "ffns": "linear_ffns",
+        "modulations": "low_rank_modulations",
+    }
+
     text: bool = Field(True, description="replace text streams, in runs of blocks that hardly change them")
     text_similarity: float = Field(
         0.95, gt=0, le=1, description="CKA that the text stream behind a run's first block keeps up to its last one"
     )
-    modulations: bool = Field(
+    low_rank_modulations: bool = Field(
         True, description="compute all modulations in the few directions the timestep moves them in"
     )
     modulation_error: float = Field(
@@ -99,11 +107,11 @@ class Width(Section):
         lt=1,
         description="share of the modulations' input that may be lost by it, of its variance over timesteps",
     )
-    hidden: list[Annotated[int, Field(ge=1, le=99)]] = Field(
+    ffn_keep_percents: list[Annotated[int, Field(ge=1, le=99)]] = Field(
         [50, 25, 12],
         description="percent of their hidden units that FFNs keep, one replacement a block and number; []: none",
     )
-    ffns: int | None = Field(
+    linear_ffns: int | None = Field(
         None,
         ge=0,
         description="replace so many whole FFNs by linear maps, those of the smallest error of the closed-form fit; null: all; 0: none",
@@ -112,6 +120,13 @@ class Width(Section):
 
 class Distillation(Section):
     """Distillation of depth and width in one phase, non-sequential and segment-parallel (Eq. 6 to 9)."""
+
+    renamed: ClassVar[dict[str, str]] = {
+        "start": "init",
+        "student_hidden": "student_keep_percent",
+        "pipeline": "pipeline_parallel",
+        "replicas": "data_parallel",
+    }
 
     steps: int = Field(6000, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="samples a step, over all data-parallel replicas")
@@ -126,12 +141,12 @@ class Distillation(Section):
     loss: Literal["relative", "normalized"] = Field(
         "relative", description="relative: squared error over the target's energy, keeps magnitude; normalized: Eq. 6"
     )
-    start: Literal["affine", "first", "middle"] = Field(
+    init: Literal["affine", "first", "middle"] = Field(
         "affine",
         description="a student's start: block u followed by the closed-form affine map; block u (the paper); the middle "
         "block (the reference)",
     )
-    student_hidden: int = Field(
+    student_keep_percent: int = Field(
         100,
         ge=1,
         le=100,
@@ -141,13 +156,22 @@ class Distillation(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
-    pipeline: int = Field(1, ge=1, description="pp: ranks that share the teacher's blocks, each with its own segment")
-    replicas: Replicas = Field(1, ge=1, description="dp: data-parallel replicas of that pipeline")
+    pipeline_parallel: int = Field(
+        1, ge=1, description="pp: ranks that share the teacher's blocks, each with its own segment"
+    )
+    data_parallel: Replicas = Field(1, ge=1, description="dp: data-parallel replicas of that pipeline")
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
 
 
 class Finetuning(Section):
     """Fine-tuning of the replacements end to end on the velocity, over plans drawn anew at every step."""
+
+    renamed: ClassVar[dict[str, str]] = {
+        "own_states": "rollout_share",
+        "recompute": "activation_checkpointing",
+        "replicas": "data_parallel",
+        "measured": "measured_plans",
+    }
 
     steps: int = Field(0, ge=0, description="optimizer steps; 0 leaves fine-tuning out; the paper takes 1000")
     batch_size: int = Field(16, ge=1, description="samples a step, over all replicas")
@@ -157,7 +181,7 @@ class Finetuning(Section):
     weight_decay: float = Field(0.02, ge=0, description="AdamW's weight decay (the paper's)")
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of an exponential moving average; 0 turns it off")
-    own_states: float = Field(
+    rollout_share: float = Field(
         0.5,
         ge=0,
         le=1,
@@ -171,12 +195,14 @@ class Finetuning(Section):
     variants: list[str] = Field(
         [], description="with plan: variants, those that are trained, whole and in part; []: all named ones"
     )
-    recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass instead of keeping them"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
-    replicas: Replicas = Field(1, ge=1, description="data-parallel replicas")
-    measured: int = Field(
+    data_parallel: Replicas = Field(1, ge=1, description="data-parallel replicas")
+    measured_plans: int = Field(
         50,
         ge=0,
         description="drawn plans measured before and after, beside the variants; by them it is known which others are better with what was trained",
@@ -218,12 +244,14 @@ class Variants(Section):
 class Evaluation(Section):
     """What is measured of every variant."""
 
+    renamed: ClassVar[dict[str, str]] = {"world": "checker", "limit": "max_prompts"}
+
     prompts: Location | None = Field(
         None, description="prompts of the test pictures; default: those of calibration, held out"
     )
-    limit: int | None = Field(64, ge=1, description="use only the first so many of them")
+    max_prompts: int | None = Field(64, ge=1, description="maximum number of test prompts to use; null: all")
     batch_size: int = Field(16, ge=1, description="pictures at once")
-    world: Literal["shapes"] | None = Field(
+    checker: Literal["shapes"] | None = Field(
         None, description="the checker that scores pictures by category; shapes: the demo teacher's world"
     )
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the confidence intervals")
@@ -248,6 +276,8 @@ class Ablation(Section):
 class Config(Section):
     """A compression job."""
 
+    renamed: ClassVar[dict[str, str]] = {"patience": "worker_timeout_s"}
+
     teacher: Location = Field(..., description="folder of a diffusers pipeline, or s3://bucket/key")
     prompts: Location = Field(
         ..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key"
@@ -257,7 +287,7 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU where there is one, or where the cluster's autoscaler can add one"
     )
-    patience: float = Field(
+    worker_timeout_s: float = Field(
         300.0,
         gt=0,
         description="seconds after which a worker that gives no sign of life is taken for dead, and which a stage waits for nodes "
@@ -282,9 +312,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None, output: st
     """
     path = Path(path)
     values = read_values(Config, path, "ppcl config")
+    values = current_keys(Config, values, str(path))
     _resolve_paths(values, path.absolute().parent)
     for override in overrides or []:
-        put(values, override, "distillation.steps=100")
+        put(Config, values, override, "distillation.steps=100")
     if output is not None:
         values["output"] = str(output)
     return validated(Config, values, str(path))

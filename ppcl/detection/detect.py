@@ -122,15 +122,15 @@ def detect(
     intervals = [i for i in first_difference(delta, block_ranges) if i.removed]
     errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
     errors = {block: error for block, error in errors.items() if error is not None}
-    ffns = sorted(errors, key=errors.get)[: width.ffns]
+    ffns = sorted(errors, key=errors.get)[: width.linear_ffns]
     text_map = stream_map(probes_folder, blocks, "txt", finite["txt"]) if width.text else None
     runs = (
         text_runs(text_map, _apart(_with_text(probes_folder, block_ranges), intervals), width.text_similarity)
         if width.text
         else []
     )
-    narrow = [Ffn(block, kept) for block in errors for kept in sorted(set(width.hidden), reverse=True)]
-    folds = [LowRankModulation()] if width.modulations else []
+    narrow = [Ffn(block, kept) for block in errors for kept in sorted(set(width.ffn_keep_percents), reverse=True)]
+    folds = [LowRankModulation()] if width.low_rank_modulations else []
     return {
         "blocks": blocks,
         "spans": [[span.start, span.stop] for span in block_ranges],

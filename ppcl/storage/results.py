@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppcl.config.loading import rename_keys
+from ppcl.config.schema import Config
+from ppcl.errors import UserError
 from ppcl.storage.manifest import CONFIG, Artifacts
 
 STAGE_FILES = {
@@ -57,6 +60,7 @@ def read_results(root: Path) -> Results:
 
 def _config(artifacts: Artifacts) -> dict[str, Any]:
     try:
-        return json.loads(artifacts.text(CONFIG))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        stored = json.loads(artifacts.text(CONFIG))
+        return rename_keys(Config, stored)[0] if isinstance(stored, dict) else {}
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, UserError):
         return {}

@@ -31,7 +31,7 @@ def balanced_segments(costs: Sequence[float], pp: int, uncuttable: Sequence[Inte
     if pp > len(cuts) + 1:
         raise UserError(
             f"pipeline is {pp}, but {count} blocks with these intervals can be cut into {len(cuts) + 1} segments at most; "
-            f"set distillation.pipeline to {len(cuts) + 1} or less"
+            f"set distillation.pipeline_parallel to {len(cuts) + 1} or less"
         )
     places = [0, *cuts, count]
     total = [0.0]

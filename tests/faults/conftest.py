@@ -22,10 +22,10 @@ def values(tmp_path_factory, teacher_folder):
         "sampling": {"steps": 3, "height": 32, "width": 32},
         "calibration": {"states_per_prompt": 2, "held_out": 0.3, "batch_size": 4},
         "probes": {"workers": 2, "batch_size": 4},
-        "width": {"hidden": [50], "text": False, "ffns": 1},
-        "distillation": {"steps": STEPS, "batch_size": 4, "warmup": 2, "pipeline": 2, "checkpoint_every": EVERY},
+        "width": {"ffn_keep_percents": [50], "text": False, "linear_ffns": 1},
+        "distillation": {"steps": STEPS, "batch_size": 4, "warmup": 2, "pipeline_parallel": 2, "checkpoint_every": EVERY},
         "variants": {"budgets": [0.9]},
-        "evaluation": {"limit": 2},
+        "evaluation": {"max_prompts": 2},
     }
 
 

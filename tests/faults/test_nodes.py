@@ -92,7 +92,7 @@ def test_where_there_are_more_nodes_others_do_what_a_worker_of_calibration_does_
     shutil.rmtree(output / "cache")
     env = environment("calibration stopped", tmp_path / "mark")
     with cluster((3, env), (3, env)) as address:
-        job = Job(values, output, address=address, patience=20).until("probes: ")
+        job = Job(values, output, address=address, worker_timeout_s=20).until("probes: ")
     assert re.search(rf"calibration: a worker of calibration {SILENT}; others did its work", job.said)
     same_files(output, whole, "calibration")
 
@@ -100,8 +100,8 @@ def test_where_there_are_more_nodes_others_do_what_a_worker_of_calibration_does_
 def test_a_node_that_is_missing_is_waited_for_and_then_told(values, result, tmp_path):
     env = environment("node in students", tmp_path / "mark")
     with cluster((2, env), (2, env)) as address:
-        job = Job(values, result, address=address, patience=20).end(2)
-    told = "distillation.pipeline × distillation.replicas asks for 2 workers, but the cluster has 2 CPUs, of which 1 can be used by workers"
+        job = Job(values, result, address=address, worker_timeout_s=20).end(2)
+    told = "distillation.pipeline_parallel × distillation.data_parallel asks for 2 workers, but the cluster has 2 CPUs, of which 1 can be used by workers"
     assert f"students: waiting for nodes, 20 s from the last sign of one: {told}" in job.said and job.error.startswith(
         f"ppcl: {told}"
     )
@@ -181,7 +181,7 @@ def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_buck
         config = tmp_path / "job.yaml"
         # Four ranks, of which three go on a node.
         places = {"teacher": f"{url}/teacher", "prompts": f"{url}/prompts.txt", "output": f"{url}/result"}
-        config.write_text(yaml.safe_dump(values | places | {"distillation": values["distillation"] | {"replicas": 2}}))
+        config.write_text(yaml.safe_dump(values | places | {"distillation": values["distillation"] | {"data_parallel": 2}}))
         ended = subprocess.run(
             [
                 REPOSITORY / "cluster" / "two_nodes.sh",

@@ -16,7 +16,7 @@ from tests.faults.jobs import Job, before, checkpoints, same, steps, students, t
 pytestmark = pytest.mark.faults
 
 # What is told of a process that was stopped, where the patience is 20 s.
-SILENT = r"\(process \d+ on [\d.]+\) gave no sign of life for 20 s, the configuration's patience"
+SILENT = r"\(process \d+ on [\d.]+\) gave no sign of life for 20 s, the configuration's worker_timeout_s"
 
 
 @pytest.mark.parametrize("fault", ["raises", "first killed", "last killed between", "last killed", "checkpoint"])
@@ -69,9 +69,9 @@ def same_errors(output, whole):
 
 
 def test_a_rank_that_stops_answering_is_given_up_after_the_patience_that_is_set(values, result, undisturbed, tmp_path):
-    job = Job(values, result, "stopped", tmp_path / "mark", patience=20).until("variants: ")
+    job = Job(values, result, "stopped", tmp_path / "mark", worker_timeout_s=20).until("variants: ")
     assert (
-        "students: failed (rank 0 gave no sign of life for 20 s, the configuration's patience); trying again"
+        "students: failed (rank 0 gave no sign of life for 20 s, the configuration's worker_timeout_s); trying again"
         in job.said
     )
     same(students(job.output), undisturbed)
@@ -79,7 +79,7 @@ def test_a_rank_that_stops_answering_is_given_up_after_the_patience_that_is_set(
 
 
 def test_an_evaluator_that_stops_answering_is_given_up_after_the_patience_that_is_set(values, whole, tmp_path):
-    job = Job(values, before(whole, "evaluation", tmp_path), "evaluation stopped", tmp_path / "mark", patience=20).end()
+    job = Job(values, before(whole, "evaluation", tmp_path), "evaluation stopped", tmp_path / "mark", worker_timeout_s=20).end()
     assert re.search(rf"evaluation: failed \(an evaluator {SILENT}\); trying again", job.said)
     same_errors(job.output, whole)
 
@@ -89,7 +89,7 @@ def test_a_worker_of_calibration_that_stops_answering_is_given_up_after_the_pati
 ):
     output = before(whole, "calibration", tmp_path)
     shutil.rmtree(output / "cache")
-    job = Job(values, output, "calibration stopped", tmp_path / "mark", patience=20).until("probes: ")
+    job = Job(values, output, "calibration stopped", tmp_path / "mark", worker_timeout_s=20).until("probes: ")
     assert re.search(rf"calibration: failed \(a worker of calibration {SILENT}\); trying again", job.said)
     same_files(output, whole, "calibration")
 

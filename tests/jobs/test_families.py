@@ -31,11 +31,11 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
         device="cpu",
         sampling={"steps": 2, "height": 16, "width": 16, "arguments": ARGUMENTS[family]},
         calibration={"states_per_prompt": 2, "held_out": 0.3},
-        width={"text_similarity": 0.2, "hidden": [50]},
+        width={"text_similarity": 0.2, "ffn_keep_percents": [50]},
         distillation={"steps": 3, "batch_size": 4, "warmup": 1},
-        finetuning={"steps": 2, "batch_size": 4, "warmup": 1, "measured": 2},
+        finetuning={"steps": 2, "batch_size": 4, "warmup": 1, "measured_plans": 2},
         variants={"budgets": [0.7], "custom": {"folded": ["modulations"]}},
-        evaluation={"limit": 2},
+        evaluation={"max_prompts": 2},
     )
     Job(config, Console(file=io.StringIO())).run("cpu")
     result = Result(tmp_path / "result")

@@ -130,10 +130,10 @@ def job(store, tmp_path_factory, teacher_folder):
         "device": "cpu",
         "sampling": {"steps": 2, "height": 32, "width": 32},
         "calibration": {"states_per_prompt": 2, "held_out": 0.3},
-        "width": {"hidden": [], "text": False, "modulations": False},
-        "distillation": {"steps": 40, "batch_size": 4, "warmup": 2, "pipeline": 2, "checkpoint_every": 2},
+        "width": {"ffn_keep_percents": [], "text": False, "low_rank_modulations": False},
+        "distillation": {"steps": 40, "batch_size": 4, "warmup": 2, "pipeline_parallel": 2, "checkpoint_every": 2},
         "variants": {"budgets": [0.9]},
-        "evaluation": {"limit": 2},
+        "evaluation": {"max_prompts": 2},
     }
     path = tmp_path_factory.mktemp("job") / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -156,7 +156,7 @@ def test_a_cluster_without_jobs_says_so(head):
 
 def test_what_the_cluster_can_never_have_is_told_at_once(head, job):
     code, said, wrong = ppcl(
-        "submit", job, "--address", head, "--output", job.parent / "big", "--set", "distillation.pipeline=64"
+        "submit", job, "--address", head, "--output", job.parent / "big", "--set", "distillation.pipeline_parallel=64"
     )
     assert code == 2 and "asks for 64 workers, but the cluster has 4 CPUs" in wrong and wrong.count("\n") == 1, (
         said + wrong

@@ -54,10 +54,10 @@ def job(tmp_path_factory, teacher_folder):
         "sampling": {"steps": 3, "height": 32, "width": 32},
         "calibration": {"states_per_prompt": 2, "held_out": 0.3},
         "probes": {"workers": 2},
-        "distillation": {"steps": 30, "batch_size": 4, "warmup": 2, "pipeline": 2, "checkpoint_every": 5},
-        "finetuning": {"steps": 20, "batch_size": 4, "warmup": 2, "measured": 5, "checkpoint_every": 5},
+        "distillation": {"steps": 30, "batch_size": 4, "warmup": 2, "pipeline_parallel": 2, "checkpoint_every": 5},
+        "finetuning": {"steps": 20, "batch_size": 4, "warmup": 2, "measured_plans": 5, "checkpoint_every": 5},
         "variants": {"budgets": [0.9], "custom": {}},
-        "evaluation": {"limit": 3},
+        "evaluation": {"max_prompts": 3},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -141,7 +141,7 @@ def test_variants_and_generate_from_the_command_line(finished, tmp_path):
 
 
 def test_more_workers_than_the_cluster_has_are_refused_at_once(job, tmp_path):
-    code, said, error = ppcl("compress", job, "--output", tmp_path / "other", "--set", "distillation.pipeline=64")
+    code, said, error = ppcl("compress", job, "--output", tmp_path / "other", "--set", "distillation.pipeline_parallel=64")
     assert code == 2 and "asks for 64 workers" in error and "calibration" not in said
 
 

@@ -105,15 +105,15 @@ class StudentObjective(_LeastSquaresInit):
         settings: Distillation,
     ):
         self.replacement = replacement
-        source = sum(replacement) // 2 if settings.start == "middle" else replacement.first
+        source = sum(replacement) // 2 if settings.init == "middle" else replacement.first
         block = copy.deepcopy(blocks[source]).float()
         self.narrow = None
-        if settings.student_hidden < 100 and adapter.parts_of(transformer, source, block):
-            self.narrow = PrunedFfnObjective(adapter, transformer, blocks[source], Ffn(source, settings.student_hidden))
+        if settings.student_keep_percent < 100 and adapter.parts_of(transformer, source, block):
+            self.narrow = PrunedFfnObjective(adapter, transformer, blocks[source], Ffn(source, settings.student_keep_percent))
             for path, module in pruned_parts(adapter, self.narrow.parts, self.narrow.module).items():
                 block.set_submodule(path, module)
         affine = {}
-        if settings.start == "affine":
+        if settings.init == "affine":
             last = blocks[replacement.last]
             streams = [n for n in Streams._fields if n == "img" or not getattr(last, "context_pre_only", False)]
             affine = {name: affine_map(_width(block)) for name in streams}

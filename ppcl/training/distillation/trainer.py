@@ -158,8 +158,8 @@ def distil(
 def _has_closed_start(plan: Sequence[Replacement], settings: Distillation) -> bool:
     """Whether any objective of any rank starts in closed form: then all take part in that pass."""
     return (
-        settings.start == "affine"
-        or settings.student_hidden < 100
+        settings.init == "affine"
+        or settings.student_keep_percent < 100
         or not all(isinstance(replacement, Interval) for replacement in plan)
     )
 

@@ -94,7 +94,7 @@ class _Trainer:
         )
         self.ema = {k: p.detach().clone() for k, p in self.parameters.items()} if settings.ema else {}
         self.ids = samples.ids(held_out=False)
-        self.trajectories = self._begun(steps) if settings.own_states else None
+        self.trajectories = self._begun(steps) if settings.rollout_share else None
         self.step, self.skipped = 0, 0
         self.loss_history: list[dict[str, float]] = []
 
@@ -118,7 +118,7 @@ class _Trainer:
         ids = batch_of(step, self.ids, self.settings.batch_size, self.seed)[self.dims.dp_rank :: self.dims.dp]
         if self.trajectories is None:
             return np.array([], dtype=np.int64), self.samples.batch(ids, self.device, self.dtype)
-        own = self.trajectories.draw(round(self.settings.own_states * len(ids)), rng)
+        own = self.trajectories.draw(round(self.settings.rollout_share * len(ids)), rng)
         ids = np.array([*ids[: len(ids) - len(own)], *self.trajectories.ids[own]])
         inputs = self.samples.batch(ids, self.device, self.dtype)
         latents, timestep = inputs[self.adapter.latents], inputs[self.adapter.timestep]
@@ -129,7 +129,7 @@ class _Trainer:
 
     def velocity(self, plan: Sequence[Replacement], inputs: dict[str, Any], training: bool) -> torch.Tensor:
         self.switch(self.model, plan)
-        if training and self.settings.recompute:
+        if training and self.settings.activation_checkpointing:
             swap(self.model, {n: _Recomputed(b) for n, b in enumerate(self.adapter.blocks(self.model))})
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.model(**{**inputs, "return_dict": False})[0]
@@ -247,7 +247,7 @@ def finetune(
     """Train replacements and write those that were trained to `folder`, with `finetuning.json`: the curve, and plans before
     and after.
 
-    `variants`: the named ones; they and `settings.measured` drawn plans are measured. `sensitivity`: what each replacement costs alone, by
+    `variants`: the named ones; they and `settings.measured_plans` drawn plans are measured. `sensitivity`: what each replacement costs alone, by
     which plans are compared; see `ppcl.replacements.finetuned_selection`.
     `report(step, steps, losses)` is called after every step. Continues from what lies in `checkpoints`.
     """
@@ -258,7 +258,7 @@ def finetune(
     if fixed := isinstance(draws, FixedPlan):
         # Its parts, too: which of them are better with what was trained for the whole must be known.
         drawn, draws = [draws.replacements], VariantParts([draws.replacements])
-    drawn += [plan for plan in random_plans(draws, settings.measured, seed) if plan not in drawn]
+    drawn += [plan for plan in random_plans(draws, settings.measured_plans, seed) if plan not in drawn]
     plans = [*map(list, named), *(plan for plan in drawn if tuple(plan) not in named)]
     before = trainer.errors(plans) if dims.dp_rank == 0 else []
     found = (checkpoints / _CHECKPOINT).exists()

@@ -78,6 +78,6 @@ def test_the_device_is_a_gpu_where_the_autoscaler_can_add_one(there):
 
 
 def test_places_that_nobody_adds_are_told_after_the_patience(there):
-    told = r"finetuning.replicas asks for 5 workers, but the cluster has \d GPUs?, of which \d can be used by workers; ask for fewer or add nodes"
+    told = r"finetuning.data_parallel asks for 5 workers, but the cluster has \d GPUs?, of which \d can be used by workers; ask for fewer or add nodes"
     with pytest.raises(UserError, match=told):
-        there(_wait, 5, "cuda", "finetuning.replicas", 1.0)
+        there(_wait, 5, "cuda", "finetuning.data_parallel", 1.0)

@@ -46,7 +46,7 @@ def made(ray, *actors, seconds=0.0):
 
 def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster):
     told = (
-        rf"a worker \(process \d+ on [\d.]+\) gave no sign of life for {PATIENCE:.0f} s, the configuration's patience"
+        rf"a worker \(process \d+ on [\d.]+\) gave no sign of life for {PATIENCE:.0f} s, the configuration's worker_timeout_s"
     )
     with (
         pytest.raises(RuntimeError, match=told),

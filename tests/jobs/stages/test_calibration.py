@@ -115,7 +115,7 @@ def test_a_stopped_run_goes_on_and_a_changed_file_is_made_again(here, teacher_fo
 
 
 def test_guided_sampling_keeps_both_sides(here, teacher_folder, prompts, tmp_path):
-    guided = config(teacher_folder, prompts, {"true_cfg_scale": 3.0, "negative_prompt": " "}, limit=4)
+    guided = config(teacher_folder, prompts, {"true_cfg_scale": 3.0, "negative_prompt": " "}, max_prompts=4)
     info = run(guided, tmp_path)
     assert info == {"prompts": 4, "held_out_prompts": 1, "samples": 16, "dropped": 0, "notes": []}
     samples = CalibrationSet(tmp_path / "calibration")

@@ -24,7 +24,7 @@ COUNT = 24
 def config(teacher_folder, workers):
     probes = {"workers": workers, "batch_size": 5, "tokens_per_sample": 4}
     return Config(
-        teacher=teacher_folder, prompts=teacher_folder / "none.txt", device="cpu", probes=probes, patience=0.5
+        teacher=teacher_folder, prompts=teacher_folder / "none.txt", device="cpu", probes=probes, worker_timeout_s=0.5
     )
 
 

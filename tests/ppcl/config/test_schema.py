@@ -55,13 +55,13 @@ def test_paths_of_the_file_are_relative_to_it_and_overrides_win(write, tmp_path)
         ),
         (
             GOOD,
-            ["distillation.replicas=20"],
-            "distillation.replicas is 20: it must not be more than batch_size, 16: each replica",
+            ["distillation.data_parallel=20"],
+            "distillation.data_parallel is 20: it must not be more than batch_size, 16: each replica",
         ),
         (
             GOOD,
-            ["finetuning.batch_size=2", "finetuning.replicas=3"],
-            "finetuning.replicas is 3: it must not be more than batch_size, 2",
+            ["finetuning.batch_size=2", "finetuning.data_parallel=3"],
+            "finetuning.data_parallel is 3: it must not be more than batch_size, 2",
         ),
         (GOOD, ["probes.ridge=.nan"], "probes.ridge is nan"),
         (GOOD, ["sampling.steps=2.5"], "sampling.steps is 2.5: input should be a valid integer"),
@@ -128,3 +128,74 @@ def test_the_printed_defaults_are_the_defaults_and_every_key_is_described(tmp_pa
             here = here[part]
     values |= {"teacher": "t", "prompts": "p"}
     assert Config.model_validate(values) == Config(teacher="t", prompts="p")
+
+
+OLD_KEYS = {
+    "patience": "worker_timeout_s",
+    "calibration.limit": "calibration.max_prompts",
+    "width.hidden": "width.ffn_keep_percents",
+    "width.ffns": "width.linear_ffns",
+    "width.modulations": "width.low_rank_modulations",
+    "distillation.start": "distillation.init",
+    "distillation.student_hidden": "distillation.student_keep_percent",
+    "distillation.pipeline": "distillation.pipeline_parallel",
+    "distillation.replicas": "distillation.data_parallel",
+    "finetuning.own_states": "finetuning.rollout_share",
+    "finetuning.recompute": "finetuning.activation_checkpointing",
+    "finetuning.replicas": "finetuning.data_parallel",
+    "finetuning.measured": "finetuning.measured_plans",
+    "evaluation.world": "evaluation.checker",
+    "evaluation.limit": "evaluation.max_prompts",
+}
+OLD_VALUES = {
+    "patience": 12.0,
+    "width.hidden": [33],
+    "width.modulations": False,
+    "distillation.start": "middle",
+    "finetuning.own_states": 0.25,
+    "finetuning.recompute": True,
+    "evaluation.world": "shapes",
+}
+
+
+def nested(key, value):
+    """`{"a": {"b": value}}` for `a.b`."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def lookup(config, key):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_KEYS.items())
+@pytest.mark.parametrize("how", ["file", "--set"])
+def test_an_old_key_works_with_one_warning_that_names_the_new_one(write, caplog, how, old, new):
+    value = OLD_VALUES.get(old, 2)
+    if how == "file":
+        config = load_config(write(GOOD | nested(old, value)))
+    else:
+        config = load_config(write(GOOD), [f"{old}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"])
+    assert lookup(config, new) == value != lookup(Config(teacher="t", prompts="p"), new)
+    assert len(caplog.messages) == 1 and f"{old} is now {new}" in caplog.messages[0]
+
+
+def test_an_old_key_beside_the_new_one_is_refused(write):
+    path = write(GOOD | {"distillation": {"start": "first", "init": "middle"}})
+    with pytest.raises(
+        UserError, match="distillation: start is the old name of init, and both are given; remove start"
+    ):
+        load_config(path)
+
+
+def test_an_override_by_the_old_name_wins_over_the_file(write):
+    path = write(GOOD | {"distillation": {"init": "first"}})
+    assert load_config(path, ["distillation.start=middle"]).distillation.init == "middle"
+
+
+def test_current_keys_are_read_without_a_warning(write, caplog):
+    load_config(write(GOOD | {"distillation": {"init": "first"}}), ["worker_timeout_s=3"])
+    assert not caplog.messages

@@ -144,7 +144,7 @@ def test_students_of_every_family_are_narrow_where_blocks_have_ffns(tmp_path, mo
     model = model()
     adapter = adapter_of(model)
     blocks = dict(enumerate(adapter.blocks(model)))
-    lesson = StudentObjective(adapter, model, blocks, interval, Distillation(student_hidden=50, start="first"))
+    lesson = StudentObjective(adapter, model, blocks, interval, Distillation(student_keep_percent=50, init="first"))
     parts = adapter.parts_of(model, interval.first, blocks[interval.first])
     assert set(parts) == streams == {name.split("-")[-1] for name in lesson.sums()}
     for stream, where in parts.items():

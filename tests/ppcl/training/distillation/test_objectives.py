@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 def train(folder, out, settings=SETTINGS):
-    dims = ParallelDims.join(settings.pipeline, settings.replicas)
+    dims = ParallelDims.join(settings.pipeline_parallel, settings.data_parallel)
     with torch.enable_grad():
         distil(
             Teacher(folder),
@@ -126,7 +126,7 @@ def test_the_mesh_does_not_change_the_replacements(folder, trained, tmp_path, pp
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     monkeypatch.setattr("tests.ppcl.training.distillation.test_objectives.PLAN", plan)
     train(folder, alone)
-    ranks.run(pp * dp, _train_plan, folder, shared, plan, SETTINGS.model_copy(update={"pipeline": pp, "replicas": dp}))
+    ranks.run(pp * dp, _train_plan, folder, shared, plan, SETTINGS.model_copy(update={"pipeline_parallel": pp, "data_parallel": dp}))
     assert files_in(alone).keys() == files_in(shared).keys() == set(plan)
     for entry, path in files_in(alone).items():
         one, two = (load_replacement(p, Teacher(folder)).state_dict() for p in (path, files_in(shared)[entry]))
@@ -154,7 +154,7 @@ def test_the_losses_are_those_written_out(folder, started):
     teacher = Teacher(folder)
     segment = TeacherSegment(teacher, range(6), PLAN, "cpu", torch.float32)
     objective = new_objective(
-        segment.adapter, segment.transformer, segment.blocks, Ffn(2), Distillation(start="first"), 6
+        segment.adapter, segment.transformer, segment.blocks, Ffn(2), Distillation(init="first"), 6
     )
     objective.module.load_state_dict(load_replacement(started / "ffn-02.safetensors", teacher).state_dict())
     samples = MemorySamples()
@@ -175,7 +175,7 @@ def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(fold
     teacher = Teacher(folder)
     segment = TeacherSegment(teacher, range(6), [], "cpu", torch.float32)
     objective = new_objective(
-        segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6
+        segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(init="first"), 6
     )
     captured = segment.run(MemorySamples().batch([3]), PipelineStage(0, 1), objective.capture)
     for number, linear in objective.module.z.items():
@@ -238,7 +238,7 @@ def test_a_cut_never_falls_into_a_text_run():
 def test_the_teachers_own_streams_are_what_is_seen(folder):
     segment = TeacherSegment(Teacher(folder), range(6), PLAN, "cpu", torch.float32)
     objective = new_objective(
-        segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(start="first"), 6
+        segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(init="first"), 6
     )
     inputs = MemorySamples().batch([0, 1])
     captured = segment.run(inputs, PipelineStage(0, 1), objective.capture)

@@ -40,7 +40,7 @@ def train(folder, out, settings=SETTINGS, intervals=INTERVALS, stop_after=None):
         if stop_after is not None and done == stop_after:
             raise KeyboardInterrupt
 
-    dims = ParallelDims.join(settings.pipeline, settings.replicas)
+    dims = ParallelDims.join(settings.pipeline_parallel, settings.data_parallel)
     with torch.enable_grad():
         distil(Teacher(folder), MemorySamples(), intervals, settings, dims, out, out / "checkpoints", 0, "cpu", report)
 
@@ -69,7 +69,7 @@ def alone(folder, tmp_path_factory):
 
 @pytest.mark.parametrize(("pp", "dp"), [(2, 1), (1, 2), (2, 2)])
 def test_the_mesh_does_not_change_the_students(folder, alone, tmp_path, pp, dp):
-    settings = SETTINGS.model_copy(update={"pipeline": pp, "replicas": dp})
+    settings = SETTINGS.model_copy(update={"pipeline_parallel": pp, "data_parallel": dp})
     ranks.run(pp * dp, train, folder, tmp_path, settings)
     assert_same(students(alone), students(tmp_path))
 
@@ -117,7 +117,7 @@ def test_a_student_whose_checkpoint_is_behind_catches_up_alone(folder, alone, tm
 def test_checkpoints_of_one_rank_are_continued_by_two(folder, alone, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path, stop_after=5)
-    ranks.run(2, train, folder, tmp_path, SETTINGS.model_copy(update={"pipeline": 2}))
+    ranks.run(2, train, folder, tmp_path, SETTINGS.model_copy(update={"pipeline_parallel": 2}))
     assert_same(students(alone), students(tmp_path))
 
 
@@ -149,7 +149,7 @@ def test_a_student_in_training_keeps_what_goes_into_its_interval_and_what_comes_
 @pytest.mark.parametrize(("start", "source"), [("first", 3), ("middle", 4)])
 def test_an_untrained_student_is_the_teachers_block(folder, tmp_path, start, source):
     # A rate this small leaves the start as it is.
-    train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "start": start}))
+    train(folder, tmp_path, SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "init": start}))
     teacher = Teacher(folder)
     student = load_replacement(tmp_path / "03-05.safetensors", teacher)
     model = teacher.transformer()
@@ -179,7 +179,7 @@ def test_the_affine_start_is_the_least_squares_map_behind_the_first_block(folder
 @torch.no_grad()
 @pytest.mark.parametrize("start", ["first", "middle", "affine"])
 def test_a_narrow_student_starts_as_its_block_with_the_ffns_of_the_narrow_block(folder, tmp_path, start):
-    settings = SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "start": start, "student_hidden": 50})
+    settings = SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "init": start, "student_keep_percent": 50})
     source = {"first": 3, "affine": 3, "middle": 4}[start]
     train(folder, tmp_path / "one", settings, [Interval(3, 5)])
     # What the block itself is with half of its hidden units, a replacement of its own.
@@ -198,11 +198,11 @@ def test_a_narrow_student_starts_as_its_block_with_the_ffns_of_the_narrow_block(
 
 
 def test_narrow_students_are_smaller_and_the_same_on_any_mesh_and_after_a_stop(folder, tmp_path):
-    settings = SETTINGS.model_copy(update={"student_hidden": 25})
+    settings = SETTINGS.model_copy(update={"student_keep_percent": 25})
     with pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "alone", settings, stop_after=3)
     train(folder, tmp_path / "alone", settings)
-    ranks.run(2, train, folder, tmp_path / "shared", settings.model_copy(update={"pipeline": 2}))
+    ranks.run(2, train, folder, tmp_path / "shared", settings.model_copy(update={"pipeline_parallel": 2}))
     assert_same(students(tmp_path / "alone"), students(tmp_path / "shared"))
     train(folder, tmp_path / "whole")
     whole = students(tmp_path / "whole")
@@ -221,7 +221,7 @@ def test_a_batch_with_nan_is_left_out_and_counted(folder, tmp_path, monkeypatch)
         return made
 
     monkeypatch.setattr(MemorySamples, "batch", batch)
-    train(folder, tmp_path, SETTINGS.model_copy(update={"start": "first"}))
+    train(folder, tmp_path, SETTINGS.model_copy(update={"init": "first"}))
     record = json.loads((tmp_path / "03-05.json").read_text())
     assert record["skipped_steps"] >= 1
     assert all(t.isfinite().all() for s in students(tmp_path).values() for t in s.values())

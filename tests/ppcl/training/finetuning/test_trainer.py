@@ -37,8 +37,8 @@ SETTINGS = Finetuning(
     batch_size=16,
     learning_rate=1e-3,
     warmup=2,
-    own_states=0.25,
-    measured=12,
+    rollout_share=0.25,
+    measured_plans=12,
     checkpoint_every=10,
     plan="any",
 )
@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 def students(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("students")
     # Poor starts, so that there is something to improve.
-    settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, start="first", ridge=1.0)
+    settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, init="first", ridge=1.0)
     with torch.enable_grad():
         distil(
             Teacher(folder),
@@ -76,7 +76,7 @@ def tune(folder, students, out, settings=SETTINGS, stop_after=None, variants=VAR
             raise KeyboardInterrupt
 
     out.mkdir(exist_ok=True)
-    dims = ParallelDims.join(1, settings.replicas)
+    dims = ParallelDims.join(1, settings.data_parallel)
     with torch.enable_grad():
         finetune(
             Teacher(folder),
@@ -203,16 +203,16 @@ def test_a_stopped_run_continues_to_the_same(folder, students, tuned, tmp_path):
 
 def test_replicas_do_not_change_the_result(folder, students, tmp_path):
     # Each replica has trajectories of its own, so the result can be the same only without them.
-    settings = SETTINGS.model_copy(update={"steps": 6, "own_states": 0.0})
+    settings = SETTINGS.model_copy(update={"steps": 6, "rollout_share": 0.0})
     tune(folder, students, tmp_path / "one", settings)
-    ranks.run(2, tune, folder, students, tmp_path / "two", settings.model_copy(update={"replicas": 2}))
+    ranks.run(2, tune, folder, students, tmp_path / "two", settings.model_copy(update={"data_parallel": 2}))
     assert_same(states(folder, tmp_path / "one"), states(folder, tmp_path / "two"), 2e-5)
 
 
 def test_recomputed_activations_give_the_same(folder, students, tmp_path):
     settings = SETTINGS.model_copy(update={"steps": 4})
     tune(folder, students, tmp_path / "kept", settings)
-    tune(folder, students, tmp_path / "again", settings.model_copy(update={"recompute": True}))
+    tune(folder, students, tmp_path / "again", settings.model_copy(update={"activation_checkpointing": True}))
     assert_same(states(folder, tmp_path / "kept"), states(folder, tmp_path / "again"), 1e-5)
 
 
@@ -231,7 +231,7 @@ def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
 def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
     """With folded modulations too: a student learns with and without them, and what was multiplied out once would be old."""
     plan, samples, teacher = [Interval(3, 5), Ffn(2, 50), LowRankModulation()], MemorySamples(256), Teacher(folder)
-    settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, start="first", ridge=1.0)
+    settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, init="first", ridge=1.0)
     with torch.enable_grad():
         distil(
             teacher,
@@ -246,7 +246,7 @@ def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
             lambda *_: None,
             1e-2,
         )
-    tuning = SETTINGS.model_copy(update={"steps": 60, "plan": "variants", "measured": 0})
+    tuning = SETTINGS.model_copy(update={"steps": 60, "plan": "variants", "measured_plans": 0})
     told = tune(folder, tmp_path / "s", tmp_path / "tuned", tuning, variants={"one": plan, "bare": plan[:1]})["plans"][
         0
     ]
@@ -260,7 +260,7 @@ def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
 
 
 def test_the_loss_is_the_velocitys_relative_squared_error(folder, students, tmp_path):
-    settings = SETTINGS.model_copy(update={"steps": 1, "plan": "0-1,3-5", "own_states": 0.0})
+    settings = SETTINGS.model_copy(update={"steps": 1, "plan": "0-1,3-5", "rollout_share": 0.0})
     told = tune(folder, students, tmp_path, settings)["curve"][0]["loss"]
     samples, plan = MemorySamples(256), [Interval(0, 1), Interval(3, 5)]
     inputs = samples.batch(batch_of(0, samples.ids(held_out=False), settings.batch_size, 0))
