@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ppcl.config.loading import Section, commented, put, read_values, validated
-from ppcl.config.location import Location
+from ppcl.config.location import Location, LocationLike
 
 
 class Http(Section):
@@ -170,7 +170,10 @@ class Served(Settings):
 
 
 def load_settings(
-    result: Path | str, path: Path | None = None, overrides: list[str] | None = None, http: dict[str, Any] | None = None
+    result: LocationLike,
+    path: Path | None = None,
+    overrides: list[str] | None = None,
+    http: dict[str, Any] | None = None,
 ) -> Served:
     """The settings for a result: defaults, then a YAML file, then `overrides` as `key.sub=value`, then those of `http` that are set.
 

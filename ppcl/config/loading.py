@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from ppcl.config.location import Location
 from ppcl.errors import UserError
 
 
@@ -149,11 +150,11 @@ def _sentence(model: type[Section], error: ValidationError) -> str:
         near = get_close_matches(last, known, n=1)
         nearest = f"; the nearest is {'.'.join([*above, *near])}" if near else ""
         return f"unknown key {key}{nearest}; known here: {', '.join(known)}{more}"
-    if first["type"] == "missing" or (first["input"] is None and first["type"] == "path_type"):
+    if first["type"] == "missing" or (first["input"] is None and first["type"] == "location_type"):
         return f"the key {key} is missing{more}"
     if first["type"] == "model_type":
         return f"{key} is {first['input']!r}: it is a section, with the keys {', '.join(sections(model)[key].model_fields)}{more}"
-    message = "input should be a path" if first["type"] == "path_type" else first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
     return f"{key} is {first['input']!r}: {message[0].lower() + message[1:]}{more}"
 
 
@@ -173,6 +174,6 @@ def commented(model: type[Section]) -> str:
 
 
 def _described(key: str, value: Any, description: str | None, indent: str) -> list[str]:
-    value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    value = str(value) if isinstance(value, Path | Location) else list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
     return [f"{indent}# {description}", f"{indent}{key}: {text}"]

@@ -6,13 +6,14 @@ errors that name the key, the value seen and what would be right.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from ppcl.config.loading import Section, commented, current_keys, put, read_values, validated
-from ppcl.config.location import Location, is_url
+from ppcl.config.location import Location, LocationLike
 
 
 def _at_most_a_batch(replicas: int, info: ValidationInfo) -> int:
@@ -282,7 +283,7 @@ class Config(Section):
     prompts: Location = Field(
         ..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key"
     )
-    output: Location = Field(Path("runs/ppcl"), description="folder of the result, or s3://bucket/key")
+    output: Location = Field(Location("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of everything that is drawn at random")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU where there is one, or where the cluster's autoscaler can add one"
@@ -305,7 +306,7 @@ class Config(Section):
     ablation: Ablation = Ablation()
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None, output: str | Path | None = None) -> Config:
+def load_config(path: str | Path, overrides: list[str] | None = None, output: LocationLike | None = None) -> Config:
     """Read a YAML file; `overrides` are `key.sub=value` with YAML values. Relative paths are relative to the file.
 
     Raises `UserError` that names the key, the value seen and what would be right.
@@ -324,8 +325,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None, output: st
 def _resolve_paths(values: dict[str, Any], base: Path) -> None:
     """The file's own relative paths are relative to the file; `output` is relative to where the command runs."""
     for section, key in ((values, "teacher"), (values, "prompts"), (values.get("evaluation"), "prompts")):
-        if isinstance(section, dict) and isinstance(section.get(key), str) and not is_url(section[key]):
-            section[key] = str(base / section[key])
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            # What is no location keeps its text, for the message that says so.
+            with suppress(ValueError):
+                location = Location(section[key])
+                section[key] = str(location if location.is_url else base / location)
 
 
 def commented_defaults() -> str:

@@ -14,7 +14,7 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ppcl.config.location import is_url
+from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
 from ppcl.models import IdentityBlock, ModelAdapter, adapter_of, swap
 from ppcl.models.remote_safetensors import RemoteWeights
@@ -34,16 +34,17 @@ class Teacher:
     not supported, it wants code of its own, or its weights are pickles.
     """
 
-    def __init__(self, folder: str | Path):
-        self.store = Store(folder) if is_url(folder) else None
+    def __init__(self, location: LocationLike):
+        location = Location.of(location)
+        self.store = Store(location.url) if location.is_url else None
         if self.store:
             self._listed = self.store.objects()
             self.folder = self.store.snapshot(
                 [name for name in self._listed if not name.endswith(_WEIGHTS)], self._listed
             )
         else:
-            self.folder = Path(folder).absolute()
-        self.place = self.store.url if self.store else str(self.folder)
+            self.folder = location.path.absolute()
+        self.place = str(location.absolute())
         index = self._json("model_index.json")
         entry = index.get("transformer")
         if not entry:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from ppcl.config.location import SCHEME, is_url
+from ppcl.config.location import SCHEME, Location, LocationLike
 from ppcl.errors import UserError
 from ppcl.storage.node_cache import MIRROR, make_folder, mirror, once_a_node, parallel_map, scratch_folder
 from ppcl.storage.object_store import Store
@@ -28,11 +28,15 @@ def to_local(path: str | Path) -> Path:
     return Path(path) if store is None else mirror(store.url)
 
 
-def local_file(place: str | Path) -> Path:
-    """One file, downloaded to this node where it lies in a bucket. A path inside of a mirror is downloaded too."""
-    store = Store(place) if is_url(place) else store_of(place)
+def local_file(place: LocationLike) -> Path:
+    """One file, downloaded to this node where it lies in a bucket. A path inside of a mirror is downloaded too.
+
+    Raises `UserError` where a bucket does not have it, or has it damaged.
+    """
+    location = Location.of(place)
+    store = Store(location.url) if location.is_url else store_of(location.path)
     if store is None:
-        return Path(place)
+        return location.path
     path, tag = mirror(store.url), mirror(store.url).with_name(f".{store.url.rpartition('/')[2]}.tag")
     answer = store.head()
     if answer is None:

@@ -26,7 +26,7 @@ def test_paths_of_the_file_are_relative_to_it_and_overrides_win(write, tmp_path)
     config = load_config(
         path, ["distillation.steps=9", "variants.budgets=[0.5]", "sampling.arguments.true_cfg_scale=4.0"], "out"
     )
-    assert config.teacher == tmp_path / "models/t" and config.prompts == tmp_path / "p.txt"
+    assert config.teacher.path == tmp_path / "models/t" and config.prompts.path == tmp_path / "p.txt"
     assert (config.distillation.steps, config.variants.budgets, str(config.output)) == (9, [0.5], "out")
     assert config.sampling.arguments == {"true_cfg_scale": 4.0}
 
