@@ -10,10 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
+from ppcl.config.checks import check_config
 from ppcl.config.loading import Section, commented, current_keys, put, read_values, validated
 from ppcl.config.location import Location, LocationLike
+from ppcl.errors import UserError
 
 
 def _at_most_a_batch(replicas: int, info: ValidationInfo) -> int:
@@ -23,17 +25,28 @@ def _at_most_a_batch(replicas: int, info: ValidationInfo) -> int:
     return replicas
 
 
+def _interval_or_text(item: Any) -> Any:
+    if isinstance(item, str) or (isinstance(item, list | tuple) and [type(block) for block in item] == [int, int]):
+        return item
+    raise ValueError("write an interval as [first, last], and anything else as a text such as 'text:3-5'")
+
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Replicas = Annotated[int, AfterValidator(_at_most_a_batch)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+# VAEs shrink an image by 8, and published transformers take patches of 2 × 2 of what is left.
+Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
+PlanItem = Annotated[tuple[int, int] | str, BeforeValidator(_interval_or_text)]
 
 
 class Sampling(Section):
     """How the pipeline is called, for calibration and for evaluation."""
 
     steps: int = Field(20, ge=1, le=1000, description="denoising steps of a trajectory")
-    height: int = Field(1024, ge=8, description="height of the pictures, pixels")
-    width: int = Field(1024, ge=8, description="width of the pictures, pixels")
+    height: Pixels = Field(
+        1024, description="height of the images, pixels; a multiple of 8, of 16 for published models"
+    )
+    width: Pixels = Field(1024, description="width of the images, pixels; a multiple of 8, of 16 for published models")
     arguments: dict[str, Any] = Field(
         default_factory=dict,
         description="further arguments of the pipeline's call, such as true_cfg_scale, negative_prompt, guidance_scale",
@@ -212,7 +225,7 @@ class Finetuning(Section):
 
 
 class Target(Section):
-    """What a variant must keep to; it is the least damaging plan that does."""
+    """What a variant must keep to; the plan of the smallest velocity error that does is chosen."""
 
     parameters: Share | None = Field(None, description="share of the transformer's parameters, at most")
     speedup: float | None = Field(
@@ -220,6 +233,12 @@ class Target(Section):
         gt=1,
         description="times the teacher's speed at least, of a step, measured where the job runs on a batch of evaluation",
     )
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Target:
+        if self.parameters is None and self.speedup is None:
+            raise ValueError("a target asks for parameters, for speedup or for both")
+        return self
 
 
 class Variants(Section):
@@ -236,7 +255,7 @@ class Variants(Section):
         default_factory=dict,
         description="name: {parameters: share at most, speedup: times the teacher's speed at least}",
     )
-    custom: dict[str, list[tuple[int, int] | str]] = Field(
+    custom: dict[str, list[PlanItem]] = Field(
         default_factory=dict,
         description="name: list of what is on: intervals [u, v], blocks from 0, inclusive; text runs 'text:u-v'; FFNs 'ffn:u'",
     )
@@ -319,7 +338,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None, output: Lo
         put(Config, values, override, "distillation.steps=100")
     if output is not None:
         values["output"] = str(output)
-    return validated(Config, values, str(path))
+    config = validated(Config, values, str(path))
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config
 
 
 def _resolve_paths(values: dict[str, Any], base: Path) -> None:
