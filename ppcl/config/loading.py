@@ -1,6 +1,6 @@
 """Settings as pydantic models: read from YAML, changed by `key=value`, printed with their descriptions.
 
-Unknown keys and values out of range are errors of one sentence that name the key, the value seen and what would be right.
+Unknown keys and values out of range are errors of one sentence that names the key, the value seen and what is right.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _WORDS = {"a valid dictionary": "a mapping of keys to values", "a valid tuple": 
 
 
 def read_values(model: type[Section], path: Path, command: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds, not validated yet. `command` prints one to start from. Raises `UserError`."""
+    """Read the mapping of a YAML file, without validating it. `command` prints one to start from. Raises `UserError`."""
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -139,7 +139,7 @@ def _current_path(model: type[Section], path: list[str], source: str) -> list[st
 
 
 def validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
-    """Raises `UserError` that begins with where the values come from."""
+    """Build the model. Raises `UserError` that begins with `source`, where the values come from."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -235,10 +235,10 @@ def _name(kind: Any) -> str:
 
 def commented(model: type[Section]) -> str:
     """The full default configuration as YAML, every key described."""
-    lines = [f"# {model.__doc__}"]
+    lines = [f"# {(model.__doc__ or '').strip()}"]
     for name, field in model.model_fields.items():
         if isinstance(field.default, Section):
-            lines += ["", f"# {field.default.__doc__.strip()}", f"{name}:"]
+            lines += ["", f"# {(field.default.__doc__ or '').strip()}", f"{name}:"]
             for key, sub in type(field.default).model_fields.items():
                 lines += _described(key, sub.get_default(call_default_factory=True), sub.description, indent="  ")
         else:

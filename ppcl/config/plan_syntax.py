@@ -10,7 +10,8 @@ REPLACEMENT = re.compile(
 """One replacement. `kept`: percent of the hidden units that FFNs keep, 1 to 99."""
 
 PLAN_SYNTAX = (
-    "intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, or ffn:3/50 for half of their hidden units, all modulations as "
+    "intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, or ffn:3/50 for half of their hidden units, all "
+    "modulations as "
     "modulations, with commas between"
 )
 
