@@ -180,4 +180,6 @@ def record(
         for conditional in (True, False)
         if (row, step, conditional) in recorder.kept
     ]
+    if recorder.call is None:
+        raise RuntimeError(f"{type(pipeline).__name__} did not call its transformer")
     return states, recorder.call

@@ -54,7 +54,7 @@ _WORDS = {"a valid dictionary": "a mapping of keys to values", "a valid tuple": 
 
 
 def read_values(model: type[Section], path: Path, command: str) -> dict[str, Any]:
-    """Read the mapping of a YAML file, without validating it. `command` prints one to start from. Raises `UserError`."""
+    """Read the mapping of a YAML file, not validated yet. `command` prints one to start from. Raises `UserError`."""
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:

@@ -44,7 +44,8 @@ def names_of(settings: Variants) -> list[str]:
                 raise UserError(f"{key} asks for the variant {name} twice; remove one")
             names.append(name)
     names.append(ALL)
-    for key, given in {"variants.targets": settings.targets, "variants.custom": settings.custom}.items():
+    by_name = {"variants.targets": list(settings.targets), "variants.custom": list(settings.custom)}
+    for key, given in by_name.items():
         for name in given:
             if name in names:
                 raise UserError(f"{key}: the name {name!r} is taken by a variant made anyway; choose another")

@@ -90,7 +90,7 @@ class Model:
                 rest=_count(model) - sum(sizes),
                 affine=2 * width * (width + 1),
                 block_ranges=tuple(adapter.block_ranges(model)),
-                stream_bytes=sum(x.nbytes for x in one[0]),
+                stream_bytes=sum(stream.nbytes for stream in one[0] if stream is not None),
                 saved_bytes=tuple(alike[kind][1] - alike[kind][0] for kind in kinds),
                 cast_bytes=tuple(2 * alike[kind][0] - alike[kind][1] for kind in kinds),
                 width=width,
@@ -123,9 +123,14 @@ def saved_for_backward(adapter: ModelAdapter, block: nn.Module, streams: Streams
     for p in block.parameters():
         p.requires_grad_(True)
     bfloat16 = streams.img.dtype is torch.bfloat16
-    held = []  # or a storage's address could come to be another's
+    held: list[Any] = []  # else the address of a freed storage could be used again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        return keep(tensor)
+
     with (
-        torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or keep(x), lambda x: x),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
     ):
         held.append(block(**adapter.join(streams, context)))
@@ -147,9 +152,9 @@ def _counter() -> FlopCounterMode:
 def _flops(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: dict[str, Any]) -> tuple[int, int]:
     """Of one forward of a block in training, and of forward and backward."""
     with _counter() as counter, torch.autocast("cpu", torch.bfloat16, enabled=streams.img.dtype is torch.bfloat16):
-        made = adapter.from_returned(block(**adapter.join(streams, context)))
+        output = adapter.from_returned(block(**adapter.join(streams, context)))
         forward = counter.get_total_flops()
-        sum(x.float().sum() for x in made if x is not None).backward()
+        torch.stack([stream.float().sum() for stream in output if stream is not None]).sum().backward()
     for p in block.parameters():
         p.grad = None
     return forward, counter.get_total_flops()

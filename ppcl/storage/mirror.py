@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ppcl.config.location import SCHEME, Location, LocationLike
 from ppcl.errors import UserError
@@ -53,6 +54,19 @@ def exists(path: str | Path) -> bool:
     """Whether a file is there; of a mirror, whether it is in the store."""
     store = store_of(path)
     return Path(path).exists() if store is None else store.head() is not None
+
+
+def file_version(path: Path) -> tuple[str, int, Any] | None:
+    """Place, size, and time of change or tag of a file: they differ where its content does. None where it does not exist."""
+    store = store_of(path)
+    if store is not None:
+        answer = store.head()
+        return None if answer is None else (store.url, answer["ContentLength"], answer["ETag"])
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return str(path), stat.st_size, stat.st_mtime_ns
 
 
 def upload(path: Path) -> None:
