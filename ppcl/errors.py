@@ -22,7 +22,7 @@ class UserError(Exception):
 def cannot_write(error: BaseException) -> str | None:
     """A sentence about the file that could not be written, where that is the error or its cause; else None.
 
-    Libraries wrap the operating system's error: safetensors in an error of its own, Ray in one that keeps the words only.
+    Libraries wrap the operating system's error: safetensors in its own type, Ray in one that keeps only the words.
     """
     cause: BaseException | None = error
     while cause is not None:

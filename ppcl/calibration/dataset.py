@@ -176,7 +176,7 @@ class _Rows:
 
 
 class CalibrationSet:
-    """A finished calibration folder: which samples there are, and any of them as one call of the transformer.
+    """A finished calibration folder: the ids of its samples, and batches of them as calls of the transformer.
 
     Memory: 40 bytes a sample, and two caches of row groups of bounded size.
     """

@@ -56,8 +56,8 @@ def check_prompts(
 ) -> str:
     """Read a prompt file once, so that its mistakes are found before any work is done; return a hash of its content.
 
-    Images enter the hash by path, size and time of change. Raises `UserError` as `read_prompts` does, for fewer than two
-    different prompts, and for images that do not exist.
+    Images enter the hash by path, size and time of change. Raises `UserError` as `read_prompts` does, for fewer than
+    two different prompts, and for images that do not exist.
     """
     count = 0
     texts: set[str] = set()
@@ -75,8 +75,8 @@ def check_prompts(
         raise UserError(f"the prompt file {location} holds no prompts")
     if len(texts) < 2:
         raise UserError(
-            f"the prompt file {location} gives only 1 different prompt{f' in its first {limit}' if limit else ''}; at least 2 "
-            "are needed, since some are held out"
+            f"the prompt file {location} gives only 1 different prompt{f' in its first {limit}' if limit else ''}; at "
+            "least 2 are needed, since some are held out"
         )
     path = local_file(location)
     return key_of(file_sha256(path), path.suffix, images)
@@ -151,5 +151,6 @@ def _require(where: str, columns: list[str], present: Iterable[str]) -> None:
     for name in columns:
         if name not in present:
             raise UserError(
-                f"{where} has no column {name!r}; it has {', '.join(present)}; set calibration.prompt_column or image_column"
+                f"{where} has no column {name!r}; it has {', '.join(present)}; set calibration.prompt_column or "
+                "image_column"
             )

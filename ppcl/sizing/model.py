@@ -1,6 +1,7 @@
-"""A transformer as numbers: parameters and operations by block, bytes of its streams, and what a block's backward pass keeps.
+"""Counts of a transformer by block: parameters, operations, bytes of streams and of what the backward pass keeps.
 
-The stock model is built and run on fake tensors, which have shapes and no memory, so the numbers are those of its own code.
+The stock model is built and run on fake tensors, which have shapes and no memory, so the numbers are those of its own
+code.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class Model:
     """`blocks`: parameters of each block in running order; `rest`: those of embedders and head, which every rank holds;
     `affine`: those of the affine maps behind a student. `block_ranges`: the block lists.
 
-    In bfloat16: `stream_bytes` of the two streams between two blocks, a sample; what the backward pass of a student like each
-    block keeps, `saved_bytes` a sample and `cast_bytes` besides, its weights in bfloat16.
+    In bfloat16: `stream_bytes` of the two streams between two blocks, a sample; what the backward pass of a student
+    like each block keeps, `saved_bytes` a sample and `cast_bytes` besides, its weights in bfloat16.
 
-    Floating-point operations of a sample, a multiplication and an addition being two: `rest_flops` of embedders and head;
-    by block `flops` of its forward, `trained_flops` of the forward and backward pass of a student like it without affine maps,
-    and `sums_flops` of what its probes and its FFN's maps are fitted from.
+    Floating-point operations of a sample, a multiplication and an addition being two: `rest_flops` of embedders and
+    head; by block `flops` of its forward, `trained_flops` of the forward and backward pass of a student like it without
+    affine maps, and `sums_flops` of what its probes and its FFN's maps are fitted from.
     """
 
     name: str
@@ -110,7 +111,7 @@ def _at_blocks(
 
 
 def saved_for_backward(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: dict[str, Any]) -> int:
-    """Bytes that autograd keeps of one forward of a block in training, with bfloat16 autocast, besides its parameters."""
+    """Bytes that autograd keeps of a block's forward in training with bfloat16 autocast, without its parameters."""
     own = {p.untyped_storage()._cdata for p in block.parameters()}
     kept: dict[int, int] = {}
 
@@ -161,7 +162,7 @@ def _flops(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: d
 
 
 def _sums_flops(adapter: ModelAdapter, model: nn.Module, number: int, streams: Streams) -> int:
-    """Of `X^T X` and `X^T Y` of a block's streams, and again of what goes into its FFNs; see `ppcl.detection.fit_probes`."""
+    """Operations of `X^T X` and `X^T Y` of a block's streams and of its FFNs' inputs; see `ppcl.detection.fit_probes`."""
     tokens = {name: x.shape[1] for name, x in streams._asdict().items()}
     fitted = [*tokens, *adapter.parts_of(model, number, adapter.blocks(model)[number])]
     return sum(4 * tokens[name] * streams.img.shape[-1] ** 2 for name in fitted)
