@@ -6,6 +6,7 @@ errors that name the key, the value seen and what would be right.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,7 +185,7 @@ def load_settings(
         put(Served, values, override, "engine.batch=4")
     for key, value in (http or {}).items():
         if value is not None:
-            put(Served, values, f"http.{key}={value}", "http.port=8000")
+            put(Served, values, f"http.{key}={json.dumps(value)}", "http.port=8000")
     return validated(Served, values | {"result": str(result)}, "the serving settings" if path is None else str(path))
 
 

@@ -107,8 +107,8 @@ class Teacher:
             return dict.fromkeys(file.keys(), single)
 
     def _sha256(self, name: str) -> str:
-        """A file's sha256. Weights in a bucket are not read: theirs is what the writer left, else the object's tag, which
-        changes with the content too.
+        """A file's sha256. Weights in a bucket are not read: theirs is what the writer left, else the object's tag,
+        which changes with the content too.
         """
         if self.store and name.endswith(_WEIGHTS):
             return self.store.sha256(name) or f"tag {self._listed[name].tag}"
@@ -122,7 +122,7 @@ class Teacher:
         return digest.hexdigest()
 
     def part_hashes(self) -> dict[str, str]:
-        """The sha256 of every file of the pipeline's other parts (text encoders, tokenizers, VAE, scheduler), by path."""
+        """The sha256 of all files of the pipeline's other parts (text encoders, tokenizer, VAE, scheduler), by path."""
         index = self._json("model_index.json")
         parts = {name for name, value in index.items() if isinstance(value, list) and name != "transformer"}
         names = [name for name in self._names() if name.split("/")[0] in parts]

@@ -162,7 +162,7 @@ def _flops(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: d
 
 
 def _sums_flops(adapter: ModelAdapter, model: nn.Module, number: int, streams: Streams) -> int:
-    """Operations of `X^T X` and `X^T Y` of a block's streams and of its FFNs' inputs; see `ppcl.detection.fit_probes`."""
+    """Operations of `X^T X` and `X^T Y` of a block's streams and FFN inputs; see `ppcl.detection.fit_probes`."""
     tokens = {name: x.shape[1] for name, x in streams._asdict().items()}
     fitted = [*tokens, *adapter.parts_of(model, number, adapter.blocks(model)[number])]
     return sum(4 * tokens[name] * streams.img.shape[-1] ** 2 for name in fitted)

@@ -104,9 +104,9 @@ class Step:
 
 
 def play(works: Sequence[Work], send: Sequence[float], steps: int) -> list[list[float]]:
-    """Simulate when each rank of a pipeline ends each step: `[step][rank]`, seconds. `send`: seconds to the next rank.
+    """When each rank of a pipeline ends each step: `[step][rank]`, seconds. `send`: seconds to the next.
 
-    As in `ppcl.training.pipeline.PipelineStage`, receiving waits, and sending waits where `IN_FLIGHT` sends are pending.
+    As in `ppcl.training.pipeline.PipelineStage`, receiving waits, and sending waits while `IN_FLIGHT` sends pend.
     """
     last = len(works) - 1
     done: list[list[float]] = []

@@ -109,3 +109,7 @@ def test_a_mistake_in_the_settings_is_one_sentence(tmp_path, text, overrides, se
     path.write_text(text)
     with pytest.raises(UserError, match=re.escape(sentence)):
         load_settings(Path("r"), path, overrides)
+
+
+def test_a_host_is_taken_as_text():
+    assert load_settings(Path("r"), None, None, {"host": "::", "port": None}).http.host == "::"
