@@ -20,15 +20,16 @@ class UserError(Exception):
 
 
 def cannot_write(error: BaseException) -> str | None:
-    """What the operating system says where an error is, or was caused by, a file that could not be written; else None.
+    """A sentence about the file that could not be written, where that is the error or its cause; else None.
 
-    Libraries wrap it: safetensors in an error of its own, Ray in one that keeps the words only.
+    Libraries wrap the operating system's error: safetensors in its own type, Ray in one that keeps only the words.
     """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-            return f"{error.filename or 'the output'} cannot be written: {_CANNOT_WRITE[error.errno]}"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _CANNOT_WRITE:
+            return f"{cause.filename or 'the output'} cannot be written: {_CANNOT_WRITE[cause.errno]}"
         for words in (_CANNOT_WRITE[number] for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)):
-            if words in str(error):
+            if words in str(cause):
                 return f"the output cannot be written: {words}"
-        error = getattr(error, "cause", None) or error.__cause__ or error.__context__
+        cause = getattr(cause, "cause", None) or cause.__cause__ or cause.__context__
     return None

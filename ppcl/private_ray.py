@@ -10,14 +10,14 @@ _TOKEN_BYTES = 32
 
 
 def close_embedded_ray() -> None:
-    """Set the environment so that a Ray started by this process cannot be reached by anybody else. Call it before Ray is imported.
+    """Set the environment so that nobody else can reach a Ray that this process starts. Call it before Ray is imported.
 
-    Two things are needed, since each leaves a gap. Ray binds to the machine's outward address and to all interfaces unless it is
-    told that this machine has no cluster; the name of that switch is historical, it works on every system. The gRPC port of Ray
-    Serve's replicas stays on all interfaces even then, so every request must carry a token that is drawn here, new for each run,
-    and that only child processes inherit.
+    Two settings are needed, since each leaves a gap. Ray binds to all interfaces unless an environment variable says
+    that this machine has no cluster; its name is historical, it works on every system. The gRPC port of Ray Serve's
+    replicas stays on all interfaces even then, so every request must carry a random token, new for each run, that only
+    child processes inherit.
 
-    Raises `RuntimeError` where Ray was imported already: it reads the switch at import.
+    Raises `RuntimeError` where Ray was imported already: it reads the variable at import.
     """
     if "ray" in sys.modules:
         raise RuntimeError("Ray was imported before its embedded instance was closed to others")

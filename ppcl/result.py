@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ppcl.config.location import is_url
+from ppcl.config.location import Location, LocationLike
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
@@ -36,7 +36,7 @@ class Result:
     is damaged, or the teacher is gone or another one.
     """
 
-    def __init__(self, folder: str | Path, teacher: str | Path | None = None):
+    def __init__(self, folder: LocationLike, teacher: LocationLike | None = None):
         self.artifacts = Artifacts(folder)
         job = self.artifacts.manifest()["job"]
         self._check("variants")
@@ -137,10 +137,11 @@ class Result:
         self._switch(pipeline.transformer, self.variant(variant).plan)
 
 
-def _teacher(folder: str | Path, sha256: str) -> Teacher:
-    if not is_url(str(folder)) and not Path(folder).is_dir():
+def _teacher(folder: LocationLike, sha256: str) -> Teacher:
+    location = Location.of(folder)
+    if not location.is_url and not location.path.is_dir():
         raise UserError(f"the teacher's folder {folder} is gone; give its new place as teacher=")
-    teacher = Teacher(folder)
+    teacher = Teacher(location)
     if teacher.sha256() != sha256:
         raise UserError(
             f"the transformer in {folder} is not the teacher of this result (its sha256 differs from the manifest's); "

@@ -6,13 +6,14 @@ errors that name the key, the value seen and what would be right.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from ppcl.config.loading import Section, commented, put, read_values, validated
-from ppcl.config.location import Location
+from ppcl.config.location import Location, LocationLike
 
 
 class Http(Section):
@@ -170,7 +171,10 @@ class Served(Settings):
 
 
 def load_settings(
-    result: Path | str, path: Path | None = None, overrides: list[str] | None = None, http: dict[str, Any] | None = None
+    result: LocationLike,
+    path: Path | None = None,
+    overrides: list[str] | None = None,
+    http: dict[str, Any] | None = None,
 ) -> Served:
     """The settings for a result: defaults, then a YAML file, then `overrides` as `key.sub=value`, then those of `http` that are set.
 
@@ -181,7 +185,7 @@ def load_settings(
         put(Served, values, override, "engine.batch=4")
     for key, value in (http or {}).items():
         if value is not None:
-            put(Served, values, f"http.{key}={value}", "http.port=8000")
+            put(Served, values, f"http.{key}={json.dumps(value)}", "http.port=8000")
     return validated(Served, values | {"result": str(result)}, "the serving settings" if path is None else str(path))
 
 

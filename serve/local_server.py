@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ppcl.config.location import is_url
 from ppcl.errors import UserError
 from ppcl.private_ray import close_embedded_ray
 from serve.config import Served
@@ -86,9 +85,9 @@ def run(settings: Served, say: Callable[[str], None], quiet: bool = False) -> No
     with _log(settings, say, quiet) as file, _Signals() as signals:
         # Replicas have folders of their own.
         absolute = {
-            name: path if is_url(path) else path.absolute()
-            for name, path in (("result", settings.result), ("teacher", settings.teacher))
-            if path
+            name: location.absolute()
+            for name, location in (("result", settings.result), ("teacher", settings.teacher))
+            if location
         }
         _serve(
             settings.model_copy(update=absolute | {"log": settings.log.model_copy(update={"file": file})}), signals, say

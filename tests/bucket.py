@@ -1,4 +1,4 @@
-"""A real S3 server over HTTP (moto's, in a process of its own) behind a proxy that notes requests and makes them fail."""
+"""An S3 server over HTTP (moto's, in a process of its own) behind a proxy that notes requests and makes them fail."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Request:
 
 @dataclass
 class Proxy:
-    """`faults`: asked at each request, in order, until one gives (status, body); one that gives None lets it through."""
+    """`faults`: called at each request, in order, until one returns (status, body); None lets the request through."""
 
     port: int
     behind: int

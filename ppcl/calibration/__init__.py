@@ -1,5 +1,5 @@
-"""The samples everything is fitted and measured on: latents, timestep and prompt embedding, one row a transformer call.
+"""The samples that everything is fitted and measured on: latents, timestep and prompt embedding of a transformer call.
 
-`prompts` are read from a file, `encoding` turns them into embeddings, `recording` keeps states of the teacher's own
-sampling trajectories, `noising` makes states of pictures instead, `store` holds the result as Parquet.
+`prompts` reads a file, `encoding` makes embeddings, `trajectory_recorder` keeps states of the teacher's own sampling
+trajectories, `noised_images` makes states of images instead, `dataset` stores the result as Parquet.
 """

@@ -129,7 +129,9 @@ class _Rows:
     def __init__(self, folder: Path, id_column: str, also: Sequence[str] = ()):
         columns = [id_column, *also]
         self.files = sorted(folder.glob("*.parquet"))
-        ids, places, others = [], [], {name: [] for name in also}
+        ids: list[np.ndarray] = []
+        places: list[np.ndarray] = []
+        others: dict[str, list[np.ndarray]] = {name: [] for name in also}
         for number, path in enumerate(self.files):
             with pq.ParquetFile(path) as file:
                 for group in range(file.num_row_groups):
@@ -148,12 +150,13 @@ class _Rows:
         self.cache: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self.cached = 0
 
-    def find(self, ids: Sequence[int]) -> np.ndarray:
+    def find(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Positions of ids in `self.ids`. Raises `KeyError` for one that is not there."""
-        ids = np.asarray(ids, dtype=np.int64)
-        positions = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        if (self.ids[positions] != ids).any():
-            raise KeyError(f"no sample {ids[self.ids[positions] != ids][0]} in the calibration set")
+        wanted = np.asarray(ids, dtype=np.int64)
+        positions = np.minimum(np.searchsorted(self.ids, wanted), len(self.ids) - 1)
+        missing = self.ids[positions] != wanted
+        if missing.any():
+            raise KeyError(f"no sample {wanted[missing][0]} in the calibration set")
         return positions
 
     def row(self, position: int) -> dict[str, Any]:
@@ -173,7 +176,7 @@ class _Rows:
 
 
 class CalibrationSet:
-    """A finished calibration folder: which samples there are, and any of them as one call of the transformer.
+    """A finished calibration folder: the ids of its samples, and batches of them as calls of the transformer.
 
     Memory: 40 bytes a sample, and two caches of row groups of bounded size.
     """
@@ -206,7 +209,7 @@ class CalibrationSet:
         return sorted(found)
 
     def batch(
-        self, ids: Sequence[int], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self, ids: Sequence[int] | np.ndarray, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> dict[str, Any]:
         """Arguments of one call of the stock transformer, one row an id, in the order given.
 
@@ -217,7 +220,7 @@ class CalibrationSet:
         texts = [self._prompts.row(position) for position in self._prompts.find([r["embedding_id"] for r in rows])]
         names = [name for name in texts[0] if name not in ("prompt_id", "prompt")]
         prompt = collate([{name: unpack(text[name]) for name in names} for text in texts], self.adapter)
-        batch = {
+        batch: dict[str, Any] = {
             self.adapter.latents: torch.stack([unpack(row["latents"]) for row in rows]).to(device, dtype),
             self.adapter.timestep: torch.tensor([row["timestep"] for row in rows], device=device),
         }

@@ -26,14 +26,14 @@ def encode(pipeline: Any, adapter: ModelAdapter, texts: list[str], sampling: Sam
     """Embeddings of a batch of prompts, on the CPU, padding cut off: what is left is all valid, the mask is implied."""
     accepted = inspect.signature(pipeline.encode_prompt).parameters
     # Families with several text encoders give each the same prompt by default, but some require the argument.
-    arguments = {name: None for name in ("prompt_2", "prompt_3") if name in accepted}
+    arguments: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in accepted}
     if "do_classifier_free_guidance" in accepted:
         arguments["do_classifier_free_guidance"] = False
     returned = pipeline.encode_prompt(
         prompt=texts, **arguments, max_sequence_length=longest_prompt(type(pipeline), sampling)
     )
     named = {name: value for name, value in zip(adapter.encoded, returned, strict=True) if name}
-    mask = named.pop(adapter.text_mask, None)
+    mask = named.pop(adapter.text_mask, None) if adapter.text_mask else None
     embeddings = [{name: value[row].cpu() for name, value in named.items()} for row in range(len(texts))]
     if mask is not None:
         for embedding, valid in zip(embeddings, mask.bool().cpu(), strict=True):
@@ -51,7 +51,8 @@ def negative_prompt(pipeline_class: type, sampling: Sampling) -> str | None:
     """The prompt of the unconditional calls; None where the pipeline makes none."""
     given = sampling.arguments.get("negative_prompt")
     # A pipeline that decides by guidance_scale alone encodes an empty one where none is given.
-    by_scale = "do_classifier_free_guidance" in inspect.signature(pipeline_class.encode_prompt).parameters
+    encode_prompt: Any = pipeline_class.encode_prompt  # type: ignore[attr-defined]
+    by_scale = "do_classifier_free_guidance" in inspect.signature(encode_prompt).parameters
     return "" if given is None and by_scale else given
 
 
@@ -63,10 +64,11 @@ def collate(embeddings: list[Embedding], adapter: ModelAdapter) -> dict[str, tor
     batch: dict[str, torch.Tensor | None] = {
         name: torch.stack([e[name] for e in embeddings]) for name in embeddings[0] if name != TEXT
     }
-    batch[TEXT] = torch.nn.utils.rnn.pad_sequence([e[TEXT] for e in embeddings], batch_first=True)
+    text = torch.nn.utils.rnn.pad_sequence([e[TEXT] for e in embeddings], batch_first=True)
+    batch[TEXT] = text
     if adapter.text_mask:
         lengths = torch.tensor([len(e[TEXT]) for e in embeddings])
-        mask = (torch.arange(batch[TEXT].shape[1])[None] < lengths[:, None]).long()
+        mask = (torch.arange(text.shape[1])[None] < lengths[:, None]).long()
         batch[adapter.text_mask] = None if mask.all() else mask
     return batch
 

@@ -1,4 +1,4 @@
-"""States of pictures: VAE latents, noised along the straight path of rectified flow."""
+"""States of images: VAE latents, noised along the straight path of rectified flow."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ppcl.storage.mirror import local_file
 
 
 def noised(latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """`x_t = (1 - t) x + t e`: `t` 0 is the picture, 1 is noise. Shapes `(B, ...)`, `(B, ...)`, `(B,)`."""
+    """`x_t = (1 - t) x + t e`: at `t` 0 the image, at 1 noise. Shapes `(B, ...)`, `(B, ...)`, `(B,)`."""
     t = t.reshape(-1, *[1] * (latents.ndim - 1)).to(latents)
     return (1 - t) * latents + t * noise
 
 
 @torch.no_grad()
 def image_latents(pipeline: Any, adapter: ModelAdapter, images: Sequence[str], sampling: Sampling) -> torch.Tensor:
-    """The pictures' latents as the transformer takes them: the VAE's mean, normalised and packed as by the pipeline.
+    """Encode images to latents as the transformer takes them: the VAE's mean, normalised and packed as by the pipeline.
 
-    Pictures are scaled and cut to the sampling's size. Raises `UserError` for one that cannot be read.
+    Images are scaled and cropped to the sampling's size. Raises `UserError` for one that cannot be read.
     """
     vae = pipeline.vae
     pixels = pipeline.image_processor.preprocess(
@@ -62,16 +62,17 @@ def noise_images(
     states_per_prompt: int,
     seed: int,
 ) -> tuple[list[State], Call]:
-    """`states_per_prompt` noised latents of each picture; noise and timestep come from (seed, prompt id, slot) alone.
+    """`states_per_prompt` noised latents of each image; noise and timestep depend on (seed, prompt id, slot) alone.
 
-    `pipeline` needs no transformer, only its configuration: something that stands in for it sees the pipeline's call.
+    `pipeline` needs no transformer, only its configuration: a stand-in receives the pipeline's call.
     """
     call, shape = _first_call(pipeline, adapter, embeddings[0], transformer_config, sampling)
     latents = image_latents(pipeline, adapter, images, sampling).cpu()
     if latents.shape[1:] != shape:
         raise UserError(
             f"a picture of {sampling.height} x {sampling.width} gives latents {tuple(latents.shape[1:])}, the pipeline "
-            f"takes {tuple(shape)}; set sampling.height and sampling.width to multiples of what its VAE and patches need"
+            f"takes {tuple(shape)}; set sampling.height and sampling.width to multiples of what its VAE and patches "
+            "need"
         )
     states = []
     for prompt_id, picture in zip(prompt_ids, latents, strict=True):
@@ -99,11 +100,11 @@ def _open(path: str) -> Image.Image:
 
 
 class _Called(Exception):
-    """Ends the pipeline's call at the transformer's."""
+    """Ends the pipeline's call at the call of its transformer."""
 
 
 class _StandIn(nn.Module):
-    """Has a transformer's configuration, device and type, and no weights; keeps what it is called with."""
+    """A transformer without weights: it has the configuration, device and type, and keeps the arguments of its call."""
 
     def __init__(self, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype):
         super().__init__()

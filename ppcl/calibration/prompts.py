@@ -1,4 +1,4 @@
-"""Prompts from text, JSON-lines, CSV and Parquet files, read as a stream."""
+"""Stream prompts from text, JSON-lines, CSV and Parquet files."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ppcl.config.location import Location
+from ppcl.config.location import LocationLike
 from ppcl.errors import UserError
 from ppcl.storage.manifest import key_of
-from ppcl.storage.mirror import local_file, store_of
+from ppcl.storage.mirror import file_version, local_file
 from ppcl.storage.node_cache import file_sha256
 
 _PARQUET_ROWS = 1024
 
 
 class Prompt(NamedTuple):
-    """`id` counts the file's prompts from 0; `image` is the absolute path of its picture, where pictures are used."""
+    """`id` counts the file's prompts from 0; `image` is the absolute path of its image, where images are used."""
 
     id: int
     text: str
@@ -30,14 +30,14 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(
-    path: Location, column: str, image_column: str | None = None, limit: int | None = None
+    location: LocationLike, column: str, image_column: str | None = None, limit: int | None = None
 ) -> Iterator[Prompt]:
-    """The first `limit` prompts of a file, in order; blank ones are skipped. Memory does not grow with the file.
+    """Yield the first `limit` prompts of a file, in order, without blank ones. Memory does not grow with the file.
 
-    `.txt` has one prompt a line; `.jsonl`, `.csv` and `.parquet` have them in `column`, and the pictures' paths,
-    relative to the file's folder, in `image_column`. Raises `UserError` that names the line or row.
+    `.txt` has one prompt a line; `.jsonl`, `.csv` and `.parquet` have them in `column`, and the image paths, relative
+    to the file's folder, in `image_column`. Raises `UserError` that names the line or row.
     """
-    path = local_file(path)
+    path = local_file(location)
     if not path.is_file():
         raise UserError(f"the prompt file {path} does not exist; set prompts to a .txt, .jsonl, .csv or .parquet file")
     readers = {".txt": _txt, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -45,52 +45,45 @@ def read_prompts(
         raise UserError(f"the prompt file {path} ends in {path.suffix!r}; supported are {', '.join(readers)}")
     if path.suffix == ".txt" and image_column:
         raise UserError(
-            f"the prompt file {path} names no pictures; calibration.source 'images' takes .jsonl, .csv or .parquet"
+            f"the prompt file {path} names no images; calibration.source 'images' takes .jsonl, .csv or .parquet"
         )
     columns = [column, image_column] if image_column else [column]
     return islice(_prompts(path, readers[path.suffix](path, columns)), limit)
 
 
-def check_prompts(path: Location, column: str, image_column: str | None = None, limit: int | None = None) -> str:
-    """Read a prompt file once, so that its mistakes are told before any work is done; gives a hash of its content.
+def check_prompts(
+    location: LocationLike, column: str, image_column: str | None = None, limit: int | None = None
+) -> str:
+    """Read a prompt file once, so that its mistakes are found before any work is done; return a hash of its content.
 
-    Raises `UserError` as `read_prompts` does, for fewer than two different prompts, and for pictures that do not exist.
-    Pictures enter the hash by path, size and time of change.
+    Images enter the hash by path, size and time of change. Raises `UserError` as `read_prompts` does, for fewer than
+    two different prompts, and for images that do not exist.
     """
-    count, texts, pictures = 0, set(), []
-    for prompt in read_prompts(path, column, image_column, limit):
+    count = 0
+    texts: set[str] = set()
+    images: list[tuple[Any, ...]] = []
+    for prompt in read_prompts(location, column, image_column, limit):
         count += 1
         if len(texts) < 2:
             texts.add(prompt.text)
         if prompt.image is not None:
-            pictures.append(_identity(prompt.image))
-            if pictures[-1] is None:
-                raise UserError(f"{path}: the picture {prompt.image} of prompt {count} does not exist")
+            version = file_version(Path(prompt.image))
+            if version is None:
+                raise UserError(f"{location}: the picture {prompt.image} of prompt {count} does not exist")
+            images.append(version)
     if not count:
-        raise UserError(f"the prompt file {path} holds no prompts")
+        raise UserError(f"the prompt file {location} holds no prompts")
     if len(texts) < 2:
         raise UserError(
-            f"the prompt file {path} gives only 1 different prompt{f' in its first {limit}' if limit else ''}; at least 2 "
-            "are needed, since some are held out"
+            f"the prompt file {location} gives only 1 different prompt{f' in its first {limit}' if limit else ''}; at "
+            "least 2 are needed, since some are held out"
         )
-    path = local_file(path)
-    return key_of(file_sha256(path), path.suffix, pictures)
-
-
-def _identity(picture: str) -> tuple[Any, ...] | None:
-    """What tells a picture from another; None where there is none."""
-    if store := store_of(picture):
-        answer = store.head()
-        return answer and (store.url, answer["ContentLength"], answer["ETag"])
-    try:
-        stat = Path(picture).stat()
-    except OSError:
-        return None
-    return picture, stat.st_size, stat.st_mtime_ns
+    path = local_file(location)
+    return key_of(file_sha256(path), path.suffix, images)
 
 
 def _prompts(path: Path, rows: Iterable[tuple[str, list[Any]]]) -> Iterator[Prompt]:
-    """`rows` are (what to call the row in an error, its values)."""
+    """Check and number the prompts of `rows`: (name of the row in an error, its values)."""
     number = 0
     try:
         for where, (text, *image) in rows:
@@ -158,5 +151,6 @@ def _require(where: str, columns: list[str], present: Iterable[str]) -> None:
     for name in columns:
         if name not in present:
             raise UserError(
-                f"{where} has no column {name!r}; it has {', '.join(present)}; set calibration.prompt_column or image_column"
+                f"{where} has no column {name!r}; it has {', '.join(present)}; set calibration.prompt_column or "
+                "image_column"
             )

@@ -1,4 +1,4 @@
-"""Everything drawn at random in calibration: a function of the seed and the prompt alone, never of a batch."""
+"""Random numbers of calibration: each depends on the seed and the prompt alone, never on a batch."""
 
 from __future__ import annotations
 

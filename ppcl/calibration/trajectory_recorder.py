@@ -1,4 +1,4 @@
-"""States on the teacher's own sampling trajectories: the stock pipeline runs, a hook at the transformer looks on."""
+"""Record states of the teacher's own sampling trajectories by a hook on the transformer of the stock pipeline."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def check_arguments(pipeline_class: type, sampling: Sampling) -> None:
     for name in sampling.arguments:
         if name not in free:
             raise UserError(
-                f"sampling.arguments has {name!r}, which cannot be set for {pipeline_class.__name__}; it takes {', '.join(free)}"
+                f"sampling.arguments has {name!r}, which cannot be set for {pipeline_class.__name__}; it takes "
+                f"{', '.join(free)}"
             )
 
 
@@ -136,7 +137,7 @@ def record(
     states_per_prompt: int,
     seed: int,
 ) -> tuple[list[State], Call]:
-    """Sample a picture of each prompt, as far as its latents, and keep `states_per_prompt` timesteps of each trajectory.
+    """Sample an image's latents for each prompt and keep `states_per_prompt` timesteps of each trajectory.
 
     Noise comes from (seed, prompt id) alone: up to rounding the states do not depend on which prompts share a batch.
     With guidance, both sides of each kept timestep are states.
@@ -180,4 +181,6 @@ def record(
         for conditional in (True, False)
         if (row, step, conditional) in recorder.kept
     ]
+    if recorder.call is None:
+        raise RuntimeError(f"{type(pipeline).__name__} did not call its transformer")
     return states, recorder.call

@@ -1,6 +1,6 @@
 """Settings as pydantic models: read from YAML, changed by `key=value`, printed with their descriptions.
 
-Unknown keys and values out of range are errors of one sentence that name the key, the value seen and what would be right.
+Unknown keys and values out of range are errors of one sentence that names the key, the value seen and what is right.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import logging
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
+from ppcl.config.location import Location
 from ppcl.errors import UserError
 
 
@@ -25,6 +27,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     renamed: ClassVar[Mapping[str, str]] = {}
+
+    @field_validator("*", mode="before", check_fields=False)
+    @classmethod
+    def _refuse_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes `True` for 1."""
+        kinds = _members(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise ValueError("input should be a number, not true or false")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -38,9 +49,12 @@ class Section(BaseModel):
 
 Model = TypeVar("Model", bound=Section)
 
+_LONGEST_VALUE = 100
+_WORDS = {"a valid dictionary": "a mapping of keys to values", "a valid tuple": "a list"}
+
 
 def read_values(model: type[Section], path: Path, command: str) -> dict[str, Any]:
-    """The mapping that a YAML file holds, not validated yet. `command` prints one to start from. Raises `UserError`."""
+    """Read the mapping of a YAML file, not validated yet. `command` prints one to start from. Raises `UserError`."""
     try:
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -125,7 +139,7 @@ def _current_path(model: type[Section], path: list[str], source: str) -> list[st
 
 
 def validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
-    """Raises `UserError` that begins with where the values come from."""
+    """Build the model. Raises `UserError` that begins with `source`, where the values come from."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -133,6 +147,7 @@ def validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
 
 
 def sections(model: type[Section]) -> dict[str, type[Section]]:
+    """The sections of a section, by key."""
     return {
         name: type(field.default) for name, field in model.model_fields.items() if isinstance(field.default, Section)
     }
@@ -141,28 +156,89 @@ def sections(model: type[Section]) -> dict[str, type[Section]]:
 def _sentence(model: type[Section], error: ValidationError) -> str:
     """The first of pydantic's complaints as one sentence."""
     first = error.errors()[0]
-    *above, last = (str(part) for part in first["loc"])
-    key = ".".join([*above, last])
+    section, path = _place(model, first["loc"])
+    key, value = ".".join(path), _shown(first["input"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = list((sections(model)[above[0]] if above else model).model_fields)
-        near = get_close_matches(last, known, n=1)
-        nearest = f"; the nearest is {'.'.join([*above, *near])}" if near else ""
-        return f"unknown key {key}{nearest}; known here: {', '.join(known)}{more}"
-    if first["type"] == "missing" or (first["input"] is None and first["type"] == "path_type"):
+    if first["type"] == "extra_forbidden" and section is not None:
+        known = list(section.model_fields)
+        return f"unknown key {key}{_nearest(model, path, known)}; known here: {', '.join(known)}{more}"
+    if first["type"] == "missing" or (first["input"] is None and _is_required(section, path[-1])):
         return f"the key {key} is missing{more}"
-    if first["type"] == "model_type":
-        return f"{key} is {first['input']!r}: it is a section, with the keys {', '.join(sections(model)[key].model_fields)}{more}"
-    message = "input should be a path" if first["type"] == "path_type" else first["msg"].removeprefix("Value error, ")
-    return f"{key} is {first['input']!r}: {message[0].lower() + message[1:]}{more}"
+    if first["type"] == "model_type" and section is not None:
+        return f"{key} is {value}: it is a section, with the keys {', '.join(section.model_fields)}{more}"
+    if path[-1] == "[key]":
+        return f"{'.'.join(path[:-2])} has the key {value}, which is no text; put it in quotes{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    for pydantics, ours in _WORDS.items():
+        message = message.replace(pydantics, ours)
+    return f"{key} is {value}: {message[0].lower() + message[1:]}{more}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: a long one is cut."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
+def _is_required(section: type[Section] | None, key: str) -> bool:
+    return section is not None and key in section.model_fields and section.model_fields[key].is_required()
+
+
+def _nearest(model: type[Section], path: list[str], known: list[str]) -> str:
+    """What an unknown key may have been meant as: a key of another section, or one that is written like it."""
+    *above, key = path
+    elsewhere = [f"{name}.{key}" for name, section in sections(model).items() if key in section.model_fields]
+    if elsewhere:
+        return f"; there is {', '.join(elsewhere)}"
+    near = get_close_matches(key, known, n=1)
+    return f"; the nearest is {'.'.join([*above, *near])}" if near else ""
+
+
+def _place(model: type[Section], location: tuple[int | str, ...]) -> tuple[type[Section] | None, list[str]]:
+    """The section that an error is about, and the parts of its dotted key, without the names of a union's members."""
+    kind: Any = model
+    section: type[Section] | None = model
+    path: list[str] = []
+    for part in location:
+        members = _members(kind)
+        if len(members) > 1:
+            # Pydantic names the member that it tried.
+            kind = next((member for member in members if str(part).startswith(_name(member))), None)
+            continue
+        kind = members[0] if members else None
+        path.append(str(part))
+        if isinstance(kind, type) and issubclass(kind, Section):
+            section = kind
+            field = kind.model_fields.get(str(part))
+            kind = field.annotation if field else None
+        else:
+            arguments = get_args(kind)
+            kind = arguments[-1] if arguments and part != "[key]" else None
+    members = _members(kind)
+    if len(members) == 1 and isinstance(members[0], type) and issubclass(members[0], Section):
+        section = members[0]
+    return section, path
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types that a type is a union of, without None; `Annotated` is looked through."""
+    while get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    if get_origin(kind) not in (Union, UnionType):
+        return [kind]
+    return [member for member in get_args(kind) if member is not type(None)]
+
+
+def _name(kind: Any) -> str:
+    return getattr(get_origin(kind) or kind, "__name__", str(kind))
 
 
 def commented(model: type[Section]) -> str:
     """The full default configuration as YAML, every key described."""
-    lines = [f"# {model.__doc__}"]
+    lines = [f"# {(model.__doc__ or '').strip()}"]
     for name, field in model.model_fields.items():
         if isinstance(field.default, Section):
-            lines += ["", f"# {field.default.__doc__.strip()}", f"{name}:"]
+            lines += ["", f"# {(field.default.__doc__ or '').strip()}", f"{name}:"]
             for key, sub in type(field.default).model_fields.items():
                 lines += _described(key, sub.get_default(call_default_factory=True), sub.description, indent="  ")
         else:
@@ -173,6 +249,6 @@ def commented(model: type[Section]) -> str:
 
 
 def _described(key: str, value: Any, description: str | None, indent: str) -> list[str]:
-    value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    value = str(value) if isinstance(value, Path | Location) else list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
     return [f"{indent}# {description}", f"{indent}{key}: {text}"]

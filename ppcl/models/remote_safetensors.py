@@ -1,4 +1,4 @@
-"""Tensors of a safetensors object in a bucket, by the ranges of bytes they lie in: only what is wanted is read."""
+"""Read single tensors of a safetensors object in a bucket by byte ranges."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from safetensors.torch import load
 from ppcl.errors import UserError
 from ppcl.storage.object_store import Store
 
-# Neighbouring tensors are read by one request up to this size, and so many requests are under way at once, so that a worker
-# holds a bounded amount beside what it keeps.
+# Adjacent tensors are read by one request up to this size, with so many requests at once: the memory of a worker beside
+# the tensors that it keeps is bounded.
 _REQUEST_BYTES = 64 << 20
 _AT_ONCE = 4
 _LONGEST_HEADER = 100 << 20  # the format's own limit
 
 
 class RemoteWeights:
-    """The header of a safetensors object has been read. Raises `UserError` where it is none."""
+    """A safetensors object, its header read. Raises `UserError` where it does not exist or is no safetensors file."""
 
     def __init__(self, store: Store, name: str):
         self.store, self.name = store, name
@@ -52,42 +52,41 @@ class RemoteWeights:
         return list(self.header)
 
     def tensors(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """These tensors, in the order they lie in."""
+        """Yield the tensors `names`, in the order of the file. Raises `UserError` for one that is missing."""
         if missing := [name for name in names if name not in self.header]:
             raise self._damaged(f"it has no tensor {missing[0]}, which the index of the weights names")
-        block_ranges = list(self._spans(sorted(names, key=lambda name: self.header[name]["data_offsets"])))
+        runs = iter(list(self._adjacent(sorted(names, key=lambda name: self.header[name]["data_offsets"]))))
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            waiting = iter(block_ranges)
-            under_way = [pool.submit(self._read, span) for span in islice(waiting, _AT_ONCE)]
-            while under_way:
-                read = under_way.pop(0).result()
-                under_way += [pool.submit(self._read, span) for span in islice(waiting, 1)]
-                yield from read.items()
+            pending = [pool.submit(self._read, run) for run in islice(runs, _AT_ONCE)]
+            while pending:
+                tensors = pending.pop(0).result()
+                pending += [pool.submit(self._read, run) for run in islice(runs, 1)]
+                yield from tensors.items()
 
-    def _spans(self, names: list[str]) -> Iterator[list[str]]:
-        """Runs of tensors that lie behind each other without a gap."""
-        span: list[str] = []
+    def _adjacent(self, names: list[str]) -> Iterator[list[str]]:
+        """Split tensors, sorted by offset, into runs without gaps."""
+        run: list[str] = []
         begin = end = 0
         for name in names:
             start, stop = self.header[name]["data_offsets"]
-            if span and (start != end or stop - begin > _REQUEST_BYTES):
-                yield span
-                span = []
-            begin = begin if span else start
-            span, end = [*span, name], stop
-        if span:
-            yield span
+            if run and (start != end or stop - begin > _REQUEST_BYTES):
+                yield run
+                run = []
+            begin = begin if run else start
+            run, end = [*run, name], stop
+        if run:
+            yield run
 
-    def _read(self, span: list[str]) -> dict[str, torch.Tensor]:
-        """One request. What comes is made a safetensors file of its own, so that the library checks and reads it."""
-        begin, end = self.header[span[0]]["data_offsets"][0], self.header[span[-1]]["data_offsets"][1]
+    def _read(self, run: list[str]) -> dict[str, torch.Tensor]:
+        """Read a run by one request, as a safetensors file of its own, which the library checks and parses."""
+        begin, end = self.header[run[0]]["data_offsets"][0], self.header[run[-1]]["data_offsets"][1]
         data = self.store.read(self.name, self.start + begin, self.start + end) if end > begin else b""
         header = {
             name: self.header[name] | {"data_offsets": [offset - begin for offset in self.header[name]["data_offsets"]]}
-            for name in span
+            for name in run
         }
-        words = json.dumps(header).encode()
+        encoded = json.dumps(header).encode()
         try:
-            return load(struct.pack("<Q", len(words)) + words + data)
+            return load(struct.pack("<Q", len(encoded)) + encoded + data)
         except SafetensorError as error:
             raise self._damaged(error) from None

@@ -1,4 +1,4 @@
-"""The teacher: a diffusers pipeline folder, or one in a bucket, read safely, whole or only the blocks a worker needs."""
+"""The teacher: a diffusers pipeline in a folder or a bucket, loaded safely, whole or only some blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ppcl.config.location import is_url
+from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
 from ppcl.models import IdentityBlock, ModelAdapter, adapter_of, swap
 from ppcl.models.remote_safetensors import RemoteWeights
@@ -27,23 +27,24 @@ _TRUSTED_LIBRARIES = ("diffusers", "transformers")
 
 
 class Teacher:
-    """A pipeline folder that has been looked at: its files, classes and adapter, no weights loaded yet.
+    """A diffusers pipeline: its files, classes and adapter are checked, no weights are loaded yet.
 
-    `place`: where it is, a folder or an `s3://` URL. `folder`: its files on this node; of a bucket the small ones, as
-    they were when the bucket was listed. Raises `UserError` where the folder is no diffusers pipeline, its transformer is
-    not supported, it wants code of its own, or its weights are pickles.
+    `place`: the text of its location, a folder or an `s3://` URL. `folder`: its files on this node; of a bucket the
+    small ones, as they were when the bucket was listed. Raises `UserError` where the location holds no diffusers
+    pipeline, its transformer is not supported, it needs code of its own, or its weights are pickles.
     """
 
-    def __init__(self, folder: str | Path):
-        self.store = Store(folder) if is_url(folder) else None
+    def __init__(self, location: LocationLike):
+        location = Location.of(location)
+        self.store = Store(location.url) if location.is_url else None
         if self.store:
             self._listed = self.store.objects()
             self.folder = self.store.snapshot(
                 [name for name in self._listed if not name.endswith(_WEIGHTS)], self._listed
             )
         else:
-            self.folder = Path(folder).absolute()
-        self.place = self.store.url if self.store else str(self.folder)
+            self.folder = location.path.absolute()
+        self.place = str(location.absolute())
         index = self._json("model_index.json")
         entry = index.get("transformer")
         if not entry:
@@ -66,8 +67,8 @@ class Teacher:
         for name in self._names():
             if PurePosixPath(name).suffix in _PICKLES:
                 raise UserError(
-                    f"{self.place}/{name} is a pickle, which can run code when it is loaded; convert the weights to safetensors "
-                    "(save_pretrained with safe_serialization) and remove the file"
+                    f"{self.place}/{name} is a pickle, which can run code when it is loaded; convert the weights to "
+                    "safetensors (save_pretrained with safe_serialization) and remove the file"
                 )
         self.transformer_files = self._transformer_files()
 
@@ -81,7 +82,8 @@ class Teacher:
         path = self.folder / name
         if not path.exists():
             raise UserError(
-                f"{self.place} is no diffusers pipeline folder: {path.name} is missing; point to a folder written by save_pretrained"
+                f"{self.place} is no diffusers pipeline folder: {path.name} is missing; point to a folder written by "
+                "save_pretrained"
             )
         try:
             return json.loads(path.read_text())
@@ -89,14 +91,15 @@ class Teacher:
             raise UserError(f"{self.place}/{name} is not valid JSON ({error}); get an intact copy of it") from None
 
     def _transformer_files(self) -> dict[str, str]:
-        """Where each tensor of the transformer lies: name to the path of a safetensors file, relative to the pipeline's folder."""
+        """The safetensors file of each tensor of the transformer, by name, relative to the pipeline's folder."""
         sharded = "transformer/diffusion_pytorch_model.safetensors.index.json"
         if (self.folder / sharded).exists():
             return {name: f"transformer/{file}" for name, file in self._json(sharded)["weight_map"].items()}
         single = "transformer/diffusion_pytorch_model.safetensors"
         if single not in self._names():
             raise UserError(
-                f"{self.place}/transformer holds no diffusion_pytorch_model.safetensors; save the transformer as safetensors"
+                f"{self.place}/transformer holds no diffusion_pytorch_model.safetensors; save the transformer as "
+                "safetensors"
             )
         if self.store:
             return dict.fromkeys(RemoteWeights(self.store, single).names, single)
@@ -104,28 +107,29 @@ class Teacher:
             return dict.fromkeys(file.keys(), single)
 
     def _sha256(self, name: str) -> str:
-        """A file's sha256. Of an object what its writer left as that, else its tag, which changes with the content too:
-        weights are not read for it."""
+        """A file's sha256. Weights in a bucket are not read: theirs is what the writer left, else the object's tag,
+        which changes with the content too.
+        """
         if self.store and name.endswith(_WEIGHTS):
             return self.store.sha256(name) or f"tag {self._listed[name].tag}"
         return file_sha256(self.folder / name)
 
     def sha256(self) -> str:
-        """One hash over the transformer's configuration and weights: what a result refers to its teacher by."""
+        """One hash over the transformer's configuration and weights, by which a result identifies its teacher."""
         digest = hashlib.sha256((self.folder / "transformer" / "config.json").read_bytes())
         for sha256 in parallel_map(self._sha256, sorted(set(self.transformer_files.values()))):
             digest.update(sha256.encode())
         return digest.hexdigest()
 
     def part_hashes(self) -> dict[str, str]:
-        """The sha256 of every file of the pipeline's other parts (text encoders, tokenizers, VAE, scheduler), by its path."""
+        """The sha256 of all files of the pipeline's other parts (text encoders, tokenizer, VAE, scheduler), by path."""
         index = self._json("model_index.json")
         parts = {name for name, value in index.items() if isinstance(value, list) and name != "transformer"}
         names = [name for name in self._names() if name.split("/")[0] in parts]
         return dict(zip(names, parallel_map(self._sha256, names), strict=True))
 
     def with_weights(self, transformer: bool = True) -> Path:
-        """The folder with all its weights on this node, or with all but the transformer's."""
+        """The folder on this node with all weights, or with all but the transformer's; downloads missing ones."""
         if self.store:
             wanted = [
                 name
@@ -144,7 +148,7 @@ class Teacher:
             self.with_weights(), dtype=dtype, use_safetensors=True, local_files_only=True
         )
         pipeline.set_progress_bar_config(disable=True)
-        # What takes a gradient is taken for a part in training, whose products are not kept.
+        # Modules with gradients count as being trained, and their products are not cached.
         pipeline.transformer.requires_grad_(False)
         return pipeline.to(device)
 
@@ -176,10 +180,10 @@ class Teacher:
     def transformer(
         self, keep: Collection[int] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> nn.Module:
-        """The transformer with the blocks `keep` (all by default), everything else of it being embedders and head.
+        """The transformer with embedders, head and the blocks `keep` (all by default).
 
-        Only the kept tensors are read from the safetensors files. At the other blocks' places stand pass-throughs, so a
-        rank's memory is its own blocks. Parameters do not require gradients. Raises `UserError` for NaN or Inf weights.
+        Only their tensors are read from the safetensors files; identity blocks take the places of the others, so a rank
+        holds its own blocks alone. Parameters do not require gradients. Raises `UserError` for NaN or infinite weights.
         """
         model = self.empty_transformer()
         count = len(self.adapter.blocks(model))
@@ -190,9 +194,10 @@ class Teacher:
         for name, tensor in self._tensors(lambda n: not n.startswith(tuple(dropped)) if dropped else True):
             if not tensor.isfinite().all():
                 raise UserError(
-                    f"the weight {name} in {self.place}/{self.transformer_files[name]} has NaN or infinite values; get an intact copy of it"
+                    f"the weight {name} in {self.place}/{self.transformer_files[name]} has NaN or infinite values; get "
+                    "an intact copy of it"
                 )
-            # Without being told, accelerate would bring it back to the type the structure was made with.
+            # Without `dtype`, accelerate would convert it to the type of the empty structure.
             set_module_tensor_to_device(
                 model, name, device, tensor, dtype=dtype if tensor.is_floating_point() else None
             )

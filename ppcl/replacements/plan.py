@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ppcl.config.plan_syntax import PLAN_SYNTAX, REPLACEMENT
 from ppcl.errors import UserError
 
 
@@ -115,11 +116,6 @@ Replacement = Interval | TextRun | Ffn | LowRankModulation
 
 _KINDS = (Interval, TextRun, Ffn, LowRankModulation)
 _FILE = re.compile(r"ffn-(?P<block>\d+)(?:-(?P<kept>\d+))?|(?P<text>text-)?(?P<first>\d+)-(?P<last>\d+)")
-_WRITTEN = re.compile(r"ffn:(?P<block>\d+)(?:/(?P<kept>\d+))?|(?P<text>text:)?(?P<first>\d+)-(?P<last>\d+)")
-PLAN_SYNTAX = (
-    "intervals as 3-5, text runs as text:3-5, FFNs as ffn:3, or ffn:3/50 for half of their hidden units, all modulations as "
-    "modulations, with commas between"
-)
 
 
 def sort_key(replacement: Replacement) -> tuple[int, int, int]:
@@ -145,7 +141,7 @@ def parse_name(name: str) -> Replacement | None:
 def parse_text(text: str) -> list[Replacement] | None:
     """The replacements of a text such as `3-5,text:6-8,ffn:9`, as people write them; None where it is none."""
     replacements = [
-        LowRankModulation() if part == LowRankModulation.name else _entry(_WRITTEN.fullmatch(part))
+        LowRankModulation() if part == LowRankModulation.name else _entry(REPLACEMENT.fullmatch(part))
         for part in text.split(",")
     ]
     return None if None in replacements else replacements

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppcl.config.schema import Variants
+from ppcl.config.variant_names import ALL, TEACHER, blocks_name, budget_name, names_of
 from ppcl.errors import UserError
 from ppcl.replacements.parameter_counts import ParameterCounts
-from ppcl.replacements.plan import Interval, Replacement, checked_plan, parse_replacement, parse_text, sort_key
+from ppcl.replacements.plan import Interval, Replacement, checked_plan, parse_replacement, sort_key
 from ppcl.search.latency_table import LatencyTable
 from ppcl.search.pareto import Plan, candidates, choose_blocks, target_candidates
-
-TEACHER = "teacher"
-ALL = "all"
-
-# A name is also a folder of pictures and a part of an address.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -53,32 +47,6 @@ def available_plan(
         if replacement not in known:
             raise UserError(f"there is no replacement {replacement}; there are {', '.join(map(str, known)) or 'none'}")
     return chosen
-
-
-def budget_name(budget: float) -> str:
-    """`p75` for 0.75."""
-    return f"p{budget * 100:g}"
-
-
-def blocks_name(blocks: int) -> str:
-    """`b40` for 40 blocks that run."""
-    return f"b{blocks}"
-
-
-def names_of(settings: Variants) -> list[str]:
-    """What the variants of a configuration will be called, but for the teacher. Raises `UserError` where that cannot be."""
-    own = {"variants.targets": settings.targets, "variants.custom": settings.custom}
-    made = [TEACHER, *map(budget_name, settings.budgets), *map(blocks_name, settings.blocks), ALL]
-    for key, names in own.items():
-        for name in names:
-            if name in made:
-                raise UserError(f"{key}: the name {name!r} is taken by a variant made anyway; choose another")
-            if not _NAME.fullmatch(name):
-                raise UserError(f"{key}: {name!r} is no name for a variant; use letters, digits, '.', '_' and '-'")
-            if parse_text(name):
-                raise UserError(f"{key}: {name!r} reads as a plan and cannot name a variant; choose another name")
-            made.append(name)
-    return made[1:]
 
 
 def plans_to_measure(

@@ -1,4 +1,4 @@
-"""What a job needs of a cluster, computed from a transformer's configuration alone: no weight is read."""
+"""Estimates of a job's memory, traffic and step time from a transformer's configuration alone; no weights are read."""
 
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import FORMULAS, Rank, layouts

@@ -8,7 +8,7 @@ from ppcl.config.loading import Section
 
 
 class Device(Section):
-    """An H100 SXM with 80 GB in nodes of 8, one port of 400 Gb/s a GPU: the maker's rates, and what share of them is reached."""
+    """An H100 SXM of 80 GB, 8 a node, one 400 Gb/s port a GPU: the vendor's rates, and the share reached."""
 
     name: str = Field("H100 SXM, 8 a node, 400 Gb/s a GPU", description="what the rates are of")
     flops: float = Field(989e12, gt=0, description="operations a second of dense bfloat16 products")

@@ -1,4 +1,4 @@
-"""Memory a rank and bytes between ranks in distillation of depth, for a number of GPUs."""
+"""The memory estimate: bytes that each rank of a distillation of depth holds and sends, for a number of GPUs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ GRADIENT_BYTES = 4
 FORMULAS = """\
 b = samples a replica has of a step; stream = bytes of both streams between two blocks, of one sample, in bfloat16
 teacher     = 2 × (parameters of embedders and head + of the rank's blocks)
-students    = 16 × parameters of the rank's students, each a block and its affine maps (float32 weight, gradient, two moments of AdamW)
+students    = 16 × parameters of the rank's students, each a block and its affine maps \
+(float32 weight, gradient, two moments of AdamW)
 streams     = b × stream × (boundaries its students read + 2 sends under way, on all ranks of a pipeline but the last)
-activations = b × what the backward pass of its largest student keeps + its weights in bfloat16 (students learn one after another)
+activations = b × what the backward pass of its largest student keeps + its weights in bfloat16 \
+(students learn one after another)
 sent        = b × stream, a step, to the next rank; nothing comes back
 reduced     = 2 (dp − 1) / dp × 4 × parameters of the rank's students, a step, between dp replicas
 FSDP        = 2 (n − 1) / n × parameters of the teacher, a step: what n ranks would gather for its forward instead"""
@@ -29,7 +31,7 @@ FSDP        = 2 (n − 1) / n × parameters of the teacher, a step: what n ranks
 
 @dataclass(frozen=True)
 class Rank:
-    """The fullest rank of `pp × dp`; all in bytes, those that travel by step."""
+    """Estimate of the fullest rank of `pp × dp`: bytes held, and bytes sent per step."""
 
     gpus: int
     pp: int
@@ -49,7 +51,7 @@ class Rank:
 
 
 def intervals(model: Model, length: int) -> list[Interval]:
-    """Every block in an interval of `length`, shorter ones at the ends of block lists; one block alone stays the teacher's."""
+    """Intervals of `length` over all blocks, shorter ones at the ends of block lists; a single block stays as it is."""
     found = []
     for span in model.block_ranges:
         for first in range(span.start, span.stop, length):
@@ -60,9 +62,9 @@ def intervals(model: Model, length: int) -> list[Interval]:
 
 
 def layouts(model: Model, plan: Sequence[Interval], batch: int, gpus: Sequence[int]) -> Iterator[Rank]:
-    """For every number of GPUs the longest pipeline that divides it and the batch of a step; its fullest rank.
+    """Estimate the fullest rank, for every number of GPUs, of the longest pipeline that divides it and the batch.
 
-    A pipeline holds the teacher once; replicas hold it once each.
+    A pipeline holds the teacher once; data-parallel replicas hold it once each.
     """
     for count in gpus:
         pp, dp = meshes(model, plan, batch, count)[-1]
@@ -73,32 +75,36 @@ def layouts(model: Model, plan: Sequence[Interval], batch: int, gpus: Sequence[i
 
 
 def longest_pipeline(model: Model, plan: Sequence[Interval]) -> int:
-    """The most segments there can be: no cut falls inside an interval."""
+    """The largest number of segments: no cut falls inside an interval."""
     return len(model.blocks) - sum(len(interval.blocks) - 1 for interval in plan)
 
 
 def longest_dividing(model: Model, plan: Sequence[Interval], gpus: int) -> int:
-    """The longest pipeline of which a whole number fits."""
+    """The longest pipeline whose length divides the number of GPUs."""
     return max(n for n in range(1, min(gpus, longest_pipeline(model, plan)) + 1) if gpus % n == 0)
 
 
 def meshes(model: Model, plan: Sequence[Interval], batch: int, gpus: int) -> list[tuple[int, int]]:
-    """`(pp, dp)` that so many GPUs can be, the longest pipeline last. Raises `UserError` where a replica would have no sample."""
+    """All `(pp, dp)` of a number of GPUs, the longest pipeline last.
+
+    Raises `UserError` where a replica would have no sample.
+    """
     found = [
         (n, gpus // n)
         for n in range(1, longest_dividing(model, plan, gpus) + 1)
         if gpus % n == 0 and gpus // n <= batch
     ]
     if not found:
+        pp = longest_dividing(model, plan, gpus)
         raise UserError(
-            f"{gpus} GPUs: the longest pipeline of which a whole number fits has {longest_dividing(model, plan, gpus)} ranks, and each of its "
-            f"{gpus // longest_dividing(model, plan, gpus)} replicas needs a sample of a step, which has {batch}; set --batch higher"
+            f"{gpus} GPUs: the longest pipeline of which a whole number fits has {pp} ranks, and each of its "
+            f"{gpus // pp} replicas needs a sample of a step, which has {batch}; set --batch higher"
         )
     return found
 
 
 def rank_of(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: int, dp: int) -> Rank:
-    """What one rank holds and sends; `samples` are those of its replica in a step."""
+    """Estimate what one rank holds and sends; `samples`: of its replica in a step."""
     part = segment_of(stage, pp, len(model.blocks), list(plan))
     mine = [interval for interval in plan if interval.first in part]
     students = sum(model.blocks[interval.first] + model.affine for interval in mine)

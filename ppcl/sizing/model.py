@@ -1,6 +1,7 @@
-"""A transformer as numbers: parameters and operations by block, bytes of its streams, and what a block's backward pass keeps.
+"""Counts of a transformer by block: parameters, operations, bytes of streams and of what the backward pass keeps.
 
-The stock model is built and run on fake tensors, which have shapes and no memory, so the numbers are those of its own code.
+The stock model is built and run on fake tensors, which have shapes and no memory, so the numbers are those of its own
+code.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class Model:
     """`blocks`: parameters of each block in running order; `rest`: those of embedders and head, which every rank holds;
     `affine`: those of the affine maps behind a student. `block_ranges`: the block lists.
 
-    In bfloat16: `stream_bytes` of the two streams between two blocks, a sample; what the backward pass of a student like each
-    block keeps, `saved_bytes` a sample and `cast_bytes` besides, its weights in bfloat16.
+    In bfloat16: `stream_bytes` of the two streams between two blocks, a sample; what the backward pass of a student
+    like each block keeps, `saved_bytes` a sample and `cast_bytes` besides, its weights in bfloat16.
 
-    Floating-point operations of a sample, a multiplication and an addition being two: `rest_flops` of embedders and head;
-    by block `flops` of its forward, `trained_flops` of the forward and backward pass of a student like it without affine maps,
-    and `sums_flops` of what its probes and its FFN's maps are fitted from.
+    Floating-point operations of a sample, a multiplication and an addition being two: `rest_flops` of embedders and
+    head; by block `flops` of its forward, `trained_flops` of the forward and backward pass of a student like it without
+    affine maps, and `sums_flops` of what its probes and its FFN's maps are fitted from.
     """
 
     name: str
@@ -90,7 +91,7 @@ class Model:
                 rest=_count(model) - sum(sizes),
                 affine=2 * width * (width + 1),
                 block_ranges=tuple(adapter.block_ranges(model)),
-                stream_bytes=sum(x.nbytes for x in one[0]),
+                stream_bytes=sum(stream.nbytes for stream in one[0] if stream is not None),
                 saved_bytes=tuple(alike[kind][1] - alike[kind][0] for kind in kinds),
                 cast_bytes=tuple(2 * alike[kind][0] - alike[kind][1] for kind in kinds),
                 width=width,
@@ -110,7 +111,7 @@ def _at_blocks(
 
 
 def saved_for_backward(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: dict[str, Any]) -> int:
-    """Bytes that autograd keeps of one forward of a block in training, with bfloat16 autocast, besides its parameters."""
+    """Bytes that autograd keeps of a block's forward in training with bfloat16 autocast, without its parameters."""
     own = {p.untyped_storage()._cdata for p in block.parameters()}
     kept: dict[int, int] = {}
 
@@ -123,9 +124,14 @@ def saved_for_backward(adapter: ModelAdapter, block: nn.Module, streams: Streams
     for p in block.parameters():
         p.requires_grad_(True)
     bfloat16 = streams.img.dtype is torch.bfloat16
-    held = []  # or a storage's address could come to be another's
+    held: list[Any] = []  # else the address of a freed storage could be used again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        held.append(tensor)
+        return keep(tensor)
+
     with (
-        torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or keep(x), lambda x: x),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
     ):
         held.append(block(**adapter.join(streams, context)))
@@ -147,16 +153,16 @@ def _counter() -> FlopCounterMode:
 def _flops(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: dict[str, Any]) -> tuple[int, int]:
     """Of one forward of a block in training, and of forward and backward."""
     with _counter() as counter, torch.autocast("cpu", torch.bfloat16, enabled=streams.img.dtype is torch.bfloat16):
-        made = adapter.from_returned(block(**adapter.join(streams, context)))
+        output = adapter.from_returned(block(**adapter.join(streams, context)))
         forward = counter.get_total_flops()
-        sum(x.float().sum() for x in made if x is not None).backward()
+        torch.stack([stream.float().sum() for stream in output if stream is not None]).sum().backward()
     for p in block.parameters():
         p.grad = None
     return forward, counter.get_total_flops()
 
 
 def _sums_flops(adapter: ModelAdapter, model: nn.Module, number: int, streams: Streams) -> int:
-    """Of `X^T X` and `X^T Y` of a block's streams, and again of what goes into its FFNs; see `ppcl.detection.fit_probes`."""
+    """Operations of `X^T X` and `X^T Y` of a block's streams and FFN inputs; see `ppcl.detection.fit_probes`."""
     tokens = {name: x.shape[1] for name, x in streams._asdict().items()}
     fitted = [*tokens, *adapter.parts_of(model, number, adapter.blocks(model)[number])]
     return sum(4 * tokens[name] * streams.img.shape[-1] ** 2 for name in fitted)

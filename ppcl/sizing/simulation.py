@@ -1,4 +1,4 @@
-"""How long a step takes on many GPUs: the pipeline played through, each rank with the work that the code would give it.
+"""The step-time estimate: a simulation of the pipeline on many GPUs, each rank with the work of the real code.
 
 Which blocks and students a rank has, and how long a pipeline can be, come from the code that places them in a job. Here
 is only what one piece of work takes: operations and bytes over the rates of a device.
@@ -32,7 +32,8 @@ _USABLE = 0.9
 MODEL = """\
 step        = that of the slowest rank where streams keep up; all ranks are played through, step by step
 a block     = the longer of operations / (flops × utilisation) and its weights / (memory × reached)
-a student   = forward and backward of its block and its affine maps, and 58 bytes a parameter for casts, clipping and AdamW
+a student   = forward and backward of its block and its affine maps, and 58 bytes a parameter for casts, clipping \
+and AdamW
 all-reduce  = 2 (dp − 1) / dp × 4 bytes a parameter between the replicas, student after student, nothing beside it
 streams     = sent while the rank learns; a send waits for its receiver, and a rank for the last but two of its sends
 probes      = one pipeline, every block's sums in float32 products; no replicas, so no more ranks than blocks
@@ -41,10 +42,10 @@ efficiency  = against one GPU that had the memory, times the number of GPUs"""
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does in a step, in seconds: before it receives, its blocks until it sends, and what it does meanwhile.
+    """Seconds of one rank in a step: before it receives, its blocks until it sends, and after that.
 
-    `compute`, `sums`, `weights` and `reduce` say what all of that goes into: the blocks' products, those that probes are fitted from,
-    memory alone, all-reduces.
+    `compute`, `sums`, `weights` and `reduce` are the parts of all of that: products of the blocks, products that probes
+    are fitted from, memory traffic alone, all-reduces.
     """
 
     before: float
@@ -62,9 +63,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """A simulated step. In seconds: `step` in the steady state, `fill` until the last rank has its first streams, and the step's
-    parts on its slowest rank: `compute` and `sums` as if all ranks had equal shares, `imbalance` above that, `weights`, `reduce`, `streams`.
+    """A simulated step, in seconds.
 
+    `step`: in the steady state. `fill`: until the last rank has its first streams. The parts of the step on its slowest
+    rank: `compute` and `sums` as if all ranks had equal shares, `imbalance` above that, `weights`, `reduce`, `streams`.
     `read`: seconds to read the weights at the start. `used` of `gpus` have work.
     """
 
@@ -102,9 +104,9 @@ class Step:
 
 
 def play(works: Sequence[Work], send: Sequence[float], steps: int) -> list[list[float]]:
-    """When each rank of a pipeline has done each step: `[step][rank]`, seconds. `send`: of a rank's streams to the next.
+    """When each rank of a pipeline ends each step: `[step][rank]`, seconds. `send`: seconds to the next.
 
-    As `ppcl.training.pipeline.PipelineStage` does it: receiving waits, sending does not, until `IN_FLIGHT` sends have not been taken.
+    As in `ppcl.training.pipeline.PipelineStage`, receiving waits, and sending waits while `IN_FLIGHT` sends pend.
     """
     last = len(works) - 1
     done: list[list[float]] = []
@@ -135,7 +137,8 @@ def distillation(model: Model, plan: Sequence[Interval], batch: int, gpus: int, 
     if not fit:
         least = min(_memory(model, plan, batch, *dims) for dims in can)
         raise UserError(
-            f"{gpus} GPUs: a rank needs {least / 1e9:.0f} GB, a device has {device.size / 1e9:.0f} GB, of which nine tenths are usable"
+            f"{gpus} GPUs: a rank needs {least / 1e9:.0f} GB, a device has {device.size / 1e9:.0f} GB, of which nine "
+            "tenths are usable"
         )
     return min((distillation_on(model, plan, batch, *dims, device) for dims in fit), key=lambda made: made.step)
 
@@ -179,7 +182,7 @@ def _step(
 ) -> Step:
     pp = len(works)
     stream = samples * model.stream_bytes
-    # The dearest of the replicas' places: where the pipeline crosses from node to node.
+    # The slowest link over the replicas: where the pipeline crosses from node to node.
     send = [
         device.latency + stream / min(device.between(r * pp + stage, r * pp + stage + 1) for r in range(dp))
         for stage in range(pp - 1)

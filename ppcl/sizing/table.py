@@ -1,4 +1,4 @@
-"""The sizing of a model, and its simulation, as tables on the terminal."""
+"""Terminal tables of the memory estimate and of the step-time estimate."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def rows_of(ranks: Sequence[Rank]) -> list[list[str]]:
 
 
 def table(model: Model, ranks: Sequence[Rank], interval: int, batch: int, size: str) -> Table:
-    title = f"{model.name}: {model.parameters / 1e9:.2f} billion parameters, one student for {interval} blocks, {batch} samples a step, {size}"
+    title = (
+        f"{model.name}: {model.parameters / 1e9:.2f} billion parameters, one student for {interval} blocks, {batch} "
+        f"samples a step, {size}"
+    )
     made = Table(title=title, title_justify="left", title_style="")
     for name in _COLUMNS:
         made.add_column(name, justify="right")

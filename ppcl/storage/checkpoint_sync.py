@@ -1,4 +1,4 @@
-"""Folders of checkpoints that travel: what one node wrote, another goes on from."""
+"""Upload checkpoints in the background, so that another node can resume from them."""
 
 from __future__ import annotations
 
@@ -18,40 +18,41 @@ from ppcl.storage.object_store import Store
 
 @contextlib.contextmanager
 def synced_checkpoints(
-    folder: str | Path, attempt: str, whole: Callable[[Path], bool], damaged: Callable[[Path], None]
+    folder: str | Path, attempt: str, is_whole: Callable[[Path], bool], report_damaged: Callable[[Path], None]
 ) -> Iterator[Path]:
-    """A folder of checkpoints, whole files that are replaced now and then, which the same work continues from, on any node.
+    """A folder of checkpoints, from which the same work resumes on any node; its files are replaced as a whole.
 
-    In a store: it begins with what lies there, and each file is uploaded soon after it was written. `attempt` names this
-    run of the work, the same on all nodes: they all begin with what was there when its first process looked, but for files
-    that are not what their writer left, or not `whole`: those `damaged` is told of.
+    A folder inside a mirror begins with the checkpoints of the bucket, and each file is uploaded soon after it was
+    written. `attempt` names a run of the work, the same on all nodes: all its processes of a node begin with what the
+    first one downloaded. Files that differ from their sha256, or that `is_whole` refuses, are removed and given to
+    `report_damaged`.
     """
     store = store_of(folder)
     if store is None:
         yield Path(folder)
         return
-    found = scratch_folder() / "checkpoints" / attempt
-    with once_a_node(found):
-        if not found.exists():
-            coming = make_folder(found.with_name(f"{attempt}.coming"))
+    downloaded = scratch_folder() / "checkpoints" / attempt
+    with once_a_node(downloaded):
+        if not downloaded.exists():
+            partial = make_folder(downloaded.with_name(f"{attempt}.coming"))
             names = list(store.objects())
-            there = parallel_map(lambda name: store.download(name, coming / name) and whole(coming / name), names)
-            for path in [coming / name for name, right in zip(names, there, strict=True) if not right]:
+            intact = parallel_map(lambda name: store.download(name, partial / name) and is_whole(partial / name), names)
+            for path in [partial / name for name, good in zip(names, intact, strict=True) if not good]:
                 path.unlink(missing_ok=True)
-                damaged(path)
-            os.replace(coming, found)
-    with tempfile.TemporaryDirectory(dir=make_folder(scratch_folder() / "made")) as made:
-        for path in [path for path in found.rglob("*") if path.is_file()]:
-            own = Path(made) / path.relative_to(found)
+                report_damaged(path)
+            os.replace(partial, downloaded)
+    with tempfile.TemporaryDirectory(dir=make_folder(scratch_folder() / "made")) as temporary:
+        for path in [path for path in downloaded.rglob("*") if path.is_file()]:
+            own = Path(temporary) / path.relative_to(downloaded)
             own.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, own)
-        with _Uploads(Path(made), store):
-            yield Path(made)
-    shutil.rmtree(found, ignore_errors=True)
+        with _Uploads(Path(temporary), store):
+            yield Path(temporary)
+    shutil.rmtree(downloaded, ignore_errors=True)
 
 
 class _Uploads:
-    """Uploads what is written into a folder, in the background; what lies there already, and unfinished files, are left out."""
+    """Uploads files written into a folder in the background, except those there at the start and unfinished ones."""
 
     EVERY = 1.0
 
@@ -87,18 +88,18 @@ class _Uploads:
                 self._upload()
                 self.failure = None
             except Exception as error:
-                # The work goes on: the next checkpoint is tried again, and the end raises what the last try did.
+                # The work goes on: the next checkpoint is a new attempt, and the exit raises the last one's error.
                 self.failure = error
 
     def _upload(self) -> None:
         for path in self._files():
             if self.known.get(path) == self._version(path):
                 continue
-            # A second name: the first may come to stand for the next checkpoint while this one is on its way.
-            held = path.with_name(f"{path.name}.held.partial")
-            held.unlink(missing_ok=True)
-            os.link(path, held)
-            version = self._version(held)
-            self.store.upload(held, str(path.relative_to(self.folder)))
-            held.unlink()
+            # A second name keeps this checkpoint while it is uploaded: the first name may get the next one.
+            uploading = path.with_name(f"{path.name}.held.partial")
+            uploading.unlink(missing_ok=True)
+            os.link(path, uploading)
+            version = self._version(uploading)
+            self.store.upload(uploading, str(path.relative_to(self.folder)))
+            uploading.unlink()
             self.known[path] = version

@@ -1,7 +1,7 @@
-"""One job at a time on a place in a bucket: an object that its owner writes anew every few seconds.
+"""A lease object in the bucket lets one job at a time write to an output; its owner renews it every few seconds.
 
-Only the store's clock counts: its answers say when the lock was written and what time it is now, so clocks of nodes that
-differ do not matter. Taking it is one conditional write, of which the store lets one through.
+Only the store's clock counts: its answers say when the lease was written and what time it is, so nodes' clocks may
+differ. A lease is taken by a conditional write, of which the store accepts one.
 """
 
 from __future__ import annotations
@@ -20,37 +20,39 @@ from ppcl.storage.object_store import Store
 
 LOCK = "lock.json"
 _BEAT = 15.0
-# Without a sign of life for so long, an owner is taken for dead, seconds.
+# Seconds without a heartbeat after which an owner counts as dead.
 _DEAD_AFTER = 90.0
 
 
 @contextlib.contextmanager
 def hold_lease(store: Store) -> Iterator[Callable[[], None]]:
-    """Hold a place for the length of a `with` block; gives what to call before a write that must be the owner's.
+    """Hold the lease of an output during a `with` block; yields a check to call before each write of the owner.
 
-    Raises `UserError` where another job is alive there, and, from the callable, where it took over in the meantime.
+    Raises `UserError` where another job holds the lease. The check does so where another job took it over meanwhile.
     """
-    lock = _Lock(store)
-    lock.take()
+    lease = _Lease(store)
+    lease.take()
     ending = threading.Event()
 
     def beat() -> None:
         while not ending.wait(_BEAT):
-            # A store that does not work now may by the next beat.
+            # A store that fails now may work at the next beat.
             with contextlib.suppress(UserError):
-                lock.beat()
+                lease.beat()
 
-    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread = threading.Thread(target=beat, name="lease", daemon=True)
     thread.start()
     try:
-        yield lock.check
+        yield lease.check
     finally:
         ending.set()
         thread.join()
-        lock.release()
+        lease.release()
 
 
-class _Lock:
+class _Lease:
+    """The lease object of one owner."""
+
     def __init__(self, store: Store):
         self.store = store
         self.owner = uuid.uuid4().hex
@@ -58,19 +60,19 @@ class _Lock:
         self.tag = ""
         self.lost = False
         # A beat and a check may come at once.
-        self.one = threading.Lock()
+        self.mutex = threading.Lock()
 
     def _write(self, **condition: str) -> bool:
-        """Whether the lock is this one's now. The count makes each beat another content, and so another tag."""
+        """Write the lease; whether this owner has it. The count gives each beat another content, and so another tag."""
         self.beats += 1
-        held = {"owner": self.owner, "machine": _machine(), "process": os.getpid(), "beats": self.beats}
-        content = json.dumps(held).encode()
+        holder = {"owner": self.owner, "machine": _machine(), "process": os.getpid(), "beats": self.beats}
+        content = json.dumps(holder).encode()
         try:
             self.tag = self.store.write(LOCK, content, **condition)
             return True
         except (FileExistsError, FileNotFoundError):
             pass
-        # A write whose answer got lost is refused when it is tried again.
+        # A write whose answer was lost is refused when it is repeated.
         answer = self.store.head(LOCK)
         with contextlib.suppress(FileNotFoundError):
             if answer and self.store.read(LOCK) == content:
@@ -89,10 +91,10 @@ class _Lock:
         if age is None or age > _DEAD_AFTER:
             return True
         try:
-            held = json.loads(self.store.read(LOCK))
-            if held["machine"] != _machine():
+            holder = json.loads(self.store.read(LOCK))
+            if holder["machine"] != _machine():
                 return False
-            os.kill(held["process"], 0)
+            os.kill(holder["process"], 0)
         except ProcessLookupError:
             return True
         except (FileNotFoundError, ValueError, KeyError, TypeError, PermissionError):
@@ -100,15 +102,15 @@ class _Lock:
         return False
 
     def beat(self) -> None:
-        with self.one:
+        with self.mutex:
             self.lost = self.lost or not self._write(IfMatch=self.tag)
 
     def check(self) -> None:
         self.beat()
         if self.lost:
             raise UserError(
-                f"another ppcl took over {self.store.url}, since this one gave no sign of life for {_DEAD_AFTER:.0f} s; "
-                "nothing more is written"
+                f"another ppcl took over {self.store.url}, since this one gave no sign of life for "
+                f"{_DEAD_AFTER:.0f} s; nothing more is written"
             )
 
     def release(self) -> None:
@@ -119,7 +121,7 @@ class _Lock:
 
 
 def _machine() -> str:
-    """This machine, and the process numbers that count on it: those of another container may be the same."""
+    """Identifies this machine and its namespace of process numbers: another container may have the same numbers."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"

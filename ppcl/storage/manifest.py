@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppcl.config.location import is_url
+from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
 from ppcl.storage.lease import hold_lease
 from ppcl.storage.mirror import remove, store_of, to_local
@@ -72,9 +72,10 @@ class Artifacts:
     Raises `UserError` where it holds something else than a job of this kind.
     """
 
-    def __init__(self, place: str | Path):
-        self.store: Store | None = Store(place) if is_url(place) else store_of(place)
-        self.root = mirror(self.store.url) if self.store else Path(place).absolute()
+    def __init__(self, place: LocationLike):
+        location = Location.of(place)
+        self.store: Store | None = Store(location.url) if location.is_url else store_of(location.path)
+        self.root = mirror(self.store.url) if self.store else location.path.absolute()
         self.place = self.store.url if self.store else str(self.root)
         self._check_held: Callable[[], None] = lambda: None
 

@@ -1,4 +1,13 @@
-"""Files under a mirror: the same calls for what lies in a folder and for what lies in a bucket."""
+"""The same file operations for folders of this machine and for buckets.
+
+Code works on files. What lies in a bucket is worked on in its *mirror*, a folder of this node: `s3://bucket/key` has
+the mirror `<PPCL_SCRATCH>/ppcl-mirror/bucket/key` (a temporary folder by default). So a path inside a mirror names its
+URL, and `store_of` is the one place that reads it out of the path. Such a path can be sent to another node, which has a
+mirror of its own. The bucket is the truth: what is read from it is compared with the sha256 of its writer, or with a
+manifest.
+
+Every function here takes a path and does nothing with a bucket where the path is in no mirror.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +16,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from ppcl.config.location import SCHEME, is_url
+from ppcl.config.location import SCHEME, Location, LocationLike
 from ppcl.errors import UserError
 from ppcl.storage.node_cache import MIRROR, make_folder, mirror, once_a_node, parallel_map, scratch_folder
 from ppcl.storage.object_store import Store
 
 
 def store_of(path: str | Path) -> Store | None:
-    """The store whose mirror a path lies in, on whatever node; None for an ordinary path."""
+    """The store whose mirror contains a path, of this node or of another one; None for an ordinary path."""
     parts = Path(path).parts
     if MIRROR not in parts:
         return None
@@ -23,16 +33,20 @@ def store_of(path: str | Path) -> Store | None:
 
 
 def to_local(path: str | Path) -> Path:
-    """A path of another node on this one: itself, or its place in this node's mirror."""
+    """The path on this node for a path of another node: the same one, or the one in this node's mirror."""
     store = store_of(path)
     return Path(path) if store is None else mirror(store.url)
 
 
-def local_file(place: str | Path) -> Path:
-    """One file, downloaded to this node where it lies in a bucket. A path inside of a mirror is downloaded too."""
-    store = Store(place) if is_url(place) else store_of(place)
+def local_file(place: LocationLike) -> Path:
+    """The path of a file on this node, downloaded where it is in a bucket; a path inside a mirror is downloaded too.
+
+    Raises `UserError` where a bucket does not have it, or has it damaged.
+    """
+    location = Location.of(place)
+    store = Store(location.url) if location.is_url else store_of(location.path)
     if store is None:
-        return Path(place)
+        return location.path
     path, tag = mirror(store.url), mirror(store.url).with_name(f".{store.url.rpartition('/')[2]}.tag")
     answer = store.head()
     if answer is None:
@@ -46,20 +60,33 @@ def local_file(place: str | Path) -> Path:
 
 
 def exists(path: str | Path) -> bool:
-    """Whether a file is there; of a mirror, whether it is in the store."""
+    """Whether a file exists; for a path inside a mirror, whether its object exists."""
     store = store_of(path)
     return Path(path).exists() if store is None else store.head() is not None
 
 
+def file_version(path: Path) -> tuple[str, int, Any] | None:
+    """Place, size, and time of change or tag of a file: another content has other ones. None where it is missing."""
+    store = store_of(path)
+    if store is not None:
+        answer = store.head()
+        return None if answer is None else (store.url, answer["ContentLength"], answer["ETag"])
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
 def upload(path: Path) -> None:
-    """Upload a file of a mirror, if it is one."""
+    """Upload a file that is inside a mirror."""
     store = store_of(path)
     if store is not None:
         store.upload(path, "")
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, here and in the store whose mirror it is in."""
+    """Remove a file or folder from this node, and from the bucket where it is inside a mirror."""
     store = store_of(path)
     if store is not None:
         parent = Store(store.url.rpartition("/")[0])
@@ -71,7 +98,10 @@ def remove(path: Path) -> None:
 
 
 def download(folder: Path) -> None:
-    """Download what other nodes uploaded into a folder of a mirror."""
+    """Download what other nodes uploaded into a folder of a mirror, checkpoints excepted.
+
+    Raises `UserError` for an object that changed or went away meanwhile.
+    """
     store = store_of(folder)
     if store is None:
         return
@@ -86,12 +116,12 @@ def download(folder: Path) -> None:
 
 @contextlib.contextmanager
 def upload_on_exit(folder: str | Path) -> Iterator[Path]:
-    """A folder for what one process makes: the folder itself, or a temporary one whose files are uploaded at the end."""
+    """A folder for the output of a process: the folder itself, or a temporary one whose files are uploaded on exit."""
     store = store_of(folder)
     if store is None:
         yield Path(folder)
         return
-    with tempfile.TemporaryDirectory(dir=make_folder(scratch_folder() / "made")) as made:
-        yield Path(made)
-        files = [path for path in sorted(Path(made).rglob("*")) if path.is_file()]
-        parallel_map(lambda path: store.upload(path, str(path.relative_to(made))), files)
+    with tempfile.TemporaryDirectory(dir=make_folder(scratch_folder() / "made")) as temporary:
+        yield Path(temporary)
+        files = [path for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
+        parallel_map(lambda path: store.upload(path, str(path.relative_to(temporary))), files)

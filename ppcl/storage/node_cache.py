@@ -1,4 +1,4 @@
-"""Folders of this node that its processes share: mirrors of buckets, snapshots, downloads that happen once."""
+"""Scratch folders that the processes of a node share, so that each file is downloaded once per node."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ppcl.config.location import SCHEME
 
 MIRROR = "ppcl-mirror"
 
-# Objects on their way at once.
+# Threads of one `parallel_map`.
 _AT_ONCE = 8
 
 T = TypeVar("T")
 
 
 def parallel_map(call: Callable[[Any], T], items: Collection[Any]) -> list[T]:
-    """`call(item)` for every item, several at once, in the order of the items; raises what the first of them raised."""
+    """`[call(item) for item in items]` in threads. Raises the exception of the first item that has one."""
     if not items:
         return []
     with ThreadPoolExecutor(min(_AT_ONCE, len(items))) as pool:
@@ -31,27 +31,30 @@ def parallel_map(call: Callable[[Any], T], items: Collection[Any]) -> list[T]:
 
 
 def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scratch_folder() -> Path:
+    """`PPCL_SCRATCH`, by default a temporary folder of this user."""
     return Path(os.environ.get("PPCL_SCRATCH") or Path(tempfile.gettempdir()) / f"ppcl-{os.getuid()}").absolute()
 
 
 def mirror(url: str) -> Path:
-    """Where the files under a URL are worked on, on this node."""
+    """The folder of this node that mirrors a URL."""
     return scratch_folder() / MIRROR / url.removeprefix(SCHEME)
 
 
 def make_folder(folder: Path) -> Path:
+    """Make a folder, and those above it, where it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextlib.contextmanager
 def once_a_node(path: Path) -> Iterator[None]:
-    """One process of this node at a time: what one of them downloads, the others find."""
+    """A lock on a path among the processes of this node: what one of them downloads, the others find."""
     make_folder(path.parent)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,12 +1,10 @@
-"""Where models, prompts and results lie: a folder, or a prefix of a bucket, `s3://bucket/key`.
+"""The S3 client: read, write, list and remove the objects of a bucket under a URL prefix, with retries.
 
-Everything that touches a bucket goes through this module. Endpoint, credentials and region come from the usual
-environment variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_DEFAULT_REGION`, ...).
+All requests to a bucket go through this module. Endpoint, credentials and region come from the usual environment
+variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_DEFAULT_REGION`, ...).
 
-Code works on files. What lies in a bucket is worked on in its *mirror*, a folder of this node named after it under
-`PPCL_SCRATCH` (a temporary folder by default); a path inside of a mirror says by itself where it comes from, so it can be
-sent to another node, which has a mirror of its own. The bucket is the truth: what is read from it is held against the
-sha256 that its writer left in the object's metadata, or against a manifest.
+Writers leave the sha256 of an object in its metadata; readers compare what they get with it. How code that works on
+files uses a bucket is in `ppcl.storage.mirror`.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from ppcl.storage.node_cache import T, file_sha256, once_a_node, parallel_map, s
 
 _SHA256 = "sha256"  # in an object's metadata
 
-# Tries of one request, if AWS_MAX_ATTEMPTS does not say otherwise, and the pause after the first, seconds; it doubles.
+# Attempts of one request, unless AWS_MAX_ATTEMPTS is set, and the pause after the first one, seconds; it doubles.
 _ATTEMPTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _CONNECT_SECONDS, _READ_SECONDS = 10, 30
@@ -47,17 +45,17 @@ _REFUSED = {
 
 
 class Object(NamedTuple):
-    """What the store says of an object in a listing; the tag changes with the content."""
+    """An object of a listing: its size in bytes, and a tag that changes with the content."""
 
     size: int
     tag: str
 
 
 class Store:
-    """The objects under a URL, by names relative to it. Every request is tried again for a while where the store fails.
+    """The objects under a URL, by names relative to it. Failed requests are tried again with growing pauses.
 
-    Raises `UserError` for a bucket that is not there, credentials that are wrong, and a store that stays unusable, and
-    `FileNotFoundError` for an object that does not exist.
+    Raises `UserError` for a missing bucket, wrong credentials and a store that stays unusable, and `FileNotFoundError`
+    for an object that does not exist.
     """
 
     def __init__(self, url: str):
@@ -74,23 +72,25 @@ class Store:
         return f"{self.bucket}/{self._key(name)}"
 
     def _call(self, method: str, **arguments: Any) -> Any:
-        return self._tried(lambda: _files().call_s3(method, Bucket=self.bucket, **arguments))
+        return self._with_retries(lambda: _files().call_s3(method, Bucket=self.bucket, **arguments))
 
-    def _tried(self, action: Callable[[], T]) -> T:
-        """Raises `UserError` with what to do about it, once it is clear that trying again does not help."""
+    def _with_retries(self, action: Callable[[], T]) -> T:
+        """Run `action` again until it succeeds. Raises `UserError` where trying again does not help."""
+        # Only what touches a bucket pays for these imports.
         from aiohttp import ClientError as ConnectionFailed
         from botocore.exceptions import BotoCoreError, ClientError
 
         attempts = max(1, int(os.environ.get("AWS_MAX_ATTEMPTS") or _ATTEMPTS))
+        failure = ""
         for attempt in range(attempts):
             try:
                 return action()
             except FileExistsError:
                 raise
             except (OSError, BotoCoreError, ClientError, ConnectionFailed) as error:
-                told = self._hopeless(error)
-                if told:
-                    raise UserError(told) from None
+                sentence = self._permanent_failure(error)
+                if sentence:
+                    raise UserError(sentence) from None
                 if isinstance(error, FileNotFoundError):
                     raise
                 failure = _reason(error)
@@ -98,12 +98,15 @@ class Store:
             if attempt + 1 < attempts:
                 time.sleep(min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * random.uniform(0.5, 1.5))
         raise UserError(
-            f"the store of {self.url} does not work ({failure}; tried {attempts} times); what is complete is kept: the same "
-            "command continues when it works again"
+            f"the store of {self.url} does not work ({failure}; tried {attempts} times); what is complete is kept: the "
+            "same command continues when it works again"
         )
 
-    def _hopeless(self, error: Exception) -> str | None:
-        """The sentence about an error that stays, however often it is tried."""
+    def _permanent_failure(self, error: Exception) -> str | None:
+        """The sentence for the user about an error that no retry can mend; None for one that may pass.
+
+        Raises `FileExistsError` where a conditional write lost.
+        """
         if type(error).__name__ in _NO_CREDENTIALS:
             return f"there are no credentials for {self.url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         code, status = _answer(error)
@@ -112,12 +115,18 @@ class Store:
         if code == "PreconditionFailed" or status == 412:
             raise FileExistsError(self.url) from None
         if code == "RequestTimeTooSkewed":
-            return f"the store at {_endpoint()} refuses {self.url}: the clock of {socket.gethostname()} is wrong by too much; set it"
+            return (
+                f"the store at {_endpoint()} refuses {self.url}: the clock of {socket.gethostname()} is wrong by too "
+                "much; set it"
+            )
         if code in _REFUSED or status in (401, 403):
-            why = _REFUSED.get(code, "it does not accept the credentials, or they may not do that")
-            return f"the store at {_endpoint()} refuses {self.url}: {why}; look at AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and the bucket's policy"
-        if isinstance(error, OSError) and not status and (told := cannot_write(error)):
-            return f"{told}; free space, or set PPCL_SCRATCH to another folder"
+            why = _REFUSED.get(code or "", "it does not accept the credentials, or they may not do that")
+            return (
+                f"the store at {_endpoint()} refuses {self.url}: {why}; look at AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY and the bucket's policy"
+            )
+        if isinstance(error, OSError) and not status and (sentence := cannot_write(error)):
+            return f"{sentence}; free space, or set PPCL_SCRATCH to another folder"
         if (
             status
             and 400 <= status < 500
@@ -128,50 +137,53 @@ class Store:
         return None
 
     def objects(self, under: str = "") -> dict[str, Object]:
-        """Every object whose name begins with `under`, by its name."""
-        found: dict[str, Object] = {}
-        more: dict[str, Any] = {}
+        """All objects whose name begins with `under`, by name."""
+        objects: dict[str, Object] = {}
+        next_page: dict[str, Any] = {}
         # With the slash, or `result` would list `result-2` too.
         prefix = self._key(under) if under else f"{self.prefix}/" if self.prefix else ""
         while True:
-            answer = self._call("list_objects_v2", Prefix=prefix, **more)
+            answer = self._call("list_objects_v2", Prefix=prefix, **next_page)
             for item in answer.get("Contents", ()):
                 name = item["Key"].removeprefix(f"{self.prefix}/") if self.prefix else item["Key"]
                 if not name.endswith("/"):
-                    found[name] = Object(item["Size"], item["ETag"])
+                    objects[name] = Object(item["Size"], item["ETag"])
             if not answer.get("IsTruncated"):
-                return found
-            more = {"ContinuationToken": answer["NextContinuationToken"]}
+                return objects
+            next_page = {"ContinuationToken": answer["NextContinuationToken"]}
 
     def head(self, name: str = "") -> dict[str, Any] | None:
-        """What the store says of an object: its size, metadata, tag, and times by the store's own clock; None if it is not there."""
+        """Size, metadata and tag of an object, and times by the store's own clock; None if it does not exist."""
         try:
             return self._call("head_object", Key=self._key(name))
         except FileNotFoundError:
             return None
 
     def sha256(self, name: str = "") -> str | None:
-        """What the writer of an object left as its sha256; None where it left none, or there is no such object."""
+        """The sha256 that the writer of an object left; None where it left none or the object does not exist."""
         answer = self.head(name)
         return answer["Metadata"].get(_SHA256) if answer else None
 
-    def read(self, name: str = "", start: int | None = None, stop: int | None = None) -> bytes:
-        """An object, or the bytes `start` to `stop` of it, `stop` excluded."""
-        part = {} if start is None else {"Range": f"bytes={start}-{stop - 1}"}
+    def read(self, name: str = "", start: int = 0, stop: int | None = None) -> bytes:
+        """Read an object, or its bytes `start` to `stop`, `stop` excluded."""
+        part = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
 
         async def get() -> bytes:
             answer = await _files()._call_s3("get_object", Bucket=self.bucket, Key=self._key(name), **part)
             async with answer["Body"] as body:
                 content = await body.read()
             # A connection that is cut may read as the end.
-            if len(content) != answer["ContentLength"] or (part and len(content) != stop - start):
+            if len(content) != answer["ContentLength"] or (stop is not None and len(content) != stop - start):
                 raise ConnectionError(f"only {len(content)} bytes came of {self._path(name)}")
             return content
 
-        return self._tried(lambda: sync(_files().loop, get))
+        return self._with_retries(lambda: sync(_files().loop, get))
 
     def write(self, name: str, content: bytes, **conditions: str) -> str:
-        """Write an object whole; gives its tag. `conditions`: `IfNoneMatch="*"` or `IfMatch=tag`, else `FileExistsError`."""
+        """Write a whole object and return its tag.
+
+        `conditions`: `IfNoneMatch="*"` or `IfMatch=tag`. Raises `FileExistsError` where they do not hold.
+        """
         metadata = {_SHA256: hashlib.sha256(content).hexdigest()}
         return self._call("put_object", Key=self._key(name), Body=content, Metadata=metadata, **conditions)["ETag"]
 
@@ -179,12 +191,12 @@ class Store:
         """Write a file as an object, unless the same content is there already."""
         sha256 = file_sha256(path)
         if self.sha256(name) != sha256:
-            self._tried(lambda: _files().put_file(str(path), self._path(name), Metadata={_SHA256: sha256}))
+            self._with_retries(lambda: _files().put_file(str(path), self._path(name), Metadata={_SHA256: sha256}))
 
     def download(self, name: str, path: Path, sha256: str | None = None) -> bool:
-        """Read an object into a file, whole or not at all; false where it is not there, or is not what its sha256 says.
+        """Download an object into a file, whole or not at all. False where it does not exist or its sha256 differs.
 
-        `sha256`: what it must be; by default what its writer left. A file that is there already and right is kept.
+        `sha256`: the expected one; by default that of the object's writer. A file that has it already is kept.
         """
         sha256 = sha256 or self.sha256(name)
         if sha256 and path.is_file() and file_sha256(path) == sha256:
@@ -192,7 +204,7 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            self._tried(lambda: _files().get_file(self._path(name), str(partial)))
+            self._with_retries(lambda: _files().get_file(self._path(name), str(partial)))
             if sha256 and file_sha256(partial) != sha256:
                 return False
             os.replace(partial, path)
@@ -203,13 +215,13 @@ class Store:
         return True
 
     def remove(self, under: str) -> None:
-        """Remove an object, or all under a name."""
+        """Remove an object, or all objects under a name."""
         names = [name for name in self.objects(under) if name == under or name.startswith(f"{under}/")]
         for name in names:
             self._call("delete_object", Key=self._key(name))
 
     def age(self, name: str) -> float | None:
-        """Seconds since an object was written, both times by the store's clock; None if it is not there."""
+        """Seconds since an object was written, by the store's clock; None if it does not exist."""
         answer = self.head(name)
         if answer is None:
             return None
@@ -217,7 +229,10 @@ class Store:
         return (now - answer["LastModified"]).total_seconds()
 
     def snapshot(self, names: Collection[str], listed: dict[str, Object]) -> Path:
-        """A folder of this node with these of the objects, as they were when `listed`. Downloads those it does not have."""
+        """A folder of this node with the objects `names` as they were when `listed`. Missing ones are downloaded.
+
+        Raises `UserError` for one that is damaged or gone.
+        """
         folder = (
             scratch_folder()
             / "snapshots"
@@ -238,10 +253,11 @@ class Store:
 
 @lru_cache(maxsize=1)
 def _files() -> Any:
-    """The one client of this process."""
+    """The S3 client of this process."""
+    # A slow import that only buckets need.
     import s3fs
 
-    # This module tries again itself: s3fs and botocore each would, too.
+    # This module retries by itself; s3fs and botocore would each do so, too.
     client = s3fs.S3FileSystem(
         skip_instance_cache=True,
         use_listings_cache=False,
@@ -260,7 +276,7 @@ def _endpoint() -> str:
 
 
 def _answer(error: BaseException | None) -> tuple[str | None, int | None]:
-    """The code and the HTTP status that the store answered with, if it did; s3fs hides them behind errors of its own."""
+    """The store's error code and HTTP status, if it answered; s3fs wraps them in errors of its own."""
     while error is not None:
         response = getattr(error, "response", None)
         if isinstance(response, dict):

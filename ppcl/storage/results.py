@@ -1,4 +1,4 @@
-"""What a job's stages have left, read for those who show it."""
+"""Read the JSON files of a job's stages, for reports and for serving."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.config.loading import rename_keys
+from ppcl.config.location import LocationLike
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.storage.manifest import CONFIG, Artifacts
@@ -24,7 +25,7 @@ STAGE_FILES = {
 
 @dataclass(frozen=True)
 class Results:
-    """The parsed stage artifacts. `stages` holds those that could be read, `absent` says of each other one why not.
+    """The parsed stage files. `stages`: those that could be read; `absent`: a sentence for each other one.
 
     `config`: the job's full configuration, `{}` where it cannot be read.
     """
@@ -36,13 +37,13 @@ class Results:
     config: dict[str, Any]
 
     def stage(self, name: str) -> dict[str, Any]:
-        """A stage's artifact, or `{}` where it is not there."""
+        """The content of a stage's file, or `{}` where it could not be read."""
         return self.stages.get(name, {})
 
 
-def read_results(root: Path) -> Results:
-    """Read every stage that the manifest calls complete. Raises `UserError` where `root` is no job's folder."""
-    artifacts = Artifacts(root)
+def read_results(location: LocationLike) -> Results:
+    """Read every stage that the manifest calls complete. Raises `UserError` where the location is no result."""
+    artifacts = Artifacts(location)
     manifest = artifacts.manifest()
     stages, absent = {}, {}
     for stage, name in STAGE_FILES.items():
@@ -59,6 +60,7 @@ def read_results(root: Path) -> Results:
 
 
 def _config(artifacts: Artifacts) -> dict[str, Any]:
+    """The job's configuration with the keys of this version; `{}` where it cannot be read."""
     try:
         stored = json.loads(artifacts.text(CONFIG))
         return rename_keys(Config, stored)[0] if isinstance(stored, dict) else {}

@@ -1,4 +1,4 @@
-"""Tensor files of ours: safetensors that appear whole or not at all, and are known when they were changed since."""
+"""Safetensors files that are written atomically and hold a sha256 of their content, so that damage is found."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-_SHA256 = "sha256"
+_SHA256 = "sha256"  # in a file's metadata
 
 
 class DamagedError(Exception):
-    """A file that cannot be read, or does not hold what was written."""
+    """A tensor file cannot be read, or its content differs from what was written."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata as one file, whole or not at all."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, {**metadata, _SHA256: _sha256(tensors, metadata)})
-    # Or a machine that loses its power could leave the name without the content.
+    # Else a power failure could leave the name without the content.
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Its tensors, on the CPU, and its metadata. Raises `DamagedError`."""
+    """The tensors of a file, on the CPU, and its metadata. Raises `DamagedError`."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -44,7 +45,7 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def is_whole(path: Path) -> bool:
-    """False for a tensor file that is damaged; other files know nothing of themselves."""
+    """False for a damaged tensor file. Files of other kinds hold no hash and count as whole."""
     if path.suffix != ".safetensors":
         return True
     try:
@@ -55,7 +56,7 @@ def is_whole(path: Path) -> bool:
 
 
 def drop_damaged(folder: Path) -> list[Path]:
-    """Remove the damaged tensor files of a folder and the folders in it; gives what they were."""
+    """Remove the damaged tensor files of a folder and of the folders in it; return their paths."""
     damaged = [path for path in sorted(folder.rglob("*.safetensors")) if not is_whole(path)]
     for path in damaged:
         path.unlink()
@@ -63,9 +64,9 @@ def drop_damaged(folder: Path) -> list[Path]:
 
 
 def _sha256(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Of all that is in it; safetensors itself has no sum, and writes its metadata in any order."""
+    """Hash all tensors and metadata, in sorted order: safetensors has no checksum and writes metadata in any order."""
     sha256 = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha256.hexdigest()

@@ -270,8 +270,8 @@ def test_paths_are_made_absolute_before_a_job_is_sent_and_urls_are_not(tmp_path,
 
     monkeypatch.chdir(tmp_path)
     sent = absolute(Config(teacher="t", prompts="s3://b/p.txt", output="o", evaluation={"prompts": "e.txt"}))
-    assert (sent.teacher, sent.prompts, sent.output) == (tmp_path / "t", "s3://b/p.txt", tmp_path / "o")
-    assert sent.evaluation.prompts == tmp_path / "e.txt"
+    assert (sent.teacher.path, sent.prompts.url, sent.output.path) == (tmp_path / "t", "s3://b/p.txt", tmp_path / "o")
+    assert sent.evaluation.prompts.path == tmp_path / "e.txt"
 
 
 def test_the_address_that_is_given_counts_and_not_that_of_the_environment(head, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ppcl.config.location import Location
 from ppcl.errors import UserError
 from serve.config import Served, commented_defaults, load_settings
 from serve.engine.metrics import INSTRUMENTS
@@ -33,7 +34,7 @@ def test_ray_takes_the_file_and_we_take_its_args(values):
     (application,) = ServeDeploySchema.model_validate(values()).applications
     module, name = application.import_path.split(":")
     assert callable(getattr(__import__(module, fromlist=[name]), name))
-    assert Served.model_validate(application.args).result == Path("/data/result")
+    assert Served.model_validate(application.args).result == Location("/data/result")
 
 
 def test_kubernetes_waits_for_replicas_longer_than_they_may_take():
@@ -108,3 +109,7 @@ def test_a_mistake_in_the_settings_is_one_sentence(tmp_path, text, overrides, se
     path.write_text(text)
     with pytest.raises(UserError, match=re.escape(sentence)):
         load_settings(Path("r"), path, overrides)
+
+
+def test_a_host_is_taken_as_text():
+    assert load_settings(Path("r"), None, None, {"host": "::", "port": None}).http.host == "::"

@@ -84,7 +84,7 @@ def test_mistakes_in_the_file_are_told(tmp_path, name, content, message):
 def test_a_missing_file_and_a_text_file_with_pictures_are_refused(tmp_path):
     with pytest.raises(UserError, match="gone.txt does not exist"):
         check_prompts(tmp_path / "gone.txt", "prompt")
-    with pytest.raises(UserError, match="names no pictures"):
+    with pytest.raises(UserError, match="names no images"):
         check_prompts(write(tmp_path / "p.txt", TEXTS), "prompt", "image")
 
 

@@ -26,7 +26,7 @@ def test_paths_of_the_file_are_relative_to_it_and_overrides_win(write, tmp_path)
     config = load_config(
         path, ["distillation.steps=9", "variants.budgets=[0.5]", "sampling.arguments.true_cfg_scale=4.0"], "out"
     )
-    assert config.teacher == tmp_path / "models/t" and config.prompts == tmp_path / "p.txt"
+    assert config.teacher.path == tmp_path / "models/t" and config.prompts.path == tmp_path / "p.txt"
     assert (config.distillation.steps, config.variants.budgets, str(config.output)) == (9, [0.5], "out")
     assert config.sampling.arguments == {"true_cfg_scale": 4.0}
 
@@ -75,6 +75,76 @@ def test_paths_of_the_file_are_relative_to_it_and_overrides_win(write, tmp_path)
         (GOOD | {"sampling": 3}, [], "sampling is 3: it is a section, with the keys steps, height"),
         (GOOD | {"teacher": 3}, [], "teacher is 3: input should be a path"),
         ("teacher:\nprompts: p", [], "the key teacher is missing"),
+        (
+            GOOD,
+            ["variants.targets.half=0.5"],
+            "variants.targets.half is 0.5: it is a section, with the keys parameters",
+        ),
+        (
+            GOOD,
+            ["variants.targets.half.parameter=0.5"],
+            "unknown key variants.targets.half.parameter; the nearest is variants.targets.half.parameters; known here: "
+            "parameters, speedup",
+        ),
+        (
+            GOOD,
+            ["variants.targets.x={}"],
+            "variants.targets.x is {}: a target asks for parameters, for speedup or for both",
+        ),
+        (
+            GOOD,
+            ["variants.targets={3: {speedup: 2}}"],
+            "variants.targets has the key 3, which is no text; put it in quotes",
+        ),
+        (GOOD, ["variants.targets=[1]"], r"variants.targets is \[1\]: input should be a mapping of keys to values"),
+        (GOOD, ["variants.budgets=[0.9, 0.5, 0.9]"], "variants.budgets asks for the variant p90 twice; remove one"),
+        (GOOD, ["variants.blocks=[12, 12]"], "variants.blocks asks for the variant b12 twice; remove one"),
+        (GOOD, ["variants.budget=[0.5]"], "unknown key variants.budget; the nearest is variants.budgets; known here"),
+        (GOOD, ["variants.custom.mine=['2--4']"], "variants.custom.mine: '2--4' names no replacement; write intervals"),
+        (GOOD, ["variants.custom.mine=['2-4,ffn:7']"], "variants.custom.mine: '2-4,ffn:7' names no replacement"),
+        (GOOD, ["variants.custom.mine=['ffn:7/100']"], "variants.custom.mine: 'ffn:7/100' names no replacement"),
+        (GOOD, ["variants.custom.mine=[[4, 2]]"], r"variants.custom.mine: the interval \[4, 2\] holds no two blocks"),
+        (GOOD, ["variants.custom.mine=[[1, 2, 3]]"], r"variants.custom.mine.0 is \[1, 2, 3\]: write an interval as"),
+        (GOOD, ["variants.custom.mine=[]"], "variants.custom.mine is empty; list what is on"),
+        (GOOD, ["variants.custom.all=[[1, 2]]"], "variants.custom: the name 'all' is taken"),
+        (
+            GOOD,
+            ["finetuning.variants=[half]"],
+            "finetuning.variants: there is no variant 'half'; there are p90, p80, p70, all",
+        ),
+        (GOOD, ["finetuning.variants=[p90, p90]"], "finetuning.variants names 'p90' twice; remove one"),
+        (
+            GOOD,
+            ["finetuning.plan=alll"],
+            "finetuning.plan is 'alll': it is neither variants nor any, no variant .* and no plan",
+        ),
+        (
+            GOOD,
+            ["distillation.steps=10", "distillation.warmup=11"],
+            "distillation.warmup is 11: it must not be more than distillation.steps, 10",
+        ),
+        (GOOD, ["finetuning.steps=10", "finetuning.warmup=11"], "finetuning.warmup is 11: it must not be more than"),
+        (GOOD, ["sampling.height=9"], "sampling.height is 9: input should be a multiple of 8"),
+        (GOOD, ["seed=true"], "seed is True: input should be a number, not true or false"),
+        (GOOD, ["width.linear_ffns=true"], "width.linear_ffns is True: input should be a number"),
+        (
+            GOOD,
+            ["width.ffn_keep_percents=[50, x]"],
+            "width.ffn_keep_percents.1 is 'x': input should be a valid integer",
+        ),
+        (GOOD, ["distillation.betas=0.9"], "distillation.betas is 0.9: input should be a list"),
+        (
+            GOOD,
+            ["steps=3"],
+            "unknown key steps; there is sampling.steps, distillation.steps, finetuning.steps, .*; known",
+        ),
+        (
+            GOOD,
+            ["distillation.checker=shapes"],
+            "unknown key distillation.checker; there is evaluation.checker; known here",
+        ),
+        (GOOD | {"output": None}, [], "output is None: input should be a path or an s3:// URL"),
+        (GOOD, [f"device={'x' * 5000}"], "device is 'x+…: input should be 'auto', 'cpu' or 'cuda'"),
         (GOOD, ["seed=[1"], "not valid YAML"),
         ({"teacher": "t"}, [], "the key prompts is missing"),
         ("", [], "is not a mapping"),
@@ -128,6 +198,21 @@ def test_the_printed_defaults_are_the_defaults_and_every_key_is_described(tmp_pa
             here = here[part]
     values |= {"teacher": "t", "prompts": "p"}
     assert Config.model_validate(values) == Config(teacher="t", prompts="p")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["distillation.steps=10"],
+        ["finetuning.warmup=5"],
+        ["finetuning.plan=2-4,ffn:7/50,modulations", "finetuning.steps=3"],
+        ["finetuning.plan=mine", "variants.custom.mine=[[2, 4], 'text:5-7', modulations]"],
+        ["finetuning.variants=[half, p90]", "variants.targets.half.speedup=1.5"],
+        ["width.text=false", "sampling.height=24"],
+    ],
+)
+def test_what_is_right_is_not_refused(write, overrides):
+    load_config(write(GOOD), overrides)
 
 
 OLD_KEYS = {

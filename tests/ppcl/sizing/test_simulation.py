@@ -1,4 +1,4 @@
-"""The simulation of many GPUs: its counts against real runs, its course against recursion, its layouts against the planning code."""
+"""The simulation of many GPUs: counts against real runs, times against recursion, layouts against the estimate."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def test_operations_of_a_block_are_its_products_and_its_attention(small):
     linear = _products(block, lambda: run_blocks(adapter, [block], streams, context))
     assert small.width == 32 and small.tokens == 23
     assert small.flops == (linear + 2 * 2 * 23**2 * 32,) * 6
-    # Two products for one in the backward pass, but for the gradients of what a block is given; attention there counts 5 for 2.
+    # Two products for one in the backward pass, but for the gradients of a block's input; attention counts 5 for 2.
     least, most = (linear * n + 2 * 23**2 * 32 * 7 for n in (2, 3))
     assert all(least < flops <= most for flops in small.trained_flops)
 

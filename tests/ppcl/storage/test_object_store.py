@@ -268,7 +268,7 @@ def test_the_lock_of_a_process_that_died_on_this_machine_is_free_at_once(store, 
     with monkeypatch.context() as patch:
         # A number above those that the kernel gives.
         patch.setattr("ppcl.storage.lease.os", SimpleNamespace(getpid=lambda: 2**22 + 1, readlink=os.readlink))
-        patch.setattr("ppcl.storage.lease._Lock.release", lambda self: None)
+        patch.setattr("ppcl.storage.lease._Lease.release", lambda self: None)
         with hold_lease(store):
             pass
     with hold_lease(store) as check:

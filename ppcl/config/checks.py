@@ -1,0 +1,61 @@
+"""Rules between the keys of a job's configuration, which no key can check alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ppcl.config.plan_syntax import PLAN_SYNTAX, REPLACEMENT, is_plan
+from ppcl.config.variant_names import names_of
+from ppcl.errors import UserError
+
+if TYPE_CHECKING:
+    from ppcl.config.schema import Config, Distillation, Finetuning, Variants
+
+
+def check_config(config: Config) -> None:
+    """Raises `UserError` that names the key, the value seen and what would be right."""
+    names = names_of(config.variants)
+    _check_custom_variants(config.variants)
+    _check_warmup("distillation", config.distillation)
+    _check_warmup("finetuning", config.finetuning)
+    _check_finetuned_variants(config.finetuning, names)
+
+
+def _check_custom_variants(settings: Variants) -> None:
+    for name, plan in settings.custom.items():
+        key = f"variants.custom.{name}"
+        if not plan:
+            raise UserError(f"{key} is empty; list what is on, {PLAN_SYNTAX}")
+        for replacement in plan:
+            if isinstance(replacement, str):
+                if not REPLACEMENT.fullmatch(replacement):
+                    raise UserError(f"{key}: {replacement!r} names no replacement; write {PLAN_SYNTAX}")
+                continue
+            first, last = replacement
+            if not 0 <= first < last:
+                raise UserError(
+                    f"{key}: the interval [{first}, {last}] holds no two blocks; the first must be less than the last, "
+                    "and blocks are counted from 0"
+                )
+
+
+def _check_warmup(section: str, settings: Distillation | Finetuning) -> None:
+    # A short run may leave the default as it is.
+    if "warmup" in settings.model_fields_set and settings.steps and settings.warmup > settings.steps:
+        raise UserError(
+            f"{section}.warmup is {settings.warmup}: it must not be more than {section}.steps, {settings.steps}"
+        )
+
+
+def _check_finetuned_variants(settings: Finetuning, names: list[str]) -> None:
+    known = ", ".join(names)
+    for index, name in enumerate(settings.variants):
+        if name not in names:
+            raise UserError(f"finetuning.variants: there is no variant {name!r}; there are {known}")
+        if name in settings.variants[:index]:
+            raise UserError(f"finetuning.variants names {name!r} twice; remove one")
+    if settings.plan not in ("variants", "any", *names) and not is_plan(settings.plan):
+        raise UserError(
+            f"finetuning.plan is {settings.plan!r}: it is neither variants nor any, no variant ({known}) and no plan; "
+            f"write {PLAN_SYNTAX}"
+        )
