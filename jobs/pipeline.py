@@ -95,9 +95,10 @@ class Job:
         from jobs.stages.ablation import ablate
         from jobs.stages.calibration import calibrate
         from jobs.stages.distillation import distil_plan
-        from jobs.stages.evaluation import choose_variants, evaluate
+        from jobs.stages.evaluation import evaluate
         from jobs.stages.finetuning import finetune_replacements
         from jobs.stages.probes import detect, fit_probes
+        from jobs.stages.variants import choose_variants
 
         config, path = self.config, self.artifacts.path
         calibration = path("calibration")

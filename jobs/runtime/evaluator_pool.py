@@ -153,3 +153,8 @@ class EvaluatorPool:
         """What one actor alone makes, while nothing else runs."""
         (made,) = self.all(lambda actor, _: call(actor), [None], lambda _: None, by=1)
         return made
+
+
+def chunks_of(values: Any, size: int) -> list[Any]:
+    """A list or array cut into parts of at most `size`."""
+    return [values[i : i + size] for i in range(0, len(values), size)]
