@@ -22,6 +22,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.failures import WorkerLost
 from jobs.runtime.process_group import GroupConfig, free_resources
 from jobs.runtime.resources import Resources
 from ppcl.errors import UserError
@@ -155,5 +156,5 @@ def _told(failure: BaseException, patience: float) -> BaseException:
     failed = failure.worker_failures.items() if isinstance(failure, WorkerGroupError) else ()
     for rank, error in failed:
         if isinstance(error, WorkerHealthCheckTimeoutError):
-            return RuntimeError(f"rank {rank} gave no sign of life for {patience:.0f} s, the configuration's patience")
+            return WorkerLost(f"rank {rank} gave no sign of life for {patience:.0f} s, the configuration's patience")
     return failure

@@ -1,44 +1,38 @@
-"""Choosing the variants on Ray."""
+"""Choosing the variants on Ray: what each replacement costs alone, then some plans a budget as a whole."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of
-from ppcl.config.schema import Config
-from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import files_in
+from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, workers
+from jobs.stage import Stage, StageContext
+from ppcl.calibration.dataset import CalibrationSet
+from ppcl.evaluation.velocity_error import ErrorSums
+from ppcl.replacements.io import replacement_files
 from ppcl.replacements.parameter_counts import parameter_counts
 from ppcl.search.variants import VariantCatalog, best_plans, make_variants, plans_to_measure
 from ppcl.storage.manifest import write_atomically
-
-Progress = Callable[[int, int], None]
 
 # Held-out samples on which plans are compared as a whole.
 _CHOSEN_ON = 192
 
 
-def choose_variants(
-    config: Config, teacher: Teacher, calibration: Path, students: Path, folder: Path, device: str, progress: Progress
-) -> dict[str, Any]:
-    """Measure what each entry of the plan costs alone, and some plans a budget as a whole; write `variants.json`."""
-    from ppcl.calibration.dataset import CalibrationSet
-    from ppcl.evaluation.velocity_error import ErrorSums
-
-    ids, size = CalibrationSet(calibration).ids(held_out=True), config.evaluation.batch_size
+def run(context: StageContext) -> dict[str, Any]:
+    """Measure what each replacement costs alone, and some plans a budget as a whole; writes `variants.json`."""
+    config, teacher, folder, progress = context.config, context.teacher, context.folder, context.events
+    calibration, students = context.inputs["calibration"], context.inputs["students"]
+    ids, size = CalibrationSet.of(calibration).ids(held_out=True), config.evaluation.batch_size
     chunks = chunks_of(ids, size)
     # A plan is chosen on part of them; what is told of it later is measured on all.
     some = chunks_of(ids[:: max(1, len(ids) // _CHOSEN_ON)], size)
     total = len(chunks) + len(some) + 2
-    with EvaluatorPool(config, teacher, students, None, folder, device) as evaluators:
+    with EvaluatorPool(context) as evaluators:
         parts = evaluators.all(
             lambda a, c: a.sensitivities.remote(calibration, c), chunks, lambda done: progress(done, total)
         )
         sensitivity = {i: ErrorSums.joined(part[i] for part in parts).overall() for i in parts[0]}
-        counted, settings = parameter_counts(teacher, files_in(students)), config.variants
+        counted, settings = parameter_counts(teacher, replacement_files(students.paths())), config.variants
         block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
         times = evaluators.one(lambda a: a.times.remote(calibration, ids[:size])) if settings.targets else None
         plans = plans_to_measure(settings, counted, times, sensitivity)
@@ -68,3 +62,13 @@ def choose_variants(
     catalog = VariantCatalog(counted.total, len(counted.blocks), block_ranges, sensitivity, made)
     write_atomically(folder / "variants.json", json.dumps(catalog.to_json(), indent=1))
     return {"variants": list(made), "notes": notes}
+
+
+STAGE = Stage(
+    name="variants",
+    run=run,
+    describe=lambda context: "the sensitivity of every replacement, and the variants of the budgets",
+    depends_on=("calibration", "students"),
+    sections=("variants",),
+    workers=workers,
+)

@@ -22,6 +22,9 @@ def _at_most_a_batch(replicas: int, info: ValidationInfo) -> int:
     return replicas
 
 
+# Marks a key that says how a stage is run and not what comes out of it: a change of it makes nothing anew.
+OPERATIONAL: dict[str, Any] = {"operational": True}
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Replicas = Annotated[int, AfterValidator(_at_most_a_batch)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -56,8 +59,10 @@ class Calibration(Section):
     held_out: float = Field(
         0.125, gt=0, lt=1, description="share of the prompts kept for CKA and velocity errors, never fitted on"
     )
-    batch_size: int = Field(16, ge=1, description="prompts a batch")
-    workers: int = Field(1, ge=1, description="actors that encode prompts and run the teacher")
+    batch_size: int = Field(16, json_schema_extra=OPERATIONAL, ge=1, description="prompts a batch")
+    workers: int = Field(
+        1, json_schema_extra=OPERATIONAL, ge=1, description="actors that encode prompts and run the teacher"
+    )
 
 
 class Probes(Section):
@@ -68,7 +73,9 @@ class Probes(Section):
     tokens_per_sample: int = Field(
         64, ge=1, description="tokens of each stream kept of a sample for CKA; the fit takes them all"
     )
-    workers: int = Field(1, ge=1, description="Ray Train workers; each fits its own blocks")
+    workers: int = Field(
+        1, json_schema_extra=OPERATIONAL, ge=1, description="Ray Train workers; each fits its own blocks"
+    )
 
 
 class Detection(Section):
@@ -141,9 +148,16 @@ class Distillation(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
-    pipeline: int = Field(1, ge=1, description="pp: ranks that share the teacher's blocks, each with its own segment")
-    replicas: Replicas = Field(1, ge=1, description="dp: data-parallel replicas of that pipeline")
-    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    pipeline: int = Field(
+        1,
+        json_schema_extra=OPERATIONAL,
+        ge=1,
+        description="pp: ranks that share the teacher's blocks, each with its own segment",
+    )
+    replicas: Replicas = Field(
+        1, json_schema_extra=OPERATIONAL, ge=1, description="dp: data-parallel replicas of that pipeline"
+    )
+    checkpoint_every: int = Field(500, json_schema_extra=OPERATIONAL, ge=1, description="steps between checkpoints")
 
 
 class Finetuning(Section):
@@ -171,17 +185,21 @@ class Finetuning(Section):
     variants: list[str] = Field(
         [], description="with plan: variants, those that are trained, whole and in part; []: all named ones"
     )
-    recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
+    recompute: bool = Field(
+        False,
+        json_schema_extra=OPERATIONAL,
+        description="compute activations again in the backward pass instead of keeping them",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
-    replicas: Replicas = Field(1, ge=1, description="data-parallel replicas")
+    replicas: Replicas = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="data-parallel replicas")
     measured: int = Field(
         50,
         ge=0,
         description="drawn plans measured before and after, beside the variants; by them it is known which others are better with what was trained",
     )
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    checkpoint_every: int = Field(100, json_schema_extra=OPERATIONAL, ge=1, description="steps between checkpoints")
 
 
 class Target(Section):
@@ -227,7 +245,7 @@ class Evaluation(Section):
         None, description="the checker that scores pictures by category; shapes: the demo teacher's world"
     )
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the confidence intervals")
-    workers: int = Field(1, ge=1, description="actors that make pictures")
+    workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="actors that make pictures")
 
 
 class Ablation(Section):
@@ -242,7 +260,7 @@ class Ablation(Section):
     finetuning_steps: int = Field(300, ge=1, description="steps of the rows with fine-tuning")
     gate_steps: int = Field(200, ge=1, description="steps of the learned gates")
     ffns: int = Field(3, ge=0, description="FFNs that become linear maps in the row that has them")
-    workers: int = Field(1, ge=1, description="seeds at once")
+    workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="seeds at once")
 
 
 class Config(Section):
@@ -273,6 +291,13 @@ class Config(Section):
     variants: Variants = Variants()
     evaluation: Evaluation = Evaluation()
     ablation: Ablation = Ablation()
+
+
+def result_settings(section: Section) -> dict[str, Any]:
+    """The values of a section that its results depend on: all but those marked operational, as JSON has them."""
+    fields = type(section).model_fields
+    operational = {name for name, field in fields.items() if field.json_schema_extra == OPERATIONAL}
+    return section.model_dump(mode="json", exclude=operational)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, output: str | Path | None = None) -> Config:
