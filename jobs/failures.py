@@ -69,11 +69,11 @@ def _inside(error: BaseException) -> BaseException | None:
 
 
 def _remote_traceback(error: BaseException) -> str | None:
-    for name in ("_traceback_str", "traceback_str"):  # Ray Train, Ray Core
-        text = getattr(error, name, None)
-        if isinstance(text, str):
-            return _COLOUR.sub("", text)
-    return None
+    # Known by its name: Ray must not be imported before it is configured.
+    if any(base.__name__ == "RayTaskError" for base in type(error).__mro__):
+        return _COLOUR.sub("", str(error))
+    text = getattr(error, "_traceback_str", None)  # Ray Train
+    return text if isinstance(text, str) else None
 
 
 def _parse(text: str) -> _Cause | None:

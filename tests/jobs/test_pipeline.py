@@ -49,7 +49,7 @@ def test_a_stage_that_loses_workers_is_tried_again_from_its_checkpoints_alone(jo
     job.run_stage(stage([RuntimeError("lost a worker\nand more of it"), OSError("gone")], resumes_from), "cpu")
     said = job.reporter.console.file.getvalue()
     assert re.search(
-        r"probes: failed \(RuntimeError: lost a worker \(.*test_pipeline.py, line \d+\)\); "
+        r"probes: failed \(RuntimeError: lost a worker \(jobs/pipeline.py, line \d+\)\); "
         r"trying again from what is complete, 1 of 2 times",
         said,
     )
