@@ -100,7 +100,8 @@ class Stage:
     `check(context)`: called before the stage is run or skipped; gives lines for the log and raises `UserError` for what
     would fail much later.
     `also_reads(context)`: hashes of what it reads beside the files of stages.
-    `resumes_from`: a folder in its own that survives a failure. `format`: of its files; raised by an incompatible change.
+    `resumes_from`: a folder in its own that survives a failure. `format`: of its files; an incompatible change raises
+    it.
     """
 
     name: str

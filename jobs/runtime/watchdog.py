@@ -1,7 +1,7 @@
-"""Actors that give no sign of life are killed: Ray finds a process that died, but waits for ever for one that is stopped.
+"""Actors without a heartbeat are killed: Ray finds a process that died, but waits for ever for one that is stopped.
 
-Each actor sends heartbeats from a thread of its own, from the beginning of its constructor on: asked by a call, it could not
-answer before it has loaded its model. (The ranks of Ray Train are asked by Ray Train.)
+Each actor sends heartbeats from a thread of its own, from the start of its constructor: asked by a call, it could not
+answer before it has loaded its model. (Ray Train watches its own ranks.)
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Heartbeats:
 
 
 class Heartbeat(NamedTuple):
-    """What an actor needs to give heartbeats of life."""
+    """What an actor needs to send heartbeats."""
 
     heartbeats: Any
     every: float
@@ -88,9 +88,10 @@ def _kill(process: Process) -> bool:
 
 
 class Watchdog:
-    """Over some actors of one stage while their work is waited for: `with Watchdog("an evaluator", resources) as watchdog`.
+    """Watches the actors of one stage: `with Watchdog("an evaluator", resources) as watchdog`.
 
-    Actors are given `watchdog.heartbeat`. What ends the block with an error after an actor was killed is a `WorkerLost` that says so.
+    Actors are given `watchdog.heartbeat`. An error that ends the block after an actor was killed becomes a `WorkerLost`
+    that says so.
     """
 
     def __init__(self, who: str, resources: Resources):
@@ -103,7 +104,7 @@ class Watchdog:
         self.tried: set[Process] = set()
 
     def look(self) -> None:
-        """Kill those that have been silent for the patience. Raises `UserError` where places have been too few for as long."""
+        """Kill those that have been silent for too long. Raises `UserError` where resources have been short for as long."""
         self.resources.enough()
         nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         for process in ray.get(self.heartbeat.heartbeats.silent.remote(self.resources.patience)):

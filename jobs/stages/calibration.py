@@ -1,8 +1,8 @@
 """The calibration stage on Ray Data: prompts are encoded by one pool of actors, then the teacher is run by another.
 
-The unit of work is a batch of prompts, known by its number. Only numbers and counts pass through Ray: an actor reads its
-batch from a file and writes one, whole or not at all, so a batch that is done twice is the same file, a stopped job goes
-on where it stopped, and no memory grows with the number of prompts. The two passes follow each other, since the text
+The unit of work is a batch of prompts, known by its number. Only numbers and counts pass through Ray: an actor reads
+its batch from a file and writes one, whole or not at all, so a batch that is done twice is the same file, a stopped job
+continues where it stopped, and no memory grows with the number of prompts. The two passes follow each other, since the text
 encoders and the transformer of a large teacher do not fit on one GPU together.
 """
 
@@ -278,7 +278,7 @@ class _Cache:
             return
         marker = folder / _COMPLETE
         known = json.loads(marker.read_text()) if marker.exists() else {}
-        # A file of the cache may share its disk blocks with one in a job's folder: what was changed there is changed here.
+        # A file of the cache may share its disk blocks with one in a job's folder: a change there is one here.
         for name, sha256 in known.items():
             path = folder / name
             if path.exists() and file_sha256(path) != sha256:

@@ -47,7 +47,7 @@ def check(context: StageContext) -> list[str]:
 
 
 def plan_summary(plan: Sequence[Replacement], blocks: int) -> str:
-    """One line: the intervals, and how many replacements there are of the other kinds; `detection.json` has them all."""
+    """One line: the intervals, and the number of replacements of the other kinds; `detection.json` lists them."""
     intervals = [replacement for replacement in plan if isinstance(replacement, Interval)]
     text = sum(isinstance(replacement, TextRun) for replacement in plan)
     ffns = sum(isinstance(replacement, Ffn) for replacement in plan)

@@ -1,4 +1,4 @@
-"""The teacher: a diffusers pipeline folder, or one in a bucket, read safely, whole or only the blocks a worker needs."""
+"""The teacher: a diffusers pipeline folder or one in a bucket, read safely, whole or only the blocks of a worker."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ from ppcl.storage.object_store import Store
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHTS = ".safetensors"
+# Prefixes of the names of those components, beside the transformer, that are models.
+_PARTS_WITH_WEIGHTS = ("text_encoder", "vae")
+_LFS_POINTER = b"version https://git-lfs"
 _TRUSTED_LIBRARIES = ("diffusers", "transformers")
 
 
 class Teacher:
-    """A pipeline folder that has been looked at: its files, classes and adapter, no weights loaded yet.
+    """A pipeline folder whose files, classes and adapter have been checked, with no weights loaded yet.
 
     `place`: where it is, a folder or an `s3://` URL. `folder`: its files on this node; of a bucket the small ones, as
-    they were when the bucket was listed. Raises `UserError` where the folder is no diffusers pipeline, its transformer is
-    not supported, it wants code of its own, or its weights are pickles.
+    they were when the bucket was listed. Raises `UserError` where the folder is no diffusers pipeline, its transformer
+    is not supported, it wants code of its own, or its weights are pickles or not there.
     """
 
     def __init__(self, folder: str | Path):
@@ -66,10 +69,37 @@ class Teacher:
         for name in self._names():
             if PurePosixPath(name).suffix in _PICKLES:
                 raise UserError(
-                    f"{self.place}/{name} is a pickle, which can run code when it is loaded; convert the weights to safetensors "
-                    "(save_pretrained with safe_serialization) and remove the file"
+                    f"{self.place}/{name} is a pickle, which can run code when it is loaded; convert the weights to "
+                    "safetensors (save_pretrained with safe_serialization) and remove the file"
                 )
+        self._check_weights(index)
         self.transformer_files = self._transformer_files()
+
+    def _check_weights(self, index: dict[str, Any]) -> None:
+        """Refuse weights that are not there, from names and first bytes alone. Raises `UserError`."""
+        names = self._names()
+        for name in names:
+            if not self.store and name.endswith(_WEIGHTS) and _is_lfs_pointer(self.folder / name):
+                raise UserError(
+                    f"{self.place}/{name} is a Git LFS pointer in place of the weights; run git lfs pull in the folder"
+                )
+            if name.endswith(f"{_WEIGHTS}.index.json"):
+                self._check_shards(name, names)
+        for part, value in index.items():
+            if not isinstance(value, list) or value[0] is None or not part.startswith(_PARTS_WITH_WEIGHTS):
+                continue
+            if not any(name.startswith(f"{part}/") and name.endswith(_WEIGHTS) for name in names):
+                raise UserError(
+                    f"{self.place}/{part} holds no {_WEIGHTS} file; get a complete copy of it, or save it as safetensors"
+                )
+
+    def _check_shards(self, index_name: str, names: Collection[str]) -> None:
+        folder = PurePosixPath(index_name).parent
+        for shard in sorted(set(self._json(index_name).get("weight_map", {}).values())):
+            if str(folder / shard) not in names:
+                raise UserError(
+                    f"{self.place}/{folder / shard} is missing, which {index_name} names; get a complete copy of it"
+                )
 
     def _names(self) -> list[str]:
         """The paths of all files under the pipeline's folder."""
@@ -81,7 +111,8 @@ class Teacher:
         path = self.folder / name
         if not path.exists():
             raise UserError(
-                f"{self.place} is no diffusers pipeline folder: {path.name} is missing; point to a folder written by save_pretrained"
+                f"{self.place} is no diffusers pipeline folder: {path.name} is missing; point to a folder written by "
+                "save_pretrained"
             )
         try:
             return json.loads(path.read_text())
@@ -89,14 +120,15 @@ class Teacher:
             raise UserError(f"{self.place}/{name} is not valid JSON ({error}); get an intact copy of it") from None
 
     def _transformer_files(self) -> dict[str, str]:
-        """Where each tensor of the transformer lies: name to the path of a safetensors file, relative to the pipeline's folder."""
+        """Where each tensor of the transformer lies: name to a safetensors file, relative to the pipeline's folder."""
         sharded = "transformer/diffusion_pytorch_model.safetensors.index.json"
         if (self.folder / sharded).exists():
             return {name: f"transformer/{file}" for name, file in self._json(sharded)["weight_map"].items()}
         single = "transformer/diffusion_pytorch_model.safetensors"
         if single not in self._names():
             raise UserError(
-                f"{self.place}/transformer holds no diffusion_pytorch_model.safetensors; save the transformer as safetensors"
+                f"{self.place}/transformer holds no diffusion_pytorch_model.safetensors; save the transformer as "
+                "safetensors"
             )
         if self.store:
             return dict.fromkeys(RemoteWeights(self.store, single).names, single)
@@ -118,7 +150,7 @@ class Teacher:
         return digest.hexdigest()
 
     def part_hashes(self) -> dict[str, str]:
-        """The sha256 of every file of the pipeline's other parts (text encoders, tokenizers, VAE, scheduler), by its path."""
+        """The sha256 of every file of the other components (text encoders, tokenizers, VAE, scheduler), by its path."""
         index = self._json("model_index.json")
         parts = {name for name, value in index.items() if isinstance(value, list) and name != "transformer"}
         names = [name for name in self._names() if name.split("/")[0] in parts]
@@ -190,7 +222,8 @@ class Teacher:
         for name, tensor in self._tensors(lambda n: not n.startswith(tuple(dropped)) if dropped else True):
             if not tensor.isfinite().all():
                 raise UserError(
-                    f"the weight {name} in {self.place}/{self.transformer_files[name]} has NaN or infinite values; get an intact copy of it"
+                    f"the weight {name} in {self.place}/{self.transformer_files[name]} has NaN or "
+                    "infinite values; get an intact copy of it"
                 )
             # Without being told, accelerate would bring it back to the type the structure was made with.
             set_module_tensor_to_device(
@@ -220,6 +253,11 @@ class Teacher:
             with _open(self.folder / file) as opened:
                 for name in names:
                     yield name, opened.get_tensor(name)
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def _open(path: Path) -> Any:

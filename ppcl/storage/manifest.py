@@ -90,7 +90,7 @@ class StageFiles:
     digest: str = ""
 
     def fetch(self) -> StageFiles:
-        """The same files on this node: in a bucket's mirror they are downloaded. Raises `UserError` as `fetch_stage`."""
+        """The same files on this node: those of a bucket are downloaded. Raises `UserError` as `fetch_stage`."""
         return replace(self, folder=fetch_stage(self.folder))
 
     def paths(self, pattern: str = "*") -> list[Path]:
@@ -99,7 +99,7 @@ class StageFiles:
 
 
 class Artifacts:
-    """A job's folder, or its place in a bucket. `root`: where its files are on this node. `place`: what the user calls it.
+    """A job's folder, or its URL in a bucket. `root`: where its files are on this node. `place`: what the user calls it.
 
     Raises `UserError` where it holds something else than a job of this kind.
     """
@@ -161,7 +161,7 @@ class Artifacts:
             raise UserError(f"the output folder {self.place} is not empty and no job of ppcl; choose another --output")
 
     def start(self, job: dict[str, Any]) -> None:
-        """Claim the folder for a job: `job` is what tells one job from another (the teacher's and prompts' identity)."""
+        """Claim the folder for a job: `job` tells one job from another (the teacher's and prompts' identity)."""
         self.check()
         if self._read_manifest() is None:
             self._write_manifest({"format": FORMAT, "job": job, "stages": {}})
@@ -170,8 +170,8 @@ class Artifacts:
             if other != job:
                 differs = [k for k in {**job, **other} if job.get(k) != other.get(k)]
                 raise UserError(
-                    f"the output folder {self.place} holds another job: {differs[0]} is {other.get(differs[0])!r} there and "
-                    f"{job.get(differs[0])!r} here; choose another --output"
+                    f"the output folder {self.place} holds another job: {differs[0]} is {other.get(differs[0])!r} there "
+                    f"and {job.get(differs[0])!r} here; choose another --output"
                 )
 
     @contextlib.contextmanager
@@ -201,7 +201,7 @@ class Artifacts:
         return StageFiles(self.path(stage), tuple(names), record.digest)
 
     def damaged(self, stage: str) -> list[str]:
-        """The files of a complete stage that are gone or changed, by size and sha256; the others are on this node now."""
+        """The files of a complete stage that are gone or changed, by size and sha256; the others are then on this node."""
         record = self.record(stage)
         files = record.files if record else {}
         intact = parallel_map(lambda name: self._intact(name, **files[name]), list(files))
@@ -218,7 +218,7 @@ class Artifacts:
         return self.store.read(name).decode() if self.store else self.path(name).read_text()
 
     def continue_log(self) -> None:
-        """Begin the log on this node with what the store has of it, unless this node has more: what could not be published."""
+        """Begin the log on this node with the store's, unless this node has more: what could not be uploaded."""
         if self.store is None:
             return
         with contextlib.suppress(FileNotFoundError):
@@ -300,7 +300,7 @@ class Artifacts:
 
 
 def fetch_stage(folder: str | Path) -> Path:
-    """The folder of a complete stage on this node: itself, or downloaded into its mirror and compared with the manifest.
+    """The folder of a complete stage on this node: itself, or downloaded into its mirror and verified.
 
     Raises `UserError` where a file is damaged or gone.
     """
