@@ -1,7 +1,8 @@
 """Nodes that a cluster's autoscaler adds when they are asked for, and what it says of what was asked.
 
-Resources are requested by a placement group that waits for them, not by `ray.autoscaler.sdk.request_resources`: of those
-requests a cluster keeps one, which Ray Data and Ray Train overwrite with theirs, and which stays when its job is killed.
+Resources are requested by a placement group that waits for them, not by `ray.autoscaler.sdk.request_resources`: of
+those requests a cluster keeps one, which Ray Data and Ray Train overwrite with theirs, and which stays when its job is
+killed.
 Only version 2 of the autoscaler (that of KubeRay and `ray up`) reports what can never come, and only for what has been
 requested: what could be added can be read nowhere.
 """
@@ -32,7 +33,7 @@ def runs() -> bool:
 
 @contextmanager
 def asked(bundles: Bundles) -> Iterator[PlacementGroup]:
-    """Request these resources together within a `with` block; nodes that come stay until they have been idle for long."""
+    """Request these resources together within a `with` block; nodes that come stay until they are idle for long."""
     group = placement_group(bundles)
     try:
         yield group
@@ -43,7 +44,7 @@ def asked(bundles: Bundles) -> Iterator[PlacementGroup]:
 def can_have(bundles: Bundles) -> bool | None:
     """Whether the autoscaler can provide these resources together; asking lets it launch them.
 
-    None where it does not say: it is silent, or what others use may be what is missing. Where no autoscaler runs, False.
+    None where it does not say: it is silent, or others may use what is missing. Where no autoscaler runs, False.
     """
     if not runs():
         return False

@@ -21,8 +21,8 @@ def shortfall(workers: int, device: str, key: str) -> str | None:
     if workers <= usable:
         return None
     return (
-        f"{key} asks for {_count(workers, 'worker')}, but the cluster has {_count(have, kind)}, of which {usable} can be "
-        "used by workers"
+        f"{key} asks for {_count(workers, 'worker')}, but the cluster has {_count(have, kind)}, of which {usable} can "
+        "be used by workers"
     )
 
 

@@ -104,7 +104,7 @@ class Watchdog:
         self.tried: set[Process] = set()
 
     def look(self) -> None:
-        """Kill those that have been silent for too long. Raises `UserError` where resources have been short for as long."""
+        """Kill those that have been silent for too long. Raises `UserError` where resources were short for as long."""
         self.resources.enough()
         nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         for process in ray.get(self.heartbeat.heartbeats.silent.remote(self.resources.patience)):

@@ -30,7 +30,7 @@ def workers(config: Config) -> Workers:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Run every seed that is not done yet; writes `ablation.json`. `folder/runs/<key>` keeps the seeds that are done."""
+    """Run every seed that is not done yet; writes `ablation.json`. `folder/runs/<key>` keeps those that are."""
     config, folder = context.config, context.folder
     settings, runs = config.ablation, folder / _RUNS / context.key
     count, setting, _ = workers(config)

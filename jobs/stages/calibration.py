@@ -2,8 +2,8 @@
 
 The unit of work is a batch of prompts, known by its number. Only numbers and counts pass through Ray: an actor reads
 its batch from a file and writes one, whole or not at all, so a batch that is done twice is the same file, a stopped job
-continues where it stopped, and no memory grows with the number of prompts. The two passes follow each other, since the text
-encoders and the transformer of a large teacher do not fit on one GPU together.
+continues where it stopped, and no memory grows with the number of prompts. The two passes follow each other, since the
+text encoders and the transformer of a large teacher do not fit on one GPU together.
 """
 
 from __future__ import annotations

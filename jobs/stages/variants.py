@@ -54,8 +54,8 @@ def run(context: StageContext) -> dict[str, Any]:
     chosen = best_plans(settings, plans, errors, speedups)
     made = make_variants(settings, counted, sensitivity, block_ranges, chosen)
     notes = [
-        f"variants: {name} was measured at {speedups[chosen[name]]:.2f} times the teacher's speed, not the {target.speedup:g} "
-        "that variants.targets asks for; no plan measured was faster"
+        f"variants: {name} was measured at {speedups[chosen[name]]:.2f} times the teacher's speed, not the "
+        f"{target.speedup:g} that variants.targets asks for; no plan measured was faster"
         for name, target in settings.targets.items()
         if target.speedup and speedups[chosen[name]] < target.speedup
     ]

@@ -90,7 +90,7 @@ class Teacher:
                 continue
             if not any(name.startswith(f"{part}/") and name.endswith(_WEIGHTS) for name in names):
                 raise UserError(
-                    f"{self.place}/{part} holds no {_WEIGHTS} file; get a complete copy of it, or save it as safetensors"
+                    f"{self.place}/{part} holds no {_WEIGHTS} file; get a complete copy, or save it as safetensors"
                 )
 
     def _check_shards(self, index_name: str, names: Collection[str]) -> None:

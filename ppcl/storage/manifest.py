@@ -99,7 +99,7 @@ class StageFiles:
 
 
 class Artifacts:
-    """A job's folder, or its URL in a bucket. `root`: where its files are on this node. `place`: what the user calls it.
+    """A job's folder, or its URL in a bucket. `root`: where its files are on this node. `place`: its name for the user.
 
     Raises `UserError` where it holds something else than a job of this kind.
     """
@@ -170,8 +170,8 @@ class Artifacts:
             if other != job:
                 differs = [k for k in {**job, **other} if job.get(k) != other.get(k)]
                 raise UserError(
-                    f"the output folder {self.place} holds another job: {differs[0]} is {other.get(differs[0])!r} there "
-                    f"and {job.get(differs[0])!r} here; choose another --output"
+                    f"the output folder {self.place} holds another job: {differs[0]} is {other.get(differs[0])!r} "
+                    f"there and {job.get(differs[0])!r} here; choose another --output"
                 )
 
     @contextlib.contextmanager
@@ -201,7 +201,7 @@ class Artifacts:
         return StageFiles(self.path(stage), tuple(names), record.digest)
 
     def damaged(self, stage: str) -> list[str]:
-        """The files of a complete stage that are gone or changed, by size and sha256; the others are then on this node."""
+        """The files of a complete stage that are gone or changed, by size and sha256; the others are then here."""
         record = self.record(stage)
         files = record.files if record else {}
         intact = parallel_map(lambda name: self._intact(name, **files[name]), list(files))

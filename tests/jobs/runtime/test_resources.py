@@ -62,8 +62,8 @@ def _device(device):
 
 def test_what_the_autoscaler_can_never_add_is_refused_at_once_and_brings_no_node(there):
     told = (
-        "probes.workers asks for 9 workers, but the cluster has 0 CPUs, of which 0 can be used by workers, and its autoscaler "
-        "cannot bring it to 10 CPUs; ask for fewer or raise what it may add"
+        "probes.workers asks for 9 workers, but the cluster has 0 CPUs, of which 0 can be used by workers, and its "
+        "autoscaler cannot bring it to 10 CPUs; ask for fewer or raise what it may add"
     )
     with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
         there(refuse_impossible, [(1, "calibration.workers"), (9, "probes.workers"), (3, "evaluation.workers")], "cpu")
