@@ -93,7 +93,11 @@ class Job:
 
     def _context(self, stage: Stage, device: str) -> StageContext:
         artifacts = self.artifacts
-        inputs = {name: artifacts.stage_files(name) for name in stage.depends_on if artifacts.record(name) is not None}
+        inputs = {
+            name: artifacts.stage_files(name, stage.reads.get(name, "*"))
+            for name in stage.depends_on
+            if artifacts.record(name) is not None
+        }
         context = StageContext(
             self.config, self.teacher, self.identity, inputs, artifacts.path(stage.name), device, _unheard
         )

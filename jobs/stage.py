@@ -6,7 +6,7 @@ A stage is a `Stage` in a module of its own under `jobs/stages`; `jobs.stages.re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +96,8 @@ class Stage:
     """One stage of a job. Its result depends on what `key` hashes, and on nothing else.
 
     `run(context)` fills the stage's folder and gives the manifest's info, of which `notes` are logged at its end.
-    `depends_on`: the stages whose files it reads. `sections`: of the configuration.
+    `depends_on`: the stages whose files it reads. `reads`: by stage, a glob pattern where it does not read all of them.
+    `sections`: of the configuration.
     `check(context)`: called before the stage is run or skipped; gives lines for the log and raises `UserError` for what
     would fail much later.
     `also_reads(context)`: hashes of what it reads beside the files of stages.
@@ -108,6 +109,7 @@ class Stage:
     run: Callable[[StageContext], dict[str, Any]]
     describe: Callable[[StageContext], str]
     depends_on: tuple[str, ...] = ()
+    reads: Mapping[str, str] = field(default_factory=dict)
     sections: tuple[str, ...] = ()
     workers: Callable[[Config], Workers] | None = None
     enabled: Callable[[Config], bool] = lambda config: True

@@ -327,7 +327,7 @@ def _rows(actor: type[_Actor], work: _Work, numbers: list[int], heartbeat: Heart
     """What a pool of actors gives back for the batches of these numbers, as they come."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=min(len(numbers), _MOST_BLOCKS))
-    # It grows as places are free.
+    # It grows as resources become free.
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(work.config.calibration.workers, len(numbers)))
     gpus = 1 if work.device == "cuda" else 0
     # Restarts matter where a node can go away; on a single one Ray only warns of them, at length, on the console.

@@ -130,6 +130,7 @@ STAGE = Stage(
     run=run,
     describe=lambda context: "velocity errors and pictures of every variant",
     depends_on=("calibration", "students", "variants", "finetuning"),
+    reads={"students": "*.safetensors"},  # not the curves, which have times in them
     sections=("sampling", "evaluation"),
     workers=workers,
     also_reads=_also_reads,

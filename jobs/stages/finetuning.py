@@ -76,6 +76,7 @@ STAGE = Stage(
     run=run,
     describe=lambda context: f"replacements end to end, {context.config.finetuning.steps} steps",
     depends_on=("calibration", "students", "variants"),
+    reads={"students": "*.safetensors"},  # not the curves, which have times in them
     sections=("finetuning", "sampling"),
     workers=workers,
     enabled=lambda config: config.finetuning.steps > 0,

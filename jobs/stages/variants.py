@@ -69,6 +69,7 @@ STAGE = Stage(
     run=run,
     describe=lambda context: "the sensitivity of every replacement, and the variants of the budgets",
     depends_on=("calibration", "students"),
+    reads={"students": "*.safetensors"},  # not the curves, which have times in them
     sections=("variants",),
     workers=workers,
 )

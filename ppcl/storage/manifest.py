@@ -75,7 +75,11 @@ class StageRecord:
     @property
     def digest(self) -> str:
         """A hash of the names and contents of all files."""
-        return key_of({name: file["sha256"] for name, file in self.files.items()})
+        return _digest(self.files)
+
+
+def _digest(files: dict[str, dict[str, Any]]) -> str:
+    return key_of({name: file["sha256"] for name, file in files.items()})
 
 
 @dataclass(frozen=True)
@@ -192,13 +196,14 @@ class Artifacts:
         values = self.manifest()["stages"].get(stage)
         return StageRecord(**values) if values else None
 
-    def stage_files(self, stage: str) -> StageFiles:
-        """The files of a complete stage. Raises `UserError` where the stage is not complete."""
+    def stage_files(self, stage: str, pattern: str = "*") -> StageFiles:
+        """The files of a complete stage, or those of a glob pattern. Raises `UserError` where it is not complete."""
         record = self.record(stage)
         if record is None:
             raise UserError(f"{self.place} has no complete {stage}; run ppcl compress again, which goes on from there")
-        names = sorted(str(PurePosixPath(name).relative_to(stage)) for name in record.files)
-        return StageFiles(self.path(stage), tuple(names), record.digest)
+        files = {name: file for name, file in record.files.items() if fnmatch.fnmatch(name, f"{stage}/{pattern}")}
+        names = sorted(str(PurePosixPath(name).relative_to(stage)) for name in files)
+        return StageFiles(self.path(stage), tuple(names), _digest(files))
 
     def damaged(self, stage: str) -> list[str]:
         """The files of a complete stage that are gone or changed, by size and sha256; the others are then here."""

@@ -117,6 +117,15 @@ def test_a_stage_made_again_with_the_same_bytes_leaves_later_ones_skipped(job):
     assert chain.run(job) == (["probes"], "1")
 
 
+def test_a_file_that_a_later_stage_does_not_read_does_not_change_its_key(job):
+    chain = Chain()
+    chain.second = replace(chain.second, reads={"probes": "*.txt"})
+    chain.run(job)
+    (job.artifacts.path("probes") / "times.json").write_text("1.5")
+    job.artifacts.commit("probes", job.artifacts.record("probes").key)
+    assert chain.run(job) == ([], "1")
+
+
 def test_a_stage_reads_what_the_manifest_names_and_not_what_else_lies_in_a_folder(job):
     chain = Chain()
     chain.run(job)
