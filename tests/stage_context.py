@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from jobs.stage import JobIdentity, StageContext
@@ -12,14 +13,14 @@ from ppcl.storage.manifest import StageFiles
 
 def all_files(folder: Path) -> StageFiles:
     """A folder as if a manifest named all that lies in it."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    found = [Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names]
+    names = sorted(str(path.relative_to(folder)) for path in found)
     return StageFiles(folder, tuple(names))
 
 
 def context(config: Config, folder: Path, events=lambda *progress: None, **inputs: Path) -> StageContext:
     """`inputs`: the folder of each stage that is read."""
     teacher = Teacher(config.teacher)
-    folder.mkdir(parents=True, exist_ok=True)
     identity = JobIdentity(teacher.sha256(), teacher.part_hashes(), "prompts")
     files = {name: all_files(path) for name, path in inputs.items()}
     return StageContext(config, teacher, identity, files, folder, "cpu", events, "key")

@@ -68,6 +68,7 @@ def alone(teacher_folder, calibration, tmp_path_factory):
 
 def test_two_workers_leave_the_probes_of_one(ray_cluster, teacher_folder, calibration, alone, tmp_path):
     captured, together, found = [], tmp_path / "probes", []
+    together.mkdir()
     two = config(teacher_folder, 2)
     info = probes.run(context(two, together, lambda *progress: captured.append(progress), calibration=calibration))
     assert info == {"blocks": 6, "dropped": 0, "notes": []}
@@ -103,6 +104,7 @@ def test_a_refusal_of_a_worker_arrives_as_one_sentence(ray_cluster, teacher_fold
         dropped=0,
     )
     folder = tmp_path / "probes"
+    folder.mkdir()
     with pytest.raises(UserError) as caught:
         probes.run(context(config(teacher_folder, 1), folder, calibration=broken))
     assert str(caught.value).startswith(
@@ -117,5 +119,5 @@ def test_more_workers_than_the_cluster_has_are_refused_before_any_starts(
     with pytest.raises(
         UserError, match="probes.workers asks for 40 workers, but the cluster has 4 CPUs, of which 3 can"
     ):
-        probes.run(context(config(teacher_folder, 40), tmp_path / "probes", calibration=calibration))
-    assert os.listdir(tmp_path / "probes") == []
+        probes.run(context(config(teacher_folder, 40), tmp_path, calibration=calibration))
+    assert os.listdir(tmp_path) == []
