@@ -82,7 +82,7 @@ class StageContext:
 class Workers(NamedTuple):
     """How many workers a stage has, and the configuration key that says so. `least`: with how few it can go on."""
 
-    count: int
+    number: int
     setting: str
     least: int | None = None
 

@@ -51,7 +51,7 @@ class Result:
         """The fine-tuned replacements, where fine-tuning was done for the variants as they are."""
         done, variants = self.artifacts.record("finetuning"), self.artifacts.record("variants")
         # The version before kept the key of the variants there, this one keeps the digest of their files.
-        if not done or done.info.get("variants") not in (variants.key, variants.digest):
+        if not done or not variants or done.info.get("variants") not in (variants.key, variants.digest):
             return None
         self._check("finetuning")
         tuned = FinetunedSelection.read(self.artifacts.path("finetuning"), self.catalog.sensitivity)

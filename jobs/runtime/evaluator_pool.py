@@ -52,7 +52,6 @@ def _finetuned(context: WorkerContext) -> FinetunedSelection | None:
     return replace(FinetunedSelection.read(files.folder, sensitivity), files=replacement_files(files.paths()))
 
 
-@ray.remote
 class _Evaluator:
     """Holds one pipeline and all its students; every measurement is one call."""
 
@@ -102,6 +101,9 @@ class _Evaluator:
         return seconds_per_step(self.pipeline, self.switch, variants, texts, self.config.sampling)
 
 
+_EvaluatorActor: Any = ray.remote(_Evaluator)
+
+
 class EvaluatorPool:
     """A pool of them, given back at the end of a `with` block."""
 
@@ -112,7 +114,7 @@ class EvaluatorPool:
         resources.wait()
         self._exit = ExitStack()
         self._watchdog = self._exit.enter_context(Watchdog("an evaluator", resources))
-        actor = _Evaluator.options(**({"num_gpus": 1} if context.device == "cuda" else {"num_cpus": 1}))
+        actor = _EvaluatorActor.options(**({"num_gpus": 1} if context.device == "cuda" else {"num_cpus": 1}))
         self.actors = [actor.remote(self._watchdog.heartbeat) for _ in range(count)]
         for evaluator in self.actors:
             self._exit.callback(ray.kill, evaluator)

@@ -35,7 +35,6 @@ class Process(NamedTuple):
     started: float
 
 
-@ray.remote(num_cpus=0)
 class _Heartbeats:
     """When each process was heard of last, by this actor's own clock."""
 
@@ -51,6 +50,9 @@ class _Heartbeats:
 
     def drop(self, process: Process) -> None:
         self.heard.pop(process, None)
+
+
+_HeartbeatsActor: Any = ray.remote(num_cpus=0)(_Heartbeats)
 
 
 class Heartbeat(NamedTuple):
@@ -99,7 +101,7 @@ class Watchdog:
         self.every = min(_EVERY, resources.patience / 4)
         # On this node: another's loss must not take it away while the actors go on.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.heartbeat = Heartbeat(_Heartbeats.options(scheduling_strategy=here).remote(), self.every)
+        self.heartbeat = Heartbeat(_HeartbeatsActor.options(scheduling_strategy=here).remote(), self.every)
         self.killed: list[str] = []
         self.tried: set[Process] = set()
 

@@ -72,6 +72,10 @@ def _run_seeds(context: WorkerContext, rank: int, runs: Path, report: RankReport
         if record.exists():
             continue
         work = runs / f"seed-{seed}"
+
+        def progress(done: int, total: int, index: int = index) -> None:
+            report(index * total + done, len(seeds) * total, {})
+
         rows = run_seed(
             config,
             Teacher(context.teacher),
@@ -81,7 +85,7 @@ def _run_seeds(context: WorkerContext, rank: int, runs: Path, report: RankReport
             work,
             config.seed + seed,
             context.device,
-            lambda done, total, index=index: report(index * total + done, len(seeds) * total, {}),
+            progress,
         )
         write_atomically(record, json.dumps(rows))
         shutil.rmtree(work)

@@ -71,8 +71,8 @@ def run(context: StageContext) -> dict[str, Any]:
         remove(path)
     count = _cut(config, work.embeddings / _TEXTS)
     numbers = range(math.ceil(count / config.calibration.batch_size))
-    _, setting, least = workers(config)
-    resources = Resources(least, context.device, setting, config.patience)
+    number, setting, least = workers(config)
+    resources = Resources(least or number, context.device, setting, config.patience)
     resources.wait()
     with Watchdog("a worker of calibration", resources) as watchdog:
         encoded = _Cache(work.embeddings, [_NEGATIVE, *(_name(n) for n in numbers)])
@@ -387,7 +387,7 @@ def _finish(context: StageContext, prompts: int) -> dict[str, Any]:
         )
         dropped, samples, call = dropped + here, samples + len(ids), call or own_call
         sampled.append(np.unique(ids))
-    if not samples:
+    if not samples or call is None:
         raise UserError(
             f"all states of the teacher {teacher.place} are NaN or infinite; check its weights and its precision"
         )

@@ -98,7 +98,7 @@ def _score_images(
             "R_low": None,
             "R_high": None,
         }
-        if checker:
+        if checker and reference_correct:
             correct = correctness(checker, images, prompts)
             row["world"] = checker_scores(correct, settings.confidence, seed)
             row |= relative_drop(correct, reference_correct, settings.confidence, seed)

@@ -216,7 +216,7 @@ class CalibrationSet:
         return sorted(found)
 
     def batch(
-        self, ids: Sequence[int], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self, ids: Sequence[int] | np.ndarray, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> dict[str, Any]:
         """Arguments of one call of the stock transformer, one row an id, in the order given.
 

@@ -38,7 +38,7 @@ class Teacher:
     """
 
     def __init__(self, folder: str | Path):
-        self.store = Store(folder) if is_url(folder) else None
+        self.store = Store(str(folder)) if is_url(folder) else None
         if self.store:
             self._listed = self.store.objects()
             self.folder = self.store.snapshot(

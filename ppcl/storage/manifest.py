@@ -109,7 +109,7 @@ class Artifacts:
     """
 
     def __init__(self, place: str | Path):
-        self.store: Store | None = Store(place) if is_url(place) else store_of(place)
+        self.store: Store | None = Store(str(place)) if is_url(place) else store_of(place)
         self.root = mirror(self.store.url) if self.store else Path(place).absolute()
         self.place = self.store.url if self.store else str(self.root)
         self._check_held: Callable[[], None] = lambda: None
