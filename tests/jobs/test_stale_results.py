@@ -8,7 +8,6 @@ from rich.console import Console
 
 from jobs.pipeline import Job
 from ppcl.config.schema import Config
-from ppcl.result import Result
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +46,3 @@ def test_another_width_section_in_the_same_folder_gives_the_variants_of_a_fresh_
     assert names[0] == names[1]
     variants = [json.loads((tmp_path / name / "variants" / "variants.json").read_text()) for name in ("twice", "fresh")]
     assert variants[0] == variants[1]
-
-
-def test_variants_that_are_lost_are_made_again_and_later_stages_describe_them(ray_cluster, values, tmp_path):
-    run(values, tmp_path / "result")
-    (tmp_path / "result" / "variants" / "variants.json").unlink()
-    said = run(values, tmp_path / "result", variants={"budgets": [0.8]})
-    assert "variants: done" in said and "evaluation: done" in said and "students: complete, skipped" in said
-    evaluated = json.loads((tmp_path / "result" / "evaluation" / "evaluation.json").read_text())["variants"]
-    result = Result(tmp_path / "result")
-    assert evaluated.keys() == result.variants.keys() and "p80" in evaluated
-    assert result.tuned is not None
