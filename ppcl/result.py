@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.finetuned_selection import FinetunedSelection
-from ppcl.replacements.io import files_in
+from ppcl.replacements.io import replacement_files
 from ppcl.replacements.parameter_counts import ParameterCounts, parameter_counts
 from ppcl.replacements.plan import PLAN_SYNTAX, Replacement, parse_text
 from ppcl.replacements.switcher import VariantSwitcher
@@ -43,27 +42,23 @@ class Result:
         self.catalog = read_catalog(self.artifacts.path("variants"))
         self._check("students")
         self.teacher = _teacher(teacher or job["teacher"], job["teacher_sha256"])
-        self.replacements = self._verified("students", files_in(self.artifacts.path("students")))
+        self.replacements = replacement_files(self.artifacts.stage_files("students").paths())
         self.tuned = self._tuned()
         self._switch = VariantSwitcher(self.teacher, self.replacements, self.tuned)
 
-    def _verified(self, stage: str, files: Mapping[Replacement, Path]) -> dict[Replacement, Path]:
-        """Those that the manifest names: no other was verified."""
-        known = {self.artifacts.path(name) for name in self.artifacts.entry(stage).files}
-        return {entry: path for entry, path in files.items() if path in known}
-
     def _tuned(self) -> FinetunedSelection | None:
         """The fine-tuned replacements, where fine-tuning was done for the variants as they are."""
-        done, variants = self.artifacts.entry("finetuning"), self.artifacts.entry("variants")
-        if not done or done.info.get("variants") != variants.key:
+        done, variants = self.artifacts.record("finetuning"), self.artifacts.record("variants")
+        # The version before kept the key of the variants there, this one keeps the digest of their files.
+        if not done or not variants or done.info.get("variants") not in (variants.key, variants.digest):
             return None
         self._check("finetuning")
         tuned = FinetunedSelection.read(self.artifacts.path("finetuning"), self.catalog.sensitivity)
-        return replace(tuned, files=self._verified("finetuning", tuned.files))
+        return replace(tuned, files=replacement_files(self.artifacts.stage_files("finetuning").paths()))
 
     def _check(self, stage: str) -> None:
         """Raises `UserError` where a stage is not there or not intact."""
-        if self.artifacts.entry(stage) is None:
+        if self.artifacts.record(stage) is None:
             raise UserError(
                 f"{self.artifacts.place} has no {stage} yet; run ppcl compress again, which goes on from there"
             )

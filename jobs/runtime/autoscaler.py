@@ -1,9 +1,10 @@
 """Nodes that a cluster's autoscaler adds when they are asked for, and what it says of what was asked.
 
-Places are asked for by a placement group that waits for them, not by `ray.autoscaler.sdk.request_resources`: of those requests a
-cluster keeps one, which Ray Data and Ray Train write over with theirs, and which stays when its job is killed. What can never come is
-told by version 2 of the autoscaler (that of KubeRay and `ray up`) alone, and only of what has been asked for: what could be added
-can be read nowhere.
+Resources are requested by a placement group that waits for them, not by `ray.autoscaler.sdk.request_resources`: of
+those requests a cluster keeps one, which Ray Data and Ray Train overwrite with theirs, and which stays when its job is
+killed.
+Only version 2 of the autoscaler (that of KubeRay and `ray up`) reports what can never come, and only for what has been
+requested: what could be added can be read nowhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # a compiled module without types
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -32,7 +33,7 @@ def runs() -> bool:
 
 @contextmanager
 def asked(bundles: Bundles) -> Iterator[PlacementGroup]:
-    """Lets nodes come for these places, together, within a `with` block; afterwards they stay until they have been idle for long."""
+    """Request these resources together within a `with` block; nodes that come stay until they are idle for long."""
     group = placement_group(bundles)
     try:
         yield group
@@ -41,9 +42,9 @@ def asked(bundles: Bundles) -> Iterator[PlacementGroup]:
 
 
 def can_have(bundles: Bundles) -> bool | None:
-    """Whether there can be these places, together, by the autoscaler's word; asking lets it launch them.
+    """Whether the autoscaler can provide these resources together; asking lets it launch them.
 
-    None where it does not say: it is silent, or what others use may be what is missing. Where no autoscaler runs, False.
+    None where it does not say: it is silent, or others may use what is missing. Where no autoscaler runs, False.
     """
     if not runs():
         return False

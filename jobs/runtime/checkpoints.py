@@ -1,4 +1,4 @@
-"""The checkpoints that the ranks of a stage go on from: damaged ones are left out and told, wherever they lie."""
+"""The checkpoints that the ranks of a stage resume from: damaged ones are left out and reported."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from ppcl.storage.tensor_files import drop_damaged, is_whole
 
 
 def drop_damaged_checkpoints(stage: str, folder: Path) -> list[str]:
-    """Before the ranks begin: make the folder, remove what is damaged in it, and tell that. (In a bucket each node looks itself.)"""
+    """Before the ranks start: make the folder, remove damaged files from it, and give a note for each.
+
+    In a bucket each node does this for itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     return [_damaged(stage, path) for path in drop_damaged(folder)]
 
 
 @contextmanager
 def open_checkpoints(stage: str, folder: str, attempt: str, report: RankReporter) -> Iterator[Path]:
-    """On a rank: the folder, see `ppcl.storage.object_store.resumable`."""
+    """On a rank: the folder, see `ppcl.storage.checkpoint_sync.synced_checkpoints`."""
     with synced_checkpoints(folder, attempt, is_whole, lambda path: report.note(_damaged(stage, path))) as checkpoints:
         yield checkpoints
 

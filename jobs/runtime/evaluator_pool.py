@@ -5,122 +5,120 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Self
 
+import diffusers
 import numpy as np
 import ray
+import torch
 from ray.util import ActorPool
 
 from jobs.runtime.resources import Resources
 from jobs.runtime.watchdog import Heartbeat, Watchdog
+from jobs.stage import StageContext, WorkerContext, Workers
+from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
+from ppcl.evaluation.images import generate_images, image_path, save_images, seconds_per_step
+from ppcl.evaluation.latency import forward_seconds, measure_latencies
+from ppcl.evaluation.velocity_error import sensitivities, variant_errors
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import files_in
+from ppcl.replacements.finetuned_selection import FinetunedSelection
+from ppcl.replacements.io import replacement_files
+from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.search.variants import read_catalog
-from ppcl.storage.manifest import fetch_stage
+from ppcl.storage.manifest import StageFiles
 from ppcl.storage.mirror import upload_on_exit
 
 
-@ray.remote
+def workers(config: Config) -> Workers:
+    return Workers(config.evaluation.workers, "evaluation.workers")
+
+
+def chunks_of(values: Any, size: int) -> list[Any]:
+    """A list or array cut into parts of at most `size`."""
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+def _finetuned(context: WorkerContext) -> FinetunedSelection | None:
+    """The fine-tuned replacements, where the stage has them among its inputs."""
+    files = context.inputs.get("finetuning")
+    if files is None:
+        return None
+    files = files.fetch()
+    sensitivity = read_catalog(context.inputs["variants"].fetch().folder).sensitivity
+    return replace(FinetunedSelection.read(files.folder, sensitivity), files=replacement_files(files.paths()))
+
+
 class _Evaluator:
     """Holds one pipeline and all its students; every measurement is one call."""
 
-    def __init__(self, life: Heartbeat):
-        life.show()
+    def __init__(self, heartbeat: Heartbeat):
+        heartbeat.start()
 
-    def load(
-        self, config: Config, teacher: str, students: Path, tuned: tuple[Path, Path] | None, folder: Path, device: str
-    ) -> None:
-        """The first call, since Ray keeps no error of a constructor as it was. `tuned`: the stages of fine-tuning and of the
-        variants, where there are fine-tuned replacements."""
-        import diffusers
-        import torch
-
-        from ppcl.calibration.dataset import CalibrationSet
-        from ppcl.replacements.finetuned_selection import FinetunedSelection
-        from ppcl.replacements.switcher import VariantSwitcher
-
+    def load(self, context: WorkerContext) -> None:
+        """Called first: Ray does not keep the error of a constructor as it was."""
         diffusers.utils.logging.set_verbosity_error()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.evaluation.workers))
-        self.config, self.folder, self.device = config, folder, device
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        whole = Teacher(teacher)
-        self.pipeline = whole.pipeline(device, self.dtype)
-        fine = (
-            FinetunedSelection.read(fetch_stage(tuned[0]), read_catalog(fetch_stage(tuned[1])).sensitivity)
-            if tuned
-            else None
-        )
-        self.switch = VariantSwitcher(whole, files_in(fetch_stage(students)), fine)
-        self.samples = lru_cache(lambda calibration: CalibrationSet(fetch_stage(calibration)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.config.evaluation.workers))
+        self.config, self.folder, self.device = context.config, context.folder, context.device
+        self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        teacher = Teacher(context.teacher)
+        self.pipeline = teacher.pipeline(self.device, self.dtype)
+        students = replacement_files(context.inputs["students"].fetch().paths())
+        self.switch = VariantSwitcher(teacher, students, _finetuned(context))
+        self.samples = lru_cache(CalibrationSet.of)
 
-    def sensitivities(self, calibration: Path, ids: np.ndarray) -> Any:
-        from ppcl.evaluation.velocity_error import sensitivities
-
+    def sensitivities(self, calibration: StageFiles, ids: np.ndarray) -> Any:
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return sensitivities(self.pipeline.transformer, self.switch, inputs)
 
-    def times(self, calibration: Path, ids: np.ndarray) -> Any:
-        from ppcl.evaluation.latency import measure_latencies
-
+    def times(self, calibration: StageFiles, ids: np.ndarray) -> Any:
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return measure_latencies(self.pipeline.transformer, self.switch, inputs)
 
-    def forward_seconds(self, calibration: Path, ids: np.ndarray, plans: list[Any]) -> list[float]:
-        from ppcl.evaluation.latency import forward_seconds
-
+    def forward_seconds(self, calibration: StageFiles, ids: np.ndarray, plans: list[Any]) -> list[float]:
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return forward_seconds(self.pipeline.transformer, self.switch, plans, inputs)
 
-    def errors(self, calibration: Path, ids: np.ndarray, variants: dict[str, Any]) -> Any:
-        from ppcl.evaluation.velocity_error import variant_errors
-
+    def errors(self, calibration: StageFiles, ids: np.ndarray, variants: dict[str, Any]) -> Any:
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return variant_errors(self.pipeline.transformer, self.switch, variants, inputs)
 
     def pictures(self, variant: str, plan: Any, texts: list[str], indices: list[int]) -> None:
-        from ppcl.evaluation.images import generate_images, image_path, save_images
-
         self.switch(self.pipeline.transformer, plan)
         # Seeds above those of calibration, so that no test picture starts from noise that was fitted on.
         seeds = [1_000_000 + self.config.seed + index for index in indices]
-        made = generate_images(self.pipeline, texts, seeds, self.config.sampling)
+        images = generate_images(self.pipeline, texts, seeds, self.config.sampling)
         with upload_on_exit(self.folder) as folder:
-            save_images(made, [image_path(folder, variant, index) for index in indices])
+            save_images(images, [image_path(folder, variant, index) for index in indices])
 
     def finetuned(self, variants: dict[str, Any]) -> dict[str, bool]:
         return {name: bool(self.switch.finetuned(plan)) for name, plan in variants.items()}
 
     def seconds(self, variants: dict[str, Any], texts: list[str]) -> dict[str, float]:
-        from ppcl.evaluation.images import seconds_per_step
-
         return seconds_per_step(self.pipeline, self.switch, variants, texts, self.config.sampling)
+
+
+_EvaluatorActor: Any = ray.remote(_Evaluator)
 
 
 class EvaluatorPool:
     """A pool of them, given back at the end of a `with` block."""
 
-    def __init__(
-        self,
-        config: Config,
-        teacher: Teacher,
-        students: Path,
-        tuned: tuple[Path, Path] | None,
-        folder: Path,
-        device: str,
-    ):
-        places = Resources(config.evaluation.workers, device, "evaluation.workers", config.worker_timeout_s)
-        places.wait()
+    def __init__(self, context: StageContext):
+        """Start the actors. Raises `UserError` where the cluster has too few resources for too long."""
+        count, setting, _ = workers(context.config)
+        resources = Resources(count, context.device, setting, context.config.worker_timeout_s)
+        resources.wait()
         self._exit = ExitStack()
-        self._watch = self._exit.enter_context(Watchdog("an evaluator", places))
-        actor = _Evaluator.options(**({"num_gpus": 1} if device == "cuda" else {"num_cpus": 1}))
-        self.actors = [actor.remote(self._watch.life) for _ in range(config.evaluation.workers)]
-        for one in self.actors:
-            self._exit.callback(ray.kill, one)
-        self._loading = [one.load.remote(config, teacher.place, students, tuned, folder, device) for one in self.actors]
+        self._watchdog = self._exit.enter_context(Watchdog("an evaluator", resources))
+        actor = _EvaluatorActor.options(**({"num_gpus": 1} if context.device == "cuda" else {"num_cpus": 1}))
+        self.actors = [actor.remote(self._watchdog.heartbeat) for _ in range(count)]
+        for evaluator in self.actors:
+            self._exit.callback(ray.kill, evaluator)
+        self._loading = [evaluator.load.remote(context.for_workers()) for evaluator in self.actors]
 
     def __enter__(self) -> Self:
         return self
@@ -131,9 +129,12 @@ class EvaluatorPool:
     def all(
         self, call: Callable[[Any, Any], Any], items: list[Any], done: Callable[[int], None], by: int | None = None
     ) -> list[Any]:
-        """`call(actor, item)` for every item, in the order of the items, by all actors or so many; raises `UserError` as an actor did."""
+        """`call(actor, item)` for every item, in the order of the items, by all actors or the first `by`.
+
+        `done(count)` is called after each. Raises `UserError` as an actor did.
+        """
         results = []
-        for _ in self._results(ray.get(one) for one in self._loading):
+        for _ in self._results(ray.get(loading) for loading in self._loading):
             pass
         self._loading = []
         for result in self._results(ActorPool(self.actors[:by]).map(call, items)):
@@ -143,13 +144,13 @@ class EvaluatorPool:
 
     def _results(self, coming: Iterator[Any]) -> Iterator[Any]:
         try:
-            yield from self._watch.results(coming)
+            yield from self._watchdog.results(coming)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from error
             raise
 
     def one(self, call: Callable[[Any], Any]) -> Any:
-        """What one actor alone makes, while nothing else runs."""
-        (made,) = self.all(lambda actor, _: call(actor), [None], lambda _: None, by=1)
-        return made
+        """The result of one call on one actor, while nothing else runs."""
+        (result,) = self.all(lambda actor, _: call(actor), [None], lambda _: None, by=1)
+        return result

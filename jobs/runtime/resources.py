@@ -1,4 +1,4 @@
-"""Whether a cluster has the places that some workers need, and waiting for those it lacks."""
+"""Check that the Ray cluster has the CPUs or GPUs that a stage needs, and wait for missing nodes."""
 
 from __future__ import annotations
 
@@ -9,37 +9,40 @@ from jobs.runtime import autoscaler
 from jobs.runtime.cluster import number
 from ppcl.errors import UserError
 
-# Times the patience, at most, that is waited while an autoscaler has nodes on their way.
+# Times the worker_timeout_s, at most, that is waited while an autoscaler has nodes on their way.
 _LAUNCHING = 4
 
 
 def shortfall(workers: int, device: str, key: str) -> str | None:
-    """What the cluster lacks now for these workers, in words for the user; None where it has it."""
+    """What the cluster lacks for these workers, in words for the user; None where it lacks nothing."""
     kind = _kind(device)
     have = number(kind)
     usable = max(have - _beside(device), 0)
     if workers <= usable:
         return None
-    return f"{key} asks for {_count(workers, 'worker')}, but the cluster has {_count(have, kind)}, of which {usable} can be used by workers"
+    return (
+        f"{key} asks for {_count(workers, 'worker')}, but the cluster has {_count(have, kind)}, of which {usable} can "
+        "be used by workers"
+    )
 
 
 def refuse_impossible(needs: Iterable[tuple[int, str]], device: str) -> None:
-    """Refuse at once what the cluster can never run: `needs` are numbers of workers, not at the same time, and the keys that ask for
-    them. Raises `UserError` with what it has.
+    """Refuse at once what the cluster can never run. Raises `UserError` with what it has.
 
-    An autoscaler is asked for the most of them: that it can is known only once it does.
+    `needs`: numbers of workers, not at the same time, and the configuration keys that ask for them. An autoscaler is
+    asked for the most of them: that it can add them is known only once it does.
     """
-    missing = [(workers, key, told) for workers, key in needs if (told := shortfall(workers, device, key))]
+    missing = [(workers, key, reason) for workers, key in needs if (reason := shortfall(workers, device, key))]
     if not missing:
         return
-    workers, _, told = max(missing, key=lambda need: need[0])
+    workers, _, reason = max(missing, key=lambda need: need[0])
     if not autoscaler.runs():
         raise UserError(f"{missing[0][2]}; ask for fewer or add nodes")
     # What it does not say is known when the stage has waited for it.
     if autoscaler.can_have(bundles(workers, device)) is False:
         needed = _count(workers + _beside(device), _kind(device))
         raise UserError(
-            f"{told}, and its autoscaler cannot bring it to {needed}; ask for fewer or raise what it may add"
+            f"{reason}, and its autoscaler cannot bring it to {needed}; ask for fewer or raise what it may add"
         )
 
 
@@ -61,32 +64,32 @@ def _count(number: int, what: str) -> str:
 
 
 class Resources:
-    """Whether the cluster has places for some workers.
+    """The CPUs or GPUs that some workers need.
 
-    What is missing is asked of its autoscaler, where one runs, and waited for: a node that was lost may come back, too. That takes
-    `patience` seconds at most from the moment when none is on its way any more, and four times that in all.
+    What is missing is requested from the autoscaler, where one runs, and waited for: a lost node may come back, too.
+    That takes at most `worker_timeout_s` seconds from when no node is on its way any more, and four times that in all.
     """
 
-    def __init__(self, workers: int, device: str, key: str, patience: float):
-        self.asked, self.patience = (workers, device, key), patience
-        self.lacking_since: float | None = None
+    def __init__(self, workers: int, device: str, key: str, worker_timeout_s: float):
+        self.asked, self.worker_timeout_s = (workers, device, key), worker_timeout_s
+        self.short_since: float | None = None
         self._launching = 0.0
 
     def enough(self) -> bool:
         """Raises `UserError` once there have been too few for too long."""
-        told = shortfall(*self.asked)
-        if told is None:
-            self.lacking_since = None
+        reason = shortfall(*self.asked)
+        if reason is None:
+            self.short_since = None
             return True
         now = time.monotonic()
-        self.lacking_since = self.lacking_since or now
+        self.short_since = self.short_since or now
         if autoscaler.launching():
             self._launching = now
         if (
-            now - max(self.lacking_since, self._launching) > self.patience
-            or now - self.lacking_since > _LAUNCHING * self.patience
+            now - max(self.short_since, self._launching) > self.worker_timeout_s
+            or now - self.short_since > _LAUNCHING * self.worker_timeout_s
         ):
-            raise UserError(f"{told}; ask for fewer or add nodes")
+            raise UserError(f"{reason}; ask for fewer or add nodes")
         return False
 
     def wait(self) -> None:

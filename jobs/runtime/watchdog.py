@@ -1,7 +1,7 @@
-"""Actors that give no sign of life are killed: Ray finds a process that died, but waits for ever for one that is stopped.
+"""Actors without a heartbeat are killed: Ray finds a process that died, but waits for ever for one that is stopped.
 
-Each actor sends signs from a thread of its own, from the beginning of its constructor on: asked by a call, it could not
-answer before it has loaded its model. (The ranks of Ray Train are asked by Ray Train.)
+Each actor sends heartbeats from a thread of its own, from the start of its constructor: asked by a call, it could not
+answer before it has loaded its model. (Ray Train watches its own ranks.)
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.failures import WorkerLost
 from jobs.runtime.resources import Resources
 
-# Seconds between two signs, and between two looks at them; less where the patience is short.
+# Seconds between two heartbeats, and between two looks at them; less where the worker_timeout_s is short.
 _EVERY = 5.0
 _A_TASK = 60.0
 
@@ -34,8 +35,7 @@ class Process(NamedTuple):
     started: float
 
 
-@ray.remote(num_cpus=0)
-class _Signs:
+class _Heartbeats:
     """When each process was heard of last, by this actor's own clock."""
 
     def __init__(self) -> None:
@@ -48,29 +48,32 @@ class _Signs:
         """Those that were not heard of for so long."""
         return [process for process, last in self.heard.items() if time.monotonic() - last > seconds]
 
-    def forget(self, process: Process) -> None:
+    def drop(self, process: Process) -> None:
         self.heard.pop(process, None)
 
 
-class Heartbeat(NamedTuple):
-    """What an actor needs to give signs of life."""
+_HeartbeatsActor: Any = ray.remote(num_cpus=0)(_Heartbeats)
 
-    signs: Any
+
+class Heartbeat(NamedTuple):
+    """What an actor needs to send heartbeats."""
+
+    heartbeats: Any
     every: float
 
-    def show(self) -> None:
+    def start(self) -> None:
         """Called once, first in the actor's constructor."""
         process = Process(ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time())
 
         # Who was never heard of cannot be missed.
-        ray.get(self.signs.hear.remote(process))
+        ray.get(self.heartbeats.hear.remote(process))
 
-        def go_on() -> None:
+        def beat() -> None:
             while True:
                 time.sleep(self.every)
-                self.signs.hear.remote(process)
+                self.heartbeats.hear.remote(process)
 
-        threading.Thread(target=go_on, name="signs of life", daemon=True).start()
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -87,29 +90,30 @@ def _kill(process: Process) -> bool:
 
 
 class Watchdog:
-    """Over some actors of one stage while their work is waited for: `with Watch("an evaluator", places) as watch`.
+    """Watches the actors of one stage: `with Watchdog("an evaluator", resources) as watchdog`.
 
-    Actors are given `watch.life`. What ends the block with an error after an actor was killed is a `RuntimeError` that says so.
+    Actors are given `watchdog.heartbeat`. An error that ends the block after an actor was killed becomes a `WorkerLost`
+    that says so.
     """
 
-    def __init__(self, who: str, places: Resources):
-        self.who, self.places = who, places
-        self.every = min(_EVERY, places.patience / 4)
+    def __init__(self, who: str, resources: Resources):
+        self.who, self.resources = who, resources
+        self.every = min(_EVERY, resources.worker_timeout_s / 4)
         # On this node: another's loss must not take it away while the actors go on.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.life = Heartbeat(_Signs.options(scheduling_strategy=here).remote(), self.every)
+        self.heartbeat = Heartbeat(_HeartbeatsActor.options(scheduling_strategy=here).remote(), self.every)
         self.killed: list[str] = []
         self.tried: set[Process] = set()
 
     def look(self) -> None:
-        """Kill those that have been silent for the patience. Raises `UserError` where places have been too few for as long."""
-        self.places.enough()
+        """Kill those that have been silent for too long. Raises `UserError` where resources were short for as long."""
+        self.resources.enough()
         nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-        for process in ray.get(self.life.signs.silent.remote(self.places.patience)):
+        for process in ray.get(self.heartbeat.heartbeats.silent.remote(self.resources.worker_timeout_s)):
             if process.node in nodes and self._killed(process):
                 self.killed.append(
                     f"{self.who} (process {process.number} on {nodes[process.node]}) gave no sign of life for "
-                    f"{self.places.patience:.0f} s, the configuration's worker_timeout_s"
+                    f"{self.resources.worker_timeout_s:.0f} s, the configuration's worker_timeout_s"
                 )
 
     def _killed(self, process: Process) -> bool:
@@ -121,7 +125,7 @@ class Watchdog:
             # Its task may still do it, too late to say so.
             self.tried.add(process)
             return False
-        self.life.signs.forget.remote(process)
+        self.heartbeat.heartbeats.drop.remote(process)
         return killed or process in self.tried
 
     def results(self, rows: Iterator[Any]) -> Iterator[Any]:
@@ -159,9 +163,9 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ray.kill(self.life.signs)
+        ray.kill(self.heartbeat.heartbeats)
         if self.killed and _of_an_actor_that_died(error):
-            raise RuntimeError(self.killed[-1]) from error
+            raise WorkerLost(self.killed[-1]) from error
 
 
 def _of_an_actor_that_died(error: BaseException | None) -> bool:

@@ -22,6 +22,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.failures import WorkerLost
 from jobs.runtime.process_group import GroupConfig, free_resources
 from jobs.runtime.resources import Resources
 from ppcl.errors import UserError
@@ -144,16 +145,18 @@ def run_worker_group(
                 places.enough()
         if failures:
             free_resources()
-            raise UserError(refusal) if refusal else _told(failures[0], places.patience)
+            raise UserError(refusal) if refusal else _told(failures[0], places.worker_timeout_s)
         return ray.get(board.noted.remote())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _told(failure: BaseException, patience: float) -> BaseException:
+def _told(failure: BaseException, worker_timeout_s: float) -> BaseException:
     """What ended a worker group; of ranks that did not answer Ray says which variable to set, and not which they are."""
     failed = failure.worker_failures.items() if isinstance(failure, WorkerGroupError) else ()
     for rank, error in failed:
         if isinstance(error, WorkerHealthCheckTimeoutError):
-            return RuntimeError(f"rank {rank} gave no sign of life for {patience:.0f} s, the configuration's worker_timeout_s")
+            return WorkerLost(
+                f"rank {rank} gave no sign of life for {worker_timeout_s:.0f} s, the configuration's worker_timeout_s"
+            )
     return failure

@@ -1,9 +1,9 @@
 """The calibration stage on Ray Data: prompts are encoded by one pool of actors, then the teacher is run by another.
 
-The unit of work is a batch of prompts, known by its number. Only numbers and counts pass through Ray: an actor reads its
-batch from a file and writes one, whole or not at all, so a batch that is done twice is the same file, a stopped job goes
-on where it stopped, and no memory grows with the number of prompts. The two passes follow each other, since the text
-encoders and the transformer of a large teacher do not fit on one GPU together.
+The unit of work is a batch of prompts, known by its number. Only numbers and counts pass through Ray: an actor reads
+its batch from a file and writes one, whole or not at all, so a batch that is done twice is the same file, a stopped job
+continues where it stopped, and no memory grows with the number of prompts. The two passes follow each other, since the
+text encoders and the transformer of a large teacher do not fit on one GPU together.
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import torch
 
-from jobs.runtime.cluster import device_of
 from jobs.runtime.resources import Resources
 from jobs.runtime.watchdog import Heartbeat, Watchdog
-from ppcl.calibration import dataset as store
-from ppcl.calibration.prompts import check_prompts, read_prompts
+from jobs.stage import Stage, StageContext, Workers
+from ppcl.calibration import dataset
+from ppcl.calibration.encoding import encode, negative_prompt
+from ppcl.calibration.noised_images import noise_images
+from ppcl.calibration.prompts import read_prompts
 from ppcl.calibration.seeding import hashes, held_out
+from ppcl.calibration.trajectory_recorder import NEGATIVE, check_arguments, record
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
@@ -47,39 +52,40 @@ _TEXTS = "texts.parquet"
 _COMPLETE = "complete.json"
 
 
-def calibrate(
-    config: Config, teacher: Teacher, folder: Path, progress: Callable[[int, int | None], None]
-) -> dict[str, Any]:
-    """Make the calibration set in `folder`; gives the numbers of its prompts and samples.
+def workers(config: Config) -> Workers:
+    # One is enough: with fewer resources than workers the work is still done, and Ray Data asks for more by itself.
+    return Workers(config.calibration.workers, "calibration.workers", least=1)
 
-    What the actors make is kept in `cache` beside `folder`, on the same disk blocks: a run that was stopped goes on from
-    it, and one with other trajectory settings takes the embeddings.
-    `progress(done, total)` counts prompts, each once encoded and once sampled. Raises `UserError`, also for what goes
-    wrong in a worker.
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Make the calibration set; gives the numbers of its prompts and samples.
+
+    What the actors make is kept in `cache` beside the stage's folder, on the same disk blocks: a run that was stopped
+    continues from it, and one with other trajectory settings uses the embeddings.
+    `events(done, total)` counts prompts, each once encoded and once sampled. Raises `UserError`, also for what a worker
+    finds wrong.
     """
-    work = _Work.of(config, teacher, folder.parent / "cache")
+    config, folder, progress = context.config, context.folder, context.events
+    work = _Work.of(context)
     for path in _others(work.states):
         remove(path)
     count = _cut(config, work.embeddings / _TEXTS)
     numbers = range(math.ceil(count / config.calibration.batch_size))
-
-    # One place is enough: a cluster with fewer of them than workers still does the work, and Ray Data asks for more by itself.
-    places = Resources(1, work.device, "calibration.workers", config.worker_timeout_s)
-    places.wait()
-    with Watchdog("a worker of calibration", places) as watch:
+    number, setting, least = workers(config)
+    resources = Resources(least or number, context.device, setting, config.worker_timeout_s)
+    resources.wait()
+    with Watchdog("a worker of calibration", resources) as watchdog:
         encoded = _Cache(work.embeddings, [_NEGATIVE, *(_name(n) for n in numbers)])
-        _pass(_Encoder, work, encoded, numbers, watch, lambda done: progress(done, 2 * count))
+        _pass(_Encoder, work, encoded, numbers, watchdog, lambda done: progress(done, 2 * count))
         encoded.complete()
         sampled = _Cache(work.states, [_name(n) for n in numbers])
-        _pass(_Sampler, work, sampled, numbers, watch, lambda done: progress(count + done, 2 * count))
+        _pass(_Sampler, work, sampled, numbers, watchdog, lambda done: progress(count + done, 2 * count))
         sampled.complete()
 
-    for name in (store.PROMPTS, store.STATES):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    encoded.link_to(folder / store.PROMPTS)
-    sampled.link_to(folder / store.STATES)
-    notes = [f"calibration: {told}; others did its work" for told in watch.killed]
-    return _finish(config, teacher, folder, count) | {"notes": notes}
+    encoded.link_to(folder / dataset.PROMPTS)
+    sampled.link_to(folder / dataset.STATES)
+    notes = [f"calibration: {reason}; others did its work" for reason in watchdog.killed]
+    return _finish(context, count) | {"notes": notes}
 
 
 @dataclass(frozen=True)
@@ -94,40 +100,43 @@ class _Work:
     nodes: int
 
     @classmethod
-    def of(cls, config: Config, teacher: Teacher, cache: Path) -> _Work:
-        device = device_of(config)
+    def of(cls, context: StageContext) -> _Work:
+        config, identity = context.config, context.identity
         settings, sampling = config.calibration, config.sampling
-        prompts = check_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.max_prompts)
-        hashes = teacher.part_hashes()
-        encoders = {k: v for k, v in hashes.items() if k.split("/")[0] not in ("vae", "scheduler")}
+        encoders = {
+            name: sha256
+            for name, sha256 in identity.teacher_parts.items()
+            if name.split("/")[0] not in ("vae", "scheduler")
+        }
         embeddings = key_of(
             "embeddings",
             encoders,
-            prompts,
+            identity.prompts,
             settings.prompt_column,
             settings.max_prompts,
             settings.batch_size,
-            device,
+            context.device,
             sampling.arguments.get("negative_prompt"),
             sampling.arguments.get("max_sequence_length"),
         )
         states = key_of(
             "states",
             embeddings,
-            hashes,
-            teacher.sha256(),
+            identity.teacher_parts,
+            identity.teacher,
             sampling.model_dump(mode="json"),
             settings.source,
             settings.image_column,
             settings.states_per_prompt,
-            config.seed,
+            context.seed,
         )
+        cache = context.folder.parent / "cache"
         return cls(
             config,
-            teacher.place,
+            context.teacher.place,
             cache / f"embeddings-{embeddings}",
             cache / f"states-{states}",
-            device,
+            context.device,
             len([node for node in ray.nodes() if node["Alive"]]),
         )
 
@@ -138,15 +147,15 @@ class _Actor:
     Ray wraps what an actor raises in errors of its own, which do not keep the cause: a `UserError` goes home as a row.
     """
 
-    def __init__(self, work: _Work, life: Heartbeat):
-        life.show()
+    def __init__(self, work: _Work, heartbeat: Heartbeat):
+        heartbeat.start()
         self.work = work
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"prompts": [self.make(int(batch["number"][0]))], "mistake": [""]}
+            return {"prompts": [self.make(int(batch["number"][0]))], "refusal": [""]}
         except UserError as error:
-            return {"prompts": [0], "mistake": [str(error)]}
+            return {"prompts": [0], "refusal": [str(error)]}
 
     def make(self, number: int) -> int:
         """Write the batch's file; gives the number of its prompts."""
@@ -159,9 +168,6 @@ class _Actor:
     @cached_property
     def pipeline(self) -> Any:
         """The part of the teacher's pipeline that is needed, loaded at the first batch."""
-        import diffusers
-        import torch
-
         # The pipelines warn about every argument they leave unused, at every call.
         diffusers.utils.logging.set_verbosity_error()
         work = self.work
@@ -178,16 +184,13 @@ class _Encoder(_Actor):
     """Embeddings of a batch of prompts, and of the negative prompt where it is not there yet."""
 
     def make(self, number: int) -> int:
-        from ppcl.calibration.encoding import encode, negative_prompt
-        from ppcl.calibration.trajectory_recorder import NEGATIVE, check_arguments
-
         work, sampling = self.work, self.work.config.sampling
         check_arguments(type(self.pipeline), sampling)
         negative = to_local(work.embeddings / _NEGATIVE)
         if not exists(work.embeddings / _NEGATIVE):
             text = negative_prompt(type(self.pipeline), sampling)
             # An empty prompt stands there where none is used, so that the cache has the same files in any case.
-            store.write_embeddings(
+            dataset.write_embeddings(
                 negative,
                 [NEGATIVE],
                 [text or ""],
@@ -198,7 +201,7 @@ class _Encoder(_Actor):
         texts = [row["prompt"] for row in rows]
         embeddings = encode(self.pipeline, self.teacher.adapter, texts, sampling)
         path = to_local(work.embeddings / _name(number))
-        store.write_embeddings(path, [row["prompt_id"] for row in rows], texts, embeddings)
+        dataset.write_embeddings(path, [row["prompt_id"] for row in rows], texts, embeddings)
         upload(path)
         return len(rows)
 
@@ -216,7 +219,7 @@ class _Sampler(_Actor):
 
     def make(self, number: int) -> int:
         work = self.work
-        ids, _, embeddings = store.read_embeddings(local_file(work.embeddings / _name(number)))
+        ids, _, embeddings = dataset.read_embeddings(local_file(work.embeddings / _name(number)))
         whole = [row for row, e in enumerate(embeddings) if all(t.isfinite().all() for t in e.values())]
         states, call = [], None
         if whole:
@@ -224,15 +227,11 @@ class _Sampler(_Actor):
         finite = [state for state in states if state.latents.isfinite().all()]
         expected = len(states) * len(ids) // max(len(whole), 1) if whole else len(ids)
         path = to_local(work.states / _name(number))
-        store.write_states(path, finite, call, dropped=expected - len(finite))
+        dataset.write_states(path, finite, call, dropped=expected - len(finite))
         upload(path)
         return len(ids)
 
     def _states(self, number: int, ids: list[int], embeddings: list[Any], rows: list[int]) -> Any:
-        from ppcl.calibration.encoding import negative_prompt
-        from ppcl.calibration.noised_images import noise_images
-        from ppcl.calibration.trajectory_recorder import record
-
         work, adapter = self.work, self.teacher.adapter
         sampling, settings = work.config.sampling, work.config.calibration
         if settings.source == "images":
@@ -250,7 +249,7 @@ class _Sampler(_Actor):
             )
         negative = None
         if negative_prompt(type(self.pipeline), sampling) is not None:
-            _, _, (negative,) = store.read_embeddings(local_file(work.embeddings / _NEGATIVE))
+            _, _, (negative,) = dataset.read_embeddings(local_file(work.embeddings / _NEGATIVE))
         return record(
             self.pipeline,
             adapter,
@@ -279,7 +278,7 @@ class _Cache:
             return
         marker = folder / _COMPLETE
         known = json.loads(marker.read_text()) if marker.exists() else {}
-        # A file of the cache may share its disk blocks with one in a job's folder: what was changed there is changed here.
+        # A file of the cache may share its disk blocks with one in a job's folder: a change there is one here.
         for name, sha256 in known.items():
             path = folder / name
             if path.exists() and file_sha256(path) != sha256:
@@ -305,7 +304,7 @@ class _Cache:
 
 
 def _pass(
-    actor: type[_Actor], work: _Work, cache: _Cache, numbers: range, watch: Watchdog, progress: Callable[[int], None]
+    actor: type[_Actor], work: _Work, cache: _Cache, numbers: range, watchdog: Watchdog, progress: Callable[[int], None]
 ) -> None:
     """Let actors make the files of a cache that are not there."""
     missing = [n for n in numbers if not cache.has(_name(n))]
@@ -317,18 +316,18 @@ def _pass(
     progress(done)
     if not missing:
         return
-    for row in watch.results(_rows(actor, work, missing, watch.life)):
-        if row["mistake"]:
-            raise UserError(row["mistake"])
+    for row in watchdog.results(_rows(actor, work, missing, watchdog.heartbeat)):
+        if row["refusal"]:
+            raise UserError(row["refusal"])
         done += int(row["prompts"])
         progress(done)
 
 
-def _rows(actor: type[_Actor], work: _Work, numbers: list[int], life: Heartbeat) -> Iterator[dict[str, Any]]:
+def _rows(actor: type[_Actor], work: _Work, numbers: list[int], heartbeat: Heartbeat) -> Iterator[dict[str, Any]]:
     """What a pool of actors gives back for the batches of these numbers, as they come."""
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=min(len(numbers), _MOST_BLOCKS))
-    # It grows as places are free.
+    # It grows as resources become free.
     pool = ray.data.ActorPoolStrategy(min_size=1, max_size=min(work.config.calibration.workers, len(numbers)))
     gpus = 1 if work.device == "cuda" else 0
     # Restarts matter where a node can go away; on a single one Ray only warns of them, at length, on the console.
@@ -337,7 +336,13 @@ def _rows(actor: type[_Actor], work: _Work, numbers: list[int], life: Heartbeat)
         # The way to say so is to change in Ray 2.64, whose successor is not there yet.
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
         made = rows.map_batches(
-            actor, fn_constructor_args=[work, life], batch_size=1, compute=pool, num_cpus=1, num_gpus=gpus, **restarts
+            actor,
+            fn_constructor_args=[work, heartbeat],
+            batch_size=1,
+            compute=pool,
+            num_cpus=1,
+            num_gpus=gpus,
+            **restarts,
         )
     return made.iter_rows()
 
@@ -368,29 +373,33 @@ def _others(states: Path) -> list[Path]:
     return [states.with_name(name) for name in sorted(names - {states.name})]
 
 
-def _finish(config: Config, teacher: Teacher, folder: Path, prompts: int) -> dict[str, Any]:
-    """Split the prompts, write what all samples share, count. Reads no latents and no embeddings, and keeps a few bytes a prompt."""
+def _finish(context: StageContext, prompts: int) -> dict[str, Any]:
+    """Split the prompts, write what all samples share, count.
+
+    Reads no latents and no embeddings, and keeps a few bytes a prompt.
+    """
+    config, teacher, folder = context.config, context.teacher, context.folder
     dropped, samples, call, sampled = 0, 0, None, []
-    for path in sorted((folder / store.STATES).glob("*.parquet")):
-        here, own_call = store.read_notes(path)
+    for path in sorted((folder / dataset.STATES).glob("*.parquet")):
+        here, own_call = dataset.read_notes(path)
         ids = np.concatenate(
             [np.zeros(0, np.int64), *(batch["prompt_id"].to_numpy() for batch in _batches(path, ["prompt_id"]))]
         )
         dropped, samples, call = dropped + here, samples + len(ids), call or own_call
         sampled.append(np.unique(ids))
-    if not samples:
+    if not samples or call is None:
         raise UserError(
             f"all states of the teacher {teacher.place} are NaN or infinite; check its weights and its precision"
         )
     ids = np.concatenate(sampled)
-    hashed = hashes(_sampled_texts(folder / store.PROMPTS, ids), config.seed)
+    hashed = hashes(_sampled_texts(folder / dataset.PROMPTS, ids), config.seed)
     if (hashed == hashed[0]).all():
         raise UserError(
             "only 1 prompt has finite states and at least 2 are needed; give more prompts or check the teacher"
         )
     out = held_out(hashed, config.calibration.held_out)
-    store.write_call(folder, teacher.adapter.transformer, call)
-    store.write_held_out(folder, ids[out])
+    dataset.write_call(folder, teacher.adapter.transformer, call)
+    dataset.write_held_out(folder, ids[out])
     return {"prompts": prompts, "held_out_prompts": len(out), "samples": samples, "dropped": dropped}
 
 
@@ -419,3 +428,13 @@ def _image_column(config: Config) -> str | None:
 
 def _name(number: int) -> str:
     return f"{number:08d}.parquet"
+
+
+STAGE = Stage(
+    name="calibration",
+    run=run,
+    describe=lambda context: "prompts are encoded and the teacher's states on their trajectories kept",
+    sections=("sampling", "calibration"),
+    workers=workers,
+    also_reads=lambda context: [context.identity.teacher_parts, context.identity.prompts],
+)

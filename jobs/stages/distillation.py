@@ -1,78 +1,101 @@
-"""Distillation on Ray Train: a `(dp, pp)` dims of ranks, each with its own segment and replacements."""
+"""Distillation on Ray Train: `(dp, pp)` dimensions of ranks, each with its own segment and replacements."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from jobs.runtime.checkpoints import drop_damaged_checkpoints, open_checkpoints
 from jobs.runtime.resources import Resources
 from jobs.runtime.worker_group import RankReporter, run_worker_group
+from jobs.stage import Stage, StageContext, WorkerContext, Workers
+from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
+from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Replacement, parse_replacement
-from ppcl.storage.manifest import fetch_stage
+from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, Replacement, TextRun, parse_replacement
+from ppcl.search.variants import names_of
+from ppcl.storage.manifest import CHECKPOINTS
 from ppcl.storage.mirror import download, remove, upload_on_exit
+from ppcl.training.distillation.trainer import distil
+from ppcl.training.finetuning.plan_sampler import plan_sampler
+from ppcl.training.parallel_dims import ParallelDims
+
+NAME = "students"
 
 
-def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
-    from ppcl.calibration.dataset import CalibrationSet
-    from ppcl.training.distillation.trainer import distil
-    from ppcl.training.parallel_dims import ParallelDims
-
-    config = Config.model_validate(arguments["config"])
+def workers(config: Config) -> Workers:
     settings = config.distillation
-    going = open_checkpoints("students", arguments["checkpoints"], arguments["attempt"], report)
-    with going as checkpoints, upload_on_exit(arguments["folder"]) as folder:
-        distil(
-            teacher=Teacher(arguments["teacher"]),
-            samples=CalibrationSet(fetch_stage(arguments["calibration"])),
-            plan=[parse_replacement(text) for text in arguments["plan"]],
-            settings=settings,
-            dims=ParallelDims.join(settings.pipeline_parallel, settings.data_parallel),
-            folder=folder,
-            checkpoints=checkpoints,
-            seed=config.seed,
-            device=arguments["device"],
-            report=report,
-            modulation_error=config.width.modulation_error,
+    return Workers(
+        settings.pipeline_parallel * settings.data_parallel,
+        "distillation.pipeline_parallel × distillation.data_parallel",
+    )
+
+
+def check(context: StageContext) -> list[str]:
+    """The summary of what detection found. Raises `UserError` where it found nothing, or fine-tuning cannot have it."""
+    config, detection = context.config, _detection(context)
+    plan = _plan(context)
+    if not plan:
+        raise UserError(
+            "nothing redundant was found: no interval, text run or FFN of this teacher can be replaced; nothing to "
+            "compress"
         )
+    if config.finetuning.steps:
+        # Which plans the variants have is not known yet; that they have one is all that can be checked here.
+        names = dict.fromkeys(names_of(config.variants), plan)
+        plan_sampler(config.finetuning, plan, names, [range(*span) for span in detection["spans"]])
+    return [plan_summary(plan, detection["blocks"])]
 
 
-def distil_plan(
-    config: Config,
-    teacher: Teacher,
-    calibration: Path,
-    plan: Sequence[Replacement],
-    folder: Path,
-    device: str,
-    key: str,
-    progress: Callable[[int, int, dict[str, float]], None],
-) -> dict[str, Any]:
-    """Train a replacement for every entry of the plan into `folder`; gives what the manifest tells of the stage.
+def plan_summary(plan: Sequence[Replacement], blocks: int) -> str:
+    """One line: the intervals, and the number of replacements of the other kinds; `detection.json` lists them."""
+    intervals = [replacement for replacement in plan if isinstance(replacement, Interval)]
+    text = sum(isinstance(replacement, TextRun) for replacement in plan)
+    ffns = sum(isinstance(replacement, Ffn) for replacement in plan)
+    parts = []
+    if intervals:
+        removed = sum(interval.removed for interval in intervals)
+        parts.append(
+            f"{_count(len(intervals), 'interval')} ({', '.join(map(str, intervals))}), by which {removed} of "
+            f"{blocks} blocks can go"
+        )
+    if text:
+        parts.append(_count(text, "text run"))
+    if ffns:
+        parts.append(_count(ffns, "FFN replacement"))
+    if any(isinstance(replacement, LowRankModulation) for replacement in plan):
+        parts.append("the modulations of all blocks")
+    return f"detection: {'; '.join(parts)}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _detection(context: StageContext) -> dict[str, Any]:
+    return json.loads((context.inputs["detection"].folder / "detection.json").read_text())
+
+
+def _plan(context: StageContext) -> list[Replacement]:
+    return [parse_replacement(text) for text in _detection(context)["plan"]]
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train a replacement for every entry of detection's plan; writes `training.json`.
 
     Checkpoints lie under `folder/checkpoints/<key>` until all are written.
     """
-    settings = config.distillation
-    workers = settings.pipeline_parallel * settings.data_parallel
-    places = Resources(workers, device, "distillation.pipeline_parallel × distillation.data_parallel", config.worker_timeout_s)
-    checkpoints = folder / "checkpoints" / key
-    notes = drop_damaged_checkpoints("students", checkpoints)
-    if plan:
-        arguments = {
-            "config": config.model_dump(mode="json"),
-            "teacher": teacher.place,
-            "calibration": str(calibration),
-            "plan": [str(entry) for entry in plan],
-            "folder": str(folder),
-            "checkpoints": str(checkpoints),
-            "device": device,
-        }
-        notes += run_worker_group("distillation", _rank, arguments, places, folder / "checkpoints" / "ray", progress)
-        download(folder)
-    curves = {str(entry): json.loads((folder / f"{entry.name}.json").read_text()) for entry in plan}
+    settings, folder, plan = context.config.distillation, context.folder, _plan(context)
+    count, setting, _ = workers(context.config)
+    resources = Resources(count, context.device, setting, context.config.worker_timeout_s)
+    notes = drop_damaged_checkpoints(NAME, context.checkpoints)
+    arguments = {"context": context.for_workers(), "plan": [str(replacement) for replacement in plan]}
+    scratch = folder / CHECKPOINTS / "ray"
+    notes += run_worker_group("distillation", _rank, arguments, resources, scratch, context.events)
+    download(folder)
+    curves = {str(replacement): json.loads((folder / f"{replacement.name}.json").read_text()) for replacement in plan}
     training = {
         "steps": settings.steps,
         "batch_size": settings.batch_size,
@@ -81,14 +104,47 @@ def distil_plan(
         "replacements": curves,
     }
     (folder / "training.json").write_text(json.dumps(training))
-    for entry in plan:
-        (folder / f"{entry.name}.json").unlink()
-    remove(folder / "checkpoints")
-    skipped = sum(c["skipped_steps"] for c in curves.values())
+    for replacement in plan:
+        (folder / f"{replacement.name}.json").unlink()
+    remove(folder / CHECKPOINTS)
+    skipped = sum(curve["skipped_steps"] for curve in curves.values())
     if skipped:
-        most = max(curves, key=lambda entry: curves[entry]["skipped_steps"])
+        most = max(curves, key=lambda replacement: curves[replacement]["skipped_steps"])
         notes.append(
             f"students: {skipped} steps were left out, since a batch or a gradient had NaN or infinite values, of "
             f"{settings.steps} steps the most for {most}: {curves[most]['skipped_steps']}"
         )
     return {"replacements": len(curves), "skipped_steps": skipped, "notes": notes}
+
+
+def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
+    context: WorkerContext = arguments["context"]
+    config = context.config
+    settings = config.distillation
+    resumed = open_checkpoints(NAME, str(context.checkpoints), arguments["attempt"], report)
+    with resumed as checkpoints, upload_on_exit(context.folder) as folder:
+        distil(
+            teacher=Teacher(context.teacher),
+            samples=CalibrationSet.of(context.inputs["calibration"]),
+            plan=[parse_replacement(text) for text in arguments["plan"]],
+            settings=settings,
+            dims=ParallelDims.join(settings.pipeline_parallel, settings.data_parallel),
+            folder=folder,
+            checkpoints=checkpoints,
+            seed=config.seed,
+            device=context.device,
+            report=report,
+            modulation_error=config.width.modulation_error,
+        )
+
+
+STAGE = Stage(
+    name=NAME,
+    run=run,
+    describe=lambda context: f"{len(_plan(context))} replacements, {context.config.distillation.steps} steps",
+    depends_on=("calibration", "detection"),
+    sections=("distillation", "width"),
+    workers=workers,
+    check=check,
+    resumes_from=CHECKPOINTS,
+)

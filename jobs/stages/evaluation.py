@@ -1,172 +1,141 @@
-"""Choosing the variants and measuring them on Ray."""
+"""Measuring the variants on Ray."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from jobs.runtime.evaluator_pool import EvaluatorPool
+from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, workers
+from jobs.stage import Stage, StageContext
+from ppcl.calibration.dataset import CalibrationSet
+from ppcl.calibration.prompts import read_prompts
 from ppcl.config.schema import Config
-from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import files_in
-from ppcl.replacements.parameter_counts import parameter_counts
-from ppcl.search.variants import TEACHER, VariantCatalog, best_plans, make_variants, plans_to_measure, read_catalog
+from ppcl.evaluation.image_metrics import psnr, ssim
+from ppcl.evaluation.images import image_path, load_images
+from ppcl.evaluation.prompt_checker import TestPrompt, checker_prompts, correctness, load_checker, named_prompts
+from ppcl.evaluation.scoring import checker_scores, relative_drop
+from ppcl.evaluation.velocity_error import ErrorSums
+from ppcl.search.variants import TEACHER, read_catalog
 from ppcl.storage.manifest import write_atomically
-from ppcl.storage.mirror import download
-
-Progress = Callable[[int, int], None]
-
-# Held-out samples on which plans are compared as a whole.
-_CHOSEN_ON = 192
+from ppcl.storage.mirror import download, local_file
+from ppcl.storage.node_cache import file_sha256
 
 
-def _chunks(values: Any, size: int) -> list[Any]:
-    return [values[i : i + size] for i in range(0, len(values), size)]
-
-
-def choose_variants(
-    config: Config, teacher: Teacher, calibration: Path, students: Path, folder: Path, device: str, progress: Progress
-) -> dict[str, Any]:
-    """Measure what each entry of the plan costs alone, and some plans a budget as a whole; write `variants.json`."""
-    from ppcl.calibration.dataset import CalibrationSet
-    from ppcl.evaluation.velocity_error import ErrorSums
-
-    ids, size = CalibrationSet(calibration).ids(held_out=True), config.evaluation.batch_size
-    chunks = _chunks(ids, size)
-    # A plan is chosen on part of them; what is told of it later is measured on all.
-    some = _chunks(ids[:: max(1, len(ids) // _CHOSEN_ON)], size)
-    total = len(chunks) + len(some) + 2
-    with EvaluatorPool(config, teacher, students, None, folder, device) as evaluators:
-        parts = evaluators.all(
-            lambda a, c: a.sensitivities.remote(calibration, c), chunks, lambda done: progress(done, total)
-        )
-        sensitivity = {i: ErrorSums.joined(part[i] for part in parts).overall() for i in parts[0]}
-        counted, settings = parameter_counts(teacher, files_in(students)), config.variants
-        block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
-        times = evaluators.one(lambda a: a.times.remote(calibration, ids[:size])) if settings.targets else None
-        plans = plans_to_measure(settings, counted, times, sensitivity)
-        every = list(dict.fromkeys(plan for some_plans in plans.values() for plan in some_plans))
-        progress(len(chunks) + 1, total)
-        speedups: dict[Any, float] = {}
-        if timed := [plan for name in settings.targets for plan in plans[name]]:
-            on = [(), *timed]
-            seconds = evaluators.one(lambda a: a.forward_seconds.remote(calibration, ids[:size], on))
-            speedups = {plan: seconds[0] / taken for plan, taken in zip(timed, seconds[1:], strict=True)}
-        progress(len(chunks) + 2, total)
-        named = {str(number): plan for number, plan in enumerate(every)}
-        parts = evaluators.all(
-            lambda a, c: a.errors.remote(calibration, c, named),
-            some,
-            lambda done: progress(len(chunks) + 2 + done, total),
-        )
-        errors = {plan: ErrorSums.joined(part[number] for part in parts).overall() for number, plan in named.items()}
-    chosen = best_plans(settings, plans, errors, speedups)
-    made = make_variants(settings, counted, sensitivity, block_ranges, chosen)
-    notes = [
-        f"variants: {name} was measured at {speedups[chosen[name]]:.2f} times the teacher's speed, not the {target.speedup:g} that "
-        "variants.targets asks for; no plan measured was faster"
-        for name, target in settings.targets.items()
-        if target.speedup and speedups[chosen[name]] < target.speedup
-    ]
-    catalog = VariantCatalog(counted.total, len(counted.blocks), block_ranges, sensitivity, made)
-    write_atomically(folder / "variants.json", json.dumps(catalog.to_json(), indent=1))
-    return {"variants": list(made), "notes": notes}
-
-
-def evaluate(
-    config: Config,
-    teacher: Teacher,
-    calibration: Path,
-    students: Path,
-    variants: Path,
-    finetuning: Path | None,
-    folder: Path,
-    device: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Velocity errors, pictures, scores and seconds a step of every variant; writes `evaluation.json`.
-
-    `finetuning`: where the fine-tuned replacements are, None where there are none.
-    """
-    from ppcl.calibration.dataset import CalibrationSet
-    from ppcl.evaluation.image_metrics import psnr, ssim
-    from ppcl.evaluation.images import image_path, load_images
-    from ppcl.evaluation.prompt_checker import correctness, load_checker
-    from ppcl.evaluation.scoring import checker_scores, relative_drop
-    from ppcl.evaluation.velocity_error import ErrorSums
-
-    settings = config.evaluation
-    catalog = read_catalog(variants)
-    on = {name: v.plan for name, v in catalog.variants.items()}
-    prompts = _prompts(config, CalibrationSet(calibration))
-    indices = list(range(len(prompts)))
-    ids = _chunks(CalibrationSet(calibration).ids(held_out=True), settings.batch_size)
-    work = [(name, chunk) for name in on for chunk in _chunks(indices, settings.batch_size)]
-    total = len(ids) + len(work) + 1
-
-    texts = [p.text for p in prompts]
-    with EvaluatorPool(
-        config, teacher, students, (finetuning, variants) if finetuning else None, folder, device
-    ) as evaluators:
-        # Timed first, while nothing else runs.
-        seconds = evaluators.one(lambda a: a.seconds.remote(on, texts[: settings.batch_size]))
-        progress(1, total)
-        tuned = evaluators.one(lambda a: a.finetuned.remote(on))
-        errors = evaluators.all(lambda a, c: a.errors.remote(calibration, c, on), ids, lambda d: progress(1 + d, total))
-        evaluators.all(
-            lambda a, item: a.pictures.remote(item[0], on[item[0]], [texts[i] for i in item[1]], item[1]),
-            work,
-            lambda d: progress(1 + len(ids) + d, total),
-        )
-
+def run(context: StageContext) -> dict[str, Any]:
+    """Velocity errors, pictures, scores and seconds a step of every variant; writes `evaluation.json`."""
+    config, folder = context.config, context.folder
+    catalog = read_catalog(context.inputs["variants"].folder)
+    plans = {name: variant.plan for name, variant in catalog.variants.items()}
+    samples = CalibrationSet.of(context.inputs["calibration"])
+    prompts = _prompts(config, samples)
+    measured = _measure(context, plans, samples, [prompt.text for prompt in prompts])
     download(folder)
-    world = load_checker(settings.checker) if settings.checker else None
-    reference = load_images([image_path(folder, TEACHER, i) for i in indices])
-    teachers = correctness(world, reference, prompts) if world else None
-    measured, right = {}, {}
-    for name in on:
-        pictures = load_images([image_path(folder, name, i) for i in indices])
-        squares = ErrorSums.joined(part[name] for part in errors)
-        row = {
-            "fine_tuned": tuned[name],
-            "velocity_error": squares.overall(),
-            "velocity_by_timestep": squares.by_timestep(),
-            "psnr": float(psnr(pictures, reference).mean()),
-            "ssim": float(ssim(pictures, reference).mean()),
+    scores, right = _score_images(context, list(plans), prompts)
+    record = {
+        "variants": {name: measured[name] | scores[name] for name in plans},
+        "prompts": [prompt.to_json() for prompt in prompts],
+        "right": right,
+        "sampling": config.sampling.model_dump(mode="json"),
+        "device": context.device,
+    }
+    write_atomically(folder / "evaluation.json", json.dumps(record))
+    return {"pictures": len(plans) * len(prompts)}
+
+
+def _measure(
+    context: StageContext, plans: Mapping[str, Any], samples: CalibrationSet, texts: list[str]
+) -> dict[str, dict[str, Any]]:
+    """By variant, what is measured by running it; its pictures go to the stage's folder."""
+    calibration, size, progress = context.inputs["calibration"], context.config.evaluation.batch_size, context.events
+    ids = chunks_of(samples.ids(held_out=True), size)
+    work = [(name, chunk) for name in plans for chunk in chunks_of(list(range(len(texts))), size)]
+    total = len(ids) + len(work) + 1
+    with EvaluatorPool(context) as evaluators:
+        # Timed first, while nothing else runs.
+        seconds = evaluators.one(lambda a: a.seconds.remote(plans, texts[:size]))
+        progress(1, total)
+        finetuned = evaluators.one(lambda a: a.finetuned.remote(plans))
+        errors = evaluators.all(
+            lambda a, chunk: a.errors.remote(calibration, chunk, plans),
+            ids,
+            lambda done: progress(1 + done, total),
+        )
+        evaluators.all(
+            lambda a, item: a.pictures.remote(item[0], plans[item[0]], [texts[i] for i in item[1]], item[1]),
+            work,
+            lambda done: progress(1 + len(ids) + done, total),
+        )
+    rows = {}
+    for name in plans:
+        sums = ErrorSums.joined(part[name] for part in errors)
+        rows[name] = {
+            "fine_tuned": finetuned[name],
+            "velocity_error": sums.overall(),
+            "velocity_by_timestep": sums.by_timestep(),
             "seconds_per_step": seconds[name],
+        }
+    return rows
+
+
+def _score_images(
+    context: StageContext, variants: list[str], prompts: list[TestPrompt]
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[bool]]]:
+    """By variant, its pictures' scores, and which of them are right where a prompt checker is configured."""
+    settings, seed, folder = context.config.evaluation, context.seed, context.folder
+    checker = load_checker(settings.checker) if settings.checker else None
+    reference = load_images([image_path(folder, TEACHER, i) for i in range(len(prompts))])
+    reference_correct = correctness(checker, reference, prompts) if checker else None
+    rows: dict[str, dict[str, Any]] = {}
+    right: dict[str, list[bool]] = {}
+    for name in variants:
+        images = load_images([image_path(folder, name, i) for i in range(len(prompts))])
+        row: dict[str, Any] = {
+            "psnr": float(psnr(images, reference).mean()),
+            "ssim": float(ssim(images, reference).mean()),
             "world": None,
             "R": None,
             "R_low": None,
             "R_high": None,
         }
-        if world:
-            passed = correctness(world, pictures, prompts)
-            row["world"] = checker_scores(passed, settings.confidence, config.seed)
-            row |= relative_drop(passed, teachers, settings.confidence, config.seed)
-            right[name] = [bool(world.check(p, t.text)) for p, t in zip(pictures, prompts, strict=True)]
-        measured[name] = row
-    record = {
-        "variants": measured,
-        "prompts": [p.to_json() for p in prompts],
-        "right": right,
-        "sampling": config.sampling.model_dump(mode="json"),
-        "device": device,
-    }
-    write_atomically(folder / "evaluation.json", json.dumps(record))
-    return {"pictures": len(on) * len(prompts)}
+        if checker and reference_correct:
+            correct = correctness(checker, images, prompts)
+            row["world"] = checker_scores(correct, settings.confidence, seed)
+            row |= relative_drop(correct, reference_correct, settings.confidence, seed)
+            right[name] = [
+                bool(checker.check(image, prompt.text)) for image, prompt in zip(images, prompts, strict=True)
+            ]
+        rows[name] = row
+    return rows, right
 
 
-def _prompts(config: Config, calibration: Any) -> list[Any]:
-    """The test prompts: those of the configuration, else the world's held-out captions, else calibration's held-out ones."""
-    from ppcl.calibration.prompts import read_prompts
-    from ppcl.evaluation.prompt_checker import TestPrompt, checker_prompts, load_checker, named_prompts
-
+def _prompts(config: Config, calibration: CalibrationSet) -> list[TestPrompt]:
+    """The test prompts: those of the configuration, else the checker's, else calibration's held-out ones."""
     settings = config.evaluation
     if settings.prompts is not None:
-        texts = [p.text for p in read_prompts(settings.prompts, config.calibration.prompt_column, None, settings.max_prompts)]
-        return named_prompts(load_checker(settings.checker), texts) if settings.checker else [TestPrompt(t) for t in texts]
+        texts = [
+            p.text for p in read_prompts(settings.prompts, config.calibration.prompt_column, None, settings.max_prompts)
+        ]
+        return (
+            named_prompts(load_checker(settings.checker), texts) if settings.checker else [TestPrompt(t) for t in texts]
+        )
     if settings.checker:
         return checker_prompts(load_checker(settings.checker), settings.max_prompts, config.seed)
     return [TestPrompt(text) for _, text in calibration.prompts(held_out=True)][: settings.max_prompts]
+
+
+def _also_reads(context: StageContext) -> list[Any]:
+    prompts = context.config.evaluation.prompts
+    return [context.identity.teacher_parts, file_sha256(local_file(prompts)) if prompts else None]
+
+
+STAGE = Stage(
+    name="evaluation",
+    run=run,
+    describe=lambda context: "velocity errors and pictures of every variant",
+    depends_on=("calibration", "students", "variants", "finetuning"),
+    reads={"students": "*.safetensors"},  # not the curves, which have times in them
+    sections=("sampling", "evaluation"),
+    workers=workers,
+    also_reads=_also_reads,
+)

@@ -143,7 +143,7 @@ def plans_of(
 def run_seed(
     config: Config,
     teacher: Teacher,
-    calibration: Path,
+    samples: CalibrationSet,
     probes: Path,
     detection: Mapping[str, Any],
     work: Path,
@@ -152,7 +152,7 @@ def run_seed(
     report: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """`{row: {velocity_error, R, world, share, plan}}` of one seed. `report(done, total)` counts training steps."""
-    settings, samples = config.ablation, CalibrationSet(calibration)
+    settings = config.ablation
     steps = config.distillation.model_copy(
         # Whole students in every row, as in the paper.
         update={

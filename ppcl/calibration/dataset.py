@@ -27,7 +27,7 @@ from ppcl.calibration.encoding import Embedding, collate
 from ppcl.calibration.trajectory_recorder import Call, State
 from ppcl.errors import UserError
 from ppcl.models import adapter_of
-from ppcl.storage.manifest import write_atomically
+from ppcl.storage.manifest import StageFiles, write_atomically
 
 PROMPTS, STATES, CALL, HELD_OUT = "prompts", "states", "call.json", "held_out.json"
 
@@ -124,11 +124,11 @@ def _write(path: Path, table: pa.Table) -> None:
 
 
 class _Rows:
-    """Random access by id into a folder of Parquet files; the row groups last used are kept, up to a size."""
+    """Random access by id into Parquet files of a folder; the row groups last used are kept, up to a size."""
 
-    def __init__(self, folder: Path, id_column: str, also: Sequence[str] = ()):
+    def __init__(self, folder: Path, files: Sequence[Path], id_column: str, also: Sequence[str] = ()):
         columns = [id_column, *also]
-        self.files = sorted(folder.glob("*.parquet"))
+        self.files = sorted(files)
         ids: list[np.ndarray] = []
         places: list[np.ndarray] = []
         others: dict[str, list[np.ndarray]] = {name: [] for name in also}
@@ -178,18 +178,28 @@ class _Rows:
 class CalibrationSet:
     """A finished calibration folder: the ids of its samples, and batches of them as calls of the transformer.
 
+    `files`: those of the folder that are its samples and prompts; all by default.
     Memory: 40 bytes a sample, and two caches of row groups of bounded size.
     """
 
-    def __init__(self, folder: str | Path):
+    @classmethod
+    def of(cls, stage: StageFiles) -> CalibrationSet:
+        """Of the files that the manifest names, on this node. Raises `UserError` where one is damaged or gone."""
+        stage = stage.fetch()
+        return cls(stage.folder, stage.paths("*.parquet"))
+
+    def __init__(self, folder: str | Path, files: Sequence[Path] | None = None):
         self.folder = Path(folder)
+        files = sorted(self.folder.glob("*/*.parquet")) if files is None else files
         if not (self.folder / CALL).exists() or not (self.folder / HELD_OUT).exists():
             raise UserError(f"{self.folder} holds no complete calibration set; run ppcl compress again")
         call = json.loads((self.folder / CALL).read_text())
         self.adapter = adapter_of(call["transformer"])
         self.call = Call(call["each"], call["whole"])
-        self._states = _Rows(self.folder / STATES, "sample_id", also=["prompt_id"])
-        self._prompts = _Rows(self.folder / PROMPTS, "prompt_id")
+        states = [path for path in files if path.parent.name == STATES]
+        prompts = [path for path in files if path.parent.name == PROMPTS]
+        self._states = _Rows(self.folder / STATES, states, "sample_id", also=["prompt_id"])
+        self._prompts = _Rows(self.folder / PROMPTS, prompts, "prompt_id")
         self._held_out = np.array(json.loads((self.folder / HELD_OUT).read_text()), dtype=np.int64)
 
     def ids(self, held_out: bool) -> np.ndarray:

@@ -31,6 +31,9 @@ def _interval_or_text(item: Any) -> Any:
     raise ValueError("write an interval as [first, last], and anything else as a text such as 'text:3-5'")
 
 
+# Marks a key that says how a stage is run and not what comes out of it: a change of it makes nothing anew.
+OPERATIONAL: dict[str, Any] = {"operational": True}
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Replicas = Annotated[int, AfterValidator(_at_most_a_batch)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -75,8 +78,10 @@ class Calibration(Section):
         lt=1,
         description="share of the prompts held out for CKA and velocity errors; nothing is fitted on them",
     )
-    batch_size: int = Field(16, ge=1, description="prompts per batch")
-    workers: int = Field(1, ge=1, description="Ray actors that encode prompts and run the teacher")
+    batch_size: int = Field(16, json_schema_extra=OPERATIONAL, ge=1, description="prompts per batch")
+    workers: int = Field(
+        1, json_schema_extra=OPERATIONAL, ge=1, description="Ray actors that encode prompts and run the teacher"
+    )
 
 
 class Probes(Section):
@@ -89,7 +94,9 @@ class Probes(Section):
     tokens_per_sample: int = Field(
         64, ge=1, description="tokens of each stream kept per sample for CKA; the fit uses all tokens"
     )
-    workers: int = Field(1, ge=1, description="Ray Train workers; each fits the probes of its own blocks")
+    workers: int = Field(
+        1, json_schema_extra=OPERATIONAL, ge=1, description="Ray Train workers; each fits the probes of its own blocks"
+    )
 
 
 class Detection(Section):
@@ -185,10 +192,15 @@ class Distillation(Section):
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
     pipeline_parallel: int = Field(
-        1, ge=1, description="pipeline-parallel ranks; each holds a segment of the teacher's blocks"
+        1,
+        json_schema_extra=OPERATIONAL,
+        ge=1,
+        description="pipeline-parallel ranks; each holds a segment of the teacher's blocks",
     )
-    data_parallel: Replicas = Field(1, ge=1, description="data-parallel replicas of the pipeline")
-    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints")
+    data_parallel: Replicas = Field(
+        1, json_schema_extra=OPERATIONAL, ge=1, description="data-parallel replicas of the pipeline"
+    )
+    checkpoint_every: int = Field(500, json_schema_extra=OPERATIONAL, ge=1, description="steps between checkpoints")
 
 
 class Finetuning(Section):
@@ -228,12 +240,14 @@ class Finetuning(Section):
         [], description="with plan: variants, the names of the variants to train, whole and in part; []: all"
     )
     activation_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass instead of keeping them"
+        False,
+        json_schema_extra=OPERATIONAL,
+        description="recompute activations in the backward pass instead of keeping them",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
-    data_parallel: Replicas = Field(1, ge=1, description="data-parallel replicas")
+    data_parallel: Replicas = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="data-parallel replicas")
     measured_plans: int = Field(
         50,
         ge=0,
@@ -241,7 +255,7 @@ class Finetuning(Section):
         "which other "
         "plans use the fine-tuned parameters",
     )
-    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    checkpoint_every: int = Field(100, json_schema_extra=OPERATIONAL, ge=1, description="steps between checkpoints")
 
 
 class Target(Section):
@@ -297,7 +311,7 @@ class Evaluation(Section):
         None, description="prompt checker that scores images by category; shapes: the one of the demo teacher's shapes"
     )
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the confidence intervals")
-    workers: int = Field(1, ge=1, description="Ray actors that generate images")
+    workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="Ray actors that generate images")
 
 
 class Ablation(Section):
@@ -312,7 +326,7 @@ class Ablation(Section):
     finetuning_steps: int = Field(300, ge=1, description="fine-tuning steps of the rows that have it")
     gate_steps: int = Field(200, ge=1, description="training steps of the learned gates")
     ffns: int = Field(3, ge=0, description="number of FFNs to replace by linear maps in the row that has them")
-    workers: int = Field(1, ge=1, description="seeds that run at once")
+    workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="seeds that run at once")
 
 
 class Config(Section):
@@ -346,6 +360,13 @@ class Config(Section):
     variants: Variants = Variants()
     evaluation: Evaluation = Evaluation()
     ablation: Ablation = Ablation()
+
+
+def result_settings(section: Section) -> dict[str, Any]:
+    """The values of a section that its results depend on: all but those marked operational, as JSON has them."""
+    fields = type(section).model_fields
+    operational = {name for name, field in fields.items() if field.json_schema_extra == OPERATIONAL}
+    return section.model_dump(mode="json", exclude=operational)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None, output: LocationLike | None = None) -> Config:

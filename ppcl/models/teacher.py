@@ -23,6 +23,9 @@ from ppcl.storage.object_store import Store
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHTS = ".safetensors"
+# Prefixes of the names of those components, beside the transformer, that are models.
+_PARTS_WITH_WEIGHTS = ("text_encoder", "vae")
+_LFS_POINTER = b"version https://git-lfs"
 _TRUSTED_LIBRARIES = ("diffusers", "transformers")
 
 
@@ -70,7 +73,34 @@ class Teacher:
                     f"{self.place}/{name} is a pickle, which can run code when it is loaded; convert the weights to "
                     "safetensors (save_pretrained with safe_serialization) and remove the file"
                 )
+        self._check_weights(index)
         self.transformer_files = self._transformer_files()
+
+    def _check_weights(self, index: dict[str, Any]) -> None:
+        """Refuse weights that are not there, from names and first bytes alone. Raises `UserError`."""
+        names = self._names()
+        for name in names:
+            if not self.store and name.endswith(_WEIGHTS) and _is_lfs_pointer(self.folder / name):
+                raise UserError(
+                    f"{self.place}/{name} is a Git LFS pointer in place of the weights; run git lfs pull in the folder"
+                )
+            if name.endswith(f"{_WEIGHTS}.index.json"):
+                self._check_shards(name, names)
+        for part, value in index.items():
+            if not isinstance(value, list) or value[0] is None or not part.startswith(_PARTS_WITH_WEIGHTS):
+                continue
+            if not any(name.startswith(f"{part}/") and name.endswith(_WEIGHTS) for name in names):
+                raise UserError(
+                    f"{self.place}/{part} holds no {_WEIGHTS} file; get a complete copy, or save it as safetensors"
+                )
+
+    def _check_shards(self, index_name: str, names: Collection[str]) -> None:
+        folder = PurePosixPath(index_name).parent
+        for shard in sorted(set(self._json(index_name).get("weight_map", {}).values())):
+            if str(folder / shard) not in names:
+                raise UserError(
+                    f"{self.place}/{folder / shard} is missing, which {index_name} names; get a complete copy of it"
+                )
 
     def _names(self) -> list[str]:
         """The paths of all files under the pipeline's folder."""
@@ -225,6 +255,11 @@ class Teacher:
             with _open(self.folder / file) as opened:
                 for name in names:
                     yield name, opened.get_tensor(name)
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def _open(path: Path) -> Any:

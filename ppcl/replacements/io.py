@@ -93,7 +93,12 @@ def _modulations(
 
 def files_in(folder: Path) -> dict[Replacement, Path]:
     """The replacements of a folder by replacement, from their files' names: `05-07.safetensors`, `text-01-03.safetensors`."""
-    found = {parse_name(path.stem): path for path in sorted(folder.glob("*.safetensors"))}
+    return replacement_files(folder.glob("*.safetensors"))
+
+
+def replacement_files(paths: Iterable[Path]) -> dict[Replacement, Path]:
+    """Those of some files that are replacements, by replacement, from their names; the others are left out."""
+    found = {parse_name(path.stem): path for path in sorted(paths) if path.suffix == ".safetensors"}
     found.pop(None, None)
     return dict(sorted(found.items(), key=lambda item: sort_key(item[0])))
 

@@ -1,23 +1,25 @@
 """Artifacts are the interface: a job's folder, its stages, and the manifest that says which of them are complete.
 
-A stage writes its files into its own folder under the job's, then its entry in `manifest.json`, last and in one
-rename. The entry holds a key (a hash of everything the stage's result depends on) and each file's size and sha256. The
-same stage with the same key and intact files is not run again; a file that is gone or changed is found by its hash.
+A stage writes its files into its own folder under the job's, then its record in `manifest.json`, last and in one
+rename. The record holds a key (a hash of everything the stage's result depends on) and each file's size and sha256.
+The same stage with the same key and intact files is not run again; a file that is gone or changed is found by its
+hash. A later stage reads the files that the record names (`StageFiles`), never what else lies in the folder.
 
-A job in a bucket is worked on in its mirror (see `ppcl.storage.object_store`): what the manifest names is downloaded when it is wanted
-and held against its sha256; a stage's files are uploaded before its entry is.
+A job in a bucket is worked on in its mirror (see `ppcl.storage.object_store`): what the manifest names is downloaded
+when it is needed and compared with its sha256; a stage's files are uploaded before its record is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ppcl.config.location import Location, LocationLike
@@ -31,6 +33,7 @@ MANIFEST = "manifest.json"
 CONFIG = "config.json"  # the full configuration of the last run
 LOG = "log.txt"
 LOCK = ".lock"
+CHECKPOINTS = "checkpoints"  # a folder in a stage's, of what is no part of its result
 FORMAT = 1
 
 
@@ -57,17 +60,50 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One stage's line in the manifest. `files`: path under the job's folder to {size, sha256}."""
+class StageRecord:
+    """What the manifest says of a complete stage. `files`: path under the job's folder to {size, sha256}.
+
+    `format`: of the stage's files and key; 0 where the version that wrote it kept none.
+    """
 
     key: str
     files: dict[str, dict[str, Any]]
     seconds: float
     info: dict[str, Any]
+    format: int = 0
+
+    @property
+    def digest(self) -> str:
+        """A hash of the names and contents of all files."""
+        return _digest(self.files)
+
+
+def _digest(files: dict[str, dict[str, Any]]) -> str:
+    return key_of({name: file["sha256"] for name, file in files.items()})
+
+
+@dataclass(frozen=True)
+class StageFiles:
+    """The files of a complete stage, as the manifest names them. It can be sent to another node.
+
+    `names`: relative to `folder`, sorted. `digest`: of the names and contents.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    digest: str = ""
+
+    def fetch(self) -> StageFiles:
+        """The same files on this node: those of a bucket are downloaded. Raises `UserError` as `fetch_stage`."""
+        return replace(self, folder=fetch_stage(self.folder))
+
+    def paths(self, pattern: str = "*") -> list[Path]:
+        """The paths of those files whose name relative to the folder matches a glob pattern."""
+        return [self.folder / name for name in self.names if fnmatch.fnmatch(name, pattern)]
 
 
 class Artifacts:
-    """A job's folder, or its place in a bucket. `root`: where its files are on this node. `place`: what the user calls it.
+    """A job's folder, or its URL in a bucket. `root`: where its files are on this node. `place`: its name for the user.
 
     Raises `UserError` where it holds something else than a job of this kind.
     """
@@ -130,7 +166,7 @@ class Artifacts:
             raise UserError(f"the output folder {self.place} is not empty and no job of ppcl; choose another --output")
 
     def start(self, job: dict[str, Any]) -> None:
-        """Claim the folder for a job: `job` is what tells one job from another (the teacher's and prompts' identity)."""
+        """Claim the folder for a job: `job` tells one job from another (the teacher's and prompts' identity)."""
         self.check()
         if self._read_manifest() is None:
             self._write_manifest({"format": FORMAT, "job": job, "stages": {}})
@@ -139,12 +175,12 @@ class Artifacts:
             if other != job:
                 differs = [k for k in {**job, **other} if job.get(k) != other.get(k)]
                 raise UserError(
-                    f"the output folder {self.place} holds another job: {differs[0]} is {other.get(differs[0])!r} there and "
-                    f"{job.get(differs[0])!r} here; choose another --output"
+                    f"the output folder {self.place} holds another job: {differs[0]} is {other.get(differs[0])!r} "
+                    f"there and {job.get(differs[0])!r} here; choose another --output"
                 )
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def exclusive_lock(self) -> Iterator[None]:
         """Hold the job's folder; a second job on the same folder is refused instead of mixing with the first."""
         if self.store:
             with hold_lease(self.store) as self._check_held:
@@ -157,16 +193,25 @@ class Artifacts:
                 raise UserError(f"another ppcl works in {self.place}; wait for it or choose another --output") from None
             yield
 
-    def entry(self, stage: str) -> Entry | None:
-        found = self.manifest()["stages"].get(stage)
-        return Entry(**found) if found else None
+    def record(self, stage: str) -> StageRecord | None:
+        values = self.manifest()["stages"].get(stage)
+        return StageRecord(**values) if values else None
+
+    def stage_files(self, stage: str, pattern: str = "*") -> StageFiles:
+        """The files of a complete stage, or those of a glob pattern. Raises `UserError` where it is not complete."""
+        record = self.record(stage)
+        if record is None:
+            raise UserError(f"{self.place} has no complete {stage}; run ppcl compress again, which goes on from there")
+        files = {name: file for name, file in record.files.items() if fnmatch.fnmatch(name, f"{stage}/{pattern}")}
+        names = sorted(str(PurePosixPath(name).relative_to(stage)) for name in files)
+        return StageFiles(self.path(stage), tuple(names), _digest(files))
 
     def damaged(self, stage: str) -> list[str]:
-        """The files of a complete stage that are gone or changed, by size and sha256; the others are on this node now."""
-        entry = self.entry(stage)
-        files = entry.files if entry else {}
-        whole = parallel_map(lambda name: self._intact(name, **files[name]), list(files))
-        return [name for name, intact in zip(files, whole, strict=True) if not intact]
+        """The files of a complete stage that are gone or changed, by size and sha256; the others are then here."""
+        record = self.record(stage)
+        files = record.files if record else {}
+        intact = parallel_map(lambda name: self._intact(name, **files[name]), list(files))
+        return [name for name, is_intact in zip(files, intact, strict=True) if not is_intact]
 
     def _intact(self, name: str, size: int, sha256: str) -> bool:
         path = self.path(name)
@@ -179,7 +224,7 @@ class Artifacts:
         return self.store.read(name).decode() if self.store else self.path(name).read_text()
 
     def continue_log(self) -> None:
-        """Begin the log on this node with what the store has of it, unless this node has more: what could not be published."""
+        """Begin the log on this node with the store's, unless this node has more: what could not be uploaded."""
         if self.store is None:
             return
         with contextlib.suppress(FileNotFoundError):
@@ -191,60 +236,77 @@ class Artifacts:
     def file(self, *parts: str) -> Path:
         """One file of a complete stage, downloaded where the job is in a bucket; not there if it is damaged or gone."""
         path, name = self.path(*parts), "/".join(parts)
-        entry = self.entry(parts[0]) if self.store else None
-        if entry and name in entry.files and not self._intact(name, **entry.files[name]):
+        record = self.record(parts[0]) if self.store else None
+        if record and name in record.files and not self._intact(name, **record.files[name]):
             path.unlink(missing_ok=True)
         return path
 
-    def commit(self, stage: str, key: str, seconds: float = 0.0, info: dict[str, Any] | None = None) -> None:
-        """Enter a stage as complete, with every file now in its folder."""
+    def commit(
+        self, stage: str, key: str, seconds: float = 0.0, info: dict[str, Any] | None = None, format: int = 1
+    ) -> None:
+        """Record a stage as complete, with every file now in its folder but for checkpoints."""
         folder = self.path(stage)
         paths = {
             str(path.relative_to(self.root)): path
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and "checkpoints" not in path.relative_to(folder).parts
+            if path.is_file() and CHECKPOINTS not in path.relative_to(folder).parts
         }
         files = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in paths.items()}
         if self.store:
-            parallel_map(lambda name: self.store.upload(paths[name], name), list(paths))
-            there = [f"{stage}/{name}" for name in Store(f"{self.store.url}/{stage}").objects()]
-            # What workers uploaded on the way and the stage did not keep.
-            parallel_map(
-                self.store.remove,
-                [name for name in there if name not in files and "checkpoints" not in name.split("/")],
-            )
+            self._upload_stage(self.store, stage, paths)
+        record = StageRecord(key, files, round(seconds, 3), info or {}, format)
         manifest = self.manifest()
-        manifest["stages"][stage] = {"key": key, "files": files, "seconds": round(seconds, 3), "info": info or {}}
+        manifest["stages"][stage] = asdict(record)
         self._write_manifest(manifest)
 
-    def forget_entry(self, stage: str) -> None:
-        """Drop a stage's entry, and keep its files."""
+    def _upload_stage(self, store: Store, stage: str, paths: dict[str, Path]) -> None:
+        """Upload a stage's files, then remove what workers uploaded on the way and the stage did not keep."""
+        parallel_map(lambda name: store.upload(paths[name], name), list(paths))
+        uploaded = [f"{stage}/{name}" for name in Store(f"{store.url}/{stage}").objects()]
+        stale = [name for name in uploaded if name not in paths and CHECKPOINTS not in name.split("/")]
+        parallel_map(store.remove, stale)
+
+    def drop_record(self, stage: str) -> None:
+        """Take a stage out of the manifest, and keep its files."""
         manifest = self.manifest()
         if manifest["stages"].pop(stage, None):
             self._write_manifest(manifest)
 
-    def forget(self, stage: str) -> None:
-        """Drop a stage's entry, then its files."""
-        self.forget_entry(stage)
-        remove(self.path(stage))
+    def invalidate(self, stage: str, keep: str | None = None) -> None:
+        """Drop a stage's record, then its files but for the folder `keep`, from which the stage resumes."""
+        self.drop_record(stage)
+        folder = self.path(stage)
+        if keep is None:
+            remove(folder)
+            return
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if self.store:
+            names |= {name.split("/")[0] for name in Store(f"{self.store.url}/{stage}").objects()}
+        for name in sorted(names - {keep}):
+            remove(folder / name)
 
-    def state(self, stage: str, key: str, tell: Callable[[str], None]) -> bool:
-        """Whether a stage can be skipped; says through `tell` why a complete one has to be made again."""
-        entry = self.entry(stage)
-        if entry is None:
+    def is_complete(self, stage: str, key: str, format: int, emit: Callable[[str], None]) -> bool:
+        """Whether a stage can be skipped; says through `emit` why a complete one has to be made again."""
+        record = self.record(stage)
+        if record is None:
             return False
-        if entry.key != key:
-            tell(f"{stage}: what it depends on has changed; making it again")
+        if record.format != format:
+            emit(
+                f"{stage}: another version of ppcl wrote it, in format {record.format}, and this one writes format "
+                f"{format}; making it again"
+            )
             return False
-        bad = self.damaged(stage)
-        if bad:
-            tell(f"{stage}: {bad[0]} is damaged or gone (its sha256 differs from the manifest's); making it again")
+        if record.key != key:
+            emit(f"{stage}: what it depends on has changed; making it again")
+            return False
+        if damaged := self.damaged(stage):
+            emit(f"{stage}: {damaged[0]} is damaged or gone (its sha256 differs from the manifest's); making it again")
             return False
         return True
 
 
 def fetch_stage(folder: str | Path) -> Path:
-    """The folder of a complete stage on this node: itself, or downloaded into its mirror and held against the manifest.
+    """The folder of a complete stage on this node: itself, or downloaded into its mirror and verified.
 
     Raises `UserError` where a file is damaged or gone.
     """
@@ -253,13 +315,14 @@ def fetch_stage(folder: str | Path) -> Path:
     on_this_node = to_local(folder)
     artifacts = Artifacts(on_this_node.parent)
     with once_a_node(on_this_node):
-        if artifacts.entry(on_this_node.name) is None:
+        record = artifacts.record(on_this_node.name)
+        if record is None:
             raise UserError(f"{artifacts.place} has no complete {on_this_node.name}; run ppcl compress again")
         if bad := artifacts.damaged(on_this_node.name):
             raise UserError(
                 f"{artifacts.place}/{bad[0]} is damaged or gone; run ppcl compress again, which makes it anew"
             )
-        known = {artifacts.path(name) for name in artifacts.entry(on_this_node.name).files}
+        known = {artifacts.path(name) for name in record.files}
         for path in on_this_node.rglob("*"):
             # Left from another run of the stage.
             if path.is_file() and path not in known:

@@ -224,6 +224,6 @@ def test_a_missing_stage_and_another_teacher_are_refused(copy, tmp_path):
         Result(copy, teacher=other)
     with pytest.raises(UserError, match="/gone is gone; give its new place"):
         Result(copy, teacher="/gone")
-    Artifacts(copy).forget_entry("variants")
+    Artifacts(copy).drop_record("variants")
     with pytest.raises(UserError, match="has no variants yet"):
         Result(copy)

@@ -109,7 +109,9 @@ class StudentObjective(_LeastSquaresInit):
         block = copy.deepcopy(blocks[source]).float()
         self.narrow = None
         if settings.student_keep_percent < 100 and adapter.parts_of(transformer, source, block):
-            self.narrow = PrunedFfnObjective(adapter, transformer, blocks[source], Ffn(source, settings.student_keep_percent))
+            self.narrow = PrunedFfnObjective(
+                adapter, transformer, blocks[source], Ffn(source, settings.student_keep_percent)
+            )
             for path, module in pruned_parts(adapter, self.narrow.parts, self.narrow.module).items():
                 block.set_submodule(path, module)
         affine = {}

@@ -1,4 +1,4 @@
-"""Places on a cluster that has none at first, where Ray's own autoscaler adds nodes."""
+"""Resources of a cluster that has none at first, where Ray's own autoscaler adds nodes."""
 
 import multiprocessing
 import re
@@ -20,8 +20,11 @@ def _join(address):
 
 @pytest.fixture(scope="module")
 def there():
-    """`there(function, ...)` calls it in a process on a cluster with nothing but its head, to which may come two nodes of two CPUs and
-    one with what Ray takes for a GPU. (This process has the Ray of the other tests.)"""
+    """`there(function, ...)` calls it in a process on a cluster with nothing but its head.
+
+    To it may come two nodes of two CPUs and one with what Ray takes for a GPU. (This process has the Ray of the other
+    tests.)
+    """
     spawn = multiprocessing.get_context("spawn")
     types = {"cpu": ({"CPU": 2}, 2), "gpu": ({"CPU": 1, "GPU": 1}, 1)}
     with autoscaling(**types) as address, ProcessPoolExecutor(1, spawn, _join, (address,)) as pool:
@@ -35,7 +38,7 @@ def _launched():
     return autoscaler.launching() or number("CPU") > 0
 
 
-def _waited_for(workers, patience):
+def _waited_for(workers, worker_timeout_s):
     """The CPUs after the waiting, and the states of the placement groups that asked."""
     import ray
 
@@ -43,7 +46,7 @@ def _waited_for(workers, patience):
 
     refuse_impossible([(workers, "probes.workers")], "cpu")
     assert shortfall(workers, "cpu", "probes.workers")
-    Resources(workers, "cpu", "probes.workers", patience).wait()
+    Resources(workers, "cpu", "probes.workers", worker_timeout_s).wait()
     return number("CPU"), {group["state"] for group in ray.util.placement_group_table().values()}
 
 
@@ -59,8 +62,8 @@ def _device(device):
 
 def test_what_the_autoscaler_can_never_add_is_refused_at_once_and_brings_no_node(there):
     told = (
-        "probes.workers asks for 9 workers, but the cluster has 0 CPUs, of which 0 can be used by workers, and its autoscaler cannot "
-        "bring it to 10 CPUs; ask for fewer or raise what it may add"
+        "probes.workers asks for 9 workers, but the cluster has 0 CPUs, of which 0 can be used by workers, and its "
+        "autoscaler cannot bring it to 10 CPUs; ask for fewer or raise what it may add"
     )
     with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
         there(refuse_impossible, [(1, "calibration.workers"), (9, "probes.workers"), (3, "evaluation.workers")], "cpu")
@@ -78,6 +81,9 @@ def test_the_device_is_a_gpu_where_the_autoscaler_can_add_one(there):
 
 
 def test_places_that_nobody_adds_are_told_after_the_patience(there):
-    told = r"finetuning.data_parallel asks for 5 workers, but the cluster has \d GPUs?, of which \d can be used by workers; ask for fewer or add nodes"
+    told = (
+        r"finetuning.data_parallel asks for 5 workers, but the cluster has \d GPUs?, of which \d can be used by workers; "
+        r"ask for fewer or add nodes"
+    )
     with pytest.raises(UserError, match=told):
         there(_wait, 5, "cuda", "finetuning.data_parallel", 1.0)

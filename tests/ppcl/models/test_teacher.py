@@ -100,3 +100,25 @@ def test_the_other_parts_are_hashed_file_by_file(folder):
     after = Teacher(folder).part_hashes()
     assert {name for name in before if before[name] != after[name]} == {"text_encoder/config.json"}
     assert Teacher(folder).sha256() == transformer
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "vae/diffusion_pytorch_model.safetensors"])
+def test_git_lfs_pointers_in_place_of_weights_are_refused(folder, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer in place of the weights; run git lfs pull"):
+        Teacher(folder)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_a_shard_that_the_index_names_and_that_is_missing_is_refused(folder, part):
+    index = folder / part / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(UserError, match=f"{part}/model-00001-of-00002.safetensors is missing, which {part}/"):
+        Teacher(folder)
+
+
+def test_a_component_without_weights_is_refused(folder):
+    for path in (folder / "text_encoder").glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(UserError, match="text_encoder holds no .safetensors file"):
+        Teacher(folder)

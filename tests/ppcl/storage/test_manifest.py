@@ -22,11 +22,11 @@ def artifacts(tmp_path):
 
 def test_a_stage_is_skipped_while_key_and_files_are_the_same(artifacts):
     said = []
-    assert artifacts.state("probes", "key", said.append) and not said
-    assert not artifacts.state("students", "key", said.append) and not said
-    assert not artifacts.state("probes", "other", said.append)
+    assert artifacts.is_complete("probes", "key", 1, said.append) and not said
+    assert not artifacts.is_complete("students", "key", 1, said.append) and not said
+    assert not artifacts.is_complete("probes", "other", 1, said.append)
     assert said == ["probes: what it depends on has changed; making it again"]
-    assert list(artifacts.entry("probes").files) == ["probes/a.json"] and artifacts.entry("probes").info == {
+    assert list(artifacts.record("probes").files) == ["probes/a.json"] and artifacts.record("probes").info == {
         "blocks": 3
     }
 
@@ -37,16 +37,16 @@ def test_a_stage_is_skipped_while_key_and_files_are_the_same(artifacts):
 def test_a_file_that_changed_by_a_bit_a_byte_or_altogether_is_found(artifacts, change):
     change(artifacts.path("probes", "a.json"))
     said = []
-    assert not artifacts.state("probes", "key", said.append)
+    assert not artifacts.is_complete("probes", "key", 1, said.append)
     assert said == [
         "probes: probes/a.json is damaged or gone (its sha256 differs from the manifest's); making it again"
     ]
 
 
 def test_forgetting_the_entry_keeps_the_files_and_forgetting_the_stage_does_not(artifacts):
-    artifacts.forget_entry("probes")
-    assert artifacts.entry("probes") is None and artifacts.path("probes", "a.json").exists()
-    artifacts.forget("probes")
+    artifacts.drop_record("probes")
+    assert artifacts.record("probes") is None and artifacts.path("probes", "a.json").exists()
+    artifacts.invalidate("probes")
     assert not artifacts.path("probes").exists()
 
 

@@ -172,17 +172,18 @@ def test_a_stage_is_uploaded_before_its_entry_and_verified_when_read(store, s3):
     said = []
     shutil.rmtree(artifacts.root)  # another node
     assert (
-        Artifacts(store.url).state("probes", "key", said.append) and artifacts.path("probes", "a").read_bytes() == b"1"
+        Artifacts(store.url).is_complete("probes", "key", 1, said.append)
+        and artifacts.path("probes", "a").read_bytes() == b"1"
     )
     artifacts.path("probes", "stale").write_bytes(b"")
     assert [p.name for p in fetch_stage(artifacts.path("probes")).iterdir()] == ["a"]
     store.write("probes/a", b"2")
     shutil.rmtree(artifacts.root)
-    assert not Artifacts(store.url).state("probes", "key", said.append)
+    assert not Artifacts(store.url).is_complete("probes", "key", 1, said.append)
     assert said == ["probes: probes/a is damaged or gone (its sha256 differs from the manifest's); making it again"]
     with pytest.raises(UserError, match="probes/a is damaged or gone"):
         fetch_stage(artifacts.path("probes"))
-    artifacts.forget("probes")
+    artifacts.invalidate("probes")
     assert set(store.objects()) == {"manifest.json"}
 
 

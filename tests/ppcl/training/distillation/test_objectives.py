@@ -126,7 +126,14 @@ def test_the_mesh_does_not_change_the_replacements(folder, trained, tmp_path, pp
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     monkeypatch.setattr("tests.ppcl.training.distillation.test_objectives.PLAN", plan)
     train(folder, alone)
-    ranks.run(pp * dp, _train_plan, folder, shared, plan, SETTINGS.model_copy(update={"pipeline_parallel": pp, "data_parallel": dp}))
+    ranks.run(
+        pp * dp,
+        _train_plan,
+        folder,
+        shared,
+        plan,
+        SETTINGS.model_copy(update={"pipeline_parallel": pp, "data_parallel": dp}),
+    )
     assert files_in(alone).keys() == files_in(shared).keys() == set(plan)
     for entry, path in files_in(alone).items():
         one, two = (load_replacement(p, Teacher(folder)).state_dict() for p in (path, files_in(shared)[entry]))
