@@ -47,10 +47,14 @@ def run(folder: Path) -> dict[str, Path]:
         report=_silent,
     )
     block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
-    found = detect(made["probes"], block_ranges, Detection(), Width(text_similarity=0.5, ffn_keep_percents=[50]), _silent)
+    found = detect(
+        made["probes"], block_ranges, Detection(), Width(text_similarity=0.5, ffn_keep_percents=[50]), _silent
+    )
     plan = [parse_replacement(text) for text in found["plan"]]
     (folder / "plan.json").write_text(json.dumps(found["plan"]))
-    settings = Distillation(steps=12, batch_size=4, warmup=2, learning_rate=1e-3, student_keep_percent=50, ema=0.9)
+    settings = Distillation(
+        steps=12, batch_size=4, warmup=2, learning_rate=1e-3, student_keep_percent=50, ema=0.9, train="all"
+    )
     with torch.enable_grad():
         distil(
             teacher,
@@ -116,7 +120,7 @@ def arithmetic() -> str:
     return digest.hexdigest()
 
 
-def _silent(*_: Any) -> None:
+def _silent(*_: Any, phase: str | None = None) -> None:
     pass
 
 

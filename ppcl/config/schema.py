@@ -141,6 +141,11 @@ class Distillation(Section):
     loss: Literal["relative", "normalized"] = Field(
         "relative", description="relative: squared error over the target's energy, keeps magnitude; normalized: Eq. 6"
     )
+    train: Literal["students", "all"] = Field(
+        "students",
+        description="students: student blocks are trained by gradient, linear maps stay at their least-squares optimum; "
+        "all: linear maps are trained too (the paper)",
+    )
     init: Literal["affine", "first", "middle"] = Field(
         "affine",
         description="a student's start: block u followed by the closed-form affine map; block u (the paper); the middle "

@@ -23,7 +23,13 @@ def values(tmp_path_factory, teacher_folder):
         "calibration": {"states_per_prompt": 2, "held_out": 0.3, "batch_size": 4},
         "probes": {"workers": 2, "batch_size": 4},
         "width": {"ffn_keep_percents": [50], "text": False, "linear_ffns": 1},
-        "distillation": {"steps": STEPS, "batch_size": 4, "warmup": 2, "pipeline_parallel": 2, "checkpoint_every": EVERY},
+        "distillation": {
+            "steps": STEPS,
+            "batch_size": 4,
+            "warmup": 2,
+            "pipeline_parallel": 2,
+            "checkpoint_every": EVERY,
+        },
         "variants": {"budgets": [0.9]},
         "evaluation": {"max_prompts": 2},
     }

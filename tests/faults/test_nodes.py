@@ -181,7 +181,9 @@ def test_two_hosts_with_addresses_and_disks_of_their_own_do_a_job_through_a_buck
         config = tmp_path / "job.yaml"
         # Four ranks, of which three go on a node.
         places = {"teacher": f"{url}/teacher", "prompts": f"{url}/prompts.txt", "output": f"{url}/result"}
-        config.write_text(yaml.safe_dump(values | places | {"distillation": values["distillation"] | {"data_parallel": 2}}))
+        config.write_text(
+            yaml.safe_dump(values | places | {"distillation": values["distillation"] | {"data_parallel": 2}})
+        )
         ended = subprocess.run(
             [
                 REPOSITORY / "cluster" / "two_nodes.sh",

@@ -79,7 +79,9 @@ def test_a_rank_that_stops_answering_is_given_up_after_the_patience_that_is_set(
 
 
 def test_an_evaluator_that_stops_answering_is_given_up_after_the_patience_that_is_set(values, whole, tmp_path):
-    job = Job(values, before(whole, "evaluation", tmp_path), "evaluation stopped", tmp_path / "mark", worker_timeout_s=20).end()
+    job = Job(
+        values, before(whole, "evaluation", tmp_path), "evaluation stopped", tmp_path / "mark", worker_timeout_s=20
+    ).end()
     assert re.search(rf"evaluation: failed \(an evaluator {SILENT}\); trying again", job.said)
     same_errors(job.output, whole)
 

@@ -120,7 +120,9 @@ def test_variants_and_generate_from_the_command_line(finished, tmp_path):
 
 
 def test_more_workers_than_the_cluster_has_are_refused_at_once(job, ray_cluster, tmp_path):
-    code, said, error = ppcl("compress", job, "--output", tmp_path / "other", "--set", "distillation.pipeline_parallel=64")
+    code, said, error = ppcl(
+        "compress", job, "--output", tmp_path / "other", "--set", "distillation.pipeline_parallel=64"
+    )
     assert code == 2 and "asks for 64 workers" in error and "calibration" not in said
 
 

@@ -179,7 +179,9 @@ def test_the_affine_start_is_the_least_squares_map_behind_the_first_block(folder
 @torch.no_grad()
 @pytest.mark.parametrize("start", ["first", "middle", "affine"])
 def test_a_narrow_student_starts_as_its_block_with_the_ffns_of_the_narrow_block(folder, tmp_path, start):
-    settings = SETTINGS.model_copy(update={"steps": 1, "learning_rate": 1e-12, "init": start, "student_keep_percent": 50})
+    settings = SETTINGS.model_copy(
+        update={"steps": 1, "learning_rate": 1e-12, "init": start, "student_keep_percent": 50}
+    )
     source = {"first": 3, "affine": 3, "middle": 4}[start]
     train(folder, tmp_path / "one", settings, [Interval(3, 5)])
     # What the block itself is with half of its hidden units, a replacement of its own.
