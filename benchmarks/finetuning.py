@@ -110,7 +110,7 @@ def main() -> None:
                     Path(out) / "checkpoints",
                     config.seed,
                     "cpu",
-                    lambda *_: None,
+                    lambda *_, phase=None: None,
                 )
             (told,) = json.loads((Path(out) / "finetuning.json").read_text())["plans"]
             row = {"steps": steps, "rollout_share": own, "velocity_error": told["after"]}

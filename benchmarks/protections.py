@@ -40,9 +40,9 @@ from ppcl.storage.manifest import CONFIG
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.distillation import trainer as run
 from ppcl.training.distillation.objectives import MomentUpdate, StudentObjective
+from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.losses import relative
 from ppcl.training.parallel_dims import ParallelDims
-from ppcl.training.trainee import Trainee
 
 _MASSIVE = 20.0
 
@@ -139,7 +139,7 @@ def main() -> None:
     def errors(way: dict[str, Any], seed: int) -> tuple[float, float]:
         loss = way.get("loss", relative)
         with tempfile.TemporaryDirectory() as out, ExitStack() as patches:
-            patches.enter_context(patch.dict("ppcl.training.trainee.LOSSES", {"relative": loss}))
+            patches.enter_context(patch.dict("ppcl.training.distillation.trainee.LOSSES", {"relative": loss}))
             for name, value in way.items():
                 if name != "loss":
                     patches.enter_context(patch.object(run, name, value))

@@ -60,10 +60,10 @@ from ppcl.sizing.simulation import STUDENT_TRAFFIC, distillation_on, probes
 from ppcl.training.captured import CapturedActivations
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.objectives import new_objective
+from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.teacher_segment import TeacherSegment
-from ppcl.training.trainee import Trainee
 
 WARM = 3
 BF16 = torch.bfloat16
@@ -220,11 +220,11 @@ def _rates(options: argparse.Namespace, folder: Path, model: Model) -> dict[str,
     trainee = Trainee(objective, Distillation(), ParallelDims())
     captured = CapturedActivations(boundaries={0: streams, 2: forward()}, context=context)
     trainee.train_step(captured, True)
-    own = sum(p.numel() for p in trainee.parameters.values())
+    own = sum(p.numel() for p in trainee.state.parameters.values())
 
     def update() -> None:
-        torch.nn.utils.clip_grad_norm_(trainee.parameters.values(), 1.0)
-        trainee.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(trainee.state.parameters.values(), 1.0)
+        trainee.state.optimizer.step()
 
     memory = own * 40 / _seconds(update)  # the norm, the clip and AdamW
     learn = _seconds(lambda: trainee.train_step(captured, True))

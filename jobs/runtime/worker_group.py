@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from jobs.failures import WorkerLost
 from jobs.runtime.process_group import GroupConfig, free_resources
 from jobs.runtime.resources import Resources
 from ppcl.errors import UserError
+from ppcl.training.progress import ProgressReport
 
 # What a rank may wait for one that is alive, seconds: some have longer to load and to finish than others. Those that are dead or
 # stopped are found much earlier.
@@ -40,10 +41,10 @@ class RankReporter:
     def __init__(self, board: Any):
         self._board, self._last = board, 0.0
 
-    def __call__(self, done: int, total: int, values: dict[str, float]) -> None:
+    def __call__(self, done: int, total: int, values: Mapping[str, float], phase: str | None = None) -> None:
         if time.monotonic() - self._last > _UPDATE_EVERY or done == total:
             self._last = time.monotonic()
-            self._board.update.remote(done, total, values)
+            self._board.update.remote(done, total, dict(values), phase)
 
     def note(self, sentence: str) -> None:
         """Several ranks may have the same to say."""
@@ -56,10 +57,13 @@ class _ProgressActor:
 
     def __init__(self) -> None:
         self.done, self.total, self.values, self.refusal = 0, 0, {}, None
+        self.phase: str | None = None
         self.notes: dict[str, None] = {}
 
-    def update(self, done: int, total: int, values: dict[str, float]) -> None:
-        self.done, self.total = max(done, self.done), total
+    def update(self, done: int, total: int, values: dict[str, float], phase: str | None) -> None:
+        # Ranks report one after the other: of the same phase, the one that is furthest on counts.
+        furthest = max(done, self.done) if phase == self.phase else done
+        self.done, self.total, self.phase = furthest, total, phase
         self.values.update(values)
 
     def note(self, sentence: str) -> None:
@@ -71,8 +75,8 @@ class _ProgressActor:
     def refuse(self, sentence: str) -> None:
         self.refusal = self.refusal or sentence
 
-    def read(self) -> tuple[int, int, dict[str, float], str | None]:
-        return self.done, self.total, dict(self.values), self.refusal
+    def read(self) -> tuple[int, int, dict[str, float], str | None, str | None]:
+        return self.done, self.total, dict(self.values), self.phase, self.refusal
 
 
 def run_worker_group(
@@ -81,7 +85,7 @@ def run_worker_group(
     arguments: dict[str, Any],
     places: Resources,
     scratch: Path,
-    progress: Callable[[int, int, dict[str, float]], None],
+    progress: ProgressReport,
 ) -> list[str]:
     """`function(arguments, report)` on every rank of a torch process group; gives their notes when all have finished.
 
@@ -136,9 +140,9 @@ def run_worker_group(
     try:
         while thread.is_alive():
             thread.join(0.5)
-            done, total, values, refusal = ray.get(board.read.remote())
+            done, total, values, phase, refusal = ray.get(board.read.remote())
             if total:
-                progress(done, total, values)
+                progress(done, total, values, phase=phase)
             elif time.monotonic() - looked > _LOOK_EVERY:
                 # A node whose loss was not known yet may be missing now, and Ray Train would wait for ever.
                 looked = time.monotonic()

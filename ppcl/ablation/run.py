@@ -159,6 +159,7 @@ def run_seed(
             "steps": settings.steps,
             "batch_size": settings.batch_size,
             "student_keep_percent": 100,
+            "train": "all",
             "warmup": min(config.distillation.warmup, settings.steps // 10),
         }
     )
@@ -173,7 +174,12 @@ def run_seed(
     total = sum(parts) + len(ROWS)
 
     def telling(part: int) -> Callable[..., None]:
-        return lambda done, *_: report(sum(parts[:part]) + done, total)
+        def tell(done: int, *_: Any, phase: str | None = None) -> None:
+            # Plans that are measured before and after count as no step.
+            if phase is None:
+                report(sum(parts[:part]) + done, total)
+
+        return tell
 
     transformer = teacher.transformer(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     chosen = choices(config, transformer, samples, probes, detection, seed, telling(0))

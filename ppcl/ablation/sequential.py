@@ -22,10 +22,10 @@ from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples, batch_of
 from ppcl.training.distillation.closed_form import fit_closed_form
 from ppcl.training.distillation.objectives import StudentObjective
+from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage
 from ppcl.training.teacher_segment import TeacherSegment
-from ppcl.training.trainee import Trainee
 
 
 def distil_in_sequence(

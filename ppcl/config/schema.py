@@ -172,6 +172,11 @@ class Distillation(Section):
         "relative",
         description="relative: squared error over the target's energy, which keeps magnitudes; normalized: Eq. 6",
     )
+    train: Literal["students", "all"] = Field(
+        "students",
+        description="students: student blocks are trained by gradient, linear maps stay at their least-squares optimum; "
+        "all: linear maps are trained too (the paper)",
+    )
     init: Literal["affine", "first", "middle"] = Field(
         "affine",
         description="initialization of a student block: affine: block u followed by the closed-form affine map; first: "

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
-from ppcl.config.schema import Distillation
+
+class RateSettings(Protocol):
+    """The part of a configuration section that the rate follows."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def warmup(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
 
 
-def learning_rate(step: int, settings: Distillation) -> float:
+def learning_rate(step: int, settings: RateSettings) -> float:
     """Linear warm-up, then a cosine to zero."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup

@@ -1,6 +1,6 @@
-"""The closed-form start of everything that has one: a least-squares problem between tensors of the teacher.
+"""Closed-form initialisation: least-squares problems between tensors of the teacher.
 
-It needs only sums, so it comes from one pass over the samples, whatever their number.
+They need moments only, so they come from one pass over the samples, whatever their number.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ def fit_closed_form(
     ridge: float,
     dims: ParallelDims,
 ) -> None:
-    """Set `objectives` to their closed-form starts, from one pass of the whole pipeline over the samples `ids`.
+    """Set `objectives` to their closed-form initialisation, from one pass of the whole pipeline over the samples `ids`.
 
-    `captured(rows)` runs the teacher on some of them. Every rank takes part, also one without objectives, since the streams pass
-    through it.
+    `captured(rows)` runs the teacher on some of them. Every rank takes part, also one without objectives, since the streams
+    pass through it. Cost: `O(n p (p + q))` for `n` tokens and maps `p → q`; memory `O(p (p + q))` for each name.
     """
-    shapes = {name: shape for objective in objectives for name, shape in objective.sums().items()}
-    sums = {name: Moments(*shape) for name, shape in shapes.items()}
+    shapes = {name: shape for objective in objectives for name, shape in objective.moments().items()}
+    moments = {name: Moments(*shape) for name, shape in shapes.items()}
     for start in range(0, len(ids), batch_size):
         rows = ids[start : start + batch_size][dims.dp_rank :: dims.dp]
         if not len(rows):
             continue
-        now = captured(rows)
+        batch = captured(rows)
         counted = set()
         for objective in objectives:
-            for name, x, y in objective.fits(now):
+            for name, x, y in objective.updates(batch):
                 if name not in counted:
-                    sums[name].update(x, y)
+                    moments[name].update(x, y)
                     counted.add(name)
-    merged = {name: _merged(statistics, dims) for name, statistics in sums.items()}
+    merged = {name: _merged(statistics, dims) for name, statistics in moments.items()}
     for objective in objectives:
-        objective.start(merged, ridge)
+        objective.initialize(merged, ridge)
 
 
 def _merged(statistics: Moments, dims: ParallelDims) -> Moments:

@@ -1,14 +1,15 @@
-"""What is learnt from the teacher: one objective an replacement of the plan, each on the teacher's own streams alone.
+"""Distillation objectives: one for each replacement of the plan, each on the teacher's own streams alone.
 
-A objective says which boundaries and inner tensors of the teacher it must see, where its closed-form start comes from, and
-what its losses are. Nothing of one objective enters another, so any of them share one pass over the teacher.
+An objective says which boundaries and inner tensors of the teacher it needs, what its closed-form initialisation is
+computed from, and what its losses are. Nothing of one objective enters another, so all share one pass over the teacher.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -22,40 +23,48 @@ from ppcl.replacements.plan import Ffn, Interval, Replacement, TextRun
 from ppcl.replacements.pruned_ffn import pruned_parts
 from ppcl.replacements.student_block import StudentBlock, affine_map
 from ppcl.training.captured import CapturedActivations, CaptureSpec
-from ppcl.training.losses import relative
+from ppcl.training.losses import Loss, LossTerm, relative
 
-# A loss as a sum over tokens, and what it is divided by, see `ppcl.training.losses`.
-LossTerm = tuple[torch.Tensor, float]
-Loss = Callable[..., LossTerm]
-
-
-# What sums are called, the tokens `(n, p)`, and those that shall come of them `(n, q)`.
+# The moments' name, the tokens `(n, p)` that are read, and those `(n, q)` that are predicted from them.
 MomentUpdate = tuple[str, torch.Tensor, torch.Tensor]
 
 
+class Gradient(Enum):
+    """Whether an objective is trained by gradient."""
+
+    NEEDED = "needed"  # the initialisation is a start
+    OPTIONAL = "optional"  # the initialisation is the least-squares optimum of the map alone
+    NONE = "none"  # there are no losses
+
+
 class DistillationObjective(Protocol):
-    """`wanted`: what it trains on; `init_capture`: what its closed-form start is computed from."""
+    """What every replacement has: a module, and a closed-form initialisation of it.
+
+    `capture`: what its losses are computed from; `init_capture`: what its closed-form initialisation is computed from.
+    `gradient`: whether it needs training by gradient, is at its optimum without it, or has no losses at all.
+    """
 
     replacement: Replacement
     module: nn.Module
-    wanted: CaptureSpec
+    capture: CaptureSpec
     init_capture: CaptureSpec
+    gradient: ClassVar[Gradient]
 
-    def sums(self) -> dict[str, tuple[int, int]]:
-        """The sums its start is computed from: by name, `p` and `q`. Lessons may name the same ones."""
+    def moments(self) -> dict[str, tuple[int, int]]:
+        """The moments that the initialisation is computed from: by name, `p` and `q`. Objectives may share some."""
         ...
 
-    def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
-        """What one batch adds to them."""
+    def updates(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+        """What one batch adds to the moments."""
         ...
 
-    def start(self, sums: Mapping[str, Moments], ridge: float) -> None:
-        """Set the module to its closed-form start."""
+    def initialize(self, moments: Mapping[str, Moments], ridge: float) -> None:
+        """Set the module to its closed-form initialisation."""
         ...
 
 
 class GradientObjective(DistillationObjective, Protocol):
-    """A objective that goes on from its start by gradient."""
+    """An objective that can go on from its initialisation by gradient."""
 
     def losses(self, captured: CapturedActivations, loss_of: Loss) -> Mapping[str, LossTerm]:
         """The losses by name, which add up; `loss_of` compares a block's output with the teacher's."""
@@ -63,7 +72,7 @@ class GradientObjective(DistillationObjective, Protocol):
 
 
 class _LeastSquaresInit:
-    """The start of a objective whose closed form is one least-squares fit a linear map."""
+    """The initialisation of an objective whose closed form is one least-squares fit for each linear map."""
 
     replacement: Replacement
 
@@ -75,26 +84,28 @@ class _LeastSquaresInit:
         """By the maps' names."""
         raise NotImplementedError
 
-    def sums(self) -> dict[str, tuple[int, int]]:
+    def moments(self) -> dict[str, tuple[int, int]]:
         return {
             f"{self.replacement.name}.{n}": (linear.in_features, linear.out_features)
             for n, linear in self.linears().items()
         }
 
-    def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+    def updates(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         for name, x, y in self._pairs(captured):
             yield f"{self.replacement.name}.{name}", x, y
 
     @torch.no_grad()
-    def start(self, sums: Mapping[str, Moments], ridge: float) -> None:
+    def initialize(self, moments: Mapping[str, Moments], ridge: float) -> None:
         for name, linear in self.linears().items():
-            solved = fit_affine(sums[f"{self.replacement.name}.{name}"], ridge)
+            solved = fit_affine(moments[f"{self.replacement.name}.{name}"], ridge)
             linear.weight.copy_(solved.weight)
             linear.bias.copy_(solved.bias)
 
 
 class StudentObjective(_LeastSquaresInit):
     """A student block for an interval (Eq. 6), all of a block or with fewer hidden units in its FFNs."""
+
+    gradient = Gradient.NEEDED
 
     def __init__(
         self,
@@ -105,7 +116,7 @@ class StudentObjective(_LeastSquaresInit):
         settings: Distillation,
     ):
         self.replacement = replacement
-        source = sum(replacement) // 2 if settings.init == "middle" else replacement.first
+        source = (replacement.first + replacement.last) // 2 if settings.init == "middle" else replacement.first
         block = copy.deepcopy(blocks[source]).float()
         self.narrow = None
         if settings.student_keep_percent < 100 and adapter.parts_of(transformer, source, block):
@@ -131,19 +142,19 @@ class StudentObjective(_LeastSquaresInit):
     def linears(self) -> dict[str, nn.Linear]:
         return dict(self.module.affine)
 
-    def sums(self) -> dict[str, tuple[int, int]]:
-        return super().sums() | (self.narrow.sums() if self.narrow else {})
+    def moments(self) -> dict[str, tuple[int, int]]:
+        return super().moments() | (self.narrow.moments() if self.narrow else {})
 
-    def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
-        yield from super().fits(captured)
+    def updates(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+        yield from super().updates(captured)
         if self.narrow:
-            yield from self.narrow.fits(captured)
+            yield from self.narrow.updates(captured)
 
-    def start(self, sums: Mapping[str, Moments], ridge: float) -> None:
-        super().start(sums, ridge)
+    def initialize(self, moments: Mapping[str, Moments], ridge: float) -> None:
+        super().initialize(moments, ridge)
         if self.narrow:
             # Its maps are those that stand in the student.
-            self.narrow.start(sums, ridge)
+            self.narrow.initialize(moments, ridge)
 
     def _pairs(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         """Block `u` on `X_{u-1}` gives the teacher's own `X_u`: the map is a fit between two boundaries."""
@@ -166,6 +177,8 @@ class StudentObjective(_LeastSquaresInit):
 
 class LinearFfnObjective(_LeastSquaresInit):
     """Residual linear maps for a block's FFNs (Eq. 9): the block's output, and the maps' own (plain squared error)."""
+
+    gradient = Gradient.OPTIONAL
 
     def __init__(self, adapter: ModelAdapter, transformer: nn.Module, block: nn.Module, replacement: Ffn):
         self.replacement = replacement
@@ -204,6 +217,8 @@ class PrunedFfnObjective:
     What is gained by training them is gained end to end, in fine-tuning.
     """
 
+    gradient = Gradient.NONE
+
     def __init__(self, adapter: ModelAdapter, transformer: nn.Module, block: nn.Module, replacement: Ffn):
         self.replacement, self.block = replacement, block
         self.adapter = adapter
@@ -212,23 +227,23 @@ class PrunedFfnObjective:
         self.capture = CaptureSpec()
         self.init_capture = CaptureSpec(hidden=frozenset({replacement.block}))
 
-    def sums(self) -> dict[str, tuple[int, int]]:
+    def moments(self) -> dict[str, tuple[int, int]]:
         # One Gram matrix for all widths of the block.
         return {
             f"hidden-{self.replacement.block}-{stream}": (self._maps(stream)[1].in_features, 0) for stream in self.parts
         }
 
-    def fits(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+    def updates(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         for stream in self.parts:
             x = captured.tokens(captured.hidden[self.replacement.block, stream], stream)
             yield f"hidden-{self.replacement.block}-{stream}", x, x[:, :0]
 
-    def start(self, sums: Mapping[str, Moments], ridge: float) -> None:
+    def initialize(self, moments: Mapping[str, Moments], ridge: float) -> None:
         for stream in self.parts:
             up, down = self._maps(stream)
             width = self.module.up[stream].out_features
             made = eliminate_units(
-                sums[f"hidden-{self.replacement.block}-{stream}"], down.weight, down.bias, [width], ridge
+                moments[f"hidden-{self.replacement.block}-{stream}"], down.weight, down.bias, [width], ridge
             )
             self.module.set(stream, up, made[width])
 
@@ -239,6 +254,8 @@ class PrunedFfnObjective:
 
 class TextProjectorsObjective(_LeastSquaresInit):
     """Projectors for a run of text streams (Eq. 7, 8): every block's image output, and the projectors' own outputs."""
+
+    gradient = Gradient.OPTIONAL
 
     def __init__(
         self,

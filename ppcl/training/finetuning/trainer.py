@@ -9,7 +9,7 @@ special case. What was distilled is kept beside it, for the plans that it is bet
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,27 @@ from ppcl.replacements.finetuned_selection import FinetunedSelection, ratios_of
 from ppcl.replacements.io import save_replacement
 from ppcl.replacements.plan import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.storage.manifest import write_atomically
 from ppcl.storage.tensor_files import load_tensors, save_tensors
 from ppcl.training.data import Samples, batch_of
-from ppcl.training.finetuning.plan_sampler import FixedPlan, VariantParts, plan_sampler, random_plans, trainable
+from ppcl.training.finetuning.plan_sampler import (
+    FixedPlan,
+    PlanSampler,
+    VariantParts,
+    plan_sampler,
+    random_plans,
+    trainable,
+)
 from ppcl.training.finetuning.rollouts import Rollouts, visited_timesteps
-from ppcl.training.optim import learning_rate
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.progress import ProgressReport
+from ppcl.training.train_state import TrainState
 
 _CHECKPOINT = "checkpoint.safetensors"
-_CURVE_POINTS = 200
-_MEASURED_BATCH = 32
+# Steps of which the losses are kept, at most about so many.
+_HISTORY_POINTS = 200
+# Held-out samples on which plans are measured, at most, and how many at once.
+_MEASURED_SAMPLES, _MEASURED_BATCH = 192, 32
 # Trajectories that run, in batches.
 _POOL = 8
 
@@ -81,22 +92,14 @@ class _Trainer:
         for replacement in self.replacements:
             # Trained in float32 whatever the teacher runs in; autocast brings both together.
             self.modules[replacement].float().requires_grad_(True)
-        self.parameters = {
+        parameters = {
             f"{replacement.name}.{name}": p
             for replacement in self.replacements
             for name, p in self.modules[replacement].named_parameters()
         }
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
-        self.ema = {k: p.detach().clone() for k, p in self.parameters.items()} if settings.ema else {}
+        self.state = TrainState(parameters, settings, dims)
         self.ids = samples.ids(held_out=False)
         self.trajectories = self._begun(steps) if settings.rollout_share else None
-        self.step, self.skipped = 0, 0
-        self.loss_history: list[dict[str, float]] = []
 
     def _begun(self, steps: int) -> Rollouts:
         """Trajectories of `steps` steps, begun on the teacher's states, so that from the start they are at all timesteps."""
@@ -136,97 +139,67 @@ class _Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; the relative squared error of the drawn plan's velocity."""
-        step = self.step
-        # The same plan on all replicas; their own states differ.
+        step = self.state.step
+        # The same plan on all replicas; their rollouts differ.
         plan = self.draws.draw(np.random.default_rng([self.seed, step]))
         rng = np.random.default_rng([self.seed, step, self.dims.dp_rank])
         own, inputs = self.batch(step, rng)
         with torch.no_grad():
             target = self.velocity((), inputs, training=False).float()
-        made = self.velocity(plan, inputs, training=True).float()
-        error = (made - target).square().sum()
-        sums = torch.stack([error.detach().double().cpu(), target.square().sum().double().cpu()])
-        whole, energy = self.dims.all_reduce(sums).tolist()
-        self.optimizer.zero_grad(set_to_none=True)
+        velocity = self.velocity(plan, inputs, training=True).float()
+        term = (velocity - target).square().sum(), target.square().sum()
         # The gradient of the error's logarithm: a plan with few replacements, whose error is small, counts as much as one
         # with many. On the error itself the large plans decide everything, and the small ones get worse.
-        (error / max(whole, 1e-12 * energy)).backward()
-        self._reduce_gradients()
-        learning = [p for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(learning, self.settings.gradient_clip)
-        if torch.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(step, self.settings)
-            self.optimizer.step()
-            if self.ema:
-                weight = 1 - min(self.settings.ema, (step + 1) / (step + 10))
-                torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], weight)
-        else:
-            self.skipped += 1
-        if len(own):
-            self.trajectories.advance(own, made.detach()[-len(own) :], rng)
-        self.step += 1
+        losses = self.state.train_step({"velocity": term}, logarithm=True)
+        if self.trajectories and len(own):
+            self.trajectories.advance(own, velocity.detach()[-len(own) :], rng)
         self.switch(self.model, ())
-        return {"loss": whole / energy, "replacements": len(plan)}
-
-    def _reduce_gradients(self) -> None:
-        if self.dims.dp == 1:
-            return
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        flat = self.dims.all_reduce(torch.cat([g.reshape(-1) for g in gradients]))
-        for g, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            g.copy_(part.view_as(g))
+        return {"loss": losses["loss"], "entries": len(plan)}
 
     @torch.no_grad()
-    def errors(self, plans: Iterable[Sequence[Replacement]]) -> list[float]:
-        """The velocity error of plans on the held-out samples."""
-        plans = list(plans)
+    def errors(self, plans: Sequence[Sequence[Replacement]], report: ProgressReport) -> list[float]:
+        """The velocity error of each plan on held-out samples, at most `_MEASURED_SAMPLES` of them, spread evenly."""
         ids = self.samples.ids(held_out=True)
+        ids = ids[:: -(-len(ids) // _MEASURED_SAMPLES)]
+        batches = [ids[start : start + _MEASURED_BATCH] for start in range(0, len(ids), _MEASURED_BATCH)]
         error, energy = torch.zeros(len(plans), dtype=torch.float64), 0.0
-        for start in range(0, len(ids), _MEASURED_BATCH):
-            inputs = self.samples.batch(ids[start : start + _MEASURED_BATCH], self.device, self.dtype)
+        for number, batch in enumerate(batches):
+            inputs = self.samples.batch(batch, self.device, self.dtype)
             target = self.velocity((), inputs, training=False).double()
             energy += float(target.square().sum())
             for index, plan in enumerate(plans):
-                made = self.velocity(plan, inputs, training=False).double()
-                error[index] += (made - target).square().sum().cpu()
+                velocity = self.velocity(plan, inputs, training=False).double()
+                error[index] += (velocity - target).square().sum().cpu()
+                done = number * len(plans) + index + 1
+                report(done, len(batches) * len(plans), {}, phase="measuring plans")
         self.switch(self.model, ())
         return (error / energy).tolist()
 
+    def train(self, checkpoints: Path, report: ProgressReport) -> None:
+        """Train to the last step, with a checkpoint now and then; the parameters end as their averages."""
+        settings, state = self.settings, self.state
+        every = max(1, settings.steps // _HISTORY_POINTS)
+        while state.step < settings.steps:
+            losses = self.train_step()
+            state.record(losses, every)
+            if self.dims.dp_rank == 0 and (state.step % settings.checkpoint_every == 0 or state.step == settings.steps):
+                self.save_checkpoint(checkpoints)
+            report(state.step, settings.steps, {"velocity": losses["loss"]})
+        state.use_ema()
+
     def save_checkpoint(self, folder: Path) -> None:
-        """Everything needed to go on."""
-        tensors = {f"parameter.{k}": p for k, p in self.parameters.items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
-        for k, p in self.parameters.items():
-            if state := self.optimizer.state.get(p):
-                tensors |= {f"{name}.{k}": torch.as_tensor(state[name]) for name in ("exp_avg", "exp_avg_sq", "step")}
+        """Write everything needed to go on."""
+        tensors, metadata = self.state.state_dict()
         if self.trajectories:
             tensors |= self.trajectories.tensors()
-        metadata = {"step": str(self.step), "skipped": str(self.skipped), "curve": json.dumps(self.loss_history)}
         save_tensors(folder / _CHECKPOINT, tensors, metadata)
 
     def load_checkpoint(self, folder: Path) -> None:
+        """Go on from a checkpoint. Raises `DamagedError`."""
         tensors, metadata = load_tensors(folder / _CHECKPOINT)
-        self.step, self.skipped = int(metadata["step"]), int(metadata["skipped"])
-        self.loss_history = json.loads(metadata["curve"])
-        with torch.no_grad():
-            for k, p in self.parameters.items():
-                p.copy_(tensors[f"parameter.{k}"])
-                if self.ema:
-                    self.ema[k].copy_(tensors[f"ema.{k}"])
-                if f"exp_avg.{k}" in tensors:
-                    self.optimizer.state[p] = {
-                        "step": tensors[f"step.{k}"],
-                        **{name: tensors[f"{name}.{k}"].to(p.device) for name in ("exp_avg", "exp_avg_sq")},
-                    }
+        self.state.load_state_dict(tensors, metadata)
         if self.trajectories:
             self.trajectories.restore(tensors)
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Put the averages where averages are kept."""
-        for k, value in self.ema.items():
-            self.parameters[k].copy_(value)
 
 
 def finetune(
@@ -242,62 +215,72 @@ def finetune(
     checkpoints: Path,
     seed: int,
     device: str,
-    report: Callable[[int, int, dict[str, float]], None],
+    report: ProgressReport,
 ) -> None:
-    """Train replacements and write those that were trained to `folder`, with `finetuning.json`: the curve, and plans before
-    and after.
+    """Train replacements and write those that were trained to `folder`, with `finetuning.json`: losses, and measured plans.
 
-    `variants`: the named ones; they and `settings.measured_plans` drawn plans are measured. `sensitivity`: what each replacement costs alone, by
-    which plans are compared; see `ppcl.replacements.finetuned_selection`.
-    `report(step, steps, losses)` is called after every step. Continues from what lies in `checkpoints`.
+    `variants`: the named ones; they and `settings.measured_plans` drawn plans are measured before and after. `sensitivity`:
+    what each replacement costs alone, by which plans are compared; see `ppcl.replacements.finetuned_selection`. `report`
+    is called after every step and every measured plan. Goes on from what lies in `checkpoints`.
     """
     bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
     trainer = _Trainer(teacher, files, variants, samples, settings, dims, seed, sampling_steps, device, bfloat16)
-    named = {tuple(plan): name for name, plan in variants.items() if trainable(plan)}
-    drawn, draws = [], trainer.draws
-    if fixed := isinstance(draws, FixedPlan):
-        # Its parts, too: which of them are better with what was trained for the whole must be known.
-        drawn, draws = [draws.replacements], VariantParts([draws.replacements])
-    drawn += [plan for plan in random_plans(draws, settings.measured_plans, seed) if plan not in drawn]
-    plans = [*map(list, named), *(plan for plan in drawn if tuple(plan) not in named)]
-    before = trainer.errors(plans) if dims.dp_rank == 0 else []
-    found = (checkpoints / _CHECKPOINT).exists()
+    writes = dims.dp_rank == 0
+    plans = measured_plans(trainer.draws, variants, settings.measured_plans, seed)
+    before = trainer.errors(plans, report) if writes else []
+    has_checkpoint = (checkpoints / _CHECKPOINT).exists()
     dims.barrier()
-    if found:
+    if has_checkpoint:
         trainer.load_checkpoint(checkpoints)
-    every = max(1, settings.steps // _CURVE_POINTS)
-    while trainer.step < settings.steps:
-        told = trainer.train_step()
-        step = trainer.step
-        if (step - 1) % every == 0 or step == settings.steps:
-            trainer.loss_history.append({"step": step - 1, **{k: round(v, 6) for k, v in told.items()}})
-        if dims.dp_rank == 0 and (step % settings.checkpoint_every == 0 or step == settings.steps):
-            trainer.save_checkpoint(checkpoints)
-        report(step, settings.steps, {"velocity": told["loss"]})
-    trainer.finish()
-    if dims.dp_rank == 0:
-        after = trainer.errors(plans)
+    trainer.train(checkpoints, report)
+    if writes:
+        after = trainer.errors(plans, report)
         for replacement in trainer.replacements:
-            save_replacement(
-                trainer.modules[replacement], replacement, teacher.adapter, folder / f"{replacement.name}.safetensors"
-            )
-        rows = [
-            {"plan": [str(e) for e in plan], "variant": named.get(tuple(plan)), "before": b, "after": a}
-            for plan, b, a in zip(plans, before, after, strict=True)
-        ]
-        ratios = ratios_of(rows)
-        for row, plan in zip(rows, plans, strict=True):
-            # Told of a drawn plan is what would happen to one that was not measured.
-            known = ratios if row["variant"] else {p: r for p, r in ratios.items() if p != frozenset(plan)}
-            row["taken"] = FinetunedSelection(
-                dict.fromkeys(trainer.replacements, folder), sensitivity, known
-            ).uses_finetuned(plan)
+            path = folder / f"{replacement.name}.safetensors"
+            save_replacement(trainer.modules[replacement], replacement, teacher.adapter, path)
         record = {
             "steps": settings.steps,
-            "fixed": fixed,
-            "curve": trainer.loss_history,
-            "skipped_steps": trainer.skipped,
-            "plans": rows,
+            "fixed": isinstance(trainer.draws, FixedPlan),
+            "curve": trainer.state.loss_history,
+            "skipped_steps": trainer.state.skipped_steps,
+            "plans": _plan_rows(plans, variants, before, after, trainer.replacements, sensitivity),
         }
-        (folder / "finetuning.json").write_text(json.dumps(record))
+        write_atomically(folder / "finetuning.json", json.dumps(record))
     dims.barrier()
+
+
+def measured_plans(
+    sampler: PlanSampler, variants: Mapping[str, Sequence[Replacement]], count: int, seed: int
+) -> list[list[Replacement]]:
+    """The plans whose velocity error is measured before and after: the variants with something to train, and drawn ones."""
+    drawn = []
+    if isinstance(sampler, FixedPlan):
+        # Its parts, too: which of them are better with what was trained for the whole must be known.
+        drawn, sampler = [sampler.replacements], VariantParts([sampler.replacements])
+    drawn += [plan for plan in random_plans(sampler, count, seed) if plan not in drawn]
+    named = {tuple(plan) for plan in variants.values() if trainable(plan)}
+    kept = dict.fromkeys(tuple(plan) for plan in variants.values() if trainable(plan))
+    return [*map(list, kept), *(plan for plan in drawn if tuple(plan) not in named)]
+
+
+def _plan_rows(
+    plans: Sequence[Sequence[Replacement]],
+    variants: Mapping[str, Sequence[Replacement]],
+    before: Sequence[float],
+    after: Sequence[float],
+    trained: Sequence[Replacement],
+    sensitivity: Mapping[Replacement, float],
+) -> list[dict[str, Any]]:
+    """The rows of `finetuning.json`: each plan's error before and after, and which replacements it would take."""
+    named = {tuple(plan): name for name, plan in variants.items() if trainable(plan)}
+    rows: list[dict[str, Any]] = [
+        {"plan": [str(r) for r in plan], "variant": named.get(tuple(plan)), "before": b, "after": a}
+        for plan, b, a in zip(plans, before, after, strict=True)
+    ]
+    ratios = ratios_of(rows)
+    for row, plan in zip(rows, plans, strict=True):
+        # Of a drawn plan is told what would happen to one that was not measured.
+        known = ratios if row["variant"] else {p: ratio for p, ratio in ratios.items() if p != frozenset(plan)}
+        selection = FinetunedSelection(dict.fromkeys(trained, Path()), sensitivity, known)
+        row["taken"] = selection.uses_finetuned(plan)
+    return rows

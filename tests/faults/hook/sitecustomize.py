@@ -31,9 +31,9 @@ def wrap(owner, name, around):
 def counted(module):
     def learn(inner, trainee, *a):
         made = inner(trainee, *a)
-        if trainee.dims.dp_rank == 0:
+        if trainee.state.dims.dp_rank == 0:
             tally = os.open(TALLY, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-            os.write(tally, f"{os.getpid()} {trainee.objective.replacement.name} {trainee.step - 1}\n".encode())
+            os.write(tally, f"{os.getpid()} {trainee.objective.replacement.name} {trainee.state.step - 1}\n".encode())
             os.close(tally)
         return made
 
@@ -59,7 +59,7 @@ def before_step(module, step, stage, action):
     """`action()` before the first replacement of the rank `stage` learns this step, when the ranks before it have done theirs."""
 
     def learn(inner, trainee, *a):
-        if trainee.dims.pp_rank == stage and trainee.step == step - 1 and once():
+        if trainee.state.dims.pp_rank == stage and trainee.state.step == step - 1 and once():
             time.sleep(5)
             action()
         return inner(trainee, *a)
@@ -139,11 +139,11 @@ STEP, LAST = 30, 60
 FAULTS = {
     "raises": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 1, fail)),
     "first killed": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 0, kill)),
-    "last killed": ("ppcl.training.trainee", lambda m: before_step(m, LAST, 1, kill)),
+    "last killed": ("ppcl.training.distillation.trainee", lambda m: before_step(m, LAST, 1, kill)),
     "last killed between": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 1, kill)),
     "stopped": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 0, stop)),
     "nan": ("ppcl.training.distillation.trainer", lambda m: at_step(m, STEP, 0, nan)),
-    "checkpoint": ("ppcl.training.trainee", lambda m: in_mid_checkpoint(m, 4)),
+    "checkpoint": ("ppcl.training.distillation.trainee", lambda m: in_mid_checkpoint(m, 4)),
     "probe": ("ppcl.detection.fit_probes", lambda m: in_probe(m, kill)),
     "calibration stopped": ("ppcl.calibration.dataset", lambda m: in_calibration(m, stop)),
     "evaluation stopped": ("ppcl.evaluation.velocity_error", lambda m: in_evaluation(m, stop)),
@@ -159,7 +159,7 @@ class Finder(importlib.abc.MetaPathFinder):
     """Wraps modules right after they were loaded."""
 
     def __init__(self):
-        self.hooks = [("ppcl.training.trainee", counted)] if TALLY else []
+        self.hooks = [("ppcl.training.distillation.trainee", counted)] if TALLY else []
         if FAULT:
             self.hooks.append(FAULTS[FAULT])
 

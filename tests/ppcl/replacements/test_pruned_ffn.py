@@ -144,19 +144,20 @@ def test_students_of_every_family_are_narrow_where_blocks_have_ffns(tmp_path, mo
     model = model()
     adapter = adapter_of(model)
     blocks = dict(enumerate(adapter.blocks(model)))
-    lesson = StudentObjective(adapter, model, blocks, interval, Distillation(student_keep_percent=50, init="first"))
+    objective = StudentObjective(adapter, model, blocks, interval, Distillation(student_keep_percent=50, init="first"))
     parts = adapter.parts_of(model, interval.first, blocks[interval.first])
-    assert set(parts) == streams == {name.split("-")[-1] for name in lesson.sums()}
+    assert set(parts) == streams == {name.split("-")[-1] for name in objective.moments()}
     for stream, where in parts.items():
         whole, narrow = (
-            submodule(block, f"{where.ffn}.{adapter.ffn_up}") for block in (blocks[interval.first], lesson.module.block)
+            submodule(block, f"{where.ffn}.{adapter.ffn_up}")
+            for block in (blocks[interval.first], objective.module.block)
         )
         assert narrow.out_features == whole.out_features // 2, stream
-    save_replacement(lesson.module, interval, adapter, tmp_path / f"{interval.name}.safetensors")
+    save_replacement(objective.module, interval, adapter, tmp_path / f"{interval.name}.safetensors")
     with init_empty_weights():
         empty = type(model).from_config(model.config)
     teacher = SimpleNamespace(adapter=adapter, empty_transformer=lambda: empty, place="here")
     loaded = load_replacement(tmp_path / f"{interval.name}.safetensors", teacher)
     streams, context = embed(model, tiny.inputs(model))
-    one, two = (student.streams(streams, context) for student in (lesson.module, loaded))
+    one, two = (student.streams(streams, context) for student in (objective.module, loaded))
     assert torch.equal(one.img, two.img)

@@ -16,11 +16,11 @@ from ppcl.sizing.model import model_of
 from ppcl.sizing.table import gigabytes, rows_of
 from ppcl.training.captured import CaptureSpec
 from ppcl.training.distillation.objectives import new_objective
+from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.distillation.trainer import segment_of
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage
 from ppcl.training.teacher_segment import TeacherSegment
-from ppcl.training.trainee import Trainee
 from tests import ranks, tiny
 from tests.conftest import REPOSITORY
 
@@ -84,7 +84,7 @@ def _measure(folder, out):
     seen = segment.run(inputs, pipeline_stage, wanted)
     most = 0
     for trainee in trainees:
-        own, kept, held = {p.untyped_storage().data_ptr() for p in trainee.parameters.values()}, {}, []
+        own, kept, held = {p.untyped_storage().data_ptr() for p in trainee.state.parameters.values()}, {}, []
 
         def keep(x, own=own, kept=kept, held=held):
             if x.untyped_storage().data_ptr() not in own:
@@ -99,8 +99,8 @@ def _measure(folder, out):
     mesh.barrier()
     students = 0
     for trainee in trainees:
-        for p in trainee.parameters.values():
-            state = trainee.optimizer.state[p]
+        for p in trainee.state.parameters.values():
+            state = trainee.state.optimizer.state[p]
             students += p.nbytes + p.grad.nbytes + state["exp_avg"].nbytes + state["exp_avg_sq"].nbytes
     streams = sum(x.nbytes for s in seen.boundaries.values() for x in s if x is not None)
     measured = {

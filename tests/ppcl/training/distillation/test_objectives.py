@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ppcl.config.schema import Distillation
@@ -25,7 +26,7 @@ from tests.samples import MemorySamples
 
 # The plan's entries overlap: nothing of one objective enters another.
 PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), TextRun(4, 5), Ffn(0), Ffn(2), Ffn(5), LowRankModulation()]
-SETTINGS = Distillation(steps=4, batch_size=8, learning_rate=1e-3, warmup=1, ridge=1e-9)
+SETTINGS = Distillation(steps=4, batch_size=8, learning_rate=1e-3, warmup=1, ridge=1e-9, train="all")
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +256,35 @@ def test_the_teachers_own_streams_are_what_is_seen(folder):
     assert torch.equal(captured.boundaries[3].img, expected.img)
     # No hook is left behind.
     assert not any(module._forward_pre_hooks for module in segment.transformer.modules())
+
+
+def test_linear_maps_stay_at_their_least_squares_optimum_by_default_and_students_are_the_same(teacher_folder, tmp_path):
+    plan = [Interval(4, 5), TextRun(0, 2), Ffn(3)]
+    made = {}
+    for train in ("students", "all"):
+        settings = SETTINGS.model_copy(update={"train": train, "steps": 2})
+        folder = tmp_path / train
+        with torch.enable_grad():
+            distil(
+                Teacher(teacher_folder),
+                MemorySamples(),
+                plan,
+                settings,
+                ParallelDims(),
+                folder,
+                folder / "checkpoints",
+                0,
+                "cpu",
+                lambda *_: None,
+            )
+        made[train] = {replacement: load_file(folder / f"{replacement.name}.safetensors") for replacement in plan}
+        start = json.loads((folder / f"{Ffn(3).name}.json").read_text())
+        assert (start["curve"] == []) == (train == "students")
+    student, *linear = plan
+    for name, tensor in made["all"][student].items():
+        assert torch.equal(tensor, made["students"][student][name]), name
+    for replacement in linear:
+        closed = load_file(tmp_path / "students" / "checkpoints" / f"{replacement.name}.safetensors")
+        for name, tensor in made["students"][replacement].items():
+            assert torch.equal(tensor, closed[name]), name
+        assert any(not torch.equal(made["all"][replacement][name], closed[name]) for name in closed)
