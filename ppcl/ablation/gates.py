@@ -1,8 +1,8 @@
 """A learned choice of blocks, after TinyFusion (arXiv 2412.01199), without its low-rank updates of the weights.
 
-Every block has a logit. A step draws which `count` blocks go by Gumbel noise on the logits (the relaxed draw's gradient,
-the hard draw's forward), and the velocity's error tells which are missed. TinyFusion draws within groups of blocks; here the
-draw is over all, so that any number can go.
+Every block has a logit. A step draws which `count` blocks are removed by Gumbel noise on the logits (the relaxed draw's
+gradient, the hard draw's forward), and the velocity's error tells which are missed. TinyFusion draws within groups of
+blocks; here the draw is over all, so that any number can be removed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One seed of the ablation: choose, train and measure every row, all with the same students, batches and steps.
 
-All intervals of all ways to choose are distilled non-sequentially in ONE pass, as one library of students: nothing crosses
-an interval's border, so what else is trained changes no student, and rows that share an interval share its student.
+All intervals of all ways to choose are distilled non-sequentially in ONE pass, as one library of students: nothing
+crosses an interval's border, so what else is trained changes no student, and rows that share an interval share its
+student.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def plans_of(
     runs = [e for e in known if isinstance(e, TextRun) and not any(conflicts(e, i) for i in plan)]
     taken = {block for interval in plan for block in interval.blocks}
     errors = {int(block): error for block, error in detection["ffn_errors"].items() if int(block) not in taken}
-    maps = [Ffn(block) for block in sorted(errors, key=errors.get)[:ffns]]
+    maps = [Ffn(block) for block in sorted(errors, key=errors.__getitem__)[:ffns]]
     halves = [Ffn(block, 50) for block in sorted(errors)]
     rows: dict[str, list[Replacement]] = {name: list(intervals) for name, intervals in chosen.items()}
     rows["probes"] = plan
@@ -251,7 +252,7 @@ def _measure(
     device: str,
     tell: Callable[[int], None],
 ) -> dict[str, Any]:
-    """`library`: what rows share, in which their own folders have the last word: fine-tuning writes what it trains alone."""
+    """Measure every row. `library`: the replacements that rows share; a row's own folder takes precedence over it."""
     from ppcl.evaluation.images import generate_images
     from ppcl.evaluation.scoring import relative_drop
 

@@ -1,6 +1,7 @@
-"""Ways to choose which blocks go: the paper's, and those it is held against, all as intervals of the same kind.
+"""Ways to choose which blocks are removed: the paper's, and those it is compared with, all as intervals.
 
-A way that names single blocks gives a set of them; each run of those joins the block before it, which becomes the student.
+A way that names single blocks gives a set of them; each run of those joins the block before it, which becomes the
+student.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from ppcl.replacements.plan import Interval
 
 
 def contracted(removed: Iterable[int], block_ranges: Sequence[range]) -> list[Interval]:
-    """Intervals that take these blocks away: each run of them joins the block before it, at a list's start the one behind.
+    """Intervals that remove these blocks: each run of them joins the block before it, at a list's start the one behind.
 
     Raises `UserError` where a whole list of blocks would go.
     """
-    gone, found = set(removed), []
+    gone = set(removed)
+    found: list[Interval] = []
     for span in block_ranges:
         if set(span) <= gone:
             raise UserError(f"all blocks from {span.start} to {span.stop - 1} would go; remove fewer")
@@ -56,7 +58,7 @@ def adjacent_similarity(boundaries: Sequence[Sequence[torch.Tensor]]) -> list[fl
 
 
 def influence(boundaries: Sequence[Sequence[torch.Tensor]]) -> list[float]:
-    """Block influence of ShortGPT (arXiv 2403.03853): 1 less the mean cosine between a token before and behind the block."""
+    """Block influence of ShortGPT (arXiv 2403.03853): 1 - the mean cosine of a token before and behind the block."""
     return [
         1
         - sum(float(F.cosine_similarity(x, y, dim=-1).mean()) for x, y in zip(before, after, strict=False))
@@ -78,7 +80,7 @@ def cheapest(scores: Sequence[float], count: int, block_ranges: Sequence[range])
 
 
 def algorithm1(delta: Table, count: int, block_ranges: Sequence[range]) -> list[Interval]:
-    """Algorithm 1's intervals, cut short where they would take more than `count` blocks: the last steps of the largest Δ go.
+    """Algorithm 1's intervals, cut short where they would remove more than `count` blocks, from the largest last Δ on.
 
     Raises `UserError` where they take fewer.
     """
@@ -128,7 +130,7 @@ def evenly(count: int, block_ranges: Sequence[range]) -> list[Interval]:
 
 
 def equal_lengths(count: int, block_ranges: Sequence[range]) -> list[Interval]:
-    """Intervals of one length, one behind the other through the lists: the fewest blocks each that take `count` in all."""
+    """Intervals of one length, one behind the other through the lists: the shortest that remove `count` blocks."""
     for length in range(2, max(map(len, block_ranges)) + 1):
         places = [(span, first) for span in block_ranges for first in range(span.start, span.stop - length + 1, length)]
         if len(places) * (length - 1) >= count:
@@ -160,7 +162,9 @@ def skip_errors(transformer: nn.Module, batches: Iterable[dict], tell: Callable[
 
 
 def by_position(errors: Sequence[float]) -> list[float]:
-    """After HierarchicalPrune (arXiv 2508.04663): the error of leaving a block out, weighted by its position, since early
-    blocks lay the picture out and late ones refine it. The weight falls from 1 at the first block to 1 / M at the last."""
+    """By block, the error of leaving it out times a weight, after HierarchicalPrune (arXiv 2508.04663).
+
+    Early blocks lay the image out and late ones refine it: the weight falls from 1 to 1 / M over M blocks.
+    """
     count = len(errors)
     return [error * (count - block) / count for block, error in enumerate(errors)]

@@ -21,7 +21,7 @@ def interval(values: Sequence[float], confidence: float) -> tuple[float, float, 
 
 
 def summary(seeds: Mapping[int, Mapping[str, Any]], confidence: float) -> list[dict[str, Any]]:
-    """One dict a row, in the rows' order; `velocity_error` and `R` (in %, None without a world) as mean, low and high."""
+    """One dict a row, in order; `velocity_error` and `R` (in %, None without a checker) as mean, low and high."""
     rows = []
     for row in ROWS:
         made = [seed[row.name] for seed in seeds.values()]

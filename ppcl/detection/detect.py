@@ -35,7 +35,7 @@ def similarity_table(
     """
     plain: Table = [[None] * blocks for _ in range(blocks)]
     scored: Table = [[None] * blocks for _ in range(blocks)]
-    chains = {}
+    chains: dict[int, torch.Tensor] = {}
     for k in range(blocks):
         tokens = load_file(tokens_file(probes_folder, k + 1)).get(stream)
         if tokens is None:
@@ -63,8 +63,8 @@ def finite_tokens(probes_folder: Path, blocks: int, stream: str) -> torch.Tensor
     finite = torch.stack([x.isfinite().all(1) for x in kept if x is not None]).all(0)
     if not finite.all() and int(finite.sum()) < FEWEST_TOKENS:
         raise UserError(
-            f"only {int(finite.sum())} of {len(finite)} held-out tokens of the {stream} stream are finite behind every block, "
-            f"and CKA needs {FEWEST_TOKENS}; check the teacher's weights and precision and the calibration set"
+            f"only {int(finite.sum())} of {len(finite)} held-out tokens of the {stream} stream are finite behind every "
+            f"block, and CKA needs {FEWEST_TOKENS}; check the teacher's weights and precision and the calibration set"
         )
     return finite
 
@@ -72,7 +72,7 @@ def finite_tokens(probes_folder: Path, blocks: int, stream: str) -> torch.Tensor
 def stream_map(probes_folder: Path, blocks: int, stream: str, finite: torch.Tensor) -> Table:
     """CKA between a stream behind block `r` and behind block `s`, both the teacher's own; None for `s < r`."""
     table: Table = [[None] * blocks for _ in range(blocks)]
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    kept: dict[int, tuple[torch.Tensor, float]] = {}
     for s in range(blocks):
         tokens = load_file(tokens_file(probes_folder, s + 1)).get(stream)
         if tokens is None:
@@ -105,28 +105,29 @@ def detect(
     """The tables of both streams and their mean, Δ, and what can be replaced.
 
     `intervals`: those of two blocks or more. `text_map`: see `stream_map`. `ffn_errors`: by block, see
-    `ppcl.detection.fit_probes.ffn_error`. `plan`: everything that is to be trained. `left_out`: held-out tokens of each stream that
-    were not finite.
+    `ppcl.detection.fit_probes.ffn_error`. `plan`: every replacement that is to be made. `left_out`: held-out tokens of
+    each stream that were not finite.
     """
     blocks = block_ranges[-1].stop
     finite = {name: finite_tokens(probes_folder, blocks, name) for name in STREAMS}
     plain, scored = {}, {}
     for index, name in enumerate(STREAMS):
-        done = index * blocks
-        plain[name], scored[name] = similarity_table(
-            probes_folder, blocks, name, finite[name], lambda k, done=done: tell(done + k + 1, 2 * blocks)
-        )
+
+        def progress(block: int, done: int = index * blocks) -> None:
+            tell(done + block + 1, 2 * blocks)
+
+        plain[name], scored[name] = similarity_table(probes_folder, blocks, name, finite[name], progress)
     for tables in (plain, scored):
         tables["mean"] = [[_mean(a, b) for a, b in zip(*rows)] for rows in zip(tables["img"], tables["txt"])]
     delta = differences((scored if settings.standardize else plain)[settings.stream])
     intervals = [i for i in first_difference(delta, block_ranges) if i.removed]
-    errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
-    errors = {block: error for block, error in errors.items() if error is not None}
-    ffns = sorted(errors, key=errors.get)[: width.linear_ffns]
+    all_errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
+    errors = {block: error for block, error in all_errors.items() if error is not None}
+    ffns = sorted(errors, key=errors.__getitem__)[: width.linear_ffns]
     text_map = stream_map(probes_folder, blocks, "txt", finite["txt"]) if width.text else None
     runs = (
         text_runs(text_map, _apart(_with_text(probes_folder, block_ranges), intervals), width.text_similarity)
-        if width.text
+        if text_map is not None
         else []
     )
     narrow = [Ffn(block, kept) for block in errors for kept in sorted(set(width.ffn_keep_percents), reverse=True)]
@@ -141,7 +142,7 @@ def detect(
         "cka": plain,
         "cka_standardized": scored,
         "delta": delta,
-        "intervals": [list(i) for i in intervals],
+        "intervals": [[interval.first, interval.last] for interval in intervals],
         "text_map": text_map,
         "ffn_errors": errors,
         "plan": [str(replacement) for replacement in [*intervals, *runs, *map(Ffn, sorted(ffns)), *narrow, *folds]],
@@ -149,8 +150,11 @@ def detect(
 
 
 def _apart(block_ranges: list[range], intervals: list[Interval]) -> list[range]:
-    """The block_ranges cut at the borders of the intervals: a run across one would leave no place there to cut the teacher into
-    the segments of a pipeline, since everything that is learnt lies within one rank's segment."""
+    """Block ranges cut at the borders of the intervals.
+
+    A text run across a border would leave no place there to cut the teacher into the segments of a pipeline, since
+    every replacement lies within one rank's segment.
+    """
     borders = {border for interval in intervals for border in (interval.first, interval.last + 1)}
     parts = []
     for span in block_ranges:
@@ -160,13 +164,13 @@ def _apart(block_ranges: list[range], intervals: list[Interval]) -> list[range]:
 
 
 def _with_text(probes_folder: Path, block_ranges: list[range]) -> list[range]:
-    """The runs of blocks whose text stream has parts of its own: not single-stream ones, nor one that drops its text."""
-    found = []
+    """The ranges of blocks whose text stream has parts of its own: no single-stream block, and none that drops it."""
+    ranges = []
     for span in block_ranges:
         own = [b for b in span if has_text(probe_file(probes_folder, b))]
         if own:
-            found.append(range(own[0], own[-1] + 1))
-    return found
+            ranges.append(range(own[0], own[-1] + 1))
+    return ranges
 
 
 def _mean(a: float | None, b: float | None) -> float | None:
@@ -175,5 +179,5 @@ def _mean(a: float | None, b: float | None) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-def write_detection(folder: Path, found: dict[str, Any]) -> None:
-    write_atomically(folder / "detection.json", json.dumps(found))
+def write_detection(folder: Path, detection: dict[str, Any]) -> None:
+    write_atomically(folder / "detection.json", json.dumps(detection))

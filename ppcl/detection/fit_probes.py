@@ -1,6 +1,6 @@
-"""What one rank does to fit probes: its segment's blocks, one pass over the teacher, sums and a few held-out tokens.
+"""Fit the linear probes of one rank's segment: one pass over the teacher, moments of its streams, held-out tokens.
 
-    receive X from the rank before → run the segment's blocks, adding each one's streams to its sums → send X on
+    receive X from the rank before → run the segment's blocks, adding streams to their moments → send X on
 
 Boundary `b` is the input of block `b`; the output of the last block of all is boundary `M`. A rank keeps held-out tokens
 of the boundaries behind its own blocks, the first rank those of `X_0` too.
@@ -83,8 +83,8 @@ def fit_probes(
                     tokens.setdefault((boundary, name), []).append(chosen.float().cpu())
         report(len(fitted) + min(start + settings.batch_size, len(held_out)), total, {})
     for boundary in wanted:
-        made = {n: torch.cat(parts) for (b, n), parts in tokens.items() if b == boundary}
-        _save(tokens_file(folder, boundary), made, {})
+        kept = {n: torch.cat(parts) for (b, n), parts in tokens.items() if b == boundary}
+        _save(tokens_file(folder, boundary), kept, {})
     pipeline_stage.flush()
     dims.barrier()
 
@@ -120,7 +120,7 @@ def _add(
     part: int,
     device: str,
 ) -> None:
-    """Count what a block, and its FFN alone, made of a batch, in its sums of either stream."""
+    """Update the moments of a block, and of its FFN alone, with one batch; of both streams."""
     pairs = {name: getattr(before, name) for name in Streams._fields}
     pairs |= {f"ffn_{name}": x for (_, name), x in captured.residuals.items()}
     for key, old in pairs.items():
@@ -128,8 +128,8 @@ def _add(
         new = getattr(after, name)
         if old is not None and new is not None:
             x = captured.tokens(old, name)
-            statistics = sums.setdefault((block, key), Moments(x.shape[-1], x.shape[-1], device))
-            statistics.update(x, captured.tokens(new, name) - x, part=part)
+            moments = sums.setdefault((block, key), Moments(x.shape[-1], x.shape[-1], device))
+            moments.update(x, captured.tokens(new, name) - x, part=part)
 
 
 def _chosen(
@@ -147,20 +147,22 @@ def _chosen(
     return torch.cat(chosen)
 
 
-def _write_probe(folder: Path, block: int, sums: dict[str, Moments], ridge: float) -> None:
-    tensors, metadata = {}, {}
-    for name, statistics in sums.items():
+def _write_probe(folder: Path, block: int, moments_of: dict[str, Moments], ridge: float) -> None:
+    """Solve a block's probes from the moments of its streams and write them. Raises `UserError` without tokens."""
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, str] = {}
+    for name, moments in moments_of.items():
         try:
-            probe, how = Probe.fit(statistics, ridge)
+            probe, fit = Probe.fit(moments, ridge)
         except UserError as error:
             raise UserError(f"block {block}, {name} stream: {error}") from None
         if not name.startswith("ffn_"):
             tensors |= {f"{name}.weight": probe.weight, f"{name}.bias": probe.bias}
-        metadata |= {f"{name}.tokens": str(how.tokens), f"{name}.error": f"{how.error:.6g}"}
-        metadata |= {f"{name}.dropped": str(how.dropped), f"{name}.underdetermined": str(how.underdetermined)}
-        # What the map gets wrong, against the spread of the stream it is added to.
-        wrong, spread = how.error * float(statistics.yy.sum()), float(statistics.xx.diagonal().sum())
-        metadata[f"{name}.wrong"] = f"{wrong / spread if spread > 0 else 0.0:.6g}"
+        metadata |= {f"{name}.tokens": str(fit.tokens), f"{name}.error": f"{fit.error:.6g}"}
+        metadata |= {f"{name}.dropped": str(fit.dropped), f"{name}.underdetermined": str(fit.underdetermined)}
+        # The map's squared error, against the variance of the stream it is added to.
+        error, variance = fit.error * float(moments.yy.sum()), float(moments.xx.diagonal().sum())
+        metadata[f"{name}.wrong"] = f"{error / variance if variance > 0 else 0.0:.6g}"
     _save(probe_file(folder, block), tensors, metadata)
 
 
@@ -169,8 +171,10 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 
 
 def ffn_error(path: Path) -> float | None:
-    """What the closed-form maps of a block's FFNs get wrong: the mean over its streams of the squared error, as a share of
-    the variance of the stream; None where the block has no FFN to replace."""
+    """The squared error of the closed-form maps of a block's FFNs, as a share of the stream's variance.
+
+    The mean over the block's streams; None where the block has no FFN to replace.
+    """
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     wrong = [float(metadata[f"ffn_{name}.wrong"]) for name in Streams._fields if f"ffn_{name}.wrong" in metadata]
@@ -190,8 +194,10 @@ def dropped(path: Path) -> int:
 
 
 def underdetermined(path: Path) -> int | None:
-    """The tokens of the fits in this file that had no more of them than the width, so that the ridge decided; None where
-    all had more."""
+    """The fewest tokens of the fits in this file that had no more tokens than channels, so that the ridge decided.
+
+    None where all had more.
+    """
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     few = [

@@ -15,10 +15,12 @@ Table = list[list[float | None]]
 
 def differences(cka: Table) -> Table:
     """`Δ(u, k) = -(cka(u, k) - cka(u, k-1))`, what the `k`-th block costs in similarity (Eq. 4); None for `k ≤ u`."""
-    return [
-        [None] + [None if k <= u or b is None or a is None else a - b for k, (a, b) in enumerate(zip(row, row[1:]), 1)]
-        for u, row in enumerate(cka)
-    ]
+    return [[_difference(row, k) if k > u else None for k in range(len(row))] for u, row in enumerate(cka)]
+
+
+def _difference(row: Sequence[float | None], k: int) -> float | None:
+    before, value = row[k - 1], row[k]
+    return None if before is None or value is None else before - value
 
 
 def first_difference(delta: Table, block_ranges: Sequence[range]) -> list[Interval]:
@@ -42,7 +44,11 @@ def first_difference(delta: Table, block_ranges: Sequence[range]) -> list[Interv
 
 
 def _last(row: Sequence[float | None], first: int, end: int) -> int:
+    """The last block of the interval that begins at `first`, in a list of blocks that ends at `end`."""
+    before: float | None = None
     for k in range(first + 1, end + 1):
-        if row[k] is None or (k >= first + 2 and row[k] > row[k - 1]):
+        value = row[k]
+        if value is None or (before is not None and value > before):
             return k - 1
+        before = value
     return end

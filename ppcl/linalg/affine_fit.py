@@ -42,24 +42,24 @@ class Affine:
     fit: Fit
 
 
-def fit_affine(statistics: Moments, ridge: float) -> Affine:
+def fit_affine(moments: Moments, ridge: float) -> Affine:
     """The affine map that minimises `‖Y - W X - b‖²`, with a ridge on `W` in units of each channel's variance.
 
     The Gram matrix is scaled to unit diagonal first, or outlier channels would own the ridge. Raises `UserError` where
     there is no token to fit to.
     """
-    s = statistics
+    s = moments
     if s.n == 0:
         raise UserError(
-            f"there is no token to fit an affine map to ({s.dropped} were left out for NaN or Inf); check the teacher's "
-            "weights and precision and the calibration set"
+            f"there is no token to fit an affine map to ({s.dropped} were left out for NaN or Inf); "
+            "check the teacher's weights and precision and the calibration set"
         )
     spread = (s.xx.diagonal().clamp(min=0) / s.n).sqrt()
     varies = spread > _CONSTANT * s.x_mean.abs()
     scale = torch.where(varies, spread, 1.0)
     # A constant channel gets no weight; its part is in the bias.
-    both = varies[:, None] & varies
-    gram = torch.where(both, s.xx / s.n / scale[:, None] / scale, 0.0)
+    both_vary = varies[:, None] & varies
+    gram = torch.where(both_vary, s.xx / s.n / scale[:, None] / scale, 0.0)
     gram.diagonal().fill_(1.0 + ridge)
     cross = torch.where(varies[:, None], s.xy / s.n / scale[:, None], 0.0)
     solution, singular = _solve(gram, cross)
@@ -91,7 +91,7 @@ def _solve(gram: torch.Tensor, cross: torch.Tensor) -> tuple[torch.Tensor, bool]
 
 @dataclass(frozen=True)
 class Probe:
-    """`probe(x) = x + W x + b`, one block's stand-in on one stream: `weight (d, d)`, `bias (d,)`. Eq. 1."""
+    """`probe(x) = x + W x + b` (Eq. 1): one block on one stream as an affine map; `weight (d, d)`, `bias (d,)`."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -101,7 +101,7 @@ class Probe:
         return x + torch.nn.functional.linear(x, self.weight, self.bias)
 
     @classmethod
-    def fit(cls, statistics: Moments, ridge: float) -> tuple[Probe, Fit]:
-        """From the statistics of `X_i - X_{i-1}` on `X_{i-1}`; float32."""
-        affine = fit_affine(statistics, ridge)
+    def fit(cls, moments: Moments, ridge: float) -> tuple[Probe, Fit]:
+        """From the moments of `X_i - X_{i-1}` on `X_{i-1}`; float32."""
+        affine = fit_affine(moments, ridge)
         return cls(affine.weight.float(), affine.bias.float()), affine.fit

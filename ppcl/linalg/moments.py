@@ -1,4 +1,4 @@
-"""Sufficient statistics of an affine least-squares fit of Y on X, mergeable exactly.
+"""Moments: sufficient statistics of an affine least-squares fit of Y on X, mergeable exactly.
 
 Raw moments lose everything where a channel's mean is large against its spread, which is normal in diffusion
 transformers. So cross-products are centred: each chunk by its own mean, and two sums are merged by Chan's formula.
@@ -24,12 +24,14 @@ class Moments:
     """
 
     def __init__(self, p: int, q: int, device: str | torch.device = "cpu"):
-        zeros = {"dtype": torch.float64, "device": device}
         self.n = 0
         self.dropped = 0
         self.parts: set[int] = set()
-        self.x_mean, self.y_mean = torch.zeros(p, **zeros), torch.zeros(q, **zeros)
-        self.xx, self.xy, self.yy = torch.zeros(p, p, **zeros), torch.zeros(p, q, **zeros), torch.zeros(q, **zeros)
+        self.x_mean = torch.zeros(p, dtype=torch.float64, device=device)
+        self.y_mean = torch.zeros(q, dtype=torch.float64, device=device)
+        self.xx = torch.zeros(p, p, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(p, q, dtype=torch.float64, device=device)
+        self.yy = torch.zeros(q, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def update(self, x: torch.Tensor, y: torch.Tensor, part: int | None = None) -> None:
@@ -70,7 +72,8 @@ class Moments:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> Moments:
-        new = cls(*tensors["xy"].shape, device=tensors["xx"].device)
+        p, q = tensors["xy"].shape
+        new = cls(p, q, device=tensors["xx"].device)
         for name in ("x_mean", "y_mean", "xx", "xy", "yy"):
             setattr(new, name, tensors[name].double())
         new.n, new.dropped, new.parts = int(tensors["n"]), int(tensors["dropped"]), set(tensors["parts"].tolist())

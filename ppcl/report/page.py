@@ -231,10 +231,12 @@ def _text_map(detection: dict[str, Any]) -> figures.Drawing | None:
 
 
 def _losses(training: dict[str, Any]) -> figures.Drawing | None:
-    """Of the FFNs no curve is drawn: they are many, and start at the optimum of their own loss."""
+    """The curves of what was trained by gradient, without the FFNs: they are many, and start at their loss's optimum."""
     trained = training.get("replacements", {})
     drawn = {
-        text: told for text, told in trained.items() if not isinstance(parse_replacement(text), Ffn | LowRankModulation)
+        text: told
+        for text, told in trained.items()
+        if told["curve"] and not isinstance(parse_replacement(text), Ffn | LowRankModulation)
     }
     return figures.loss_curves(drawn) if drawn else None
 

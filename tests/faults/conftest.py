@@ -23,7 +23,9 @@ def values(tmp_path_factory, teacher_folder):
         "calibration": {"states_per_prompt": 2, "held_out": 0.3, "batch_size": 4},
         "probes": {"workers": 2, "batch_size": 4},
         "width": {"ffn_keep_percents": [50], "text": False, "linear_ffns": 1},
+        # Every replacement is trained, so that the steps of each can be counted.
         "distillation": {
+            "train": "all",
             "steps": STEPS,
             "batch_size": 4,
             "warmup": 2,
