@@ -1,7 +1,7 @@
 """Sequential distillation: every student reads what the students before it made, as in common layer distillation.
 
-The same students, losses, batches and steps as `ppcl.training.distillation.trainer.distil`; only the inputs differ. So errors travel from
-interval to interval, and no student can be used without those before it.
+The same students, losses, batches and steps as `ppcl.training.distillation.trainer.distil`; only the inputs differ. So
+errors travel from interval to interval, and no student can be used without those before it.
 """
 
 from __future__ import annotations

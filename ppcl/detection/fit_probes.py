@@ -2,8 +2,8 @@
 
     receive X from the rank before → run the segment's blocks, adding streams to their moments → send X on
 
-Boundary `b` is the input of block `b`; the output of the last block of all is boundary `M`. A rank keeps held-out tokens
-of the boundaries behind its own blocks, the first rank those of `X_0` too.
+Boundary `b` is the input of block `b`; the output of the last block of all is boundary `M`. A rank keeps held-out
+tokens of the boundaries behind its own blocks, the first rank those of `X_0` too.
 """
 
 from __future__ import annotations
@@ -161,8 +161,8 @@ def _write_probe(folder: Path, block: int, moments_of: dict[str, Moments], ridge
         metadata |= {f"{name}.tokens": str(fit.tokens), f"{name}.error": f"{fit.error:.6g}"}
         metadata |= {f"{name}.dropped": str(fit.dropped), f"{name}.underdetermined": str(fit.underdetermined)}
         # The map's squared error, against the variance of the stream it is added to.
-        error, variance = fit.error * float(moments.yy.sum()), float(moments.xx.diagonal().sum())
-        metadata[f"{name}.wrong"] = f"{error / variance if variance > 0 else 0.0:.6g}"
+        squared_error, variance = fit.error * float(moments.yy.sum()), float(moments.xx.diagonal().sum())
+        metadata[f"{name}.wrong"] = f"{squared_error / variance if variance > 0 else 0.0:.6g}"
     _save(probe_file(folder, block), tensors, metadata)
 
 
