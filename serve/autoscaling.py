@@ -1,6 +1,6 @@
 """How many replicas there should be, by the work that waits. Runs in Ray Serve's controller: the standard library alone.
 
-The work is counted in device-seconds at undegraded quality, refused requests included: under load `auto` draws with smaller
+The work is counted in device-seconds at undegraded quality, refused requests included: under load `auto` generates with smaller
 variants, and if that counted, degrading would hide the load that more replicas would take away.
 """
 

@@ -50,11 +50,11 @@ class Limits(Section):
     prompt_tokens: int = Field(
         512, ge=1, description="tokens of a prompt, and of a negative prompt, counted by the pipeline's tokenizer"
     )
-    pixels: int = Field(2048 * 2048, ge=64, description="pixels of one picture, width times height")
-    aspect: float = Field(4.0, ge=1, description="a picture's longer side over its shorter one")
-    pictures: int = Field(10, ge=1, description="pictures of one request (`n`)")
-    steps: int = Field(100, ge=1, description="denoising steps of a picture")
-    work: int = Field(10 * 1024 * 1024 * 50, ge=64, description="pictures times pixels times steps of one request")
+    pixels: int = Field(2048 * 2048, ge=64, description="pixels of one image, width times height")
+    aspect: float = Field(4.0, ge=1, description="an image's longer side over its shorter one")
+    pictures: int = Field(10, ge=1, description="images of one request (`n`)")
+    steps: int = Field(100, ge=1, description="denoising steps of an image")
+    work: int = Field(10 * 1024 * 1024 * 50, ge=64, description="images times pixels times steps of one request")
 
 
 class EngineSettings(Section):
@@ -68,16 +68,16 @@ class EngineSettings(Section):
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
     batch: int = Field(
-        8, ge=1, description="pictures of one kind that are drawn at once, and rows of a transformer call"
+        8, ge=1, description="images of one kind that are generated at once, and rows of a transformer call"
     )
     queue: int = Field(
-        64, ge=1, description="pictures that are accepted and not finished; more are refused until some are"
+        64, ge=1, description="images that are accepted and not finished; more are refused until some are"
     )
     gather_seconds: float = Field(
-        0.02, ge=0, description="wait between steps for pictures of the last batch, so that they stay one batch"
+        0.02, ge=0, description="wait between steps for images of the last batch, so that they stay one batch"
     )
     decoded_pixels: int = Field(
-        1024 * 1024, ge=1, description="pixels of the pictures that the VAE decodes at once, at least one picture"
+        1024 * 1024, ge=1, description="pixels of the images that the VAE decodes at once, at least one image"
     )
     cpus: float | None = Field(
         None,
@@ -90,7 +90,7 @@ class EngineSettings(Section):
 
 
 class Elastic(Section):
-    """Quality under load: `auto` draws with the largest variant that is in time, by cost measured at the start."""
+    """Quality under load: `auto` generates with the largest variant that is in time, by cost measured at the start."""
 
     variants: list[str] | None = Field(
         None,

@@ -45,9 +45,9 @@ _LAST = 10.0
 def check(settings: Served) -> None:
     """Raises `UserError` for what can be told before anything is started."""
     from ppcl.result import Result
-    from serve.api import Keys, check_exposure
+    from serve.api import ApiKeys, check_exposure
 
-    check_exposure(settings.http, Keys(settings.http))
+    check_exposure(settings.http, ApiKeys(settings.http))
     known = Result(settings.result, settings.teacher).variants
     for key, names in (("engine.variants", settings.engine.variants), ("elastic.variants", settings.elastic.variants)):
         for name in names or ():

@@ -35,11 +35,11 @@ def log_as_json(file: Path | None = None) -> None:
     log.propagate = False
 
 
-def tell_request(**fields: Any) -> None:
+def log_request(**fields: Any) -> None:
     log.info("request", extra={"told": {name: value for name, value in fields.items() if value is not None}})
 
 
-def tell_failure(id: str, error: BaseException) -> None:
+def log_failure(id: str, error: BaseException) -> None:
     """Where an error came from. Not its message: libraries put what they were given into it, a prompt among others."""
     frames = [
         f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
@@ -53,14 +53,14 @@ def plain(line: str) -> str:
     told = json.loads(line)
     at = datetime.fromisoformat(told.pop("time")).astimezone().strftime("%H:%M:%S")
     if told["event"] == "request":
-        drawn = f"{told['variant']}{' (degraded)' if told.get('degraded') else ''}" if "variant" in told else None
+        generated = f"{told['variant']}{' (degraded)' if told.get('degraded') else ''}" if "variant" in told else None
         parts = [
             at,
             told["status"],
             told["method"],
             told["route"],
             f"{told['seconds']:.3f} s",
-            drawn,
+            generated,
             told.get("error"),
             told["id"],
         ]

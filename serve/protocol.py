@@ -13,11 +13,11 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Pictures of one prompt that a client wants.
+    """Images of one prompt that a client wants.
 
-    `model`: a variant's name, a plan as text, or `auto`. `count`: pictures, each with its own seed, `seed + index`.
+    `model`: a variant's name, a plan as text, or `auto`. `count`: images, each with its own seed, `seed + index`.
     `arguments`: further arguments of the pipeline's call, such as `negative_prompt`, `true_cfg_scale`. `previews`: partial
-    pictures wanted of each. `deadline`: seconds from its admission until all pictures are wanted, None for no hurry.
+    images wanted of each. `deadline`: seconds from its admission until all images are wanted, None for no hurry.
     `min_variant`: the smallest variant that `auto` may take.
     """
 
@@ -46,7 +46,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Preview:
-    """What picture `index` looks like after `step` of its steps: `image (H, W, 3)` uint8. `number` counts its previews from 0."""
+    """What image `index` looks like after `step` of its steps: `image (H, W, 3)` uint8. `number` counts its previews from 0."""
 
     index: int
     number: int
@@ -55,8 +55,8 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Picture `index`, finished: `image (H, W, 3)` uint8. `seconds`: by phase (`queued`, `encoding`, `denoising`, `decoding`)."""
+class FinalImage:
+    """Image `index`, finished: `image (H, W, 3)` uint8. `seconds`: by phase (`queued`, `encoding`, `denoising`, `decoding`)."""
 
     index: int
     image: np.ndarray
@@ -65,7 +65,7 @@ class Picture:
     seconds: dict[str, float]
 
 
-Event = Accepted | Preview | Picture
+Event = Accepted | Preview | FinalImage
 
 
 class Refused(Exception):
@@ -90,9 +90,9 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class ModelCard:
+class ModelInfo:
     """A variant as clients see it. `share`: of the teacher's parameters; `quality`: score from the result's evaluation in
-    [0, 1], None where it has none; `seconds_per_step`: profiled at start, for one picture of the default size."""
+    [0, 1], None where it has none; `seconds_per_step`: profiled at start, for one image of the default size."""
 
     id: str
     parameters: int
@@ -103,7 +103,7 @@ class ModelCard:
 
 
 @dataclass(frozen=True)
-class PipelineCard:
+class PipelineInfo:
     """How the pipeline is called where a request does not say: `steps`, `height`, `width`, those of the result's evaluation.
 
     `multiple`: pixels of which both sides are a multiple, one token of the transformer. `arguments`: names of the further
@@ -120,11 +120,11 @@ class PipelineCard:
 class Backend(Protocol):
     """What the API stands on: an engine in this process, or replicas of it behind a Ray Serve handle."""
 
-    async def models(self) -> list[ModelCard]:
+    async def models(self) -> list[ModelInfo]:
         """The named variants, the largest first; `auto` is the API's own."""
         ...
 
-    async def pipeline(self) -> PipelineCard: ...
+    async def pipeline(self) -> PipelineInfo: ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """`Accepted` first, then the others as they come; raises `Refused`. Closing it (`aclose`) cancels what is not done."""

@@ -16,12 +16,12 @@ from ray.serve.handle import DeploymentHandle
 
 from ppcl.config.loading import validated
 from ppcl.errors import UserError
-from serve.api.drain import Door
+from serve.api.drain import DrainGate
 from serve.autoscaling import BACKLOG
 from serve.config import Served
 from serve.engine.metrics import INSTRUMENTS, VERBS, Instrument, Metrics
 from serve.logging import log_as_json
-from serve.protocol import Event, GenerationRequest, ModelCard, PipelineCard, Refused
+from serve.protocol import Event, GenerationRequest, ModelInfo, PipelineInfo, Refused
 
 ENGINE = "engine"
 INGRESS = "ingress"
@@ -71,10 +71,10 @@ class Replica:
         finally:
             await events.aclose()
 
-    async def models(self) -> list[ModelCard]:
+    async def models(self) -> list[ModelInfo]:
         return await self.engine.models()
 
-    async def pipeline(self) -> PipelineCard:
+    async def pipeline(self) -> PipelineInfo:
         return await self.engine.pipeline()
 
     async def healthy(self) -> bool:
@@ -104,19 +104,19 @@ class Ingress:
     """The HTTP API over the engine's replicas."""
 
     def __init__(self, engine: DeploymentHandle, settings: dict[str, Any]):
-        self.handle, self.settings, self.door = engine, Served.model_validate(settings), Door()
+        self.handle, self.settings, self.drain_gate = engine, Served.model_validate(settings), DrainGate()
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve.api import create_app
         from serve.ray_backend import RayBackend
 
         log_as_json(self.settings.log.file)
-        return create_app(RayBackend(self.handle, self.settings.http), self.settings, self.door, behind_ray=True)
+        return create_app(RayBackend(self.handle, self.settings.http), self.settings, self.drain_gate, behind_ray=True)
 
     def stop(self) -> int:
         """Refuse what comes from now on; how many requests are under way."""
-        self.door.open = False
-        return self.door.under_way
+        self.drain_gate.open = False
+        return self.drain_gate.in_flight
 
 
 def cpus(settings: Served) -> float:
@@ -139,10 +139,10 @@ def from_args(args: dict[str, Any]) -> serve.Application:
 
     A cluster's proxies listen where others reach them, whatever `http.host` says, so there have to be API keys.
     """
-    from serve.api import Keys
+    from serve.api import ApiKeys
 
     settings = validated(Served, args, "args")
-    if not Keys(settings.http):
+    if not ApiKeys(settings.http):
         raise UserError(
             f"a cluster that serves needs API keys; set {settings.http.api_keys_env} on its nodes, or http.api_keys_file under args"
         )

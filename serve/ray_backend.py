@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve.config import Http
-from serve.protocol import Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
+from serve.protocol import Accepted, Event, FinalImage, GenerationRequest, ModelInfo, PipelineInfo, Preview, Refused
 
 # Seconds that a replica may take to say what does not depend on its load.
 _PATIENCE = 10.0
@@ -26,15 +26,15 @@ class RayBackend:
 
     def __init__(self, handle: DeploymentHandle, settings: Http):
         self._handle, self._settings = handle, settings
-        self._models: list[ModelCard] | None = None
-        self._pipeline: PipelineCard | None = None
+        self._models: list[ModelInfo] | None = None
+        self._pipeline: PipelineInfo | None = None
 
-    async def models(self) -> list[ModelCard]:
+    async def models(self) -> list[ModelInfo]:
         if self._models is None:
             self._models = await self._ask("models")
         return self._models
 
-    async def pipeline(self) -> PipelineCard:
+    async def pipeline(self) -> PipelineInfo:
         if self._pipeline is None:
             self._pipeline = await self._ask("pipeline")
         return self._pipeline
@@ -77,7 +77,7 @@ class RayBackend:
             finally:
                 await events.aclose()
             return
-        raise _unavailable("the replicas that drew the pictures died; try again soon", "replica_lost")
+        raise _unavailable("the replicas that drew the images died; try again soon", "replica_lost")
 
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """What one replica tells; raises `Refused`, or `_ReplicaLost`."""
@@ -99,7 +99,7 @@ class RayBackend:
                     ) from error
                 if isinstance(event, Refused):
                     raise event
-                left -= isinstance(event, Picture)
+                left -= isinstance(event, FinalImage)
                 wait = None
                 yield event
         finally:
@@ -121,7 +121,7 @@ def _again(request: GenerationRequest, accepted: Accepted | None, seconds: float
 def _key(event: Event) -> tuple:
     if isinstance(event, Preview):
         return "preview", event.index, event.number
-    return ("picture", event.index) if isinstance(event, Picture) else ("accepted",)
+    return ("image", event.index) if isinstance(event, FinalImage) else ("accepted",)
 
 
 def _unavailable(message: str, code: str) -> Refused:

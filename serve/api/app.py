@@ -12,18 +12,18 @@ from starlette.responses import JSONResponse, Response
 
 from serve.api import errors, models
 from serve.api import responses as images
-from serve.api.auth import Keys
-from serve.api.client_disconnect import unless_gone
-from serve.api.drain import Door
+from serve.api.auth import ApiKeys
+from serve.api.client_disconnect import cancel_on_disconnect
+from serve.api.drain import DrainGate
 from serve.api.metrics import MEDIA_TYPE, HttpMetrics
-from serve.api.middleware import Guard
+from serve.api.middleware import RequestMiddleware
 from serve.api.request_body import read_object
 from serve.api.schema import ImageRequest, parse
 from serve.api.sse import EventStream
 from serve.api.validation import generation
 from serve.config import Settings
 from serve.playground import Page
-from serve.protocol import Accepted, Backend, Event, GenerationRequest, Picture, PipelineCard, Preview, Refused
+from serve.protocol import Accepted, Backend, Event, FinalImage, GenerationRequest, PipelineInfo, Preview, Refused
 
 _NOT_READY_SECONDS = 2.0
 _BODY = {
@@ -31,18 +31,27 @@ _BODY = {
 }
 
 
-def create_app(backend: Backend, settings: Settings, door: Door | None = None, behind_ray: bool = False) -> FastAPI:
+def create_app(
+    backend: Backend, settings: Settings, drain_gate: DrainGate | None = None, behind_ray: bool = False
+) -> FastAPI:
     """The API over an engine in this process, or over replicas of it behind a Ray Serve handle.
 
-    `door`: by which its owner ends it. `behind_ray`: Ray Serve's proxy stands in front, which gives requests their ids.
+    `drain_gate`: by which its owner ends it. `behind_ray`: Ray Serve's proxy stands in front, which gives requests their ids.
 
     Whoever runs it calls `check_exposure` first, and `log_as_json` in the process that serves. Raises `UserError` where the
     API keys cannot be read.
     """
-    http, limits, keys, metrics = settings.http, settings.limits, Keys(settings.http), HttpMetrics()
+    http, limits, keys, metrics = settings.http, settings.limits, ApiKeys(settings.http), HttpMetrics()
     # The interactive documentation loads scripts from elsewhere; /openapi.json says the same.
     app = FastAPI(title="ppcl", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, settings=settings, keys=keys, metrics=metrics, door=door or Door(), behind_ray=behind_ray)
+    app.add_middleware(
+        RequestMiddleware,
+        settings=settings,
+        keys=keys,
+        metrics=metrics,
+        drain_gate=drain_gate or DrainGate(),
+        behind_ray=behind_ray,
+    )
     page, created = Page(key_needed=bool(keys)), int(time.time())
 
     @app.exception_handler(Refused)
@@ -52,29 +61,29 @@ def create_app(backend: Backend, settings: Settings, door: Door | None = None, b
 
     @app.exception_handler(HTTPException)
     async def router_refused(request: Request, error: HTTPException) -> Response:
-        told = errors.of_http(error)
+        told = errors.from_http(error)
         request.state.told["error"] = told.code
         return errors.answer(told, dict(error.headers or {}))
 
     @app.post("/v1/images/generations", openapi_extra=_BODY)
     async def generate_images(request: Request) -> Response:
         asked = parse(await read_object(request, http, limits))
-        card = await backend.pipeline()
-        wanted = generation(asked, request.state.request_id, card, limits)
+        info = await backend.pipeline()
+        wanted = generation(asked, request.state.request_id, info, limits)
         events = backend.generate(wanted)
         try:
-            accepted = await unless_gone(request.receive, _accepted(events))
+            accepted = await cancel_on_disconnect(request.receive, _accepted(events))
             request.state.told |= {"variant": accepted.variant, "degraded": accepted.degraded, "images": wanted.count}
             if asked.stream:
-                sent = _stream(asked, wanted, card, accepted, events, request.state.started)
+                sent = _stream(asked, wanted, info, accepted, events, request.state.started)
                 return EventStream(sent, events, images.headers(accepted), http.ping_seconds)
-            pictures = await unless_gone(request.receive, _pictures(events))
+            pictures = await cancel_on_disconnect(request.receive, _pictures(events))
         except BaseException:
             # Nobody wants the rest.
             await events.aclose()
             raise
         seconds = time.monotonic() - request.state.started
-        answer = await images.whole_answer(asked, wanted, card, accepted, pictures, seconds)
+        answer = await images.whole_answer(asked, wanted, info, accepted, pictures, seconds)
         return JSONResponse(answer, headers=images.headers(accepted))
 
     @app.get("/v1/models")
@@ -118,16 +127,16 @@ async def _accepted(events: AsyncGenerator[Event, None]) -> Accepted:
     return await anext(events)
 
 
-async def _pictures(events: AsyncGenerator[Event, None]) -> list[Picture]:
-    """All pictures of a request, by index."""
-    pictures = [event async for event in events if isinstance(event, Picture)]
+async def _pictures(events: AsyncGenerator[Event, None]) -> list[FinalImage]:
+    """All images of a request, by index."""
+    pictures = [event async for event in events if isinstance(event, FinalImage)]
     return sorted(pictures, key=lambda picture: picture.index)
 
 
 async def _stream(
     asked: ImageRequest,
     wanted: GenerationRequest,
-    card: PipelineCard,
+    info: PipelineInfo,
     accepted: Accepted,
     events: AsyncGenerator[Event, None],
     started: float,
@@ -135,5 +144,5 @@ async def _stream(
     async for event in events:
         if isinstance(event, Preview):
             yield await images.partial_event(asked, wanted, event)
-        elif isinstance(event, Picture):
-            yield await images.completed_event(asked, wanted, card, accepted, event, time.monotonic() - started)
+        elif isinstance(event, FinalImage):
+            yield await images.completed_event(asked, wanted, info, accepted, event, time.monotonic() - started)

@@ -16,7 +16,7 @@ from serve.protocol import Refused
 _KEY = re.compile(r"[\x21-\x7e]+")
 
 
-class Keys:
+class ApiKeys:
     """The keys of `http.api_keys_env` and `http.api_keys_file`, kept as digests.
 
     Raises `UserError` where the file cannot be read or holds no key, or where a key cannot stand in a header.
@@ -59,7 +59,7 @@ class Keys:
             )
 
 
-def check_exposure(http: Http, keys: Keys) -> None:
+def check_exposure(http: Http, keys: ApiKeys) -> None:
     """Raises `UserError` where others could reach a server that asks for no key."""
     if not keys and not loopback(http.host):
         raise UserError(

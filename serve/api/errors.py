@@ -64,13 +64,13 @@ def unexpected() -> Refused:
     )
 
 
-def of_http(error: HTTPException) -> Refused:
+def from_http(error: HTTPException) -> Refused:
     """What the router refuses by itself: an unknown address, a wrong method."""
     code, message = _BY_STATUS.get(error.status_code, (None, str(error.detail)))
     return Refused(error.status_code, INVALID if error.status_code < 500 else SERVER, message, code)
 
 
-def of_validation(error: ValidationError) -> Refused:
+def from_validation(error: ValidationError) -> Refused:
     """The first of pydantic's complaints as one sentence about one key."""
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0]) if first["loc"] else None

@@ -13,12 +13,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api import errors
-from serve.api.auth import Keys, check_host
-from serve.api.client_disconnect import ClientGone
-from serve.api.drain import Door
+from serve.api.auth import ApiKeys, check_host
+from serve.api.client_disconnect import ClientDisconnected
+from serve.api.drain import DrainGate
 from serve.api.metrics import HttpMetrics
 from serve.config import Settings
-from serve.logging import tell_failure, tell_request
+from serve.logging import log_failure, log_request
 from serve.protocol import Refused
 
 # Needed before a key can be asked for, and without anything to tell of what is served.
@@ -44,21 +44,27 @@ REQUEST_ID = "x-request-id"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class Guard:
+class RequestMiddleware:
     """ASGI middleware. `scope["state"]` gets `request_id`, and `told`, a dict for what the log shall say of the request.
 
     `behind_ray`: requests have an id already, which Ray Serve's proxy also puts into the answer.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, keys: Keys, metrics: HttpMetrics, door: Door, behind_ray: bool
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        keys: ApiKeys,
+        metrics: HttpMetrics,
+        drain_gate: DrainGate,
+        behind_ray: bool,
     ):
-        self.app, self.settings, self.keys, self.metrics, self.door, self.behind_ray = (
+        self.app, self.settings, self.keys, self.metrics, self.drain_gate, self.behind_ray = (
             app,
             settings,
             keys,
             metrics,
-            door,
+            drain_gate,
             behind_ray,
         )
 
@@ -76,7 +82,7 @@ class Guard:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send):
+    def __init__(self, guard: RequestMiddleware, scope: Scope, receive: Receive, send: Send):
         self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
         self.id = guard.request_id(Headers(scope=scope))
         self.told: dict[str, Any] = {}
@@ -100,11 +106,11 @@ class _Exchange:
                 check_host(headers.get("host"))
             if self.guard.keys and not (self.scope["path"] in OPEN or self.scope["path"].startswith(OPEN_FOLDER)):
                 self.guard.keys.check(headers.get("authorization"))
-            with self.guard.door.inside():
+            with self.guard.drain_gate.admit():
                 await self.guard.app(self.scope, self.receive, self.send)
         except Refused as refused:
             await self._refuse(refused)
-        except ClientGone:
+        except ClientDisconnected:
             # Nobody reads it; the server in front of us still wants an answer.
             self.told["error"] = "client_gone"
             if self.status is None:
@@ -115,7 +121,7 @@ class _Exchange:
             self.told["error"], self.status = "cancelled", CLIENT_GONE
             raise
         except Exception as error:
-            tell_failure(self.id, error)
+            log_failure(self.id, error)
             await self._refuse(errors.unexpected())
 
     async def _refuse(self, refused: Refused) -> None:
@@ -161,7 +167,7 @@ class _Exchange:
         route = getattr(self.scope.get("route"), "path", "unmatched")
         status = self.status or CLIENT_GONE
         self.guard.metrics.answered(self.scope["method"], route, status, seconds)
-        tell_request(
+        log_request(
             id=self.id,
             method=self.scope["method"][:16],
             route=route,

@@ -8,14 +8,14 @@ from typing import Any
 
 from starlette.requests import Request
 
-from serve.api.client_disconnect import ClientGone
+from serve.api.client_disconnect import ClientDisconnected
 from serve.api.errors import invalid, shown
 from serve.config import Http, Limits
 from serve.protocol import Refused
 
 
 async def read_object(request: Request, http: Http, limits: Limits) -> dict[str, Any]:
-    """The body, a JSON object. Raises `Refused` with 400, 408, 413 or 415, `ClientGone` where the client leaves before its end."""
+    """The body, a JSON object. Raises `Refused` with 400, 408, 413 or 415, `ClientDisconnected` where the client leaves before its end."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise invalid(
@@ -44,7 +44,7 @@ async def _read(request: Request, limits: Limits) -> bytes:
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
-            raise ClientGone
+            raise ClientDisconnected
         body += message.get("body", b"")
         # What Content-Length says is not relied on: a chunked body has none.
         if len(body) > limits.body_bytes:

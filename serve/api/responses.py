@@ -1,4 +1,4 @@
-"""Pictures as files, and what an answer says of them."""
+"""Images as files, and what an answer says of them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from serve.api.schema import ImageRequest
-from serve.protocol import Accepted, GenerationRequest, Picture, PipelineCard, Preview
+from serve.protocol import Accepted, FinalImage, GenerationRequest, PipelineInfo, Preview
 
 VARIANT, DEGRADED = "x-ppcl-variant", "x-ppcl-degraded"
 
 
 async def base64_of(image: np.ndarray, asked: ImageRequest) -> str:
-    """The picture `(H, W, 3)` uint8 as a file in base64, made in a thread: a large one takes a while."""
+    """The image `(H, W, 3)` uint8 as a file in base64, made in a thread: a large one takes a while."""
     return await asyncio.to_thread(_encoded, image, asked)
 
 
@@ -37,10 +37,10 @@ def headers(accepted: Accepted) -> dict[str, str]:
     return {VARIANT: accepted.variant, DEGRADED: str(accepted.degraded).lower()}
 
 
-def usage(pictures: Sequence[Picture], request: GenerationRequest, card: PipelineCard) -> dict[str, Any]:
-    """The prompt's tokens, once however many pictures, and the transformer's image tokens of every picture."""
+def usage(pictures: Sequence[FinalImage], request: GenerationRequest, info: PipelineInfo) -> dict[str, Any]:
+    """The prompt's tokens, once however many images, and the transformer's image tokens of every image."""
     text = max(picture.prompt_tokens for picture in pictures)
-    image = len(pictures) * (request.height // card.multiple) * (request.width // card.multiple)
+    image = len(pictures) * (request.height // info.multiple) * (request.width // info.multiple)
     return {
         "input_tokens": text,
         "input_tokens_details": {"image_tokens": 0, "text_tokens": text},
@@ -60,9 +60,9 @@ def _size(request: GenerationRequest) -> str:
 async def whole_answer(
     asked: ImageRequest,
     request: GenerationRequest,
-    card: PipelineCard,
+    info: PipelineInfo,
     accepted: Accepted,
-    pictures: Sequence[Picture],
+    pictures: Sequence[FinalImage],
     seconds: float,
 ) -> dict[str, Any]:
     """OpenAI's `ImagesResponse`, and what was served: variant, whether it was degraded, seed, seconds by phase."""
@@ -76,7 +76,7 @@ async def whole_answer(
         "size": _size(request),
         "output_format": asked.output_format,
         "background": "opaque",
-        "usage": usage(pictures, request, card),
+        "usage": usage(pictures, request, info),
         **_disclosed(accepted),
         "seed": request.seed,
         "num_inference_steps": request.steps,
@@ -97,7 +97,7 @@ def _event(kind: str, asked: ImageRequest, request: GenerationRequest, file: str
 
 
 async def partial_event(asked: ImageRequest, request: GenerationRequest, preview: Preview) -> dict[str, Any]:
-    """`image_generation.partial_image`; ours: `index` of the picture, and the `step` after which it looks like this."""
+    """`image_generation.partial_image`; ours: `index` of the image, and the `step` after which it looks like this."""
     return {
         **_event("partial_image", asked, request, await base64_of(preview.image, asked)),
         "partial_image_index": preview.number,
@@ -109,15 +109,15 @@ async def partial_event(asked: ImageRequest, request: GenerationRequest, preview
 async def completed_event(
     asked: ImageRequest,
     request: GenerationRequest,
-    card: PipelineCard,
+    info: PipelineInfo,
     accepted: Accepted,
-    picture: Picture,
+    picture: FinalImage,
     seconds: float,
 ) -> dict[str, Any]:
-    """`image_generation.completed` of one picture; ours: its `index`, `seed` and what was served."""
+    """`image_generation.completed` of one image; ours: its `index`, `seed` and what was served."""
     return {
         **_event("completed", asked, request, await base64_of(picture.image, asked)),
-        "usage": usage([picture], request, card),
+        "usage": usage([picture], request, info),
         "index": picture.index,
         "seed": picture.seed,
         **_disclosed(accepted),

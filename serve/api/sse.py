@@ -12,8 +12,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.api import errors
-from serve.api.client_disconnect import unless_gone
-from serve.logging import tell_failure
+from serve.api.client_disconnect import cancel_on_disconnect
+from serve.logging import log_failure
 from serve.protocol import Refused
 
 
@@ -38,7 +38,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await unless_gone(receive, self._send_all(scope, send))
+            await cancel_on_disconnect(receive, self._send_all(scope, send))
         finally:
             await self.events.aclose()
             await self.source.aclose()
@@ -65,7 +65,7 @@ class EventStream(Response):
             scope["state"]["told"]["error"] = refused.code
             await write(sent_event({"type": "error", **errors.envelope(refused)}))
         except Exception as error:
-            tell_failure(scope["state"]["request_id"], error)
+            log_failure(scope["state"]["request_id"], error)
             scope["state"]["told"]["error"] = errors.unexpected().code
             await write(sent_event({"type": "error", **errors.envelope(errors.unexpected())}))
         finally:

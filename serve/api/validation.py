@@ -7,10 +7,10 @@ import secrets
 from serve.api.errors import invalid, shown
 from serve.api.schema import LARGEST_SEED, ImageRequest
 from serve.config import Limits
-from serve.protocol import GenerationRequest, PipelineCard
+from serve.protocol import GenerationRequest, PipelineInfo
 
 
-def generation(asked: ImageRequest, id: str, card: PipelineCard, limits: Limits) -> GenerationRequest:
+def generation(asked: ImageRequest, id: str, info: PipelineInfo, limits: Limits) -> GenerationRequest:
     """Raises `Refused`: with 422 that names the limit for a request that is well-formed and too much, with 404 for a model that
     can be none."""
     # A variant's name goes into a header, where no other character may stand; none has one.
@@ -28,11 +28,11 @@ def generation(asked: ImageRequest, id: str, card: PipelineCard, limits: Limits)
                 422,
             )
     for name in asked.arguments:
-        if name not in card.arguments:
-            takes = f"it takes {', '.join(card.arguments)}" if card.arguments else "leave it out"
+        if name not in info.arguments:
+            takes = f"it takes {', '.join(info.arguments)}" if info.arguments else "leave it out"
             raise invalid(f"this pipeline takes no {name}; {takes}", name, "unsupported_parameter", 422)
-    width, height = _size(asked.size, card, limits)
-    steps = asked.num_inference_steps or card.steps
+    width, height = _size(asked.size, info, limits)
+    steps = asked.num_inference_steps or info.steps
     if steps > limits.steps:
         raise invalid(
             f"num_inference_steps is {steps}; at most {limits.steps} are taken",
@@ -42,13 +42,13 @@ def generation(asked: ImageRequest, id: str, card: PipelineCard, limits: Limits)
         )
     if asked.n > limits.pictures:
         raise invalid(
-            f"n is {asked.n}; at most {limits.pictures} pictures are made for one request", "n", "limit_exceeded", 422
+            f"n is {asked.n}; at most {limits.pictures} images are made for one request", "n", "limit_exceeded", 422
         )
     work = asked.n * width * height * steps
     if work > limits.work:
         raise invalid(
             f"{asked.n} × {width}x{height} pixels × {steps} steps is {work}; at most {limits.work} is done for one request: ask for "
-            "fewer or smaller pictures, or fewer steps",
+            "fewer or smaller images, or fewer steps",
             "n" if asked.n > 1 else "size",
             "limit_exceeded",
             422,
@@ -69,13 +69,13 @@ def generation(asked: ImageRequest, id: str, card: PipelineCard, limits: Limits)
     )
 
 
-def _size(size: str, card: PipelineCard, limits: Limits) -> tuple[int, int]:
+def _size(size: str, info: PipelineInfo, limits: Limits) -> tuple[int, int]:
     """Width and height in pixels."""
-    width, height = (card.width, card.height) if size == "auto" else map(int, size.split("x"))
-    if width % card.multiple or height % card.multiple:
-        near = "x".join(str(max(1, round(side / card.multiple)) * card.multiple) for side in (width, height))
+    width, height = (info.width, info.height) if size == "auto" else map(int, size.split("x"))
+    if width % info.multiple or height % info.multiple:
+        near = "x".join(str(max(1, round(side / info.multiple)) * info.multiple) for side in (width, height))
         raise invalid(
-            f"size is {size}; both sides are multiples of {card.multiple} here, such as {near}",
+            f"size is {size}; both sides are multiples of {info.multiple} here, such as {near}",
             "size",
             "invalid_value",
             422,

@@ -96,7 +96,7 @@ def _kept(plan: Iterable[Replacement], count: int) -> set[int]:
 
 
 def qualities(result: Path, variants: Iterable[str]) -> dict[str, float | None]:
-    """A score in [0, 1] of each variant, from the result's evaluation: the share of pictures that are right, where a world tells,
+    """A score in [0, 1] of each variant, from the result's evaluation: the share of images that are right, where a world tells,
     else one less the velocity's relative squared error. None where it was not evaluated."""
     if Artifacts(result).damaged("evaluation"):
         raise UserError(f"the evaluation in {result} is damaged; run ppcl compress again, which makes it anew")

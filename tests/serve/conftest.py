@@ -23,7 +23,7 @@ def served(teacher_folder, tmp_path_factory):
     from tests import made_result
 
     folder = made_result.result(tmp_path_factory.mktemp("served") / "result", teacher_folder)
-    # Patient, so that `auto` draws with the teacher however busy the machine is.
+    # Patient, so that `auto` generates with the teacher however busy the machine is.
     return Served(result=folder, limits=LIMITS, engine={"queue": 16, "device": "cpu"}, elastic={"patience": 10_000})
 
 

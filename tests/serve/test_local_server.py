@@ -147,7 +147,7 @@ def test_a_result_in_a_bucket_is_served_and_ctrl_c_finishes_what_is_under_way(st
     assert command.health() == 200
     with ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(command.draw, 600)
-        until(lambda: command.requests_running() == [1.0], "a picture is under way")
+        until(lambda: command.requests_running() == [1.0], "an image is under way")
         command.send(signal.SIGINT)
         until(lambda: command.health() == 503, "nobody is let in any more")
         with pytest.raises(openai.InternalServerError) as refused:

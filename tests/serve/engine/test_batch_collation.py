@@ -1,4 +1,4 @@
-"""Stock pipelines of every family, many at once on one transformer: each picture is the one it is alone."""
+"""Stock pipelines of every family, many at once on one transformer: each image is the one it is alone."""
 
 import threading
 import time
@@ -11,9 +11,15 @@ import torch
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
 from ppcl.replacements.switcher import VariantSwitcher
-from serve.engine.batcher import Cancelled, Member
-from serve.engine.generation import Order, Studio, _Watch, calls_per_step
-from serve.engine.shared_pipeline import Kind, SharedPipeline
+from serve.engine.batcher import Cancelled, Ticket
+from serve.engine.generation import (
+    GenerationTask,
+    ImageGenerator,
+    _CleanLatentsRecorder,
+    _PreviewRequest,
+    calls_per_step,
+)
+from serve.engine.shared_pipeline import BatchLimits, SharedPipeline, WorkloadKey
 from tests import made_result
 from tests.ppcl.calibration.test_families import embedding, flux_pipeline, sd3_pipeline
 
@@ -31,7 +37,10 @@ def share(pipeline, switch=lambda transformer, plan: None, rows=8, gather=GATHER
         switch(transformer, plan)
 
     shared = SharedPipeline(
-        pipeline, switch_late, rows, gather, 2**20, lambda group, rows, seconds: batches.append((group[0].plan, rows))
+        pipeline,
+        switch_late,
+        BatchLimits(rows, gather, 2**20),
+        lambda group, rows, seconds: batches.append((group[0].plan, rows)),
     )
     return shared, batches
 
@@ -97,11 +106,11 @@ def together(shared, calls, plans):
     """All calls at once, each on a copy of its own."""
 
     def one(call, plan):
-        member = Member()
+        ticket = Ticket()
         try:
-            return latents(shared.copy(Kind(plan, call["height"] * call["width"]), member), call)
+            return latents(shared.copy(WorkloadKey(plan, call["height"] * call["width"]), ticket), call)
         finally:
-            shared.denoising.leave(member)
+            shared.denoising.leave(ticket)
 
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(one, calls, plans))
@@ -150,21 +159,21 @@ def test_pictures_of_different_variants_share_a_transformer(tmp_path, teacher_fo
 
 
 @pytest.fixture
-def studio(qwen):
-    made = Studio(share(qwen)[0])
+def generator(qwen):
+    made = ImageGenerator(share(qwen)[0])
     yield made
     made.close()
 
 
-ORDER = Order((), "a photo of a red circle", 32, 32, 6, seed=3)
+TASK = GenerationTask((), "a photo of a red circle", 32, 32, 6, seed=3)
 
 
 def with_changes(**changes):
-    return Order(**(vars(ORDER) | changes))
+    return GenerationTask(**(vars(TASK) | changes))
 
 
-def test_a_picture_is_that_of_the_stock_pipeline(studio, qwen):
-    drawn = studio.draw(ORDER, Member())
+def test_a_picture_is_that_of_the_stock_pipeline(generator, qwen):
+    generated = generator.generate(TASK, Ticket())
     stock = qwen(
         "a photo of a red circle",
         height=32,
@@ -172,22 +181,22 @@ def test_a_picture_is_that_of_the_stock_pipeline(studio, qwen):
         num_inference_steps=6,
         generator=torch.Generator().manual_seed(3),
     )
-    assert np.array_equal(drawn.image, np.asarray(stock.images[0]))
-    assert set(drawn.seconds) == {"encoding", "denoising", "decoding"} and min(drawn.seconds.values()) > 0
+    assert np.array_equal(generated.image, np.asarray(stock.images[0]))
+    assert set(generated.seconds) == {"encoding", "denoising", "decoding"} and min(generated.seconds.values()) > 0
 
 
-def test_a_picture_that_is_cancelled_ends_at_its_next_step(studio):
-    member, steps = Member(), []
+def test_a_picture_that_is_cancelled_ends_at_its_next_step(generator):
+    ticket, steps = Ticket(), []
 
     def stepped(step):
         steps.append(step)
         if step == 2:
-            member.cancelled.set()
+            ticket.cancelled.set()
 
     with pytest.raises(Cancelled):
-        studio.draw(ORDER, member, stepped)
+        generator.generate(TASK, ticket, stepped)
     assert steps == [1, 2]
-    assert studio.draw(ORDER, Member()).image.shape == (32, 32, 3)
+    assert generator.generate(TASK, Ticket()).image.shape == (32, 32, 3)
 
 
 def test_the_clean_latents_of_the_last_step_are_the_result(qwen):
@@ -195,51 +204,56 @@ def test_the_clean_latents_of_the_last_step_are_the_result(qwen):
     scheduler = qwen.scheduler
     for guidance in ({}, {"negative_prompt": " ", "true_cfg_scale": 3.0}):
         shared, _ = share(qwen)
-        pipeline = shared.copy(Kind((), 1024), Member())
-        watch = _Watch(pipeline.scheduler)
+        pipeline = shared.copy(WorkloadKey((), 1024), Ticket())
+        recorder = _CleanLatentsRecorder(pipeline.scheduler)
         result = latents(pipeline, {"prompt": "red", "height": 32, "width": 32, "num_inference_steps": 4, **guidance})
         shared.close()
-        torch.testing.assert_close(watch.clean, result, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(recorder.latents, result, rtol=1e-5, atol=1e-5)
     assert qwen.scheduler is scheduler
 
 
 @pytest.mark.parametrize(
     ("steps", "previews", "after"), [(6, 2, [2, 4]), (6, 1, [3]), (2, 3, [1]), (1, 3, []), (6, 0, [])]
 )
-def test_previews_come_from_another_thread_in_order_and_before_the_end(studio, steps, previews, after):
+def test_previews_come_from_another_thread_in_order_and_before_the_end(generator, steps, previews, after):
     seen = []
 
     def previewed(number, step, image):
         assert image.shape == (32, 32, 3) and threading.current_thread().name.startswith("previews")
         seen.append((number, step))
 
-    studio.draw(with_changes(steps=steps, previews=previews), Member(), previewed=previewed)
+    generator.generate(with_changes(steps=steps, previews=previews), Ticket(), on_preview=previewed)
     assert seen == list(enumerate(after))
 
 
-def test_a_preview_shows_what_the_latents_decode_to(studio, qwen):
-    """The final latents, previewed, are the final picture."""
-    call = {"prompt": ORDER.prompt, "height": 32, "width": 32, "num_inference_steps": 6, "generator": 3}
+def test_a_preview_shows_what_the_latents_decode_to(generator, qwen):
+    """The final latents, previewed, are the final image."""
+    call = {"prompt": TASK.prompt, "height": 32, "width": 32, "num_inference_steps": 6, "generator": 3}
     seen = []
-    studio._preview(ORDER, Member(), latents(qwen, call), 0, 6, lambda *told: seen.append(told))
-    assert np.array_equal(seen[0][2], studio.draw(ORDER, Member()).image)
+    preview = _PreviewRequest(latents(qwen, call), 0, 6, lambda *arguments: seen.append(arguments))
+    generator._preview(TASK, Ticket(), preview)
+    assert np.array_equal(seen[0][2], generator.generate(TASK, Ticket()).image)
 
 
 def test_pictures_are_decoded_in_batches_no_larger_than_told(qwen):
     for pixels, most in ((2 * 32 * 32, 2), (1, 1)):
-        shared = SharedPipeline(qwen, lambda transformer, plan: None, 8, GATHER, pixels, lambda *batch: None)
+        shared = SharedPipeline(
+            qwen, lambda transformer, plan: None, BatchLimits(8, GATHER, pixels), lambda *batch: None
+        )
         sizes, decode = [], qwen.vae.decode
         shared.stock.vae.decode = lambda z, return_dict, decode=decode, sizes=sizes: (
             sizes.append(len(z)) or decode(z, return_dict=return_dict)
         )
-        studio = Studio(shared)
+        generator = ImageGenerator(shared)
         try:
             with ThreadPoolExecutor(5) as pool:
                 list(
-                    pool.map(studio.draw, [with_changes(seed=seed) for seed in range(5)], [Member() for _ in range(5)])
+                    pool.map(
+                        generator.generate, [with_changes(seed=seed) for seed in range(5)], [Ticket() for _ in range(5)]
+                    )
                 )
         finally:
-            studio.close()
+            generator.close()
             del shared.stock.vae.decode
         assert sum(sizes) == 5 and max(sizes) <= most
 
