@@ -21,10 +21,8 @@ import openai
 import pytest
 from PIL import Image
 
-from serve.autoscaling import BACKLOG, BacklogPolicy
 from serve.config import load_settings
 from serve.protocol import FinalImage, GenerationRequest
-from tests import made_result
 from tests.serve.waiting import PATIENCE, until
 
 APP = "ppcl"
@@ -90,13 +88,13 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(ray_cluster, tmp_path_factory, teacher_folder):
+def site(ray_cluster, result_folder):
     from ray import serve
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = Site(made_result.result(tmp_path_factory.mktemp("deployed") / "job", teacher_folder), port)
+    made = Site(result_folder, port)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:
         made.deploy("engine.queue=8")
@@ -271,16 +269,3 @@ def test_replicas_follow_the_work_up_and_down_and_no_request_fails(site):
     answers = under_load(site, 8, lambda: until(lambda: site.replicas() == 2, "a second replica"), steps=100)
     answers += under_load(site, 1, lambda: until(lambda: site.replicas() == 1, "back to one"), steps=SHORT)
     assert all(answer is True for answer in answers), Counter(map(str, answers))
-
-
-class BatchObserver:
-    """What Ray Serve hands a policy."""
-
-    def __init__(self, backlogs, target=3):
-        self.target_num_replicas = target
-        self.aggregated_metrics = {BACKLOG: dict(enumerate(backlogs))} if backlogs else {}
-
-
-@pytest.mark.parametrize(("backlogs", "wanted"), [([25.0, 10.0], 3.5), ([0.0, 0.0], 0), ([], 3), ([10.0], 1)])
-def test_the_policy_wants_as_many_replicas_as_keep_the_backlog_at_its_target(backlogs, wanted):
-    assert BacklogPolicy(target_seconds=10)(BatchObserver(backlogs)) == (wanted, {})

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from serve.config import Settings
-from serve.logging import log, log_as_json, log_failure, plain
+from serve.logging import log, log_as_json, log_failure, readable
 from tests.serve.api.test_client import waiting
 from tests.serve.served import Server, until
 
@@ -305,7 +305,7 @@ def test_the_servers_log_can_be_asked_for_twice_without_lines_coming_twice(lines
 def test_a_line_of_the_log_can_be_read_by_people(server, lines):
     assert server.generate(VALID).status == 200 and server.generate(VALID | {"model": "no-such"}).status == 404
     until(lambda: len(lines()) == 2, "two lines")
-    generated, refused = (plain(json.dumps(told)) for told in lines())
+    generated, refused = (readable(json.dumps(told)) for told in lines())
     assert re.fullmatch(r"\d\d:\d\d:\d\d  200  POST  /v1/images/generations  \d+\.\d{3} s  all  req_\w+", generated)
     assert re.fullmatch(
         r"\d\d:\d\d:\d\d  404  POST  /v1/images/generations  \d+\.\d{3} s  model_not_found  req_\w+", refused
@@ -314,7 +314,7 @@ def test_a_line_of_the_log_can_be_read_by_people(server, lines):
         raise ValueError("a secret wish")
     except ValueError as error:
         log_failure("req_1", error)
-    assert re.fullmatch(r"\S+  failure  ValueError  test_http\.py:\d+ \w+  req_1", plain(json.dumps(lines()[-1])))
+    assert re.fullmatch(r"\S+  failure  ValueError  test_http\.py:\d+ \w+  req_1", readable(json.dumps(lines()[-1])))
 
 
 def test_the_time_of_a_request_is_the_clients(server):

@@ -115,26 +115,3 @@ def test_those_that_wait_for_their_turn_hurry_a_lane_too(backlog):
     backlog.add(work(deadline=60.0))
     # Five large ones in a lane of four, twenty forwards of four rows, and the small one before the last.
     assert backlog.due(LARGE) == pytest.approx(60 - (20 * 1.6 + 5) - 6)
-
-
-def test_costs_follow_what_batches_take_size_by_size():
-    costs = CostModel(COSTS, 1.0, 1000, clock=lambda: 0.0)
-    twice = WorkloadKey((), 2000)
-    assert costs.forward(twice, 4) == pytest.approx(3.2)
-    for _ in range(100):
-        costs.observe((twice, "whatever else"), 4, 9.6)
-    assert costs.forward(twice, 4) == pytest.approx(9.6, rel=1e-3)
-    assert costs.forward(WorkloadKey(SMALL.plan, 2000), 4) == pytest.approx(4.8, rel=1e-3)
-    assert costs.forward(LARGE, 4) == costs.undisturbed(LARGE, 4) == pytest.approx(1.6)
-    assert costs.forward(WorkloadKey((Interval(2, 3),), 1000), 1) == pytest.approx(1.0), "not profiled: the slowest"
-
-
-def test_a_disturbance_is_forgotten_when_no_batch_tells_of_it_any_more():
-    """Or a server that refuses everything for being slow would do so for ever."""
-    now = [0.0]
-    costs = CostModel(COSTS, 1.0, 1000, clock=lambda: now[0])
-    for _ in range(200):
-        costs.observe((LARGE, "whatever else"), 1, 1000.0)
-    assert costs.forward(LARGE, 1) == pytest.approx(4.0, rel=1e-3), "no batch is believed beyond that"
-    now[0] = 30.0
-    assert costs.forward(LARGE, 1) == pytest.approx(1.0, abs=0.01)

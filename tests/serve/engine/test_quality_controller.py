@@ -3,7 +3,6 @@
 import pytest
 
 from serve.config import Elastic
-from serve.engine.demand_window import DemandWindow, OfferedRequest
 from serve.engine.quality_controller import QualityController, quality_levels
 
 # Device-seconds of an image, the largest variant first, and scores.
@@ -117,13 +116,3 @@ def test_a_deadline_that_is_short_in_itself_degrades_its_own_request_alone(quali
 def test_a_floor_above_the_level_is_kept(quality):
     choose(quality, 5, waiting=4)
     assert choose(quality, 5, allowed=lambda name: name == "large").variant == "large"
-
-
-def test_demand_is_what_was_wanted_lately_refused_or_not():
-    demand_window = DemandWindow(10.0)
-    for now, refused in ((0.0, True), (5.0, False), (9.0, True)):
-        demand_window.add(OfferedRequest(now, None, 1024, 20, 1, refused))
-    assert demand_window.load(9.0, lambda wanted: 2.0) == pytest.approx(0.6)
-    assert demand_window.refused(9.0, lambda wanted: wanted.calls / 10) == pytest.approx(4.0)
-    assert demand_window.load(11.0, lambda wanted: 2.0) == pytest.approx(0.4)
-    assert demand_window.load(100.0, lambda wanted: 2.0) == demand_window.refused(100.0, lambda wanted: 2.0) == 0
