@@ -1,4 +1,4 @@
-"""Work that ends when the client who wanted it has gone."""
+"""Cancel work when its client disconnects."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class ClientDisconnected(Exception):
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, for a request whose body has been read. Raises `ClientDisconnected`, with `work` cancelled and at its end.
+    """Return the result of `work`, for a request whose body was read.
 
-    A server tells of a client that left only to somebody who asks, and sending nothing for a while is what we do.
+    Raises `ClientDisconnected` after cancelling `work`. ASGI reports a disconnect only to a pending `receive`, so one is
+    kept pending while nothing is sent.
     """
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect(receive))
     try:

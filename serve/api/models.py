@@ -1,4 +1,4 @@
-"""Variants as models: what `GET /v1/models` tells of each, and of `auto`."""
+"""Variants as models: the answers of `GET /v1/models`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serve.protocol import AUTO, ModelInfo, PipelineInfo, Refused
 
 
 def listing(infos: list[ModelInfo], pipeline: PipelineInfo, limits: Limits, created: int) -> dict[str, Any]:
-    """OpenAI's list of models; ours: how the pipeline is called by default, and what one request may ask for."""
+    """Return OpenAI's list of models, extended by the pipeline's defaults and the limits of a request."""
     return {
         "object": "list",
         "data": [auto(infos, created), *(model(info, created) for info in infos)],
@@ -27,7 +27,7 @@ def model(info: ModelInfo, created: int) -> dict[str, Any]:
 
 
 def auto(infos: list[ModelInfo], created: int) -> dict[str, Any]:
-    """The model that is one of the others: the largest whose images are expected in time."""
+    """Return the model `auto`, which stands for the largest variant that is expected in time."""
     return {
         "id": AUTO,
         "object": "model",
@@ -37,8 +37,8 @@ def auto(infos: list[ModelInfo], created: int) -> dict[str, Any]:
     }
 
 
-def one(name: str, infos: list[ModelInfo], created: int) -> dict[str, Any]:
-    """Raises `Refused` with 404 where there is no such model."""
+def retrieve(name: str, infos: list[ModelInfo], created: int) -> dict[str, Any]:
+    """Return one model. Raises `Refused` with 404 where there is no such model."""
     if name == AUTO:
         return auto(infos, created)
     for info in infos:

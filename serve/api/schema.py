@@ -1,4 +1,4 @@
-"""What a client may ask for: OpenAI's parameters of an image, and ours beside them."""
+"""The parameters of a request: OpenAI's and ours."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 import pytest
 
 from serve.api.schema import ImageRequest, parse
-from serve.api.validation import generation
+from serve.api.validation import to_generation_request
 from serve.config import Limits
 from serve.protocol import PipelineInfo, Refused
 
@@ -17,7 +17,7 @@ def refusal(**values) -> Refused:
 
 
 def wanted(limits=None, info=INFO, **values):
-    return generation(parse({"prompt": "a red circle"} | values), "req_1", info, limits or Limits())
+    return to_generation_request(parse({"prompt": "a red circle"} | values), "req_1", info, limits or Limits())
 
 
 def excess(limits=None, info=INFO, **values) -> Refused:
