@@ -2,11 +2,11 @@
 
     python benchmarks/serving.py runs/demo --json benchmarks/results/serving.json
 
-- `overhead`: one request over HTTP (`ppcl serve`, OpenAI's client) against the same call of the stock pipeline, taking turns.
+- `overhead`: one request over HTTP (`ppcl serve`, OpenAI's client) and the stock pipeline's same call, alternating.
 - `throughput`: eight clients at once over HTTP against the stock pipeline, one picture after the other.
-- `elastic`: requests at random times, at shares of the capacity of the largest variant, each with a deadline. Effective quality is
-  the mean score of the pictures that were in time, by the result's evaluation, times their share of all that were wanted. All
-  policies see the same times of arrival, and the same refusals of what cannot be in time. Every seed has other times; the intervals
+- `elastic`: requests at random times, at shares of the capacity of the largest variant, each with a deadline. Effective
+  quality is the mean score of the images that were in time, by the result's evaluation, times their share of all
+  requests. All policies see the same arrival times and the same refusals. Every seed has other times; the intervals
   are 95 % ones over seeds, of the difference from `elastic` at the same times.
 - `switch`: from one variant to another.
 - `start`: a fresh process until its first picture: the engine alone, and the command `ppcl serve`.
@@ -237,7 +237,8 @@ async def elastic(options: argparse.Namespace, variants: list[str] | None) -> li
                 row = await one_load(engine, policies[name], arrivals, deadline, scores)
                 rows.append({"load": load, "policy": name, "requests": len(arrivals), **row})
                 out.print(
-                    f"seed {seed}, load {load:g}, {name}: {row['effective_quality']:.3f}, {row['in_time']:.1%} in time, {row['variants']}"
+                    f"seed {seed}, load {load:g}, {name}: {row['effective_quality']:.3f}, "
+                    f"{row['in_time']:.1%} in time, {row['variants']}"
                 )
         runs.append(
             {
@@ -313,7 +314,9 @@ from serve.protocol import GenerationRequest
 engine = Engine(load_settings(Path(sys.argv[1])))
 async def first():
     info = engine.info
-    return [e async for e in engine.generate(GenerationRequest("1", "a photo of a red circle", "teacher", 1, info.height, info.width, info.steps, 0))]
+    size = info.height, info.width
+    request = GenerationRequest("1", "a photo of a red circle", "teacher", 1, *size, info.steps, 0)
+    return [event async for event in engine.generate(request)]
 asyncio.run(first())
 engine.close()
 """

@@ -151,7 +151,10 @@ def _start(settings: Served, signals: _Signals) -> float:
 
 
 def _finish(seconds: float, signals: _Signals, say: Callable[[str], None]) -> None:
-    """Refuse new requests and wait up to `seconds` for those in flight; then, or at a second signal, end them with 503."""
+    """Refuse new requests and wait for those in flight.
+
+    After `seconds`, or at a second signal, the remaining ones end with 503.
+    """
     # Not at the top: Ray reads the environment that `run` sets when it is imported.
     from ray import serve
 

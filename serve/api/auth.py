@@ -76,8 +76,8 @@ def check_exposure(http: Http, keys: ApiKeys) -> None:
 def check_host(host: str | None) -> None:
     """Raises `Refused` unless the header `Host` names this machine.
 
-    Protects a server without keys from DNS rebinding: a web page whose name resolves to 127.0.0.1 must not use it from a
-    visitor's browser.
+    Protects a server without keys from DNS rebinding: a web page whose name resolves to 127.0.0.1 must not use it
+    from a visitor's browser.
     """
     name = (host or "").rpartition("]")[0].removeprefix("[") or (host or "").partition(":")[0]
     if not loopback(name):

@@ -18,8 +18,8 @@ class ClientDisconnected(Exception):
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`, for a request whose body was read.
 
-    Raises `ClientDisconnected` after cancelling `work`. ASGI reports a disconnect only to a pending `receive`, so one is
-    kept pending while nothing is sent.
+    Raises `ClientDisconnected` after cancelling `work`. ASGI reports a disconnect only to a pending `receive`, so
+    one is kept pending while nothing is sent.
     """
     working, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect(receive))
     try:

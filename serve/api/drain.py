@@ -9,7 +9,7 @@ from serve.protocol import Refused
 
 
 class DrainGate:
-    """Belongs to one event loop. `open`: set it to False to refuse new requests. `in_flight`: requests not yet answered."""
+    """Belongs to one event loop. Set `open` to False to refuse new requests. `in_flight`: requests not yet answered."""
 
     def __init__(self) -> None:
         self.open, self.in_flight = True, 0

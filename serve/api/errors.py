@@ -20,7 +20,8 @@ _SHOWN = 60
 _BY_STATUS = {
     404: (
         "unknown_url",
-        "there is nothing at this address; images are made by POST /v1/images/generations, models are at GET /v1/models",
+        "there is nothing at this address; images are made by POST /v1/images/generations, "
+        "models are at GET /v1/models",
     ),
     405: ("method_not_allowed", "this address does not take this method"),
 }
@@ -45,8 +46,8 @@ def envelope(refused: Refused) -> dict[str, Any]:
 def response(refused: Refused, headers: dict[str, str] | None = None) -> JSONResponse:
     """Return the answer of a refusal.
 
-    OpenAI's client retries 408, 409, 429 and 5xx unless a header forbids it. A retry helps only where the server is busy
-    or not ready.
+    OpenAI's client retries 408, 409, 429 and 5xx unless a header forbids it. A retry helps only where the server is
+    busy or not ready.
     """
     headers = dict(headers or {})
     if refused.retry_after is not None:

@@ -64,7 +64,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise invalid(f"the body is not UTF-8: byte {error.start} cannot be read", code="invalid_json") from None
     except json.JSONDecodeError as error:
         raise invalid(
-            f"the body is not JSON: {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno}, column {error.colno}",
+            f"the body is not JSON: {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno}, "
+            f"column {error.colno}",
             code="invalid_json",
         ) from None
     except RecursionError:

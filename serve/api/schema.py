@@ -77,7 +77,8 @@ class ImageRequest(BaseModel):
             )
         if self.output_format == "png" and self.output_compression not in (None, 100):
             raise invalid(
-                f"output_compression is {self.output_compression}, but png keeps every pixel; set output_format to jpeg or webp",
+                f"output_compression is {self.output_compression}, but png keeps every pixel; "
+                "set output_format to jpeg or webp",
                 "output_compression",
             )
         if self.min_variant is not None and self.model != AUTO:

@@ -1,7 +1,8 @@
 """Collation: joins transformer calls of several images into one call.
 
 Row arguments are `hidden_states` of shape (B, S, d) or (B, C, H, W), the timestep, the prompt's arguments, and vectors
-of B numbers such as a guidance scale. All other arguments must be equal in all calls of a batch and are part of its group.
+of B numbers such as a guidance scale. All other arguments must be equal in all calls of a batch and are part of its
+group.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ppcl.models import ModelAdapter
 
 
 class Digests:
-    """Digests of tensors, cached while the pipeline passes the same tensor: computed once per image, not once per step."""
+    """Digests of tensors. Each is cached while the pipeline passes the same tensor, so computed once per image."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[torch.Tensor, str]] = {}
@@ -34,7 +35,7 @@ def rows_of(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> int:
 
 
 def group_of(adapter: ModelAdapter, arguments: Mapping[str, Any], digests: Digests) -> Hashable:
-    """Return what calls must have in common to share a forward. The text's length is not part of it where it can be padded."""
+    """Return what calls must have in common to share a forward. Texts that can be padded may differ in length."""
     rows = rows_of(adapter, arguments)
     parts: list[Hashable] = []
     for name, value in sorted(arguments.items()):

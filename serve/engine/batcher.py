@@ -24,7 +24,7 @@ class Cancelled(Exception):
 
 @dataclass(eq=False)
 class Ticket:
-    """One image's place in the batchers. `due`: the latest `time.monotonic()` of its next call that meets its deadline."""
+    """One image in the batchers. `due`: the latest `time.monotonic()` of its next call that meets its deadline."""
 
     cancelled: threading.Event = field(default_factory=threading.Event)
     due: float | None = None

@@ -81,7 +81,7 @@ class _JobImage:
 
 
 class Engine:
-    """Loads, warms up and profiles in its constructor, which blocks for minutes with a large model. Raises `UserError`."""
+    """Loads, warms up and profiles in its constructor, which takes minutes with a large model. Raises `UserError`."""
 
     def __init__(self, settings: Served, counters: Metrics | None = None):
         engine = settings.engine
@@ -125,7 +125,7 @@ class Engine:
         )
 
     def _quality_levels(self) -> list[str]:
-        """Return the variants of `auto`, from large to small. Raises `UserError` where a configured one is not served."""
+        """Return the variants of `auto`, from large to small. Raises `UserError` where one is not served."""
         configured, served = self.settings.elastic.variants, self.weights.variants
         for name in configured or ():
             if name not in served:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class WaitingCall(Protocol):
-    """A call in the queue. `due`: the latest time at which it can start and meet its deadline; None without a deadline."""
+    """A call in the queue. `due`: the latest start that meets its deadline; None without a deadline."""
 
     @property
     def group(self) -> Hashable: ...

@@ -19,7 +19,7 @@ from serve.engine.shared_pipeline import Plan, SharedPipeline, WorkloadKey
 
 @dataclass(frozen=True)
 class GenerationTask:
-    """An image to generate. `arguments`: further arguments of the pipeline's call. `previews`: number of partial images."""
+    """An image to generate. `arguments`: others of the pipeline's call. `previews`: number of partial images."""
 
     plan: Plan
     prompt: str | None
@@ -90,8 +90,8 @@ class ImageGenerator:
     ) -> GeneratedImage:
         """Generate an image. Calls `on_step(steps_done)` after every step.
 
-        Calls `on_preview(number, steps_done, image)` from another thread, always before this returns. Raises `Cancelled`
-        at the first step after the ticket was cancelled.
+        Calls `on_preview(number, steps_done, image)` from another thread, always before this returns. Raises
+        `Cancelled` at the first step after the ticket was cancelled.
         """
         pipeline = self.shared.copy(task.workload, ticket)
         recorder = _CleanLatentsRecorder(pipeline.scheduler)
@@ -157,7 +157,7 @@ def _preview_numbers(task: GenerationTask) -> dict[int, int]:
 
 
 class _CleanLatentsRecorder:
-    """Records at every step of a scheduler the predicted clean latents `x_t - σ_t v`, `v` the velocity after guidance."""
+    """Records the predicted clean latents `x_t - σ_t v` of every step; `v` is the velocity after guidance."""
 
     def __init__(self, scheduler: Any):
         self.latents: torch.Tensor | None = None

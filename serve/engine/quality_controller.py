@@ -94,8 +94,8 @@ class QualityController:
         """Return the variant for a request with `budget` seconds to finish.
 
         `expected(variant)`: seconds until the request is done. `alone(variant)`: the same on an idle device.
-        `allowed(variant)`: whether the variant is not smaller than the request's floor. Where no variant is in time, the
-        choice is the fastest one, with `in_time` False.
+        `allowed(variant)`: whether the variant is not smaller than the request's floor. Where no variant is in time,
+        the choice is the fastest one, with `in_time` False.
         """
         index = self.levels.index
         candidates = [name for name in self.levels if allowed(name)] or self.levels[:1]

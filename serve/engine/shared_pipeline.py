@@ -73,7 +73,7 @@ class VaeProxy(nn.Module):
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """`max_rows`: of a batch of the transformer. `gather_s`: see `Batcher`. `decoded_pixels`: of images decoded at once."""
+    """`max_rows`: of a transformer batch. `gather_s`: see `Batcher`. `decoded_pixels`: of images decoded at once."""
 
     max_rows: int
     gather_s: float

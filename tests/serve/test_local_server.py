@@ -75,7 +75,7 @@ class Command:
         until(said, f"it says {words!r}")
 
     def send(self, number):
-        """A signal to the command alone, as `kill` does; a terminal's Ctrl-C also reaches its children, which Ray shields from it."""
+        """Signal the command alone, as `kill` does. Ray shields the children from a terminal's Ctrl-C."""
         self._children |= set(psutil.Process(self.process.pid).children(recursive=True))
         self.process.send_signal(number)
 

@@ -1,4 +1,4 @@
-"""What surrounds the API: keys, headers, bodies as they come over a socket, clients that leave, logs, metrics, health."""
+"""What surrounds the API: keys, headers, bodies over a socket, clients that leave, logs, metrics, health."""
 
 import json
 import logging
@@ -111,7 +111,8 @@ def test_a_client_that_is_refused_unread_still_gets_to_its_answer(locked_server)
 
 
 def test_a_body_that_does_not_arrive_in_time_is_refused(server):
-    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\n"
+    head += "content-type: application/json\r\ncontent-length: 100\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(head.encode() + b'{"prompt"')
         told = connection.recv(65536)
@@ -127,7 +128,8 @@ def test_addresses_and_methods_that_are_not_there_are_told_in_the_envelope(serve
 def _send(server, values) -> socket.socket:
     body = json.dumps(values).encode()
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
 

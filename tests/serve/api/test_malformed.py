@@ -1,4 +1,4 @@
-"""Five hundred wrong requests: none is a failure of the server, each gets the envelope, and the server goes on as before."""
+"""Five hundred wrong requests: none makes the server fail, each gets the envelope, and the server goes on as before."""
 
 from collections import Counter
 
@@ -28,7 +28,8 @@ def test_five_hundred_malformed_requests_never_get_a_failure_and_always_the_enve
     seen, generated = Counter(), 0
     for wrong in requests(500, seed=20):
         answer = server.ask(wrong.method, wrong.path, wrong.body, wrong.headers)
-        told = f"{wrong.kind}: {wrong.method} {wrong.path[:80]!r} {str(wrong.body)[:120]} -> {answer.status} {answer.body[:200]}"
+        told = f"{wrong.kind}: {wrong.method} {wrong.path[:80]!r} {str(wrong.body)[:120]} "
+        told += f"-> {answer.status} {answer.body[:200]}"
         assert answer.headers.get("x-request-id", "").startswith("req_"), told
         if wrong.harmless and answer.status == 200:
             generated += 1

@@ -152,7 +152,7 @@ def test_refusals_tell_missing_unknown_and_wrongly_typed_apart():
         ({"pixels": 64 * 64}, {"size": "64x80"}, "size", "5120 pixels; at most 4096 are made"),
         ({"aspect": 2}, {"size": "160x64"}, "size", "at most 2 times the shorter one"),
         ({"steps": 30}, {"num_inference_steps": 31}, "num_inference_steps", "at most 30 are taken"),
-        ({"images": 2}, {"n": 3}, "n", "at most 2 images"),
+        ({"pictures": 2}, {"n": 3}, "n", "at most 2 images"),
         (
             {"work": 64 * 64 * 20},
             {"size": "64x64", "n": 2},

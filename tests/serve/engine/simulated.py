@@ -58,8 +58,8 @@ class _Call:
 
 
 class Simulation:
-    """One server. `run(arrivals, choose, deadline)`: what its clients got of requests at these seconds; None where refused,
-    else the variant and the seconds until the image."""
+    """One server. `run(arrivals, choose, deadline)`: what its clients got of requests at these seconds; None where
+    refused, else the variant and the seconds until the image."""
 
     def __init__(self, machine: Machine, elastic: Elastic | None = None, seed: int = 0):
         self.machine, self.now, self._draw = machine, 0.0, random.Random(seed)
@@ -149,8 +149,10 @@ def effective_quality(told: list[tuple[str, float] | None], deadline: float, sco
 def compared(
     machine: Machine, load: float, deadline: float, seeds: int, seconds: float = 60.0, elastic: Elastic | None = None
 ) -> dict[str, list[float]]:
-    """Effective quality by policy and seed. `load`: of the capacity of the largest variant in full batches; `deadline`: times the
-    seconds of its image alone."""
+    """Effective quality by policy and seed.
+
+    `load`: of the capacity of the largest variant in full batches. `deadline`: times the seconds of its image alone.
+    """
     first = next(iter(machine.profiles))
     rate, limit = (
         load / machine.picture(first, BATCH) / machine.slower,

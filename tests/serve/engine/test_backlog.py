@@ -78,7 +78,7 @@ def test_in_company_it_waits_for_what_the_device_has_to_do(backlog):
 
 
 def test_a_batch_is_expected_to_stay_as_large_as_it_is(backlog):
-    """Steps left: 10, 5, 5 and 2 of four places, which others take as they end; a fifth begins where the shortest ends."""
+    """Steps left: 10, 5, 5 and 2 in four slots, which others take as they end; a fifth starts after the shortest."""
     for steps in (10, 5, 5, 2):
         backlog.add(work(steps=steps))
     assert backlog.seconds() == pytest.approx(10 * 1.6 + 4)

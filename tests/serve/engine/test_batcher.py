@@ -105,7 +105,7 @@ def test_a_batch_holds_at_most_so_many_rows_and_the_longest_waiting_first(made):
 
 
 def test_a_crowd_of_long_calls_does_not_hold_a_short_one_up(made):
-    """Sixteen images of 80 ms a batch of eight, 10 ms each, against one of 1 ms: some ten of its calls to one of theirs."""
+    """Sixteen images, 80 ms per batch of eight, against one of 1 ms: some ten of its calls to one of theirs."""
     ran = Ran()
     batcher = made(ran, gather=GATHER)
     with ThreadPoolExecutor(17) as pool:
@@ -122,7 +122,7 @@ def test_a_crowd_of_long_calls_does_not_hold_a_short_one_up(made):
 
 
 def test_pictures_of_a_batch_share_what_it_takes(made):
-    """Eight together and one alone, all steps as long: each image gets its share, so the eight run eight times as often."""
+    """Eight together and one alone, all steps as long: each image gets its share, so the eight run 8 times as often."""
     ran = Ran()
     batcher = made(ran, gather=GATHER)
     with ThreadPoolExecutor(9) as pool:

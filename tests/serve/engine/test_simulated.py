@@ -9,7 +9,8 @@ from serve.engine.cost_model import Profile
 from tests.serve.engine.simulated import Machine, Simulation, compared, poisson
 
 SCORES = {"teacher": 0.93, "half": 0.85}
-# A batch of eight takes half as long again as one image, as a small model's on a CPU does; and five times as long, as a large one's.
+# A batch of eight takes half as long again as one image, like a small model's on a CPU; or five times as long, like a
+# large one's.
 MACHINES = {
     "batches pay": Machine(
         {"teacher": Profile(1, 0.025, 8, 0.0375), "half": Profile(1, 0.014, 8, 0.021)}, SCORES, 0.03
@@ -18,7 +19,7 @@ MACHINES = {
         {"teacher": Profile(1, 0.025, 8, 0.125), "half": Profile(1, 0.014, 8, 0.07)}, SCORES, 0.03
     ),
 }
-# What chance does to a mean of so few and short runs, and what the first seconds cost in which the load is not known yet.
+# What chance does to a mean of so few and short runs, and what the first seconds cost before the load is known.
 TIE = 0.03
 
 
