@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ppcl.config.location import is_url
 from ppcl.errors import UserError
 from ppcl.private_ray import close_embedded_ray
@@ -40,6 +42,8 @@ NAME = "ppcl"
 
 # Seconds between looks at the log and at the requests in flight.
 _POLL_S = 0.2
+# Seconds in which Ray's processes must exit by themselves once Ray is shut down.
+_EXIT_TIMEOUT_S = 3.0
 # Seconds in which requests that the server ends must be answered.
 _CANCEL_TIMEOUT_S = 10.0
 
@@ -98,10 +102,6 @@ def run(settings: Served, say: Callable[[str], None], quiet: bool = False) -> No
 
 
 def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> None:
-    # Not at the top: Ray reads the environment that `run` sets when it is imported.
-    import ray
-    from ray import serve
-
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     say("starting Ray and loading the variants")
@@ -117,12 +117,27 @@ def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> N
     finally:
         signals.ignore()
         say("stopping")
-        # Ray reports the end of its own controller as a failure.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            # Serve waits for a replica that is still loading to finish that first; ending Ray ends it at once.
-            if ready:
-                serve.shutdown()
-            ray.shutdown()
+        _stop(ready)
+
+
+def _stop(ready: bool) -> None:
+    """End Ray and every process that it started. `ready`: the application is served."""
+    # Not at the top: Ray reads the environment that `run` sets when it is imported.
+    import ray
+    from ray import serve
+
+    processes = psutil.Process().children(recursive=True)
+    # Ray reports the end of its own controller as a failure.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        # Serve waits for a replica that is still loading to finish that first; ending Ray ends it at once.
+        if ready:
+            serve.shutdown()
+        ray.shutdown()
+    # Agents of a raylet that was interrupted in its start notice its end only after a minute.
+    _, alive = psutil.wait_procs(processes, timeout=_EXIT_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _start(settings: Served, signals: _Signals) -> float:
