@@ -1,9 +1,9 @@
-"""A load from AIPerf, a load generator of others that speaks the Images API: streams with previews, and clients that go away.
+"""A load from AIPerf, a third-party load generator for the Images API: streams with previews, and clients that leave.
 
     python benchmarks/aiperf.py runs/demo
 
-Sets AIPerf up in a virtual environment of its own, serves the result on this machine, and fails unless every request was
-drawn or was cancelled by its client, nothing is left under way afterwards, and the server's count is AIPerf's.
+Sets AIPerf up in a virtual environment of its own, serves the result on this machine, and fails unless every request
+was drawn or was cancelled by its client, nothing is left under way afterwards, and the server's count is AIPerf's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PATIENCE = 300.0
 
 
 def installed(folder: Path) -> Path:
-    """AIPerf's command, in a virtual environment that is made where it is not there: it needs other versions of what we need."""
+    """Return AIPerf's command, in a virtual environment of its own: it needs other versions of our dependencies."""
     command = folder / "bin" / "aiperf"
     if not command.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)

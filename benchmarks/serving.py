@@ -2,11 +2,11 @@
 
     python benchmarks/serving.py runs/demo --json benchmarks/results/serving.json
 
-- `overhead`: one request over HTTP (`ppcl serve`, OpenAI's client) against the same call of the stock pipeline, taking turns.
+- `overhead`: one request over HTTP (`ppcl serve`, OpenAI's client) and the stock pipeline's same call, alternating.
 - `throughput`: eight clients at once over HTTP against the stock pipeline, one picture after the other.
-- `elastic`: requests at random times, at shares of the capacity of the largest variant, each with a deadline. Effective quality is
-  the mean score of the pictures that were in time, by the result's evaluation, times their share of all that were wanted. All
-  policies see the same times of arrival, and the same refusals of what cannot be in time. Every seed has other times; the intervals
+- `elastic`: requests at random times, at shares of the capacity of the largest variant, each with a deadline. Effective
+  quality is the mean score of the images that were in time, by the result's evaluation, times their share of all
+  requests. All policies see the same arrival times and the same refusals. Every seed has other times; the intervals
   are 95 % ones over seeds, of the difference from `elastic` at the same times.
 - `switch`: from one variant to another.
 - `start`: a fresh process until its first picture: the engine alone, and the command `ppcl serve`.
@@ -46,7 +46,7 @@ from scipy.stats import t as student_t
 from ppcl.result import Result
 from serve.config import load_settings
 from serve.engine.engine import Engine
-from serve.protocol import AUTO, GenerationRequest, Picture, Refused
+from serve.protocol import AUTO, FinalImage, GenerationRequest, Refused
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (
@@ -158,9 +158,9 @@ def engine_of(options: argparse.Namespace, variants: list[str] | None) -> Engine
 
 
 def request(engine: Engine, seed: int, model: str, deadline: float | None = None) -> GenerationRequest:
-    card = engine.card
+    info = engine.info
     return GenerationRequest(
-        str(seed), PROMPTS[seed % len(PROMPTS)], model, 1, card.height, card.width, card.steps, seed, deadline=deadline
+        str(seed), PROMPTS[seed % len(PROMPTS)], model, 1, info.height, info.width, info.steps, seed, deadline=deadline
     )
 
 
@@ -170,7 +170,7 @@ async def drawn(engine: Engine, wanted: GenerationRequest) -> tuple[str | None, 
     try:
         async for event in engine.generate(wanted):
             variant = getattr(event, "variant", variant)
-            assert variant is not None or not isinstance(event, Picture)
+            assert variant is not None or not isinstance(event, FinalImage)
     except Refused:
         return None, time.perf_counter() - began
     return variant, time.perf_counter() - began
@@ -214,10 +214,10 @@ async def one_load(
 async def elastic(options: argparse.Namespace, variants: list[str] | None) -> list[dict[str, Any]]:
     """One entry for each seed and deadline."""
     engine = engine_of(options, variants)
-    scores = {card.id: card.quality for card in await engine.models()}
+    scores = {info.id: info.quality for info in await engine.models()}
     if None in scores.values():
         raise SystemExit(f"{options.result} has no evaluation to take scores from; run ppcl compress to its end")
-    steps = engine.elastic.steps
+    steps = engine.quality.levels
     policies: dict[str, Callable[[int], str]] = {
         "elastic": lambda number: AUTO,
         "always large": lambda number: steps[0],
@@ -237,7 +237,8 @@ async def elastic(options: argparse.Namespace, variants: list[str] | None) -> li
                 row = await one_load(engine, policies[name], arrivals, deadline, scores)
                 rows.append({"load": load, "policy": name, "requests": len(arrivals), **row})
                 out.print(
-                    f"seed {seed}, load {load:g}, {name}: {row['effective_quality']:.3f}, {row['in_time']:.1%} in time, {row['variants']}"
+                    f"seed {seed}, load {load:g}, {name}: {row['effective_quality']:.3f}, "
+                    f"{row['in_time']:.1%} in time, {row['variants']}"
                 )
         runs.append(
             {
@@ -251,7 +252,8 @@ async def elastic(options: argparse.Namespace, variants: list[str] | None) -> li
                 "seconds": options.seconds,
                 "rows": rows,
                 "step_seconds": {
-                    name: vars(engine.costs.profiles[variant.plan]) for name, variant in engine.weights.variants.items()
+                    name: vars(engine.cost_model.profiles[variant.plan])
+                    for name, variant in engine.weights.variants.items()
                 },
             }
         )
@@ -293,12 +295,12 @@ def _interval(values: list[float]) -> dict[str, float | None]:
 
 def switch(options: argparse.Namespace) -> dict[str, Any]:
     engine = engine_of(options, None)
-    plans, plug = [variant.plan for variant in engine.weights.variants.values()], engine.studio.shared.plug
+    plans, plug = [variant.plan for variant in engine.weights.variants.values()], engine.generator.shared.activate
     taken = [timed(lambda: plug(plans[turn % len(plans)])) * 1e6 for turn in range(200 * len(plans))]  # noqa: B023
     engine.close()
     return {
         "microseconds": {"median": statistics.median(taken), "p99": statistics.quantiles(taken, n=100)[98]},
-        "blocks": engine.weights.result.family.blocks,
+        "blocks": engine.weights.result.catalog.blocks,
     }
 
 
@@ -311,8 +313,10 @@ from serve.engine.engine import Engine
 from serve.protocol import GenerationRequest
 engine = Engine(load_settings(Path(sys.argv[1])))
 async def first():
-    card = engine.card
-    return [e async for e in engine.generate(GenerationRequest("1", "a photo of a red circle", "teacher", 1, card.height, card.width, card.steps, 0))]
+    info = engine.info
+    size = info.height, info.width
+    request = GenerationRequest("1", "a photo of a red circle", "teacher", 1, *size, info.steps, 0)
+    return [event async for event in engine.generate(request)]
 asyncio.run(first())
 engine.close()
 """

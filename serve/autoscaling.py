@@ -1,7 +1,9 @@
-"""How many replicas there should be, by the work that waits. Runs in Ray Serve's controller: the standard library alone.
+"""Autoscaling: the number of replicas by backlog.
 
-The work is counted in device-seconds at undegraded quality, refused requests included: under load `auto` draws with smaller
-variants, and if that counted, degrading would hide the load that more replicas would take away.
+Ray Serve's controller runs this module, so it imports the standard library alone.
+
+Work is counted in device-seconds at undegraded quality, refused requests included. Under load `auto` uses smaller
+variants; if the load were counted with those, degrading would hide the load that more replicas would take.
 """
 
 from __future__ import annotations
@@ -12,14 +14,14 @@ BACKLOG = "backlog_seconds"
 
 
 class BacklogPolicy:
-    """As many replicas as keep each one's backlog at `target_seconds`. Ray Serve adds the delays and the bounds."""
+    """Wants as many replicas as keep each backlog at `target_seconds`. Ray Serve adds delays and bounds."""
 
     def __init__(self, target_seconds: float):
         self.target_seconds = target_seconds
 
     def __call__(self, context: Any) -> tuple[float, dict[str, Any]]:
-        waiting = (context.aggregated_metrics or {}).get(BACKLOG)
-        if not waiting:
-            # No replica has told anything yet.
+        backlogs = (context.aggregated_metrics or {}).get(BACKLOG)
+        if not backlogs:
+            # No replica has reported yet.
             return context.target_num_replicas, {}
-        return sum(waiting.values()) / self.target_seconds, {}
+        return sum(backlogs.values()) / self.target_seconds, {}

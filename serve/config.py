@@ -1,7 +1,7 @@
 """The configuration of serving: every key, its default and what it means, here and nowhere else.
 
-`ppcl config --serve` prints this file's defaults with their descriptions as YAML. Unknown keys and values out of range are
-errors that name the key, the value seen and what would be right.
+`ppcl config --serve` prints this file's defaults with their descriptions as YAML. Unknown keys and values out of range
+are errors that name the key, the value seen and what would be right.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Limits(Section):
     prompt_tokens: int = Field(
         512, ge=1, description="tokens of a prompt, and of a negative prompt, counted by the pipeline's tokenizer"
     )
-    pixels: int = Field(2048 * 2048, ge=64, description="pixels of one picture, width times height")
-    aspect: float = Field(4.0, ge=1, description="a picture's longer side over its shorter one")
-    pictures: int = Field(10, ge=1, description="pictures of one request (`n`)")
-    steps: int = Field(100, ge=1, description="denoising steps of a picture")
-    work: int = Field(10 * 1024 * 1024 * 50, ge=64, description="pictures times pixels times steps of one request")
+    pixels: int = Field(2048 * 2048, ge=64, description="pixels of one image, width times height")
+    aspect: float = Field(4.0, ge=1, description="an image's longer side over its shorter one")
+    pictures: int = Field(10, ge=1, description="images of one request (`n`)")
+    steps: int = Field(100, ge=1, description="denoising steps of an image")
+    work: int = Field(10 * 1024 * 1024 * 50, ge=64, description="images times pixels times steps of one request")
 
 
 class EngineSettings(Section):
@@ -69,21 +69,23 @@ class EngineSettings(Section):
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
     batch: int = Field(
-        8, ge=1, description="pictures of one kind that are drawn at once, and rows of a transformer call"
+        8, ge=1, description="images of one workload that are generated at once, and rows of a transformer call"
     )
     queue: int = Field(
-        64, ge=1, description="pictures that are accepted and not finished; more are refused until some are"
+        64, ge=1, description="images that are accepted and not finished; more are refused until some are"
     )
     gather_seconds: float = Field(
-        0.02, ge=0, description="wait between steps for pictures of the last batch, so that they stay one batch"
+        0.02,
+        ge=0,
+        description="seconds to wait between steps for images of the last batch, so that they stay one batch",
     )
     decoded_pixels: int = Field(
-        1024 * 1024, ge=1, description="pixels of the pictures that the VAE decodes at once, at least one picture"
+        1024 * 1024, ge=1, description="pixels of the images that the VAE decodes at once, at least one image"
     )
     cpus: float | None = Field(
         None,
         gt=0,
-        description="CPUs of a replica, and threads of its arithmetic; null: 1 beside a GPU, else the machine's, shared by max_replicas",
+        description="CPUs and compute threads of a replica; null: 1 with a GPU, else the machine's / max_replicas",
     )
     gpus: float = Field(
         1, gt=0, description="GPUs of a replica where it runs on one; a share lets several replicas use one GPU"
@@ -91,16 +93,16 @@ class EngineSettings(Section):
 
 
 class Elastic(Section):
-    """Quality under load: `auto` draws with the largest variant that is in time, by cost measured at the start."""
+    """Quality under load: `auto` generates with the largest variant that is in time, by cost measured at the start."""
 
     variants: list[str] | None = Field(
         None,
-        description="the variants of auto, from large to small; null: those that give more score a second than every larger one",
+        description="variants of auto, large to small; null: those with more score per second than every larger one",
     )
     patience: float = Field(
         3.0,
         ge=1,
-        description="without a deadline auto is in time within so many times the seconds the largest variant takes alone",
+        description="budget of auto without a deadline: times the largest variant's seconds on an idle server",
     )
     margin: float = Field(
         0.1,
@@ -108,13 +110,13 @@ class Elastic(Section):
         description="share of the expected seconds that is added to them before they are held against a deadline",
     )
     recover_seconds: float = Field(
-        5.0, ge=0, description="seconds of little load after which auto goes back up by one variant"
+        5.0, ge=0, description="seconds of low load after which auto goes back up by one variant"
     )
     low_water: float = Field(
         0.9,
         gt=0,
         le=1,
-        description="little load: what was wanted lately takes less than this share of the device with the next larger variant",
+        description="low load: the recent demand takes less than this share of the device with the next larger variant",
     )
 
 
@@ -123,7 +125,7 @@ class Autoscaling(Section):
 
     policy: Literal["backlog", "requests"] = Field(
         "backlog",
-        description="backlog: by the device-seconds that wait, at undegraded quality; requests: Ray's own, by their number",
+        description="backlog: by waiting device-seconds at undegraded quality; requests: by number, Ray's own policy",
     )
     min_replicas: int = Field(1, ge=1, description="replicas when idle")
     max_replicas: int = Field(1, ge=1, description="most replicas")
@@ -139,7 +141,7 @@ class Autoscaling(Section):
     shutdown_seconds: float = Field(
         600.0,
         gt=0,
-        description="how long a replica that is to go may take to finish what it accepted; longer than any request takes",
+        description="seconds in which a stopping replica may finish its requests; longer than any request takes",
     )
 
 
@@ -148,7 +150,7 @@ class Log(Section):
 
     file: Path | None = Field(
         None,
-        description="file that lines are appended to; null: standard error of the replicas, which ppcl serve shows instead",
+        description="file to append lines to; null: standard error of the replicas, which ppcl serve shows instead",
     )
 
 
@@ -176,7 +178,9 @@ def load_settings(
     overrides: list[str] | None = None,
     http: dict[str, Any] | None = None,
 ) -> Served:
-    """The settings for a result: defaults, then a YAML file, then `overrides` as `key.sub=value`, then those of `http` that are set.
+    """Return the settings for a result.
+
+    Later sources win: defaults, a YAML file, `overrides` written as `key.sub=value`, the values of `http` that are set.
 
     Raises `UserError` that names the key, the value seen and what would be right.
     """

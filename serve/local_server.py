@@ -1,4 +1,4 @@
-"""`ppcl serve`: the application on a Ray inside this machine, until it is stopped."""
+"""`ppcl serve`: runs the application on a Ray of this machine until it is stopped."""
 
 from __future__ import annotations
 
@@ -16,37 +16,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ppcl.errors import UserError
 from ppcl.private_ray import close_embedded_ray
+from ppcl.result import Result
+from serve.api import ApiKeys, check_exposure
 from serve.config import Served
-from serve.logging import plain
+from serve.logging import readable
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Or the autoscaler would learn of the load only every ten seconds.
+    # By default the autoscaler learns of the load only every ten seconds.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
-    # Or whatever else runs on this machine goes first: Ray's workers are nice by 15.
+    # By default Ray's workers run at niceness 15, behind everything else on the machine.
     "RAY_worker_niceness": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
 NAME = "ppcl"
 
-# Seconds between looks at the log and at what is still under way.
-_LOOK = 0.2
-# Seconds that requests have to be answered that the server ends by itself.
-_LAST = 10.0
+# Seconds between looks at the log and at the requests in flight.
+_POLL_S = 0.2
+# Seconds in which Ray's processes must exit by themselves once Ray is shut down.
+_EXIT_TIMEOUT_S = 3.0
+# Seconds in which requests that the server ends must be answered.
+_CANCEL_TIMEOUT_S = 10.0
 
 
 def check(settings: Served) -> None:
-    """Raises `UserError` for what can be told before anything is started."""
-    from ppcl.result import Result
-    from serve.api import Keys, check_exposure
-
-    check_exposure(settings.http, Keys(settings.http))
+    """Check the settings before anything starts. Raises `UserError`."""
+    check_exposure(settings.http, ApiKeys(settings.http))
     known = Result(settings.result, settings.teacher).variants
     for key, names in (("engine.variants", settings.engine.variants), ("elastic.variants", settings.elastic.variants)):
         for name in names or ():
@@ -54,15 +57,7 @@ def check(settings: Served) -> None:
                 raise UserError(
                     f"{key}: there is no variant {name!r} in {settings.result}; there are {', '.join(known)}"
                 )
-    with socket.socket(socket.AF_INET6 if ":" in settings.http.host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.http.host, settings.http.port))
-        except OSError as error:
-            where = f"{settings.http.host}:{settings.http.port}"
-            raise UserError(
-                f"{where} cannot be listened at: {error.strerror}; choose another --host or --port"
-            ) from None
+    _check_address(settings.http.host, settings.http.port)
     if settings.log.file is not None:
         try:
             settings.log.file.open("a").close()
@@ -72,97 +67,135 @@ def check(settings: Served) -> None:
             ) from None
 
 
-def run(settings: Served, say: Callable[[str], None], quiet: bool = False) -> None:
-    """Serve until SIGINT or SIGTERM, then finish what is under way; a second one ends that too.
+def _check_address(host: str, port: int) -> None:
+    """Raises `UserError` where the address is taken or is not one of this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"{host}:{port} cannot be listened at: {error.strerror}; choose another --host or --port"
+            ) from None
 
-    `say`: shows a line. `quiet`: no line for each request. Raises `UserError`, and `KeyboardInterrupt` where it was stopped
-    before it served.
+
+def run(settings: Served, say: Callable[[str], None], quiet: bool = False) -> None:
+    """Serve until SIGINT or SIGTERM, then finish the requests in flight; a second signal ends these too.
+
+    `say`: shows a line. `quiet`: show no line per request. Raises `UserError`, and `KeyboardInterrupt` where a signal
+    arrives before the server is ready.
     """
     check(settings)
     close_embedded_ray()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with _log(settings, say, quiet) as file, _Signals() as signals:
-        # Replicas have folders of their own.
-        absolute = {
+        # Replicas run in folders of their own, so their paths must be absolute.
+        locations = {
             name: location.absolute()
             for name, location in (("result", settings.result), ("teacher", settings.teacher))
             if location
         }
-        _serve(
-            settings.model_copy(update=absolute | {"log": settings.log.model_copy(update={"file": file})}), signals, say
-        )
+        log = settings.log.model_copy(update={"file": file})
+        _serve(settings.model_copy(update=locations | {"log": log}), signals, say)
 
 
 def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> None:
-    import ray
-    from ray import serve
-
-    from serve.ray_app import application, cpus
-
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     say("starting Ray and loading the variants")
+    ready = False
     try:
-        ray.init(
-            "local",
-            num_cpus=max(os.cpu_count() or 1, 4),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        # Ray has put its own handler there, which ends the process.
-        signals.handle()
-        serve.start(proxy_location="HeadOnly", http_options={"host": settings.http.host, "port": settings.http.port})
-        try:
-            serve.run(application(settings), name=NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise UserError(_reason(str(error))) from error
+        cpus = _start(settings, signals)
+        ready = True
         host = f"[{settings.http.host}]" if ":" in settings.http.host else settings.http.host
-        say(
-            f"serving {settings.result} at http://{host}:{settings.http.port} ({cpus(settings):g} CPUs a replica); Ctrl-C stops"
-        )
+        address = f"http://{host}:{settings.http.port}"
+        say(f"serving {settings.result} at {address} ({cpus:g} CPUs a replica); Ctrl-C stops")
         signals.wait()
         _finish(settings.autoscaling.shutdown_seconds, signals, say)
     finally:
         signals.ignore()
         say("stopping")
-        # Ray tells of its own controller's end as if it were a failure.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            # Where Ray is not there yet, Serve would start one to have something to shut down.
-            if ray.is_initialized():
-                serve.shutdown()
-            ray.shutdown()
+        _stop(ready)
+
+
+def _stop(ready: bool) -> None:
+    """End Ray and every process that it started. `ready`: the application is served."""
+    # Not at the top: Ray reads the environment that `run` sets when it is imported.
+    import ray
+    from ray import serve
+
+    processes = psutil.Process().children(recursive=True)
+    # Ray reports the end of its own controller as a failure.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        # Serve waits for a replica that is still loading to finish that first; ending Ray ends it at once.
+        if ready:
+            serve.shutdown()
+        ray.shutdown()
+    # Agents of a raylet that was interrupted in its start notice its end only after a minute.
+    _, alive = psutil.wait_procs(processes, timeout=_EXIT_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _start(settings: Served, signals: _Signals) -> float:
+    """Start Ray and the application; return the CPUs of a replica. Raises `UserError` where the engine cannot start."""
+    # Not at the top: Ray reads the environment that `run` sets when it is imported.
+    import ray
+    from ray import serve
+
+    from serve.ray_app import application, cpus
+
+    ray.init(
+        "local",
+        num_cpus=max(os.cpu_count() or 1, 4),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    # Ray has installed a handler of its own, which ends the process.
+    signals.handle()
+    serve.start(proxy_location="HeadOnly", http_options={"host": settings.http.host, "port": settings.http.port})
+    try:
+        serve.run(application(settings), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        raise UserError(_reason(str(error))) from error
+    return cpus(settings)
 
 
 def _finish(seconds: float, signals: _Signals, say: Callable[[str], None]) -> None:
-    """Let nobody in any more, and wait for those inside, so long at most; then, or at another signal, end them with a 503."""
+    """Refuse new requests and wait for those in flight.
+
+    After `seconds`, or at a second signal, the remaining ones end with 503.
+    """
+    # Not at the top: Ray reads the environment that `run` sets when it is imported.
     from ray import serve
 
-    ingress, told = serve.get_app_handle(NAME), False
+    ingress, announced = serve.get_app_handle(NAME), False
 
-    def under_way() -> int:
-        return sum(ingress.broadcast("stop").results(timeout_s=_LAST))
+    def in_flight() -> int:
+        return sum(ingress.broadcast("stop").results(timeout_s=_CANCEL_TIMEOUT_S))
 
-    def wait(end: float, until: Callable[[], bool] = lambda: False) -> int:
-        nonlocal told
-        while (left := under_way()) and not until() and time.monotonic() < end:
-            if not told:
-                say(
-                    f"finishing {left} request{'s' if left > 1 else ''}; Ctrl-C again ends {'them' if left > 1 else 'it'}"
-                )
-                told = True
-            time.sleep(_LOOK)
-        return left
+    def wait(end: float, interrupted: Callable[[], bool] = lambda: False) -> int:
+        nonlocal announced
+        while (count := in_flight()) and not interrupted() and time.monotonic() < end:
+            if not announced:
+                requests, them = ("requests", "them") if count > 1 else ("request", "it")
+                say(f"finishing {count} {requests}; Ctrl-C again ends {them}")
+                announced = True
+            time.sleep(_POLL_S)
+        return count
 
-    with contextlib.suppress(TimeoutError, *_lost()):
-        if wait(time.monotonic() + seconds, lambda: signals.came > 1):
-            serve.get_deployment_handle("engine", NAME).broadcast("close").results(timeout_s=_LAST)
-            wait(time.monotonic() + _LAST)
+    with contextlib.suppress(TimeoutError, *_replica_errors()):
+        if wait(time.monotonic() + seconds, lambda: signals.count > 1):
+            serve.get_deployment_handle("engine", NAME).broadcast("close").results(timeout_s=_CANCEL_TIMEOUT_S)
+            wait(time.monotonic() + _CANCEL_TIMEOUT_S)
 
 
-def _lost() -> tuple[type[Exception], ...]:
-    """What a handle raises where the replicas that are asked are gone."""
+def _replica_errors() -> tuple[type[Exception], ...]:
+    """Return what a handle raises where its replicas are gone."""
+    # Not at the top: Ray reads the environment that `run` sets when it is imported.
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
@@ -170,45 +203,46 @@ def _lost() -> tuple[type[Exception], ...]:
 
 
 class _Signals:
-    """SIGINT and SIGTERM: the first interrupts the start, as Ctrl-C does any program; from `wait` on they are counted only."""
+    """SIGINT and SIGTERM raise `KeyboardInterrupt` until `wait` is called, and are only counted from then on."""
 
     _numbers = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.came, self._counting = 0, False
+        self.count, self._counting = 0, False
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _Signals:
-        self._before = {number: signal.getsignal(number) for number in self._numbers}
+        self._previous = {number: signal.getsignal(number) for number in self._numbers}
         self.handle()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def handle(self) -> None:
         for number in self._numbers:
-            signal.signal(number, self._come)
+            signal.signal(number, self._receive)
 
     def ignore(self) -> None:
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
 
     def wait(self) -> None:
-        """Until one comes."""
+        """Return once a signal arrives."""
         self._counting = True
-        while not self.came:
-            time.sleep(_LOOK)
+        while not self.count:
+            time.sleep(_POLL_S)
 
-    def _come(self, *_: Any) -> None:
-        self.came += 1
+    def _receive(self, *_: Any) -> None:
+        self.count += 1
         if not self._counting:
             raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def _log(settings: Served, say: Callable[[str], None], quiet: bool) -> Iterator[Path | None]:
-    """The file that replicas log to, its lines shown as they come: the one that is set, or one for as long as it is served."""
+    """Give the file that replicas log to, and show its lines as they come. It is temporary where none is configured."""
     with contextlib.ExitStack() as ends:
         file = settings.log.file and settings.log.file.absolute()
         if quiet:
@@ -218,7 +252,7 @@ def _log(settings: Served, say: Callable[[str], None], quiet: bool) -> Iterator[
             file = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="ppcl-serve-"))) / "log.jsonl"
             file.touch()
         ended = threading.Event()
-        showing = threading.Thread(target=_show, args=(file, file.stat().st_size, ended, say), daemon=True)
+        showing = threading.Thread(target=_follow, args=(file, file.stat().st_size, ended, say), daemon=True)
         showing.start()
         try:
             yield file
@@ -227,18 +261,18 @@ def _log(settings: Served, say: Callable[[str], None], quiet: bool) -> Iterator[
             showing.join()
 
 
-def _show(file: Path, begin: int, ended: threading.Event, say: Callable[[str], None]) -> None:
+def _follow(file: Path, start: int, ended: threading.Event, say: Callable[[str], None]) -> None:
     with file.open(encoding="utf-8") as lines:
-        lines.seek(begin)
+        lines.seek(start)
         rest, last = "", False
         while not last:
-            last = ended.wait(_LOOK)
+            last = ended.wait(_POLL_S)
             *whole, rest = (rest + lines.read()).split("\n")
             for line in whole:
-                say(plain(line))
+                say(readable(line))
 
 
 def _reason(text: str) -> str:
-    """What a replica that could not start said, from Ray's report of it."""
-    told = re.findall(r"(?:UserError|ValueError|RuntimeError|OSError|OutOfMemoryError): (.+)", text)
-    return f"the engine could not start: {told[-1].strip() if told else text.strip().splitlines()[0]}"
+    """Return why a replica could not start, from Ray's report."""
+    reasons = re.findall(r"(?:UserError|ValueError|RuntimeError|OSError|OutOfMemoryError): (.+)", text)
+    return f"the engine could not start: {reasons[-1].strip() if reasons else text.strip().splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""Logs as JSON, one object a line. What clients write, prompts and keys above all, is in none of them."""
+"""Logs as JSON, one object per line. They never contain what clients write, prompts and keys above all."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ log = logging.getLogger("ppcl.serve")
 
 
 class JsonLines(logging.Formatter):
-    """A record's message and the fields of its `told`, as one JSON object."""
+    """Formats a record's message and its `fields` as one JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()}
-        return json.dumps(fields | getattr(record, "told", {}))
+        return json.dumps(fields | getattr(record, "fields", {}))
 
 
 def log_as_json(file: Path | None = None) -> None:
-    """Have this process append its serving log to a file, or write it to standard error, once however often asked."""
+    """Append this process' serving log to a file, or write it to standard error. Repeated calls replace the handler."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -35,35 +35,30 @@ def log_as_json(file: Path | None = None) -> None:
     log.propagate = False
 
 
-def tell_request(**fields: Any) -> None:
-    log.info("request", extra={"told": {name: value for name, value in fields.items() if value is not None}})
+def log_request(**fields: Any) -> None:
+    log.info("request", extra={"fields": {name: value for name, value in fields.items() if value is not None}})
 
 
-def tell_failure(id: str, error: BaseException) -> None:
-    """Where an error came from. Not its message: libraries put what they were given into it, a prompt among others."""
+def log_failure(id: str, error: BaseException) -> None:
+    """Log an error's type and stack. Its message is left out: libraries put their inputs into it, such as a prompt."""
     frames = [
         f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)
     ]
-    log.error("failure", extra={"told": {"id": id, "error": type(error).__name__, "at": frames[-12:]}})
+    log.error("failure", extra={"fields": {"id": id, "error": type(error).__name__, "at": frames[-12:]}})
 
 
-def plain(line: str) -> str:
-    """A line of the log as people read it."""
-    told = json.loads(line)
-    at = datetime.fromisoformat(told.pop("time")).astimezone().strftime("%H:%M:%S")
-    if told["event"] == "request":
-        drawn = f"{told['variant']}{' (degraded)' if told.get('degraded') else ''}" if "variant" in told else None
-        parts = [
-            at,
-            told["status"],
-            told["method"],
-            told["route"],
-            f"{told['seconds']:.3f} s",
-            drawn,
-            told.get("error"),
-            told["id"],
-        ]
+def readable(line: str) -> str:
+    """Format a line of the log for people."""
+    fields = json.loads(line)
+    time = datetime.fromisoformat(fields.pop("time")).astimezone().strftime("%H:%M:%S")
+    error, id = fields.get("error"), fields.get("id")
+    if fields["event"] == "request":
+        variant = fields.get("variant")
+        if variant is not None and fields.get("degraded"):
+            variant = f"{variant} (degraded)"
+        seconds = f"{fields['seconds']:.3f} s"
+        parts = [time, fields["status"], fields["method"], fields["route"], seconds, variant, error, id]
     else:
-        parts = [at, told["event"], told.get("error"), *reversed(told.get("at", [])[-3:]), told.get("id")]
+        parts = [time, fields["event"], error, *reversed(fields.get("at", [])[-3:]), id]
     return "  ".join(str(part) for part in parts if part is not None)

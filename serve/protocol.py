@@ -1,4 +1,4 @@
-"""What passes between the API and the engine: requests in, events out. Plain data, so that it also crosses Ray."""
+"""Requests and events between the API and the engine: plain data, so that Ray can send them between processes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """Pictures of one prompt that a client wants.
+    """A request for images of one prompt.
 
-    `model`: a variant's name, a plan as text, or `auto`. `count`: pictures, each with its own seed, `seed + index`.
-    `arguments`: further arguments of the pipeline's call, such as `negative_prompt`, `true_cfg_scale`. `previews`: partial
-    pictures wanted of each. `deadline`: seconds from its admission until all pictures are wanted, None for no hurry.
-    `min_variant`: the smallest variant that `auto` may take.
+    `model`: a variant's name, a plan as text, or `auto`. `count`: number of images; image i has the seed `seed + i`.
+    `arguments`: further arguments of the pipeline's call, such as `negative_prompt`, `true_cfg_scale`. `previews`:
+    partial images of each. `deadline`: seconds from admission to the last image, None without one. `min_variant`: the
+    smallest variant that `auto` may take.
     """
 
     id: str
@@ -37,7 +37,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The first event: the variant that will be used, and whether `auto` took a smaller one than the largest for lack of time."""
+    """The first event. `degraded`: `auto` chose a smaller variant than the largest for lack of time."""
 
     variant: str
     degraded: bool
@@ -46,7 +46,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Preview:
-    """What picture `index` looks like after `step` of its steps: `image (H, W, 3)` uint8. `number` counts its previews from 0."""
+    """A preview of image `index` after `step` steps. `image`: (H, W, 3) uint8. `number` counts its previews from 0."""
 
     index: int
     number: int
@@ -55,8 +55,11 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Picture `index`, finished: `image (H, W, 3)` uint8. `seconds`: by phase (`queued`, `encoding`, `denoising`, `decoding`)."""
+class FinalImage:
+    """The finished image `index`. `image`: (H, W, 3) uint8.
+
+    `seconds`: by phase (`queued`, `encoding`, `denoising`, `decoding`).
+    """
 
     index: int
     image: np.ndarray
@@ -65,12 +68,14 @@ class Picture:
     seconds: dict[str, float]
 
 
-Event = Accepted | Preview | Picture
+Event = Accepted | Preview | FinalImage
 
 
 class Refused(Exception):
-    """A request that is not served, as the client is told: HTTP status, OpenAI error type and code, one sentence, the key it is
-    about, and seconds after which to try again."""
+    """A refused request: HTTP status, OpenAI's error type and code, one sentence, and the parameter it is about.
+
+    `retry_after`: seconds after which to try again.
+    """
 
     def __init__(
         self,
@@ -90,9 +95,12 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class ModelCard:
-    """A variant as clients see it. `share`: of the teacher's parameters; `quality`: score from the result's evaluation in
-    [0, 1], None where it has none; `seconds_per_step`: profiled at start, for one picture of the default size."""
+class ModelInfo:
+    """A variant as clients see it. `share`: of the teacher's parameters.
+
+    `quality`: score in [0, 1] from the result's evaluation, None without one. `seconds_per_step`: profiled at the start
+    for one image of the default size.
+    """
 
     id: str
     parameters: int
@@ -103,11 +111,11 @@ class ModelCard:
 
 
 @dataclass(frozen=True)
-class PipelineCard:
-    """How the pipeline is called where a request does not say: `steps`, `height`, `width`, those of the result's evaluation.
+class PipelineInfo:
+    """The pipeline's defaults `steps`, `height` and `width`, which are those of the result's evaluation.
 
-    `multiple`: pixels of which both sides are a multiple, one token of the transformer. `arguments`: names of the further
-    arguments that `GenerationRequest.arguments` may hold, such as `negative_prompt`.
+    `multiple`: both sides of an image are multiples of so many pixels, the size of one token of the transformer.
+    `arguments`: names that `GenerationRequest.arguments` may hold, such as `negative_prompt`.
     """
 
     steps: int
@@ -118,21 +126,24 @@ class PipelineCard:
 
 
 class Backend(Protocol):
-    """What the API stands on: an engine in this process, or replicas of it behind a Ray Serve handle."""
+    """What the API is built on: an engine in this process, or replicas of it behind a Ray Serve handle."""
 
-    async def models(self) -> list[ModelCard]:
-        """The named variants, the largest first; `auto` is the API's own."""
+    async def models(self) -> list[ModelInfo]:
+        """Return the named variants, the largest first. The API adds `auto`."""
         ...
 
-    async def pipeline(self) -> PipelineCard: ...
+    async def pipeline(self) -> PipelineInfo: ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """`Accepted` first, then the others as they come; raises `Refused`. Closing it (`aclose`) cancels what is not done."""
+        """Yield `Accepted`, then the other events as they come. Raises `Refused`. Closing it cancels the rest."""
         ...
 
     async def healthy(self) -> bool: ...
 
     async def metrics_text(self) -> str:
-        """The engine's metrics in Prometheus' text format, which `/metrics` shows after those of HTTP. They are named
-        `ppcl_*`; HTTP's are named `ppcl_http_*`. On a cluster: of the replica that was asked; Ray's own endpoint has all."""
+        """Return the engine's metrics, named `ppcl_*`, in Prometheus' text format.
+
+        `/metrics` shows them after those of HTTP, named `ppcl_http_*`. On a cluster they are those of the replica that
+        answered; Ray's own endpoint has all.
+        """
         ...

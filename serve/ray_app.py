@@ -16,12 +16,12 @@ from ray.serve.handle import DeploymentHandle
 
 from ppcl.config.loading import validated
 from ppcl.errors import UserError
-from serve.api.drain import Door
+from serve.api.drain import DrainGate
 from serve.autoscaling import BACKLOG
 from serve.config import Served
 from serve.engine.metrics import INSTRUMENTS, VERBS, Instrument, Metrics
 from serve.logging import log_as_json
-from serve.protocol import Event, GenerationRequest, ModelCard, PipelineCard, Refused
+from serve.protocol import Event, GenerationRequest, ModelInfo, PipelineInfo, Refused
 
 ENGINE = "engine"
 INGRESS = "ingress"
@@ -31,24 +31,30 @@ _INGRESS_REQUESTS = 4096
 
 
 class RayMetrics(Metrics):
-    """Kept here, for the ingress' own `/metrics`, and by Ray, whose endpoint has those of all replicas."""
+    """Metrics of this process for the ingress' `/metrics`, copied to Ray, whose endpoint has those of all replicas."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        kinds = {"counter": ray_metrics.Counter, "gauge": ray_metrics.Gauge, "histogram": ray_metrics.Histogram}
-        self._rays = {}
-        for one in INSTRUMENTS:
-            more = {"boundaries": list(one.buckets)} if one.buckets else {}
-            self._rays[one] = kinds[one.kind](one.name, description=one.description, tag_keys=one.labels, **more)
+        kinds: dict[str, Any] = {
+            "counter": ray_metrics.Counter,
+            "gauge": ray_metrics.Gauge,
+            "histogram": ray_metrics.Histogram,
+        }
+        self._ray_metrics: dict[Instrument, Any] = {}
+        for instrument in INSTRUMENTS:
+            options = {"boundaries": list(instrument.buckets)} if instrument.buckets else {}
+            self._ray_metrics[instrument] = kinds[instrument.kind](
+                instrument.name, description=instrument.description, tag_keys=instrument.labels, **options
+            )
 
     def record(self, instrument: Instrument, value: float = 1, **labels: str) -> None:
         super().record(instrument, value, **labels)
-        getattr(self._rays[instrument], VERBS[instrument.kind])(value, tags=labels)
+        getattr(self._ray_metrics[instrument], VERBS[instrument.kind])(value, tags=labels)
 
 
 @serve.deployment(name=ENGINE)
 class Replica:
-    """One engine: ready once it has loaded, warmed up and profiled."""
+    """One engine. It is ready once it has loaded, warmed up and profiled."""
 
     def __init__(self, settings: dict[str, Any], threads: int):
         import torch
@@ -61,7 +67,7 @@ class Replica:
         self.engine = Engine(served, RayMetrics())
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event | Refused, None]:
-        """The engine's events. A refusal is the last one of them: exceptions lose their fields on Ray's way."""
+        """Yield the engine's events. A refusal is the last event, since exceptions lose their fields in Ray."""
         events = self.engine.generate(request)
         try:
             async for event in events:
@@ -71,10 +77,10 @@ class Replica:
         finally:
             await events.aclose()
 
-    async def models(self) -> list[ModelCard]:
+    async def models(self) -> list[ModelInfo]:
         return await self.engine.models()
 
-    async def pipeline(self) -> PipelineCard:
+    async def pipeline(self) -> PipelineInfo:
         return await self.engine.pipeline()
 
     async def healthy(self) -> bool:
@@ -94,7 +100,7 @@ class Replica:
         return {BACKLOG: self.load()["backlog_seconds"]}
 
     async def close(self) -> None:
-        """What is under way ends with an error."""
+        """Fail the requests in flight."""
         await asyncio.to_thread(self.engine.close)
 
 
@@ -104,30 +110,30 @@ class Ingress:
     """The HTTP API over the engine's replicas."""
 
     def __init__(self, engine: DeploymentHandle, settings: dict[str, Any]):
-        self.handle, self.settings, self.door = engine, Served.model_validate(settings), Door()
+        self.handle, self.settings, self.drain_gate = engine, Served.model_validate(settings), DrainGate()
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve.api import create_app
         from serve.ray_backend import RayBackend
 
         log_as_json(self.settings.log.file)
-        return create_app(RayBackend(self.handle, self.settings.http), self.settings, self.door, behind_ray=True)
+        return create_app(RayBackend(self.handle, self.settings.http), self.settings, self.drain_gate, behind_ray=True)
 
     def stop(self) -> int:
-        """Refuse what comes from now on; how many requests are under way."""
-        self.door.open = False
-        return self.door.under_way
+        """Refuse new requests; return the number of those in flight."""
+        self.drain_gate.open = False
+        return self.drain_gate.in_flight
 
 
 def cpus(settings: Served) -> float:
-    """CPUs of a replica."""
+    """Return the CPUs of a replica."""
     if settings.engine.cpus is not None:
         return settings.engine.cpus
     return 1 if uses_gpu(settings) else max(1, (os.cpu_count() or 1) // settings.autoscaling.max_replicas)
 
 
 def uses_gpu(settings: Served) -> bool:
-    """Whether replicas run on GPUs of the cluster."""
+    """Return whether replicas run on GPUs of the cluster."""
     import ray
 
     device = settings.engine.device
@@ -135,35 +141,38 @@ def uses_gpu(settings: Served) -> bool:
 
 
 def from_args(args: dict[str, Any]) -> serve.Application:
-    """The application of a cluster, from the settings of a file. Raises `UserError`.
+    """Build the application of a cluster from the settings of a file.
 
-    A cluster's proxies listen where others reach them, whatever `http.host` says, so there have to be API keys.
+    Raises `UserError` without API keys: a cluster's proxies listen on all interfaces, whatever `http.host` says.
     """
-    from serve.api import Keys
+    from serve.api import ApiKeys
 
     settings = validated(Served, args, "args")
-    if not Keys(settings.http):
+    if not ApiKeys(settings.http):
         raise UserError(
-            f"a cluster that serves needs API keys; set {settings.http.api_keys_env} on its nodes, or http.api_keys_file under args"
+            f"a cluster that serves needs API keys; set {settings.http.api_keys_env} on its nodes, "
+            "or http.api_keys_file under args"
         )
     return application(settings)
 
 
 def application(settings: Served) -> serve.Application:
-    """The application, for the cluster that this process is connected to."""
+    """Build the application for the cluster that this process is connected to."""
     scaling = settings.autoscaling
     gpus = settings.engine.gpus if uses_gpu(settings) else 0
     graceful = {"graceful_shutdown_timeout_s": scaling.shutdown_seconds, "graceful_shutdown_wait_loop_s": 0.5}
-    engine = Replica.options(
+    engine_class: Any = Replica
+    engine = engine_class.options(
         ray_actor_options={"num_cpus": cpus(settings), "num_gpus": gpus},
-        # The engine itself refuses what is too much for it, and says when to come back.
+        # The engine itself refuses excess requests and says when to retry.
         max_ongoing_requests=2 * settings.engine.queue,
         max_queued_requests=2 * scaling.max_replicas * settings.engine.queue,
         autoscaling_config=_autoscaling(settings),
         health_check_period_s=5,
         **graceful,
     ).bind(_part(settings, {"result", "teacher", "limits", "engine", "elastic", "log"}), max(1, int(cpus(settings))))
-    return Ingress.options(
+    ingress_class: Any = Ingress
+    return ingress_class.options(
         num_replicas=settings.http.replicas,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_INGRESS_REQUESTS,
@@ -172,7 +181,7 @@ def application(settings: Served) -> serve.Application:
 
 
 def _part(settings: Served, names: set[str]) -> dict[str, Any]:
-    """What a deployment is made from: plain values, so that Ray can tell whether they changed."""
+    """Return a deployment's settings as plain values, so that Ray can tell whether they changed."""
     return settings.model_dump(mode="json", include=names)
 
 

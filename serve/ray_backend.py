@@ -1,4 +1,4 @@
-"""The API's backend over replicas of the engine, behind a Ray Serve handle: cancellation, retries, and Ray's refusals told as ours."""
+"""The API's backend over replicas of the engine: cancellation, retries, and Ray's errors converted to ours."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve.config import Http
-from serve.protocol import Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
+from serve.protocol import Accepted, Event, FinalImage, GenerationRequest, ModelInfo, PipelineInfo, Preview, Refused
 
-# Seconds that a replica may take to say what does not depend on its load.
-_PATIENCE = 10.0
+# Seconds for an answer that does not depend on the replica's load.
+_ANSWER_TIMEOUT_S = 10.0
 _RETRY_AFTER = 2.0
 
 
@@ -26,15 +26,15 @@ class RayBackend:
 
     def __init__(self, handle: DeploymentHandle, settings: Http):
         self._handle, self._settings = handle, settings
-        self._models: list[ModelCard] | None = None
-        self._pipeline: PipelineCard | None = None
+        self._models: list[ModelInfo] | None = None
+        self._pipeline: PipelineInfo | None = None
 
-    async def models(self) -> list[ModelCard]:
+    async def models(self) -> list[ModelInfo]:
         if self._models is None:
             self._models = await self._ask("models")
         return self._models
 
-    async def pipeline(self) -> PipelineCard:
+    async def pipeline(self) -> PipelineInfo:
         if self._pipeline is None:
             self._pipeline = await self._ask("pipeline")
         return self._pipeline
@@ -51,7 +51,7 @@ class RayBackend:
     async def _ask(self, method: str) -> Any:
         response = getattr(self._handle, method).remote()
         try:
-            return await asyncio.wait_for(response, _PATIENCE)
+            return await asyncio.wait_for(response, _ANSWER_TIMEOUT_S)
         except TimeoutError:
             raise _unavailable("no replica answers yet; try again soon", "not_ready") from None
         except BackPressureError as error:
@@ -60,16 +60,19 @@ class RayBackend:
             raise _unavailable("no replica answers; try again soon", "not_ready") from None
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """A request whose replica dies is given to another one, for the same variant and seeds; what was told already is not
-        told again."""
-        began, told = time.monotonic(), set()
+        """Generate the images. A request whose replica dies is retried on another one, with the same variant and seeds.
+
+        Events that were yielded before are not repeated.
+        """
+        started_at = time.monotonic()
+        yielded: set[tuple[Any, ...]] = set()
         accepted: Accepted | None = None
         for _ in range(self._settings.attempts):
-            events = self._events(_again(request, accepted, time.monotonic() - began))
+            events = self._events(_retry(request, accepted, time.monotonic() - started_at))
             try:
                 async for event in events:
-                    if (key := _key(event)) not in told:
-                        told.add(key)
+                    if (key := _key(event)) not in yielded:
+                        yielded.add(key)
                         accepted = event if isinstance(event, Accepted) else accepted
                         yield event
             except _ReplicaLost:
@@ -77,16 +80,17 @@ class RayBackend:
             finally:
                 await events.aclose()
             return
-        raise _unavailable("the replicas that drew the pictures died; try again soon", "replica_lost")
+        raise _unavailable("the replicas that generated the images died; try again soon", "replica_lost")
 
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """What one replica tells; raises `Refused`, or `_ReplicaLost`."""
+        """Yield the events of one replica. Raises `Refused` or `_ReplicaLost`."""
         response = self._handle.options(stream=True).generate.remote(request)
-        left, wait = request.count, self._settings.assign_seconds
+        remaining = request.count
+        timeout: float | None = self._settings.assign_seconds
         try:
-            while left:
+            while remaining:
                 try:
-                    event = await asyncio.wait_for(anext(response), wait)
+                    event = await asyncio.wait_for(anext(response), timeout)
                 except TimeoutError:
                     raise _unavailable("no replica took the request in time; try again soon", "not_ready") from None
                 except BackPressureError as error:
@@ -99,29 +103,30 @@ class RayBackend:
                     ) from error
                 if isinstance(event, Refused):
                     raise event
-                left -= isinstance(event, Picture)
-                wait = None
+                remaining -= isinstance(event, FinalImage)
+                # Only the assignment to a replica is limited.
+                timeout = None
                 yield event
         finally:
-            # Of no effect where it is done; where no replica took it, the reason is raised again.
+            # Has no effect on a finished request; raises the reason again where no replica took it.
             with contextlib.suppress(RayError, RayServeException):
                 response.cancel()
 
 
 class _ReplicaLost(Exception):
-    """The replica died, or went, before it told everything."""
+    """The replica died or stopped before its last event."""
 
 
-def _again(request: GenerationRequest, accepted: Accepted | None, seconds: float) -> GenerationRequest:
-    """The request as it is now: the variant that was promised, and what is left of its time."""
+def _retry(request: GenerationRequest, accepted: Accepted | None, seconds: float) -> GenerationRequest:
+    """Return the request for a retry: with the accepted variant and the remaining time."""
     deadline = None if request.deadline is None else max(0.0, request.deadline - seconds)
     return dataclasses.replace(request, model=accepted.variant if accepted else request.model, deadline=deadline)
 
 
-def _key(event: Event) -> tuple:
+def _key(event: Event) -> tuple[Any, ...]:
     if isinstance(event, Preview):
         return "preview", event.index, event.number
-    return ("picture", event.index) if isinstance(event, Picture) else ("accepted",)
+    return ("image", event.index) if isinstance(event, FinalImage) else ("accepted",)
 
 
 def _unavailable(message: str, code: str) -> Refused:

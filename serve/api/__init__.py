@@ -1,6 +1,6 @@
 """The OpenAI Images API over a backend, as a FastAPI app."""
 
 from serve.api.app import create_app
-from serve.api.auth import Keys, check_exposure
+from serve.api.auth import ApiKeys, check_exposure
 
-__all__ = ["Keys", "check_exposure", "create_app"]
+__all__ = ["ApiKeys", "check_exposure", "create_app"]

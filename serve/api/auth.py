@@ -1,4 +1,4 @@
-"""Who may use the API: keys from the environment and from a file; without any, this machine alone."""
+"""Authentication: API keys from the environment and from a file. Without any key only this machine is served."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hmac
 import os
 import re
 from ipaddress import ip_address
+from pathlib import Path
 
 from ppcl.errors import UserError
 from serve.config import Http
@@ -16,37 +17,28 @@ from serve.protocol import Refused
 _KEY = re.compile(r"[\x21-\x7e]+")
 
 
-class Keys:
+class ApiKeys:
     """The keys of `http.api_keys_env` and `http.api_keys_file`, kept as digests.
 
-    Raises `UserError` where the file cannot be read or holds no key, or where a key cannot stand in a header.
+    Raises `UserError` where the file cannot be read or holds no key, or where a key cannot be sent in a header.
     """
 
     def __init__(self, http: Http):
-        found = [key.strip() for key in os.environ.get(http.api_keys_env, "").split(",") if key.strip()]
+        keys = [key.strip() for key in os.environ.get(http.api_keys_env, "").split(",") if key.strip()]
         if http.api_keys_file is not None:
-            try:
-                lines = http.api_keys_file.read_text().splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                reason = getattr(error, "strerror", None) or "it is not text"
-                raise UserError(f"http.api_keys_file {http.api_keys_file} cannot be read: {reason}") from None
-            if not any(line.strip() for line in lines):
-                raise UserError(
-                    f"http.api_keys_file {http.api_keys_file} holds no key; write one a line, or leave the setting out"
-                )
-            found += [line.strip() for line in lines if line.strip()]
-        for number, key in enumerate(found, start=1):
+            keys += _read_keys(http.api_keys_file)
+        for number, key in enumerate(keys, start=1):
             if not _KEY.fullmatch(key):
                 raise UserError(
-                    f"API key {number} of {len(found)} holds blanks or characters beyond ASCII; use letters and digits"
+                    f"API key {number} of {len(keys)} holds blanks or characters beyond ASCII; use letters and digits"
                 )
-        self._digests = [_digest(key) for key in found]
+        self._digests = [_digest(key) for key in keys]
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
     def check(self, authorization: str | None) -> None:
-        """Raises `Refused` unless the header `Authorization` holds one of the keys. Takes as long for a near miss as for any."""
+        """Raises `Refused` unless the header `Authorization` holds one of the keys. Runs in constant time."""
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise _refused("no API key was given; send the header Authorization: Bearer KEY", "missing_api_key")
@@ -59,7 +51,20 @@ class Keys:
             )
 
 
-def check_exposure(http: Http, keys: Keys) -> None:
+def _read_keys(file: Path) -> list[str]:
+    """Return the keys of a file, one per line. Raises `UserError`."""
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise UserError(f"http.api_keys_file {file} cannot be read: {reason}") from None
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise UserError(f"http.api_keys_file {file} holds no key; write one a line, or leave the setting out")
+    return keys
+
+
+def check_exposure(http: Http, keys: ApiKeys) -> None:
     """Raises `UserError` where others could reach a server that asks for no key."""
     if not keys and not loopback(http.host):
         raise UserError(
@@ -71,8 +76,8 @@ def check_exposure(http: Http, keys: Keys) -> None:
 def check_host(host: str | None) -> None:
     """Raises `Refused` unless the header `Host` names this machine.
 
-    A server without keys is for its own machine: a page that has its own name resolve to 127.0.0.1 must not use it from
-    the browser of somebody who has it open.
+    Protects a server without keys from DNS rebinding: a web page whose name resolves to 127.0.0.1 must not use it
+    from a visitor's browser.
     """
     name = (host or "").rpartition("]")[0].removeprefix("[") or (host or "").partition(":")[0]
     if not loopback(name):

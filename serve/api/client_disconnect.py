@@ -1,4 +1,4 @@
-"""Work that ends when the client who wanted it has gone."""
+"""Cancel work when its client disconnects."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from starlette.types import Receive
 T = TypeVar("T")
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client closed the connection before it had its answer."""
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, for a request whose body has been read. Raises `ClientGone`, with `work` cancelled and at its end.
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`, for a request whose body was read.
 
-    A server tells of a client that left only to somebody who asks, and sending nothing for a while is what we do.
+    Raises `ClientDisconnected` after cancelling `work`. ASGI reports a disconnect only to a pending `receive`, so
+    one is kept pending while nothing is sent.
     """
-    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
+    working, gone = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect(receive))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGone
+            raise ClientDisconnected
         return working.result()
     finally:
         for task in (working, gone):
@@ -32,6 +33,6 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, gone, return_exceptions=True)
 
 
-async def disconnected(receive: Receive) -> None:
+async def wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

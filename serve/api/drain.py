@@ -1,4 +1,4 @@
-"""Whether requests are still let in, and how many are inside: how a server ends without losing one."""
+"""Drain gate: counts requests in flight and stops admitting new ones, so that a server ends without losing any."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from serve.protocol import Refused
 
 
-class Door:
-    """Of one event loop. `open`: set to False, it refuses what comes from then on."""
+class DrainGate:
+    """Belongs to one event loop. Set `open` to False to refuse new requests. `in_flight`: requests not yet answered."""
 
     def __init__(self) -> None:
-        self.open, self.under_way = True, 0
+        self.open, self.in_flight = True, 0
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Around a request. Raises `Refused` with 503 where the door is shut."""
+    def admit(self) -> Iterator[None]:
+        """Count a request as in flight inside the block. Raises `Refused` with 503 once the gate is closed."""
         if not self.open:
             raise Refused(
                 503, "server_error", "the server is shutting down; try again soon", "shutting_down", retry_after=1.0
             )
-        self.under_way += 1
+        self.in_flight += 1
         try:
             yield
         finally:
-            self.under_way -= 1
+            self.in_flight -= 1

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients understand them: one envelope, whoever refuses the request."""
+"""Errors in OpenAI's envelope, whichever part refuses the request."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ _SHOWN = 60
 _BY_STATUS = {
     404: (
         "unknown_url",
-        "there is nothing at this address; images are made by POST /v1/images/generations, models are at GET /v1/models",
+        "there is nothing at this address; images are made by POST /v1/images/generations, "
+        "models are at GET /v1/models",
     ),
     405: ("method_not_allowed", "this address does not take this method"),
 }
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value", status: int = 400) -> Refused:
-    """A request that is wrong in itself (400), or that this server does not serve (422)."""
+    """Return the refusal of a request that is malformed (400) or that this server does not serve (422)."""
     return Refused(status, INVALID, message, code, param)
 
 
@@ -42,9 +43,12 @@ def envelope(refused: Refused) -> dict[str, Any]:
     }
 
 
-def answer(refused: Refused, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The client tries 408, 409, 429 and 5xx again unless it is told not to: only a server that is busy or not ready will
-    do better the next time."""
+def response(refused: Refused, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return the answer of a refusal.
+
+    OpenAI's client retries 408, 409, 429 and 5xx unless a header forbids it. A retry helps only where the server is
+    busy or not ready.
+    """
     headers = dict(headers or {})
     if refused.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(refused.retry_after)))
@@ -64,14 +68,14 @@ def unexpected() -> Refused:
     )
 
 
-def of_http(error: HTTPException) -> Refused:
-    """What the router refuses by itself: an unknown address, a wrong method."""
+def from_http(error: HTTPException) -> Refused:
+    """Return the refusal for an error of the router: an unknown address or a wrong method."""
     code, message = _BY_STATUS.get(error.status_code, (None, str(error.detail)))
     return Refused(error.status_code, INVALID if error.status_code < 500 else SERVER, message, code)
 
 
-def of_validation(error: ValidationError) -> Refused:
-    """The first of pydantic's complaints as one sentence about one key."""
+def from_validation(error: ValidationError) -> Refused:
+    """Return the first of pydantic's errors as one sentence about one key."""
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0]) if first["loc"] else None
     if first["type"] == "missing":
@@ -82,7 +86,7 @@ def of_validation(error: ValidationError) -> Refused:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: printable, and short."""
+    """Format a value for a message: printable and short."""
     text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

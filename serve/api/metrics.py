@@ -1,6 +1,8 @@
-"""What Prometheus reads of HTTP: requests by route and status, their seconds, and those under way."""
+"""HTTP metrics for Prometheus: requests by route and status, their duration, and requests in flight."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,7 +17,7 @@ class HttpMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        common = {"namespace": "ppcl", "subsystem": "http", "registry": self.registry}
+        common: dict[str, Any] = {"namespace": "ppcl", "subsystem": "http", "registry": self.registry}
         self._requests = Counter("requests", "Requests answered", ("method", "route", "status"), **common)
         self._seconds = Histogram(
             "request_seconds", "Seconds until an answer was complete", ("route",), buckets=_SECONDS, **common
@@ -23,7 +25,7 @@ class HttpMetrics:
         self.running = Gauge("requests_running", "Requests not yet answered", **common)
 
     def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        # What clients invent must not make new series.
+        # Methods that clients invent must not create time series.
         self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 

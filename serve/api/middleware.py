@@ -1,4 +1,4 @@
-"""Around every request: its id, the key it needs, the headers it gets, one line of log, one count, and no bare failure."""
+"""ASGI middleware: request ids, authentication, security headers, logging, metrics and error answers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api import errors
-from serve.api.auth import Keys, check_host
-from serve.api.client_disconnect import ClientGone
-from serve.api.drain import Door
+from serve.api.auth import ApiKeys, check_host
+from serve.api.client_disconnect import ClientDisconnected
+from serve.api.drain import DrainGate
 from serve.api.metrics import HttpMetrics
 from serve.config import Settings
-from serve.logging import tell_failure, tell_request
+from serve.logging import log_failure, log_request
 from serve.protocol import Refused
 
-# Needed before a key can be asked for, and without anything to tell of what is served.
+# Paths without authentication: the page that asks for a key, and the health check.
 OPEN = ("/", "/health")
 OPEN_FOLDER = "/page/"
 
@@ -36,35 +36,35 @@ _HEADERS = {
 }
 _NO_CONTENT = "default-src 'none'; frame-ancestors 'none'"
 
-# Of a body that is refused unread, so many times the largest is read and dropped, so that the client gets to the answer.
-_DRAINED = 64
+# An unread body is read and dropped up to so many times the limit, so that the client reads the answer.
+_DRAIN_FACTOR = 64
 
 
 REQUEST_ID = "x-request-id"
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class Guard:
-    """ASGI middleware. `scope["state"]` gets `request_id`, and `told`, a dict for what the log shall say of the request.
+class RequestMiddleware:
+    """Adds `request_id`, `started` and `log_fields` (a dict for the request's line of log) to `scope["state"]`.
 
-    `behind_ray`: requests have an id already, which Ray Serve's proxy also puts into the answer.
+    `behind_ray`: Ray Serve's proxy gives requests their id and puts it into the answer.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: Settings, keys: Keys, metrics: HttpMetrics, door: Door, behind_ray: bool
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        keys: ApiKeys,
+        metrics: HttpMetrics,
+        drain_gate: DrainGate,
+        behind_ray: bool,
     ):
-        self.app, self.settings, self.keys, self.metrics, self.door, self.behind_ray = (
-            app,
-            settings,
-            keys,
-            metrics,
-            door,
-            behind_ray,
-        )
+        self.app, self.settings, self.keys, self.metrics = app, settings, keys, metrics
+        self.drain_gate, self.behind_ray = drain_gate, behind_ray
 
     def request_id(self, headers: Headers) -> str:
         given = headers.get(REQUEST_ID, "") if self.behind_ray else ""
-        # A client can choose it there.
+        # Behind Ray a client can choose it.
         return given if _PLAIN_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,52 +76,56 @@ class Guard:
 class _Exchange:
     """One request and its answer."""
 
-    def __init__(self, guard: Guard, scope: Scope, receive: Receive, send: Send):
-        self.guard, self.scope, self._receive, self._send = guard, scope, receive, send
-        self.id = guard.request_id(Headers(scope=scope))
-        self.told: dict[str, Any] = {}
+    def __init__(self, middleware: RequestMiddleware, scope: Scope, receive: Receive, send: Send):
+        self.middleware, self.scope, self._receive, self._send = middleware, scope, receive, send
+        self.id = middleware.request_id(Headers(scope=scope))
+        self.log_fields: dict[str, Any] = {}
         self.status: int | None = None
         self.body_read = False
         scope.setdefault("state", {})
-        scope["state"] |= {"request_id": self.id, "told": self.told, "started": time.monotonic()}
+        scope["state"] |= {"request_id": self.id, "log_fields": self.log_fields, "started": time.monotonic()}
 
     async def run(self) -> None:
-        self.guard.metrics.running.inc()
+        self.middleware.metrics.running.inc()
         try:
             await self._answer()
         finally:
-            self.guard.metrics.running.dec()
-            self._tell()
+            self.middleware.metrics.running.dec()
+            self._record()
 
     async def _answer(self) -> None:
-        headers = Headers(scope=self.scope)
         try:
-            if self.scope["path"] != "/health" and not self.guard.keys:
-                check_host(headers.get("host"))
-            if self.guard.keys and not (self.scope["path"] in OPEN or self.scope["path"].startswith(OPEN_FOLDER)):
-                self.guard.keys.check(headers.get("authorization"))
-            with self.guard.door.inside():
-                await self.guard.app(self.scope, self.receive, self.send)
+            self._authorize(Headers(scope=self.scope))
+            with self.middleware.drain_gate.admit():
+                await self.middleware.app(self.scope, self.receive, self.send)
         except Refused as refused:
             await self._refuse(refused)
-        except ClientGone:
-            # Nobody reads it; the server in front of us still wants an answer.
-            self.told["error"] = "client_gone"
+        except ClientDisconnected:
+            # Nobody reads the answer, but the proxy in front still needs one.
+            self.log_fields["error"] = "client_gone"
             if self.status is None:
                 await Response(status_code=CLIENT_GONE)(self.scope, self.receive, self.send)
             self.status = CLIENT_GONE
         except asyncio.CancelledError:
-            # How Ray tells of a client that has gone, and any server of its own end.
-            self.told["error"], self.status = "cancelled", CLIENT_GONE
+            # Ray signals a disconnected client this way, and any server its own shutdown.
+            self.log_fields["error"], self.status = "cancelled", CLIENT_GONE
             raise
         except Exception as error:
-            tell_failure(self.id, error)
+            log_failure(self.id, error)
             await self._refuse(errors.unexpected())
 
+    def _authorize(self, headers: Headers) -> None:
+        """Raises `Refused` without a valid key, or, on a server without keys, for a foreign host name."""
+        path, keys = self.scope["path"], self.middleware.keys
+        if not keys and path != "/health":
+            check_host(headers.get("host"))
+        if keys and path not in OPEN and not path.startswith(OPEN_FOLDER):
+            keys.check(headers.get("authorization"))
+
     async def _refuse(self, refused: Refused) -> None:
-        self.told["error"] = refused.code
+        self.log_fields["error"] = refused.code
         if self.status is None:
-            await errors.answer(refused)(self.scope, self.receive, self.send)
+            await errors.response(refused)(self.scope, self.receive, self.send)
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -135,7 +139,7 @@ class _Exchange:
             if self.status >= 400 and self.status not in (408, CLIENT_GONE):
                 await self._drain()
             headers = MutableHeaders(scope=message)
-            if not self.guard.behind_ray:
+            if not self.middleware.behind_ray:
                 headers[REQUEST_ID] = self.id
             for name, value in _HEADERS.items():
                 headers[name] = value
@@ -144,28 +148,28 @@ class _Exchange:
         await self._send(message)
 
     async def _drain(self) -> None:
-        """Read what is left of the body. A connection that is closed on a client still writing loses it the answer."""
+        """Read the rest of the body: closing the connection on a client that still writes would lose it the answer."""
         if Headers(scope=self.scope).get("expect"):
             return
-        left = _DRAINED * self.guard.settings.limits.body_bytes
+        remaining = _DRAIN_FACTOR * self.middleware.settings.limits.body_bytes
         try:
-            async with asyncio.timeout(self.guard.settings.http.body_seconds):
-                while not self.body_read and left > 0:
-                    left -= len((await self.receive()).get("body", b""))
+            async with asyncio.timeout(self.middleware.settings.http.body_seconds):
+                while not self.body_read and remaining > 0:
+                    remaining -= len((await self.receive()).get("body", b""))
         except TimeoutError:
             pass
 
-    def _tell(self) -> None:
+    def _record(self) -> None:
         seconds = time.monotonic() - self.scope["state"]["started"]
         # The route rather than the path, which may hold anything.
         route = getattr(self.scope.get("route"), "path", "unmatched")
         status = self.status or CLIENT_GONE
-        self.guard.metrics.answered(self.scope["method"], route, status, seconds)
-        tell_request(
+        self.middleware.metrics.answered(self.scope["method"], route, status, seconds)
+        log_request(
             id=self.id,
             method=self.scope["method"][:16],
             route=route,
             status=status,
             seconds=round(seconds, 4),
-            **self.told,
+            **self.log_fields,
         )

@@ -1,4 +1,4 @@
-"""Variants as models: what `GET /v1/models` tells of each, and of `auto`."""
+"""Variants as models: the answers of `GET /v1/models`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from serve.api.errors import invalid, shown
 from serve.config import Limits
-from serve.protocol import AUTO, ModelCard, PipelineCard, Refused
+from serve.protocol import AUTO, ModelInfo, PipelineInfo, Refused
 
 
-def listing(cards: list[ModelCard], pipeline: PipelineCard, limits: Limits, created: int) -> dict[str, Any]:
-    """OpenAI's list of models; ours: how the pipeline is called by default, and what one request may ask for."""
+def listing(infos: list[ModelInfo], pipeline: PipelineInfo, limits: Limits, created: int) -> dict[str, Any]:
+    """Return OpenAI's list of models, extended by the pipeline's defaults and the limits of a request."""
     return {
         "object": "list",
-        "data": [auto(cards, created), *(model(card, created) for card in cards)],
+        "data": [auto(infos, created), *(model(info, created) for info in infos)],
         "defaults": {"size": f"{pipeline.width}x{pipeline.height}", "num_inference_steps": pipeline.steps},
         "arguments": list(pipeline.arguments),
         "multiple": pipeline.multiple,
@@ -22,34 +22,34 @@ def listing(cards: list[ModelCard], pipeline: PipelineCard, limits: Limits, crea
     }
 
 
-def model(card: ModelCard, created: int) -> dict[str, Any]:
-    return {"object": "model", "created": created, "owned_by": "ppcl", **asdict(card)}
+def model(info: ModelInfo, created: int) -> dict[str, Any]:
+    return {"object": "model", "created": created, "owned_by": "ppcl", **asdict(info)}
 
 
-def auto(cards: list[ModelCard], created: int) -> dict[str, Any]:
-    """The model that is one of the others: the largest whose pictures are expected in time."""
+def auto(infos: list[ModelInfo], created: int) -> dict[str, Any]:
+    """Return the model `auto`, which stands for the largest variant that is expected in time."""
     return {
         "id": AUTO,
         "object": "model",
         "created": created,
         "owned_by": "ppcl",
-        "variants": [card.id for card in cards],
+        "variants": [info.id for info in infos],
     }
 
 
-def one(name: str, cards: list[ModelCard], created: int) -> dict[str, Any]:
-    """Raises `Refused` with 404 where there is no such model."""
+def retrieve(name: str, infos: list[ModelInfo], created: int) -> dict[str, Any]:
+    """Return one model. Raises `Refused` with 404 where there is no such model."""
     if name == AUTO:
-        return auto(cards, created)
-    for card in cards:
-        if card.id == name:
-            return model(card, created)
-    raise unknown_model(name, cards)
+        return auto(infos, created)
+    for info in infos:
+        if info.id == name:
+            return model(info, created)
+    raise unknown_model(name, infos)
 
 
-def unknown_model(name: str, cards: list[ModelCard], param: str = "model") -> Refused:
+def unknown_model(name: str, infos: list[ModelInfo], param: str = "model") -> Refused:
     return invalid(
-        f"there is no model {shown(name)}; there are {', '.join([AUTO, *(card.id for card in cards)])}",
+        f"there is no model {shown(name)}; there are {', '.join([AUTO, *(info.id for info in infos)])}",
         param,
         "model_not_found",
         404,

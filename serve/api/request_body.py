@@ -1,4 +1,4 @@
-"""Reading a request's body: at most so many bytes in so many seconds, and strictly JSON."""
+"""Read a request's body within limits of bytes and seconds, and parse it as strict JSON."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 
 from starlette.requests import Request
 
-from serve.api.client_disconnect import ClientGone
+from serve.api.client_disconnect import ClientDisconnected
 from serve.api.errors import invalid, shown
 from serve.config import Http, Limits
 from serve.protocol import Refused
 
 
 async def read_object(request: Request, http: Http, limits: Limits) -> dict[str, Any]:
-    """The body, a JSON object. Raises `Refused` with 400, 408, 413 or 415, `ClientGone` where the client leaves before its end."""
+    """Return the body, a JSON object.
+
+    Raises `Refused` with 400, 408, 413 or 415, and `ClientDisconnected` where the client leaves before its end.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise invalid(
@@ -44,7 +47,7 @@ async def _read(request: Request, limits: Limits) -> bytes:
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
-            raise ClientGone
+            raise ClientDisconnected
         body += message.get("body", b"")
         # What Content-Length says is not relied on: a chunked body has none.
         if len(body) > limits.body_bytes:
@@ -54,14 +57,15 @@ async def _read(request: Request, limits: Limits) -> bytes:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Raises `Refused` for what is no JSON object, and for what parsers disagree about: NaN, a key that is there twice."""
+    """Raises `Refused` for anything but a JSON object, and for what parsers disagree about: NaN and duplicate keys."""
     try:
         value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise invalid(f"the body is not UTF-8: byte {error.start} cannot be read", code="invalid_json") from None
     except json.JSONDecodeError as error:
         raise invalid(
-            f"the body is not JSON: {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno}, column {error.colno}",
+            f"the body is not JSON: {error.msg[:1].lower()}{error.msg[1:]} at line {error.lineno}, "
+            f"column {error.colno}",
             code="invalid_json",
         ) from None
     except RecursionError:
@@ -77,11 +81,11 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise invalid(f"the key {shown(twice)} is there twice; send it once", code="invalid_json")
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise invalid(f"the key {shown(name)} is there twice; send it once", code="invalid_json")
+        values[name] = value
     return values
 
 

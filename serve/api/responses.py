@@ -1,4 +1,4 @@
-"""Pictures as files, and what an answer says of them."""
+"""Answers: encoded images with their metadata."""
 
 from __future__ import annotations
 
@@ -7,120 +7,116 @@ import base64
 import io
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from serve.api.schema import ImageRequest
-from serve.protocol import Accepted, GenerationRequest, Picture, PipelineCard, Preview
+from serve.protocol import Accepted, FinalImage, GenerationRequest, PipelineInfo, Preview
 
-VARIANT, DEGRADED = "x-ppcl-variant", "x-ppcl-degraded"
-
-
-async def base64_of(image: np.ndarray, asked: ImageRequest) -> str:
-    """The picture `(H, W, 3)` uint8 as a file in base64, made in a thread: a large one takes a while."""
-    return await asyncio.to_thread(_encoded, image, asked)
+VARIANT_HEADER, DEGRADED_HEADER = "x-ppcl-variant", "x-ppcl-degraded"
 
 
-def _encoded(image: np.ndarray, asked: ImageRequest) -> str:
-    quality = 100 if asked.output_compression is None else asked.output_compression
-    # png: the least effort, which takes a fifth of the time of the usual one for a tenth more bytes.
-    options = {"compress_level": 1} if asked.output_format == "png" else {"quality": quality}
+async def base64_of(image: np.ndarray, parameters: ImageRequest) -> str:
+    """Encode an image (H, W, 3) uint8 as a file in base64, in a thread, since a large one takes long."""
+    return await asyncio.to_thread(_encode, image, parameters)
+
+
+def _encode(image: np.ndarray, parameters: ImageRequest) -> str:
+    quality = 100 if parameters.output_compression is None else parameters.output_compression
+    # The lowest effort for png takes a fifth of the default's time for a tenth more bytes.
+    options = {"compress_level": 1} if parameters.output_format == "png" else {"quality": quality}
     file = io.BytesIO()
-    Image.fromarray(image).save(file, asked.output_format, **options)
+    Image.fromarray(image).save(file, parameters.output_format, **options)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def headers(accepted: Accepted) -> dict[str, str]:
-    """What was served, where a client does not read the body."""
-    return {VARIANT: accepted.variant, DEGRADED: str(accepted.degraded).lower()}
+@dataclass(frozen=True)
+class Answer:
+    """What the answers to one request are made of. `started`: when it arrived, by `time.monotonic()`."""
 
+    parameters: ImageRequest
+    request: GenerationRequest
+    info: PipelineInfo
+    accepted: Accepted
+    started: float
 
-def usage(pictures: Sequence[Picture], request: GenerationRequest, card: PipelineCard) -> dict[str, Any]:
-    """The prompt's tokens, once however many pictures, and the transformer's image tokens of every picture."""
-    text = max(picture.prompt_tokens for picture in pictures)
-    image = len(pictures) * (request.height // card.multiple) * (request.width // card.multiple)
-    return {
-        "input_tokens": text,
-        "input_tokens_details": {"image_tokens": 0, "text_tokens": text},
-        "output_tokens": image,
-        "total_tokens": text + image,
-    }
+    def headers(self) -> dict[str, str]:
+        """Return the served variant as headers, for clients that do not read the body."""
+        return {VARIANT_HEADER: self.accepted.variant, DEGRADED_HEADER: str(self.accepted.degraded).lower()}
 
+    async def complete(self, images: Sequence[FinalImage]) -> dict[str, Any]:
+        """Return OpenAI's `ImagesResponse`, extended by variant, `degraded`, seeds and seconds by phase."""
+        seconds = time.monotonic() - self.started
+        files = await asyncio.gather(*(base64_of(image.image, self.parameters) for image in images))
+        return {
+            "created": int(time.time()),
+            "data": [
+                {"b64_json": file, "seed": image.seed, "timings": image.seconds}
+                for file, image in zip(files, images, strict=True)
+            ],
+            "size": self._size,
+            "output_format": self.parameters.output_format,
+            "background": "opaque",
+            "usage": self._usage(images),
+            **self._served,
+            "seed": self.request.seed,
+            "num_inference_steps": self.request.steps,
+            "timings": {"expected": self.accepted.expected_seconds, "total": seconds},
+        }
 
-def _disclosed(accepted: Accepted) -> dict[str, Any]:
-    return {"variant": accepted.variant, "degraded": accepted.degraded}
+    async def partial_event(self, preview: Preview) -> dict[str, Any]:
+        """Return `image_generation.partial_image`, extended by the image's `index` and the `step` of the preview."""
+        return {
+            **self._event("partial_image", await base64_of(preview.image, self.parameters)),
+            "partial_image_index": preview.number,
+            "index": preview.index,
+            "step": preview.step,
+        }
 
+    async def completed_event(self, image: FinalImage) -> dict[str, Any]:
+        """Return `image_generation.completed` of one image, extended by its `index`, `seed` and what was served."""
+        seconds = time.monotonic() - self.started
+        return {
+            **self._event("completed", await base64_of(image.image, self.parameters)),
+            "usage": self._usage([image]),
+            "index": image.index,
+            "seed": image.seed,
+            **self._served,
+            "num_inference_steps": self.request.steps,
+            "timings": {**image.seconds, "expected": self.accepted.expected_seconds, "total": seconds},
+        }
 
-def _size(request: GenerationRequest) -> str:
-    return f"{request.width}x{request.height}"
+    def _event(self, kind: str, file: str) -> dict[str, Any]:
+        quality = self.parameters.quality
+        return {
+            "type": f"image_generation.{kind}",
+            "b64_json": file,
+            "background": "opaque",
+            "created_at": int(time.time()),
+            "output_format": self.parameters.output_format,
+            "quality": {"standard": "medium", "hd": "high"}.get(quality, quality),
+            "size": self._size,
+        }
 
+    def _usage(self, images: Sequence[FinalImage]) -> dict[str, Any]:
+        """Return the prompt's tokens, counted once, and the transformer's image tokens of all images."""
+        text_tokens = max(image.prompt_tokens for image in images)
+        per_image = (self.request.height // self.info.multiple) * (self.request.width // self.info.multiple)
+        image_tokens = len(images) * per_image
+        return {
+            "input_tokens": text_tokens,
+            "input_tokens_details": {"image_tokens": 0, "text_tokens": text_tokens},
+            "output_tokens": image_tokens,
+            "total_tokens": text_tokens + image_tokens,
+        }
 
-async def whole_answer(
-    asked: ImageRequest,
-    request: GenerationRequest,
-    card: PipelineCard,
-    accepted: Accepted,
-    pictures: Sequence[Picture],
-    seconds: float,
-) -> dict[str, Any]:
-    """OpenAI's `ImagesResponse`, and what was served: variant, whether it was degraded, seed, seconds by phase."""
-    files = await asyncio.gather(*(base64_of(picture.image, asked) for picture in pictures))
-    return {
-        "created": int(time.time()),
-        "data": [
-            {"b64_json": file, "seed": picture.seed, "timings": picture.seconds}
-            for file, picture in zip(files, pictures, strict=True)
-        ],
-        "size": _size(request),
-        "output_format": asked.output_format,
-        "background": "opaque",
-        "usage": usage(pictures, request, card),
-        **_disclosed(accepted),
-        "seed": request.seed,
-        "num_inference_steps": request.steps,
-        "timings": {"expected": accepted.expected_seconds, "total": seconds},
-    }
+    @property
+    def _served(self) -> dict[str, Any]:
+        return {"variant": self.accepted.variant, "degraded": self.accepted.degraded}
 
-
-def _event(kind: str, asked: ImageRequest, request: GenerationRequest, file: str) -> dict[str, Any]:
-    return {
-        "type": f"image_generation.{kind}",
-        "b64_json": file,
-        "background": "opaque",
-        "created_at": int(time.time()),
-        "output_format": asked.output_format,
-        "quality": {"standard": "medium", "hd": "high"}.get(asked.quality, asked.quality),
-        "size": _size(request),
-    }
-
-
-async def partial_event(asked: ImageRequest, request: GenerationRequest, preview: Preview) -> dict[str, Any]:
-    """`image_generation.partial_image`; ours: `index` of the picture, and the `step` after which it looks like this."""
-    return {
-        **_event("partial_image", asked, request, await base64_of(preview.image, asked)),
-        "partial_image_index": preview.number,
-        "index": preview.index,
-        "step": preview.step,
-    }
-
-
-async def completed_event(
-    asked: ImageRequest,
-    request: GenerationRequest,
-    card: PipelineCard,
-    accepted: Accepted,
-    picture: Picture,
-    seconds: float,
-) -> dict[str, Any]:
-    """`image_generation.completed` of one picture; ours: its `index`, `seed` and what was served."""
-    return {
-        **_event("completed", asked, request, await base64_of(picture.image, asked)),
-        "usage": usage([picture], request, card),
-        "index": picture.index,
-        "seed": picture.seed,
-        **_disclosed(accepted),
-        "num_inference_steps": request.steps,
-        "timings": {**picture.seconds, "expected": accepted.expected_seconds, "total": seconds},
-    }
+    @property
+    def _size(self) -> str:
+        return f"{self.request.width}x{self.request.height}"

@@ -1,4 +1,4 @@
-"""What a client may ask for: OpenAI's parameters of an image, and ours beside them."""
+"""The parameters of a request: OpenAI's and ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from serve.api.errors import invalid, of_validation, shown
+from serve.api.errors import from_validation, invalid, shown
 from serve.protocol import AUTO
 
 Scale = Annotated[float, Field(ge=0, le=100)]
@@ -20,28 +20,28 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    prompt: str = Field(description="what the pictures show")
+    prompt: str = Field(description="what the images show")
     model: str = Field(
         AUTO,
         min_length=1,
         max_length=4096,
         description="a variant, a plan as text, or auto: the largest that meets the deadline",
     )
-    n: int = Field(1, ge=1, le=10, description="number of pictures; picture i has the seed `seed + i`")
+    n: int = Field(1, ge=1, le=10, description="number of images; image i has the seed `seed + i`")
     size: str = Field(
         "auto", pattern="^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="WIDTHxHEIGHT in pixels, or auto"
     )
     response_format: Literal["b64_json"] = Field(
-        "b64_json", description="pictures come in the answer; there is no store to link to"
+        "b64_json", description="images come in the answer; there is no store to link to"
     )
-    output_format: Literal["png", "jpeg", "webp"] = Field("png", description="the pictures' file format")
+    output_format: Literal["png", "jpeg", "webp"] = Field("png", description="the images' file format")
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp, 100 unless given")
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = Field(
-        "auto", description="accepted and given back; `model` and `num_inference_steps` say how good a picture is"
+        "auto", description="accepted and given back; `model` and `num_inference_steps` say how good an image is"
     )
-    background: Literal["auto", "opaque"] = Field("auto", description="pictures are opaque")
+    background: Literal["auto", "opaque"] = Field("auto", description="images are opaque")
     stream: bool = Field(False, description="answer with server-sent events")
-    partial_images: int = Field(0, ge=0, le=3, description="previews of each picture, in a stream")
+    partial_images: int = Field(0, ge=0, le=3, description="previews of each image, in a stream")
 
     style: Any = Field(None, description="accepted and ignored, like the three after it")
     moderation: Any = None
@@ -49,32 +49,36 @@ class ImageRequest(BaseModel):
     safety_identifier: Any = None
 
     negative_prompt: str | None = Field(
-        None, description="what the pictures shall not show, for guidance with two calls a step"
+        None, description="what the images shall not show, for guidance with two calls a step"
     )
     num_inference_steps: int | None = Field(None, ge=1, description="denoising steps")
     guidance_scale: Scale | None = Field(None, description="guidance that the model was distilled for")
     true_cfg_scale: Scale | None = Field(None, description="classifier-free guidance with two calls a step; 1 is off")
     seed: int | None = Field(
-        None, ge=0, le=LARGEST_SEED, description="seed of the noise; drawn, and told in the answer, unless given"
+        None,
+        ge=0,
+        le=LARGEST_SEED,
+        description="seed of the noise; chosen at random and returned in the answer unless given",
     )
     min_variant: str | None = Field(
         None, min_length=1, max_length=256, description="the smallest variant that auto may take"
     )
     deadline_ms: int | None = Field(
-        None, ge=1, le=86_400_000, description="milliseconds after which the pictures are no longer of use"
+        None, ge=1, le=86_400_000, description="milliseconds after which the images are no longer of use"
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> ImageRequest:
         if not self.prompt.strip():
-            raise invalid("prompt is empty; say what the picture shows", "prompt")
+            raise invalid("prompt is empty; say what the image shows", "prompt")
         if self.partial_images and not self.stream:
             raise invalid(
                 f"partial_images is {self.partial_images} without a stream; set stream to true", "partial_images"
             )
         if self.output_format == "png" and self.output_compression not in (None, 100):
             raise invalid(
-                f"output_compression is {self.output_compression}, but png keeps every pixel; set output_format to jpeg or webp",
+                f"output_compression is {self.output_compression}, but png keeps every pixel; "
+                "set output_format to jpeg or webp",
                 "output_compression",
             )
         if self.min_variant is not None and self.model != AUTO:
@@ -103,7 +107,7 @@ def parse(values: dict[str, Any]) -> ImageRequest:
     try:
         return ImageRequest.model_validate({key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
-        raise of_validation(error) from None
+        raise from_validation(error) from None
 
 
 def _is_text(value: str) -> bool:

@@ -1,4 +1,4 @@
-"""From what a client asked for to what the engine is asked for, within what this server serves."""
+"""Validation: converts a client's parameters to a request to the engine, within the configured limits."""
 
 from __future__ import annotations
 
@@ -7,75 +7,85 @@ import secrets
 from serve.api.errors import invalid, shown
 from serve.api.schema import LARGEST_SEED, ImageRequest
 from serve.config import Limits
-from serve.protocol import GenerationRequest, PipelineCard
+from serve.protocol import GenerationRequest, PipelineInfo
 
 
-def generation(asked: ImageRequest, id: str, card: PipelineCard, limits: Limits) -> GenerationRequest:
-    """Raises `Refused`: with 422 that names the limit for a request that is well-formed and too much, with 404 for a model that
-    can be none."""
-    # A variant's name goes into a header, where no other character may stand; none has one.
-    for name in ("model", "min_variant"):
-        value = getattr(asked, name) or ""
-        if not (value.isascii() and value.isprintable()):
-            raise invalid(f"there is no model {shown(value)}", name, "model_not_found", 404)
-    for name in ("prompt", "negative_prompt"):
-        characters = len(getattr(asked, name) or "")
-        if characters > limits.prompt_characters:
-            raise invalid(
-                f"{name} has {characters} characters; at most {limits.prompt_characters} are taken",
-                name,
-                "string_too_long",
-                422,
-            )
-    for name in asked.arguments:
-        if name not in card.arguments:
-            takes = f"it takes {', '.join(card.arguments)}" if card.arguments else "leave it out"
-            raise invalid(f"this pipeline takes no {name}; {takes}", name, "unsupported_parameter", 422)
-    width, height = _size(asked.size, card, limits)
-    steps = asked.num_inference_steps or card.steps
-    if steps > limits.steps:
-        raise invalid(
-            f"num_inference_steps is {steps}; at most {limits.steps} are taken",
-            "num_inference_steps",
-            "limit_exceeded",
-            422,
-        )
-    if asked.n > limits.pictures:
-        raise invalid(
-            f"n is {asked.n}; at most {limits.pictures} pictures are made for one request", "n", "limit_exceeded", 422
-        )
-    work = asked.n * width * height * steps
-    if work > limits.work:
-        raise invalid(
-            f"{asked.n} × {width}x{height} pixels × {steps} steps is {work}; at most {limits.work} is done for one request: ask for "
-            "fewer or smaller pictures, or fewer steps",
-            "n" if asked.n > 1 else "size",
-            "limit_exceeded",
-            422,
-        )
+def to_generation_request(parameters: ImageRequest, id: str, info: PipelineInfo, limits: Limits) -> GenerationRequest:
+    """Convert a client's parameters, within the limits of this server.
+
+    Raises `Refused` with 422 that names the limit for a request that exceeds one, and with 404 for an impossible model.
+    """
+    _check_names(parameters)
+    _check_prompts(parameters, limits)
+    _check_arguments(parameters, info)
+    width, height = _size(parameters.size, info, limits)
+    steps = parameters.num_inference_steps or info.steps
+    _check_work(parameters, width, height, steps, limits)
     return GenerationRequest(
         id=id,
-        prompt=asked.prompt,
-        model=asked.model,
-        count=asked.n,
+        prompt=parameters.prompt,
+        model=parameters.model,
+        count=parameters.n,
         height=height,
         width=width,
         steps=steps,
-        seed=secrets.randbelow(LARGEST_SEED + 1) if asked.seed is None else asked.seed,
-        arguments=asked.arguments,
-        previews=asked.partial_images,
-        deadline=None if asked.deadline_ms is None else asked.deadline_ms / 1000,
-        min_variant=asked.min_variant,
+        seed=secrets.randbelow(LARGEST_SEED + 1) if parameters.seed is None else parameters.seed,
+        arguments=parameters.arguments,
+        previews=parameters.partial_images,
+        deadline=None if parameters.deadline_ms is None else parameters.deadline_ms / 1000,
+        min_variant=parameters.min_variant,
     )
 
 
-def _size(size: str, card: PipelineCard, limits: Limits) -> tuple[int, int]:
-    """Width and height in pixels."""
-    width, height = (card.width, card.height) if size == "auto" else map(int, size.split("x"))
-    if width % card.multiple or height % card.multiple:
-        near = "x".join(str(max(1, round(side / card.multiple)) * card.multiple) for side in (width, height))
+def _check_names(parameters: ImageRequest) -> None:
+    # A variant's name is sent in a header, which takes printable ASCII only; no variant has another name.
+    for name in ("model", "min_variant"):
+        value = getattr(parameters, name) or ""
+        if not (value.isascii() and value.isprintable()):
+            raise invalid(f"there is no model {shown(value)}", name, "model_not_found", 404)
+
+
+def _check_prompts(parameters: ImageRequest, limits: Limits) -> None:
+    for name in ("prompt", "negative_prompt"):
+        characters = len(getattr(parameters, name) or "")
+        if characters > limits.prompt_characters:
+            message = f"{name} has {characters} characters; at most {limits.prompt_characters} are taken"
+            raise invalid(message, name, "string_too_long", 422)
+
+
+def _check_arguments(parameters: ImageRequest, info: PipelineInfo) -> None:
+    for name in parameters.arguments:
+        if name not in info.arguments:
+            takes = f"it takes {', '.join(info.arguments)}" if info.arguments else "leave it out"
+            raise invalid(f"this pipeline takes no {name}; {takes}", name, "unsupported_parameter", 422)
+
+
+def _check_work(parameters: ImageRequest, width: int, height: int, steps: int, limits: Limits) -> None:
+    count = parameters.n
+    if steps > limits.steps:
+        message = f"num_inference_steps is {steps}; at most {limits.steps} are taken"
+        raise invalid(message, "num_inference_steps", "limit_exceeded", 422)
+    if count > limits.pictures:
+        message = f"n is {count}; at most {limits.pictures} images are made for one request"
+        raise invalid(message, "n", "limit_exceeded", 422)
+    work = count * width * height * steps
+    if work > limits.work:
         raise invalid(
-            f"size is {size}; both sides are multiples of {card.multiple} here, such as {near}",
+            f"{count} × {width}x{height} pixels × {steps} steps is {work}; at most {limits.work} is done for one "
+            "request: ask for fewer or smaller images, or fewer steps",
+            "n" if count > 1 else "size",
+            "limit_exceeded",
+            422,
+        )
+
+
+def _size(size: str, info: PipelineInfo, limits: Limits) -> tuple[int, int]:
+    """Return width and height in pixels. Raises `Refused` with 422."""
+    width, height = (info.width, info.height) if size == "auto" else map(int, size.split("x"))
+    if width % info.multiple or height % info.multiple:
+        near = "x".join(str(max(1, round(side / info.multiple)) * info.multiple) for side in (width, height))
+        raise invalid(
+            f"size is {size}; both sides are multiples of {info.multiple} here, such as {near}",
             "size",
             "invalid_value",
             422,

@@ -1,4 +1,4 @@
-"""What is decided when a request comes, on numbers alone: whether it is accepted, and with which variant it is drawn."""
+"""Admission: decides on numbers alone whether a request is accepted, and with which variant."""
 
 from __future__ import annotations
 
@@ -9,124 +9,164 @@ from dataclasses import dataclass
 from ppcl.search.variants import Variant
 from serve.config import Elastic
 from serve.engine.backlog import Backlog
-from serve.engine.demand_window import Lately, Wanted
-from serve.engine.quality_controller import ElasticQuality
-from serve.engine.shared_pipeline import Kind, Plan
+from serve.engine.demand_window import DemandWindow, OfferedRequest
+from serve.engine.quality_controller import QualityController
+from serve.engine.shared_pipeline import Plan, WorkloadKey
 from serve.protocol import GenerationRequest, Refused
 
-# Seconds over which demand is looked at.
-_LATELY = 10.0
+_DEMAND_WINDOW_S = 10.0
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`model`: the variant as clients are told. `undegraded`: the kind it had been, had there been time. `expected`: seconds."""
+    """`model`: the variant's name for clients. `undegraded`: the workload on an idle server. `expected`: seconds."""
 
     model: str
     degraded: bool
-    kind: Kind
-    undegraded: Kind
+    workload: WorkloadKey
+    undegraded: WorkloadKey
     expected: float
 
 
+@dataclass(frozen=True)
+class _Selection:
+    """The variant for a request: its plan, its name, and whether it is expected in time."""
+
+    plan: Plan
+    model: str
+    degraded: bool
+    expected: float
+    in_time: bool
+
+
 class Admission:
-    """Over what is accepted already. `variants`: those that are served, by name; `queue`: pictures that may be accepted and not
-    finished. Times are those of one monotonic clock. Not safe for threads by itself: its owner holds a lock."""
+    """`variants`: the served ones by name. `queue`: most images that may be accepted and not finished.
+
+    Times are those of one monotonic clock. Not thread-safe: the owner holds a lock.
+    """
 
     def __init__(
-        self, backlog: Backlog, elastic: ElasticQuality, variants: Mapping[str, Variant], queue: int, settings: Elastic
+        self,
+        backlog: Backlog,
+        quality: QualityController,
+        variants: Mapping[str, Variant],
+        queue: int,
+        settings: Elastic,
     ):
-        self.backlog, self.elastic, self.variants, self.queue, self._settings = (
-            backlog,
-            elastic,
-            variants,
-            queue,
-            settings,
-        )
+        self.backlog, self.quality, self.variants = backlog, quality, variants
+        self.queue, self._settings = queue, settings
         self._names = {variant.plan: name for name, variant in variants.items()}
-        self._lately = Lately(_LATELY)
+        self._demand_window = DemandWindow(_DEMAND_WINDOW_S)
 
     def decide(self, request: GenerationRequest, named: Variant | None, per_step: int, now: float) -> Decision:
-        """`named`: the variant that the request names, None for `auto`; `per_step`: calls of the transformer a step.
+        """Accept a request. `named`: its variant, None for `auto`. `per_step`: calls of the transformer per step.
 
-        Raises `Refused`: a full queue, a deadline that cannot be met, no such smallest variant.
+        Raises `Refused` for a full queue, a deadline that cannot be met, or an unknown `min_variant`.
         """
-        pixels = request.height * request.width
-
-        def of(plan: Plan) -> tuple[Kind, int, int, int]:
-            return Kind(plan, pixels), request.steps, per_step, request.count
-
-        def expected(name: str) -> float:
-            return self.backlog.expected(*of(self._plan(name)))
-
-        def alone(name: str) -> float:
-            return self.backlog.alone(*of(self._plan(name)))
-
         allowed = self._allowed(request.min_variant)
-        largest = self._plan(self.elastic.steps[0]) if named is None else named.plan
-        wanted = Wanted(now, None if named is None else named.plan, pixels, request.steps * per_step, request.count)
-        # By those before it: where pictures take longer than what is looked at, one request alone would always be a crowd.
-        self.elastic.watch(now, lambda name: self._lately.load(now, lambda one: self._seconds(one, self._plan(name))))
-        self._lately.add(wanted)
-        self._room(request, wanted)
+        largest = self._plan(self.quality.levels[0]) if named is None else named.plan
+        offered = self._offer(request, named, per_step, now)
+        self._check_queue(request, offered)
         if named is None:
-            patience = self._settings.patience * self.backlog.alone(*of(largest))
-            budget = patience if request.deadline is None else request.deadline
-            choice = self.elastic.choose(budget, expected, alone, allowed.__contains__)
-            plan, model, degraded = self._plan(choice.variant), choice.variant, choice.degraded
-            seconds, in_time = choice.expected, choice.in_time
+            selection = self._select_automatically(request, per_step, largest, allowed)
         else:
-            plan, degraded = named.plan, False
-            model = self._names.get(plan) or ",".join(map(str, plan))
-            seconds = self.backlog.expected(*of(plan))
-            in_time = request.deadline is None or seconds * (1 + self._settings.margin) <= request.deadline
-        if request.deadline is not None and not in_time:
-            self._late(request.deadline, seconds, self.backlog.alone(*of(plan)), wanted)
-        return Decision(model, degraded, Kind(plan, pixels), Kind(largest, pixels), seconds)
+            selection = self._select_named(request, per_step, named)
+        pixels = request.height * request.width
+        if request.deadline is not None and not selection.in_time:
+            idle = self.backlog.idle_seconds(*_job(selection.plan, request, per_step))
+            self._refuse_late(request.deadline, selection.expected, idle, offered)
+        return Decision(
+            selection.model,
+            selection.degraded,
+            WorkloadKey(selection.plan, pixels),
+            WorkloadKey(largest, pixels),
+            selection.expected,
+        )
 
     def demand(self, now: float) -> float:
-        """Device-seconds of what is accepted and of what was lately refused, at undegraded quality."""
-        largest = self._plan(self.elastic.steps[0])
-        return self.backlog.undegraded_seconds() + self._lately.refused(now, lambda one: self._seconds(one, largest))
+        """Return the device-seconds of accepted and of recently refused requests, at undegraded quality."""
+        largest = self._plan(self.quality.levels[0])
+        refused = self._demand_window.refused(now, lambda offered: self._device_seconds(offered, largest))
+        return self.backlog.undegraded_seconds() + refused
+
+    def _offer(self, request: GenerationRequest, named: Variant | None, per_step: int, now: float) -> OfferedRequest:
+        """Record a request in the demand window, after the quality controller has seen the load before it.
+
+        Where an image takes longer than the window, a load that included the request itself would never be low.
+        """
+
+        def load(variant: str) -> float:
+            plan = self._plan(variant)
+            return self._demand_window.load(now, lambda offered: self._device_seconds(offered, plan))
+
+        self.quality.watch(now, load)
+        plan = None if named is None else named.plan
+        offered = OfferedRequest(now, plan, request.height * request.width, request.steps * per_step, request.count)
+        self._demand_window.add(offered)
+        return offered
+
+    def _select_automatically(
+        self, request: GenerationRequest, per_step: int, largest: Plan, allowed: set[str]
+    ) -> _Selection:
+        def expected(name: str) -> float:
+            return self.backlog.expected_seconds(*_job(self._plan(name), request, per_step))
+
+        def alone(name: str) -> float:
+            return self.backlog.idle_seconds(*_job(self._plan(name), request, per_step))
+
+        patience = self._settings.patience * self.backlog.idle_seconds(*_job(largest, request, per_step))
+        budget = patience if request.deadline is None else request.deadline
+        choice = self.quality.choose(budget, expected, alone, allowed.__contains__)
+        return _Selection(self._plan(choice.variant), choice.variant, choice.degraded, choice.expected, choice.in_time)
+
+    def _select_named(self, request: GenerationRequest, per_step: int, variant: Variant) -> _Selection:
+        model = self._names.get(variant.plan) or ",".join(map(str, variant.plan))
+        seconds = self.backlog.expected_seconds(*_job(variant.plan, request, per_step))
+        in_time = request.deadline is None or seconds * (1 + self._settings.margin) <= request.deadline
+        return _Selection(variant.plan, model, False, seconds, in_time)
 
     def _plan(self, name: str) -> Plan:
         return self.variants[name].plan
 
     def _allowed(self, smallest: str | None) -> set[str]:
-        """The variants that `auto` may take."""
+        """Return the variants that `auto` may take. Raises `Refused` where `smallest` is not served."""
         if smallest is None:
-            return set(self.elastic.steps)
+            return set(self.quality.levels)
         if smallest not in self.variants:
             message = f"min_variant is {smallest[:80]!r}; there are {', '.join(self.variants)}"
             raise Refused(404, "invalid_request_error", message, "model_not_found", "min_variant")
         floor = self.variants[smallest].parameters
-        return {name for name in self.elastic.steps if self.variants[name].parameters >= floor}
+        return {name for name in self.quality.levels if self.variants[name].parameters >= floor}
 
-    def _room(self, request: GenerationRequest, wanted: Wanted) -> None:
+    def _check_queue(self, request: GenerationRequest, offered: OfferedRequest) -> None:
         """Raises `Refused` where the queue is full."""
-        there = len(self.backlog.pictures)
-        if there + request.count > self.queue:
-            wanted.refused = True
-            wait = max(1, there + request.count - self.queue) * self.backlog.seconds() / max(1, there)
-            raise _busy(
-                f"the server has {there} pictures to draw, of at most {self.queue}; try again later", "queue_full", wait
-            )
+        accepted = len(self.backlog.images)
+        if accepted + request.count > self.queue:
+            offered.refused = True
+            excess = max(1, accepted + request.count - self.queue)
+            message = f"the server has {accepted} images to generate, of at most {self.queue}; try again later"
+            raise _busy(message, "queue_full", excess * self.backlog.seconds() / max(1, accepted))
 
-    def _late(self, deadline: float, expected: float, alone: float, wanted: Wanted) -> None:
-        """Raises `Refused` for a request that would not be done in time."""
-        if alone > deadline:
+    def _refuse_late(self, deadline: float, expected: float, idle: float, offered: OfferedRequest) -> None:
+        """Raises `Refused` for a request that would miss its deadline, with 422 if it would on an idle server too."""
+        if idle > deadline:
             message = (
-                f"deadline_ms is {1000 * deadline:g}; the pictures take {1000 * alone:.0f} ms where nothing else waits"
+                f"deadline_ms is {1000 * deadline:g}; the images take {1000 * idle:.0f} ms where nothing else waits"
             )
             raise Refused(422, "invalid_request_error", message, "deadline_too_short", "deadline_ms")
-        wanted.refused = True
-        message = f"the pictures would take {expected:.2f} s and are wanted within {deadline:g} s; try again later"
+        offered.refused = True
+        message = f"the images would take {expected:.2f} s and are wanted within {deadline:g} s; try again later"
         raise _busy(message, "deadline_unmet", expected - deadline)
 
-    def _seconds(self, wanted: Wanted, plan: Plan) -> float:
-        """Device-seconds of a request in full batches, with a plan if it is one of `auto`."""
-        kind = Kind(plan if wanted.plan is None else wanted.plan, wanted.pixels)
-        return wanted.count * self.backlog.undegraded(kind, wanted.calls)
+    def _device_seconds(self, offered: OfferedRequest, plan: Plan) -> float:
+        """Return the device-seconds of a request in full batches, with `plan` if it is one of `auto`."""
+        workload = WorkloadKey(plan if offered.plan is None else offered.plan, offered.pixels)
+        return offered.count * self.backlog.undegraded(workload, offered.calls)
+
+
+def _job(plan: Plan, request: GenerationRequest, per_step: int) -> tuple[WorkloadKey, int, int, int]:
+    """Return the arguments of the backlog's estimates for a request with a plan."""
+    return WorkloadKey(plan, request.height * request.width), request.steps, per_step, request.count
 
 
 def _busy(message: str, code: str, wait: float) -> Refused:

@@ -1,7 +1,7 @@
-"""What is accepted and not finished: pictures in lanes, begun in turn, and what they will still cost the device.
+"""Backlog: images that are accepted and not finished, in lanes, and their remaining device time.
 
-A *lane* is one kind of picture: a plan at a size. Each lane has as many pictures under way as batching pays for, so that what runs
-ends soon instead of everything ending late; no lane waits for another to have room.
+A *lane* holds the images of one workload: one plan at one size. Each lane runs as many images at once as batching pays
+for, so that running images end soon instead of all images ending late. No lane waits for another.
 """
 
 from __future__ import annotations
@@ -12,160 +12,176 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from serve.engine.batcher import Member
-from serve.engine.cost_model import Costs
-from serve.engine.shared_pipeline import Kind
+from serve.engine.batcher import Ticket
+from serve.engine.cost_model import CostModel
+from serve.engine.shared_pipeline import WorkloadKey
 
-# Batches that make so large a share of the pictures a second that full ones do are large enough.
-_PAYS = 0.9
-# Seconds of one forward of a kind with so many rows.
-Forward = Callable[[Kind, int], float]
-# Under way in any lane, so that a long picture does not stop all others.
-_LEAST = 2
+# A batch is large enough if it reaches this share of a full batch's images per second.
+_ENOUGH_THROUGHPUT = 0.9
+# Fewest images at once in any lane, so that a long image does not block all others.
+_MIN_CONCURRENCY = 2
+# Seconds of one forward of a workload with a number of rows.
+ForwardSeconds = Callable[[WorkloadKey, int], float]
 
 
 @dataclass(eq=False)
 class Work:
-    """One picture. `steps`: those left of it, each of `per_step` calls of the transformer. `undegraded`: its kind had there been time.
+    """One image. `steps`: remaining steps, each of `per_step` calls of the transformer.
 
-    `deadline`: when it is wanted, of `time.monotonic()`; None for no hurry. `what`: its owner's.
+    `undegraded`: the workload it would have without degrading. `deadline`: by `time.monotonic()`, None without one.
+    `payload`: what the owner needs to generate it.
     """
 
-    kind: Kind
-    undegraded: Kind
+    workload: WorkloadKey
+    undegraded: WorkloadKey
     steps: int
     per_step: int
     deadline: float | None
-    what: Any
-    member: Member = field(default_factory=Member)
+    payload: Any
+    ticket: Ticket = field(default_factory=Ticket)
     running: bool = False
+
+    @property
+    def calls(self) -> int:
+        """Remaining calls of the transformer."""
+        return self.steps * self.per_step
 
 
 class Backlog:
-    """`begin(work)` is called when a picture's turn comes. Not safe for threads by itself: its owner holds a lock.
+    """Starts images with `begin(work)` and estimates completion times. Not thread-safe: the owner holds a lock.
 
-    What is accepted is expected to be drawn in that order, in batches of each lane. With every request only accepted if it is
-    in time behind all before it, all deadlines can hold, and `due` says when the order has to be kept for it.
+    Estimates assume that images run in order of acceptance, in batches of each lane. As every request is accepted only
+    if it is in time behind all earlier ones, all deadlines can hold; `due` tells when that order must be kept.
     """
 
-    def __init__(self, costs: Costs, batch: int, begin: Callable[[Work], None]):
-        self.costs, self.batch, self._begin = costs, batch, begin
-        # In the order they were accepted.
-        self.pictures: dict[Work, None] = {}
-        self._waiting: dict[Kind, deque[Work]] = {}
-        self._running: dict[Kind, int] = {}
+    def __init__(self, cost_model: CostModel, batch: int, begin: Callable[[Work], object]):
+        self.cost_model, self.batch, self._begin = cost_model, batch, begin
+        # A dict used as an ordered set: in order of acceptance.
+        self.images: dict[Work, None] = {}
+        self._waiting: dict[WorkloadKey, deque[Work]] = {}
+        self._running: dict[WorkloadKey, int] = {}
 
     @property
     def queued(self) -> int:
         return sum(len(lane) for lane in self._waiting.values())
 
     def add(self, work: Work) -> None:
-        self.pictures[work] = None
-        self._waiting.setdefault(work.kind, deque()).append(work)
-        self._fill(work.kind)
+        self.images[work] = None
+        self._waiting.setdefault(work.workload, deque()).append(work)
+        self._fill(work.workload)
 
     def remove(self, work: Work) -> None:
-        """A picture that is done, or not wanted any more."""
-        if work not in self.pictures:
+        """Remove an image that is done or cancelled. Does nothing where it was removed before."""
+        if work not in self.images:
             return
-        del self.pictures[work]
+        del self.images[work]
         if work.running:
-            self._running[work.kind] -= 1
-            if not self._running[work.kind]:
-                del self._running[work.kind]
+            self._running[work.workload] -= 1
+            if not self._running[work.workload]:
+                del self._running[work.workload]
         else:
-            self._waiting[work.kind].remove(work)
-        self._fill(work.kind)
+            self._waiting[work.workload].remove(work)
+        self._fill(work.workload)
 
-    def _fill(self, kind: Kind) -> None:
-        lane, most = self._waiting.get(kind, deque()), self.together(kind)
-        while lane and self._running.get(kind, 0) < most:
+    def _fill(self, workload: WorkloadKey) -> None:
+        """Start waiting images up to the lane's concurrency."""
+        lane, limit = self._waiting.get(workload, deque()), self.concurrency(workload)
+        while lane and self._running.get(workload, 0) < limit:
             work = lane.popleft()
             work.running = True
-            self._running[kind] = self._running.get(kind, 0) + 1
+            self._running[workload] = self._running.get(workload, 0) + 1
             self._begin(work)
         if not lane:
-            self._waiting.pop(kind, None)
+            self._waiting.pop(workload, None)
 
-    def together(self, kind: Kind) -> int:
-        """Pictures of a kind that are drawn at once."""
+    def concurrency(self, workload: WorkloadKey) -> int:
+        """Return the number of images of a workload that run at once."""
 
-        def a_second(rows: int) -> float:
-            return rows / self.costs.undisturbed(kind, rows)
+        def images_per_second(rows: int) -> float:
+            return rows / self.cost_model.undisturbed(workload, rows)
 
-        enough = _PAYS * a_second(self.batch)
-        pays = next(rows for rows in range(1, self.batch + 1) if rows == self.batch or a_second(rows) >= enough)
-        return min(self.batch, max(_LEAST, pays))
+        enough = _ENOUGH_THROUGHPUT * images_per_second(self.batch)
+        rows = next((rows for rows in range(1, self.batch) if images_per_second(rows) >= enough), self.batch)
+        return min(self.batch, max(_MIN_CONCURRENCY, rows))
 
     def seconds(self) -> float:
-        """Seconds until everything is done that was accepted."""
+        """Return the seconds until all accepted images are done."""
         return sum(lane.seconds for lane in self._lanes().values())
 
-    def expected(self, kind: Kind, steps: int, per_step: int, count: int) -> float:
-        """Seconds until `count` more pictures are done, behind all that were accepted."""
+    def expected_seconds(self, workload: WorkloadKey, steps: int, per_step: int, count: int) -> float:
+        """Return the seconds until `count` more images are done, behind all accepted ones."""
         lanes = self._lanes()
-        lane = lanes.setdefault(kind, self._lane(kind, self.costs.forward))
+        lane = lanes.setdefault(workload, self._lane(workload, self.cost_model.forward))
         for _ in range(count):
             lane.add(steps * per_step)
         return sum(lane.seconds for lane in lanes.values())
 
-    def alone(self, kind: Kind, steps: int, per_step: int, count: int) -> float:
-        """The same on an idle and undisturbed device."""
-        lane = self._lane(kind, self.costs.undisturbed)
+    def idle_seconds(self, workload: WorkloadKey, steps: int, per_step: int, count: int) -> float:
+        """Return the same on an idle and undisturbed device."""
+        lane = self._lane(workload, self.cost_model.undisturbed)
         for _ in range(count):
             lane.add(steps * per_step)
         return lane.seconds
 
     def undegraded_seconds(self) -> float:
-        """Device-seconds of what was accepted, had every request of `auto` been drawn with the largest variant, in full batches."""
-        return sum(self.undegraded(work.undegraded, work.steps * work.per_step) for work in self.pictures)
+        """Return the device-seconds of all accepted images in full batches, had no request been degraded."""
+        return sum(self.undegraded(work.undegraded, work.calls) for work in self.images)
 
-    def undegraded(self, kind: Kind, calls: int) -> float:
-        return calls * self.costs.forward(kind, self.batch) / self.batch + self.costs.besides(kind)
+    def undegraded(self, workload: WorkloadKey, calls: int) -> float:
+        """Return the device-seconds of one image of `calls` calls in full batches."""
+        return calls * self.cost_model.forward(workload, self.batch) / self.batch + self.cost_model.overhead(workload)
 
-    def due(self, kind: Kind) -> float | None:
-        """When the lane's next step must run, and those of all that was accepted before its pictures behind it, for their deadlines
-        to hold, of those that wait for their turn too."""
-        lanes: dict[Kind, _Lane] = {}
+    def due(self, workload: WorkloadKey) -> float | None:
+        """Return the latest time of a lane's next step at which all deadlines of the lane still hold.
+
+        The step must leave room for all work accepted before the lane's images, waiting images included. None where no
+        image of the lane has a deadline.
+        """
+        lanes: dict[WorkloadKey, _Lane] = {}
         due, total = None, 0.0
-        for work in self.pictures:
-            if work.kind not in lanes:
-                lanes[work.kind] = self._lane(work.kind, self.costs.forward)
-            lane = lanes[work.kind]
+        for work in self.images:
+            if work.workload not in lanes:
+                lanes[work.workload] = self._lane(work.workload, self.cost_model.forward)
+            lane = lanes[work.workload]
             total -= lane.seconds
-            lane.add(work.steps * work.per_step)
+            lane.add(work.calls)
             total += lane.seconds
-            if work.kind == kind and work.deadline is not None:
+            if work.workload == workload and work.deadline is not None:
                 due = work.deadline - total if due is None else min(due, work.deadline - total)
         return due
 
-    def _lanes(self) -> dict[Kind, _Lane]:
-        """What is accepted, by lane."""
-        lanes: dict[Kind, _Lane] = {}
-        for work in self.pictures:
-            if work.kind not in lanes:
-                lanes[work.kind] = self._lane(work.kind, self.costs.forward)
-            lanes[work.kind].add(work.steps * work.per_step)
+    def _lanes(self) -> dict[WorkloadKey, _Lane]:
+        """Return the accepted images by lane."""
+        lanes: dict[WorkloadKey, _Lane] = {}
+        for work in self.images:
+            if work.workload not in lanes:
+                lanes[work.workload] = self._lane(work.workload, self.cost_model.forward)
+            lanes[work.workload].add(work.calls)
         return lanes
 
-    def _lane(self, kind: Kind, forward: Forward) -> _Lane:
-        return _Lane(kind, self.together(kind), forward, self.costs.besides(kind))
+    def _lane(self, workload: WorkloadKey, forward: ForwardSeconds) -> _Lane:
+        return _Lane(workload, self.concurrency(workload), forward, self.cost_model.overhead(workload))
 
 
 class _Lane:
-    """Seconds that pictures of one kind take, drawn so many `together`. They begin in turn, each where one before it ends, and a
-    batch stays as large as it is, since others come in the place of those that end."""
+    """Estimates the seconds that images of one workload take with `concurrency` of them at once.
 
-    def __init__(self, kind: Kind, together: int, forward: Forward, a_picture: float):
-        self._kind, self._forward, self._a_picture = kind, forward, a_picture
-        self._ends, self._pictures = [0] * together, 0
+    Each image starts where an earlier one ends. The batch keeps its size, since new images replace finished ones.
+    """
+
+    def __init__(self, workload: WorkloadKey, concurrency: int, forward: ForwardSeconds, overhead_s: float):
+        self._workload, self._forward, self._overhead_s = workload, forward, overhead_s
+        # For each slot of the batch, the number of the forward after which it is free.
+        self._slot_ends, self._images = [0] * concurrency, 0
 
     def add(self, calls: int) -> None:
-        """One more picture, which takes so many calls of the transformer."""
-        heapq.heapreplace(self._ends, self._ends[0] + calls)
-        self._pictures += 1
+        """Add an image of so many calls of the transformer."""
+        heapq.heapreplace(self._slot_ends, self._slot_ends[0] + calls)
+        self._images += 1
 
     @property
     def seconds(self) -> float:
-        rows = min(self._pictures, len(self._ends))
-        return max(self._ends) * self._forward(self._kind, rows) + self._pictures * self._a_picture if rows else 0.0
+        rows = min(self._images, len(self._slot_ends))
+        if not rows:
+            return 0.0
+        return max(self._slot_ends) * self._forward(self._workload, rows) + self._images * self._overhead_s

@@ -1,7 +1,7 @@
-"""One thread that runs waiting calls in batches, fairly.
+"""Batcher: one thread that runs waiting calls in batches, fairly.
 
-A *group* is what can run as one batch. Which group is next is said by `serve.engine.fair_queue`; within a group the calls that wait
-longest go first.
+A *group* is what can run as one batch. `serve.engine.fair_queue` chooses the next group; within a group the calls that
+have waited longest go first.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 
 import torch
 
-from serve.engine.fair_queue import Turns
+from serve.engine.fair_queue import FairQueue
 
 
 class Cancelled(Exception):
-    """The picture is not wanted any more."""
+    """The image was cancelled."""
 
 
 @dataclass(eq=False)
-class Member:
-    """A picture as batchers see it. `due`: at which time of `time.monotonic()` its next call must run for its deadline to hold."""
+class Ticket:
+    """One image in the batchers. `due`: the latest `time.monotonic()` of its next call that meets its deadline."""
 
     cancelled: threading.Event = field(default_factory=threading.Event)
     due: float | None = None
 
     def check(self) -> None:
-        """Raises `Cancelled` where the picture is not wanted any more."""
+        """Raises `Cancelled` where the image was cancelled."""
         if self.cancelled.is_set():
             raise Cancelled
 
@@ -40,67 +40,71 @@ class _Call:
     group: Hashable
     rows: int
     arguments: Any
-    member: Member
-    answer: Future = field(default_factory=Future)
-    since: float = field(default_factory=time.perf_counter)
+    ticket: Ticket
+    answer: Future[Any] = field(default_factory=Future)
+    arrived_at: float = field(default_factory=time.perf_counter)
 
     @property
     def due(self) -> float | None:
-        return self.member.due
+        return self.ticket.due
 
 
-# Runs calls of one group together; gives one answer each, in their order.
-Run = Callable[[Hashable, Sequence[Any]], Sequence[Any]]
-# Told of every batch: its group, its rows, its seconds.
-Told = Callable[[Hashable, int, float], None]
+# Runs calls of one group together; returns one answer each, in order.
+RunBatch = Callable[[Any, Sequence[Any]], Sequence[Any]]
+# Is called after every batch with its group, its rows and its seconds.
+BatchObserver = Callable[[Any, int, float], None]
+
+
+def _ignore(group: Hashable, rows: int, seconds: float) -> None:
+    pass
 
 
 class Batcher:
-    """`most_rows` of a group's batch. `gather`: seconds to wait, after a batch, for the next calls of the pictures that were in
-    it, so that they stay together.
+    """`max_rows(group)`: most rows of a batch. `gather_s`: seconds to wait after a batch for its images' next calls,
+    so that they stay together.
 
-    An error of a batch is that of its calls alone. A batch that is too large for the memory is run again call by call.
+    An error of a batch fails its calls alone. A batch too large for the memory runs again call by call.
     """
 
     def __init__(
         self,
         name: str,
-        run: Run,
-        most_rows: Callable[[Hashable], int],
-        gather: float = 0.0,
-        told: Told = lambda group, rows, seconds: None,
+        run: RunBatch,
+        max_rows: Callable[[Any], int],
+        gather_s: float = 0.0,
+        on_batch: BatchObserver = _ignore,
     ):
-        self._run, self._most_rows, self._gather, self._told = run, most_rows, gather, told
+        self._run, self._max_rows, self._gather_s, self._on_batch = run, max_rows, gather_s, on_batch
         self._changed = threading.Condition()
         self._waiting: list[_Call] = []
-        # Pictures whose last call was answered and whose next is expected.
-        self._away: set[Member] = set()
-        self._turns = Turns()
-        # Rows a group was found to have memory for.
-        self._fits: dict[Hashable, int] = {}
+        # Images whose last call was answered and whose next is expected.
+        self._expected_back: set[Ticket] = set()
+        self._fair_queue = FairQueue()
+        # Rows that fit into memory, for groups that once did not.
+        self._row_limits: dict[Hashable, int] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
 
-    def call(self, group: Hashable, rows: int, arguments: Any, member: Member) -> Any:
-        """Wait for the answer; raises what the batch raised, or `Cancelled`."""
-        member.check()
-        call = _Call(group, rows, arguments, member)
+    def call(self, group: Hashable, rows: int, arguments: Any, ticket: Ticket) -> Any:
+        """Wait for the answer of a call. Raises what the batch raised, or `Cancelled`."""
+        ticket.check()
+        call = _Call(group, rows, arguments, ticket)
         with self._changed:
             if self._closed:
                 raise Cancelled
-            self._away.discard(member)
-            self._turns.came(group)
+            self._expected_back.discard(ticket)
+            self._fair_queue.arrive(group)
             self._waiting.append(call)
             self._changed.notify()
         return call.answer.result()
 
-    def leave(self, member: Member) -> None:
-        """No further call of a picture is to be expected; those that wait end with `Cancelled` where it was cancelled."""
+    def leave(self, ticket: Ticket) -> None:
+        """Expect no further call of an image. If it was cancelled, its waiting calls end with `Cancelled`."""
         with self._changed:
-            self._away.discard(member)
-            if member.cancelled.is_set():
-                for call in [call for call in self._waiting if call.member is member]:
+            self._expected_back.discard(ticket)
+            if ticket.cancelled.is_set():
+                for call in [call for call in self._waiting if call.ticket is ticket]:
                     self._waiting.remove(call)
                     call.answer.set_exception(Cancelled())
             self._changed.notify()
@@ -110,76 +114,78 @@ class Batcher:
         return self._thread.is_alive() and not self._closed
 
     def close(self) -> None:
-        """Waiting calls end with `Cancelled`; a batch that runs ends by itself."""
+        """End waiting calls with `Cancelled`. A running batch finishes."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
     def _loop(self) -> None:
-        ended = 0.0
-        while (calls := self._next()) is not None:
-            # Waiting for pictures of the batch before is a part of what a step takes.
-            began = max(ended, min(call.since for call in calls))
+        ended_at = 0.0
+        while (calls := self._next_batch()) is not None:
+            # The wait for images of the batch before is part of a step's cost.
+            started_at = max(ended_at, min(call.arrived_at for call in calls))
             self._answer(calls)
-            ended = time.perf_counter()
-            seconds = ended - began
+            ended_at = time.perf_counter()
+            seconds = ended_at - started_at
             group, rows = calls[0].group, sum(call.rows for call in calls)
             with self._changed:
-                self._turns.took(group, seconds / len(calls))
-            self._told(group, rows, seconds)
+                self._fair_queue.charge(group, seconds / len(calls))
+            self._on_batch(group, rows, seconds)
 
-    def _next(self) -> list[_Call] | None:
-        """The calls of the next batch; None at the end."""
+    def _next_batch(self) -> list[_Call] | None:
+        """Return the calls of the next batch; None once closed."""
         with self._changed:
             while not self._closed:
                 self._changed.wait_for(lambda: self._closed or self._waiting)
-                if self._gather:
-                    self._changed.wait_for(lambda: self._closed or not self._away, self._gather)
-                    self._away.clear()
+                if self._gather_s:
+                    self._changed.wait_for(lambda: self._closed or not self._expected_back, self._gather_s)
+                    self._expected_back.clear()
                 if self._waiting and not self._closed:
-                    return self._taken(self._turns.next(self._waiting, time.monotonic()))
+                    return self._take(self._fair_queue.next_group(self._waiting, time.monotonic()))
             for call in self._waiting:
                 call.answer.set_exception(Cancelled())
             self._waiting.clear()
             return None
 
-    def _taken(self, group: Hashable) -> list[_Call]:
-        """As many calls of a group as are one batch, which do not wait any more."""
-        most = self._most_rows(group)
-        most = min(most, self._fits.get(group, most))
-        calls, rows = [], 0
+    def _take(self, group: Hashable) -> list[_Call]:
+        """Remove one batch of a group from the waiting calls."""
+        limit = self._max_rows(group)
+        limit = min(limit, self._row_limits.get(group, limit))
+        batch: list[_Call] = []
+        rows = 0
         for call in [call for call in self._waiting if call.group == group]:
-            if not calls or rows + call.rows <= most:
-                calls.append(call)
+            if not batch or rows + call.rows <= limit:
+                batch.append(call)
                 rows += call.rows
                 self._waiting.remove(call)
-        self._turns.begun(group, self._waiting)
-        return calls
+        self._fair_queue.start_batch(group, self._waiting)
+        return batch
 
     def _answer(self, calls: list[_Call]) -> None:
-        alone = False
+        """Run a batch and answer its calls."""
+        out_of_memory = False
         try:
             answers = self._run(calls[0].group, [call.arguments for call in calls])
         except torch.OutOfMemoryError as error:
             if len(calls) == 1:
                 calls[0].answer.set_exception(error)
                 return
-            # Not again as many at once, at every step.
-            self._fits[calls[0].group] = max(1, sum(call.rows for call in calls) // 2)
-            alone = True
+            # Or every further step would fail once more.
+            self._row_limits[calls[0].group] = max(1, sum(call.rows for call in calls) // 2)
+            out_of_memory = True
         except Exception as error:
             for call in calls:
                 call.answer.set_exception(error)
             return
-        if alone:
-            # Out of the handler, where the error would still hold the batch's tensors.
+        if out_of_memory:
+            # Outside the handler, where the error would still hold the batch's tensors.
             torch.cuda.empty_cache()
             for call in calls:
                 self._answer([call])
             return
-        if self._gather:
+        if self._gather_s:
             with self._changed:
-                self._away.update(call.member for call in calls)
+                self._expected_back.update(call.ticket for call in calls)
         for call, answer in zip(calls, answers, strict=True):
             call.answer.set_result(answer)

@@ -1,8 +1,8 @@
-"""One thread for everything that computes.
+"""Compute thread: the one thread that runs every tensor operation.
 
-On CPUs every thread that computes has a team of helpers of its own, and where teams together have more members than there are
-cores, each member that waits gives its core away and is late for what comes next: the steps of a small model then take half as
-long again. On a GPU the kernels of one stream follow each other anyway.
+On a CPU every thread that computes has its own team of helper threads. Where the teams together exceed the number of
+cores, waiting helpers yield their core and resume late, which slows the steps of a small model by half. On a GPU the
+kernels of one stream run one after the other anyway.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from serve.engine.batcher import Cancelled
 T = TypeVar("T")
 
 
-class Arithmetic:
-    """Called with a function and its arguments, it runs it in its thread, without gradients, after what it was given before.
+class ComputeThread:
+    """Call it with a function and its arguments: it runs them in order, in its thread, without gradients.
 
     Raises `Cancelled` once it is closed.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="arithmetic")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
-    def __call__(self, what: Callable[..., T], *args: Any, **arguments: Any) -> T:
+    def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         try:
-            computed = self._thread.submit(torch.no_grad()(what), *args, **arguments)
-        except RuntimeError:  # it was closed
+            future = self._executor.submit(torch.no_grad()(function), *args, **kwargs)
+        except RuntimeError:  # the executor is shut down
             raise Cancelled from None
-        return computed.result()
+        return future.result()
 
     def close(self) -> None:
-        self._thread.shutdown()
+        self._executor.shutdown()

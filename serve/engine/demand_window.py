@@ -1,4 +1,4 @@
-"""What was wanted lately, whether it was accepted or not: the demand, which neither refusing nor degrading hides."""
+"""Sliding window of offered load, rejected and degraded requests included."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from serve.engine.shared_pipeline import Plan
 
 
 @dataclass(eq=False)
-class Wanted:
-    """A request: when it came, of `time.monotonic()`; its plan, None for `auto`; calls of the transformer of each picture."""
+class OfferedRequest:
+    """A request that arrived. `time`: its arrival by `time.monotonic()`; `plan`: None for `auto`.
+
+    `calls`: calls of the transformer for each of its `count` images.
+    """
 
     time: float
     plan: Plan | None
@@ -21,27 +24,27 @@ class Wanted:
     refused: bool = False
 
 
-class Lately:
+class DemandWindow:
     """The requests of the last `seconds`."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self._wanted: deque[Wanted] = deque()
+        self._requests: deque[OfferedRequest] = deque()
 
-    def add(self, wanted: Wanted) -> None:
-        self._forget(wanted.time)
-        self._wanted.append(wanted)
+    def add(self, request: OfferedRequest) -> None:
+        self._expire(request.time)
+        self._requests.append(request)
 
-    def load(self, now: float, cost: Callable[[Wanted], float]) -> float:
-        """Device-seconds a second that it takes, where a request takes `cost(wanted)`."""
-        self._forget(now)
-        return sum(map(cost, self._wanted)) / self.seconds
+    def load(self, now: float, cost: Callable[[OfferedRequest], float]) -> float:
+        """Return the offered load as a share of one device. `cost(request)`: device-seconds of a request."""
+        self._expire(now)
+        return sum(map(cost, self._requests)) / self.seconds
 
-    def refused(self, now: float, cost: Callable[[Wanted], float]) -> float:
-        """Device-seconds of what was refused."""
-        self._forget(now)
-        return sum(cost(wanted) for wanted in self._wanted if wanted.refused)
+    def refused(self, now: float, cost: Callable[[OfferedRequest], float]) -> float:
+        """Return the device-seconds of refused requests."""
+        self._expire(now)
+        return sum(cost(request) for request in self._requests if request.refused)
 
-    def _forget(self, now: float) -> None:
-        while self._wanted and self._wanted[0].time < now - self.seconds:
-            self._wanted.popleft()
+    def _expire(self, now: float) -> None:
+        while self._requests and self._requests[0].time < now - self.seconds:
+            self._requests.popleft()

@@ -1,6 +1,6 @@
 """The engine: one process, one set of weights, many requests. It implements `serve.protocol.Backend`.
 
-Requests come on an event loop; pictures are drawn in threads; the two meet in one place, a queue of events a request.
+Requests arrive on an event loop; images are generated in threads. Each request has a queue of events between the two.
 """
 
 from __future__ import annotations
@@ -18,32 +18,42 @@ import torch
 
 from ppcl.errors import UserError
 from ppcl.search.variants import Variant
-from serve.config import Served
-from serve.engine import metrics as counted
-from serve.engine.admission import Admission
+from serve.config import EngineSettings, Served
+from serve.engine import metrics as instruments
+from serve.engine.admission import Admission, Decision
 from serve.engine.backlog import Backlog, Work
 from serve.engine.batcher import Cancelled
-from serve.engine.compute_thread import Arithmetic
+from serve.engine.compute_thread import ComputeThread
 from serve.engine.cost_model import profile
-from serve.engine.generation import Order, Studio, calls_per_step
+from serve.engine.generation import GenerationTask, ImageGenerator, calls_per_step
 from serve.engine.loading import Weights, load, qualities
 from serve.engine.metrics import Metrics
-from serve.engine.quality_controller import ElasticQuality, ladder
-from serve.engine.shared_pipeline import Kind, SharedPipeline
-from serve.logging import tell_failure
-from serve.protocol import AUTO, Accepted, Event, GenerationRequest, ModelCard, Picture, PipelineCard, Preview, Refused
+from serve.engine.quality_controller import QualityController, quality_levels
+from serve.engine.shared_pipeline import BatchLimits, SharedPipeline, WorkloadKey
+from serve.logging import log_failure
+from serve.protocol import (
+    AUTO,
+    Accepted,
+    Event,
+    FinalImage,
+    GenerationRequest,
+    ModelInfo,
+    PipelineInfo,
+    Preview,
+    Refused,
+)
 
 # Arguments of a pipeline's call that clients may give, where it takes them.
 _ARGUMENTS = ("negative_prompt", "guidance_scale", "true_cfg_scale")
 _WARM_UP_PROMPT = "a picture"
 _WARM_UP_STEPS = 2
-# Steps between looks at how urgent a picture is.
-_DUE_EVERY = 4
+# Steps between updates of an image's due time.
+_DUE_INTERVAL = 4
 
 
 @dataclass(eq=False)
 class _Job:
-    """A request that was accepted."""
+    """An accepted request."""
 
     request: GenerationRequest
     variant: str
@@ -52,8 +62,8 @@ class _Job:
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     works: list[Work] = field(default_factory=list)
 
-    def tell(self, event: Event | Exception) -> None:
-        """From any thread."""
+    def publish(self, event: Event | Exception) -> None:
+        """Queue an event, from any thread."""
         try:
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
         except RuntimeError:  # the loop is closed: nobody waits any more
@@ -61,170 +71,163 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """Picture `index` of a job, and when it was accepted, of `time.monotonic()`."""
+class _JobImage:
+    """Image `index` of a job. `accepted_at`: by `time.monotonic()`."""
 
     job: _Job
     index: int
-    order: Order
-    accepted: float
+    task: GenerationTask
+    accepted_at: float
 
 
 class Engine:
-    """Loads, warms up and profiles when it is made; blocking, minutes for a large model. Raises `UserError`."""
+    """Loads, warms up and profiles in its constructor, which takes minutes with a large model. Raises `UserError`."""
 
     def __init__(self, settings: Served, counters: Metrics | None = None):
         engine = settings.engine
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if engine.device == "auto" else engine.device
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("engine.device is 'cuda', but there is no GPU here; set engine.device: cpu")
-        precision = {"cuda": "bfloat16", "cpu": "float32"}[device] if engine.precision == "auto" else engine.precision
+        device = _device(engine)
         self.settings, self.counters = settings, counters or Metrics()
-        compute = Arithmetic()
+        compute = ComputeThread()
         self.weights: Weights = compute(
-            load, settings.result, settings.teacher, engine.variants, device, getattr(torch, precision)
+            load, settings.result, settings.teacher, engine.variants, device, _precision(engine, device)
         )
         self._lock = threading.Lock()
+        self._closed, self._profiled = False, False
         self._names: dict[Any, str] = {variant.plan: name for name, variant in self.weights.variants.items()}
-        self._backlog: Backlog | None = None
         shared = SharedPipeline(
             self.weights.pipeline,
             self.weights.switch,
-            engine.batch,
-            engine.gather_seconds,
-            engine.decoded_pixels,
-            self._batch_done,
+            BatchLimits(engine.batch, engine.gather_seconds, engine.decoded_pixels),
+            self._record_batch,
             compute,
         )
-        self.studio = Studio(shared)
-        self.card = self._card()
-        sampling, variants = self.weights.result.sampling, list(self.weights.variants.values())
-        usual = Order(
-            variants[0].plan, _WARM_UP_PROMPT, self.card.height, self.card.width, _WARM_UP_STEPS, 0, sampling.arguments
-        )
-        self.costs = profile(self.studio, usual, [variant.plan for variant in variants], engine.batch)
-        self._threads = ThreadPoolExecutor(engine.queue, thread_name_prefix="picture")
-        self._backlog = Backlog(self.costs, engine.batch, lambda work: self._threads.submit(self._draw, work))
+        self.generator = ImageGenerator(shared)
+        self.info = _pipeline_info(self.weights)
+        plans = [variant.plan for variant in self.weights.variants.values()]
+        self.cost_model = profile(self.generator, self._warm_up_task(), plans, engine.batch)
+        self._threads = ThreadPoolExecutor(engine.queue, thread_name_prefix="image")
+        self._backlog = Backlog(self.cost_model, engine.batch, lambda work: self._threads.submit(self._run, work))
         self._qualities = qualities(settings.result, self.weights.variants)
-        self.elastic = ElasticQuality(self._ladder(), settings.elastic)
-        self._admission = Admission(self._backlog, self.elastic, self.weights.variants, engine.queue, settings.elastic)
-        self._closed = False
+        self.quality = QualityController(self._quality_levels(), settings.elastic)
+        self._admission = Admission(self._backlog, self.quality, self.weights.variants, engine.queue, settings.elastic)
+        self._profiled = True
 
-    def _card(self) -> PipelineCard:
-        sampling, stock = self.weights.result.sampling, self.weights.pipeline
-        parameters = inspect.signature(stock.__call__).parameters
-        # Latents are cut into patches of 2 × 2.
-        multiple = stock.vae_scale_factor * 2
-        # A pipeline that has both takes this one for models that were distilled for it, and drops it for the others.
-        deaf = "true_cfg_scale" in parameters and not stock.transformer.config.get("guidance_embeds", False)
-        named = tuple(name for name in _ARGUMENTS if name in parameters and not (deaf and name == "guidance_scale"))
-        return PipelineCard(sampling.steps, sampling.height, sampling.width, multiple, named)
+    def _warm_up_task(self) -> GenerationTask:
+        """Return an image of the default size with the first variant."""
+        return GenerationTask(
+            next(iter(self.weights.variants.values())).plan,
+            _WARM_UP_PROMPT,
+            self.info.height,
+            self.info.width,
+            _WARM_UP_STEPS,
+            0,
+            self.weights.result.sampling.arguments,
+        )
 
-    def _ladder(self) -> list[str]:
-        chosen, known = self.settings.elastic.variants, self.weights.variants
-        for name in chosen or ():
-            if name not in known:
-                raise UserError(f"elastic.variants: {name!r} is not served; served are {', '.join(known)}")
-        by_size = sorted(known.values(), key=lambda variant: -variant.parameters)
-        costs = {variant.name: self._usual_seconds(variant.name, self.settings.engine.batch) for variant in by_size}
-        return list(chosen) if chosen else ladder(costs, self._qualities)
+    def _quality_levels(self) -> list[str]:
+        """Return the variants of `auto`, from large to small. Raises `UserError` where one is not served."""
+        configured, served = self.settings.elastic.variants, self.weights.variants
+        for name in configured or ():
+            if name not in served:
+                raise UserError(f"elastic.variants: {name!r} is not served; served are {', '.join(served)}")
+        if configured:
+            return list(configured)
+        by_size = sorted(served.values(), key=lambda variant: -variant.parameters)
+        costs = {variant.name: self._image_seconds(variant, self.settings.engine.batch) for variant in by_size}
+        return quality_levels(costs, self._qualities)
 
-    def _usual_seconds(self, variant: str, rows: int) -> float:
-        """Device-seconds of one picture of the default kind in a batch of so many rows."""
-        kind = Kind(self.weights.variants[variant].plan, self.card.height * self.card.width)
+    def _image_seconds(self, variant: Variant, rows: int) -> float:
+        """Return the device-seconds of one image of the default size and steps in batches of `rows` rows."""
+        workload = WorkloadKey(variant.plan, self.info.height * self.info.width)
         per_step = calls_per_step(self.weights.pipeline.__call__, self.weights.result.sampling.arguments)
-        return self.card.steps * per_step * self.costs.forward(kind, rows) / rows + self.costs.besides(kind)
+        steps_s = self.info.steps * per_step * self.cost_model.forward(workload, rows) / rows
+        return steps_s + self.cost_model.overhead(workload)
 
-    async def models(self) -> list[ModelCard]:
-        usual = self.card.height * self.card.width
+    async def models(self) -> list[ModelInfo]:
+        pixels = self.info.height * self.info.width
         return [
-            ModelCard(
+            ModelInfo(
                 variant.name,
                 variant.parameters,
                 variant.share,
                 variant.blocks,
                 self._qualities[variant.name],
-                self.costs.forward(Kind(variant.plan, usual), 1),
+                self.cost_model.forward(WorkloadKey(variant.plan, pixels), 1),
             )
             for variant in sorted(self.weights.variants.values(), key=lambda variant: -variant.parameters)
         ]
 
-    async def pipeline(self) -> PipelineCard:
-        return self.card
+    async def pipeline(self) -> PipelineInfo:
+        return self.info
 
     async def healthy(self) -> bool:
-        return not self._closed and self.studio.shared.alive
+        return not self._closed and self.generator.shared.alive
 
     def load(self) -> dict[str, float]:
-        """`backlog_seconds`: of what is accepted and of what was lately refused, at undegraded quality. `pictures`: accepted."""
+        """Return `images`, the accepted ones, and `backlog_seconds`, the demand as `Admission.demand` defines it."""
         with self._lock:
             return {
                 "backlog_seconds": self._admission.demand(time.monotonic()),
-                "pictures": float(len(self._backlog.pictures)),
+                "images": float(len(self._backlog.images)),
             }
 
     async def metrics_text(self) -> str:
         return self.counters.text()
 
     def close(self) -> None:
-        """Nothing more is accepted; what is not done ends with an error."""
+        """Refuse further requests and fail those that are not done."""
         with self._lock:
             self._closed = True
-            for work in list(self._backlog.pictures):
-                work.member.cancelled.set()
-        self.studio.close()
+            for work in list(self._backlog.images):
+                work.ticket.cancelled.set()
+        self.generator.close()
         self._threads.shutdown()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         variant = self._named(request.model)
-        tokens = await asyncio.to_thread(self._tokens, request)
+        tokens = await asyncio.to_thread(self._count_tokens, request)
         job, accepted = self._admit(request, variant, tokens)
         outcome = "cancelled"
         try:
             yield accepted
-            left = request.count
-            while left:
+            remaining = request.count
+            while remaining:
                 event = await job.events.get()
                 if isinstance(event, Exception):
                     outcome = "failed"
                     raise event
-                left -= isinstance(event, Picture)
+                remaining -= isinstance(event, FinalImage)
                 yield event
             outcome = "done"
         finally:
             self._end(job)
-            self.counters.record(counted.REQUESTS, outcome=outcome)
+            self.counters.record(instruments.REQUESTS, outcome=outcome)
 
     def _named(self, model: str) -> Variant | None:
-        """The variant of a request, None for `auto`."""
+        """Return the variant that a request names, None for `auto`. Raises `Refused` where there is no such variant."""
         if model == AUTO:
             return None
         variant = self.weights.variant(model)
         if variant is None:
             known = ", ".join([AUTO, *self.weights.variants])
-            raise Refused(
-                404,
-                "invalid_request_error",
-                f"the model {model[:80]!r} does not exist; there are {known}",
-                "model_not_found",
-                "model",
-            )
+            message = f"the model {model[:80]!r} does not exist; there are {known}"
+            raise Refused(404, "invalid_request_error", message, "model_not_found", "model")
         return variant
 
-    def _tokens(self, request: GenerationRequest) -> int:
-        """The prompt's tokens. Raises `Refused` where it, or the negative prompt, has too many."""
-        most, counts = self.settings.limits.prompt_tokens, {}
+    def _count_tokens(self, request: GenerationRequest) -> int:
+        """Return the prompt's tokens. Raises `Refused` where it or the negative prompt has too many."""
+        limit, counts = self.settings.limits.prompt_tokens, {}
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.arguments.get("negative_prompt"))):
             if text is None:
                 continue
-            counts[name] = self.studio.shared.prompt_tokens(text)
-            if counts[name] > most:
-                message = f"the {name} has {counts[name]} tokens; at most {most} are taken"
+            counts[name] = self.generator.shared.prompt_tokens(text)
+            if counts[name] > limit:
+                message = f"the {name} has {counts[name]} tokens; at most {limit} are taken"
                 raise Refused(422, "invalid_request_error", message, "string_too_long", name)
         return counts["prompt"]
 
     def _admit(self, request: GenerationRequest, named: Variant | None, tokens: int) -> tuple[_Job, Accepted]:
-        """Accept a request, or raise `Refused`."""
+        """Accept a request and queue its images. Raises `Refused`."""
         arguments = {**self.weights.result.sampling.arguments, **request.arguments}
         per_step = calls_per_step(self.weights.pipeline.__call__, arguments)
         with self._lock:
@@ -237,106 +240,147 @@ class Engine:
                 decision = self._admission.decide(request, named, per_step, now)
             except Refused as refused:
                 if refused.status == 429:
-                    self.counters.record(counted.REQUESTS, outcome="refused")
+                    self.counters.record(instruments.REQUESTS, outcome="refused")
                 raise
             job = _Job(request, decision.model, tokens, asyncio.get_running_loop())
             deadline = None if request.deadline is None else now + request.deadline
             for index in range(request.count):
-                order = Order(
-                    decision.kind.plan,
-                    request.prompt,
-                    request.height,
-                    request.width,
-                    request.steps,
-                    request.seed + index,
-                    arguments,
-                    request.previews,
+                payload = _JobImage(job, index, _task(request, decision, index, arguments), now)
+                job.works.append(
+                    Work(decision.workload, decision.undegraded, request.steps, per_step, deadline, payload)
                 )
-                turn = _Turn(job, index, order, now)
-                job.works.append(Work(decision.kind, decision.undegraded, request.steps, per_step, deadline, turn))
             for work in job.works:
                 self._backlog.add(work)
-            self._show_queue()
-        self.counters.record(
-            counted.ACCEPTED, variant=self._label(decision.model), degraded=str(decision.degraded).lower()
-        )
+            self._update_gauges()
+        label, degraded = self._label(decision.model), str(decision.degraded).lower()
+        self.counters.record(instruments.ACCEPTED, variant=label, degraded=degraded)
         return job, Accepted(decision.model, decision.degraded, decision.expected)
 
-    def _draw(self, work: Work) -> None:
-        """In a thread of its own: one picture, from its turn to its event."""
-        job, index, order, began = work.what.job, work.what.index, work.what.order, time.monotonic()
+    def _run(self, work: Work) -> None:
+        """Generate one image in this thread and publish it, or the error."""
+        event: Event | Exception
         try:
-            work.member.check()
-            if work.deadline is not None and began + self._alone(work) > work.deadline:
-                raise Refused(504, "server_error", "the deadline passed while the pictures waited", "deadline_exceeded")
-
-            def stepped(step: int) -> None:
-                with self._lock:
-                    work.steps = order.steps - step
-                    # It only moves back with every step, and takes as long as there are pictures.
-                    if step % _DUE_EVERY == 0:
-                        work.member.due = self._backlog.due(work.kind)
-
-            stepped(0)
-            drawn = self.studio.draw(
-                order, work.member, stepped, lambda number, step, image: job.tell(Preview(index, number, step, image))
-            )
-            seconds = {"queued": began - work.what.accepted, **drawn.seconds}
-            for phase, value in seconds.items():
-                self.counters.record(counted.PICTURE_SECONDS, value, phase=phase)
-            self.counters.record(counted.IMAGES, variant=self._label(job.variant))
-            told: Event | Exception = Picture(index, drawn.image, order.seed, job.prompt_tokens, seconds)
-        except Cancelled:
-            told = Refused(
-                503,
-                "server_error",
-                "the server was shut down before the pictures were drawn",
-                "shutting_down",
-                retry_after=1.0,
-            )
-        except Refused as error:
-            told = error
-        except torch.OutOfMemoryError:
-            message = "the server ran out of memory for these pictures; ask for smaller ones"
-            told = Refused(503, "server_error", message, "out_of_memory")
+            event = self._generate_image(work)
         except Exception as error:
-            tell_failure(job.request.id, error)
-            told = Refused(
-                500, "server_error", "the pictures could not be drawn; the server's log says why", "engine_error"
-            )
+            event = self._refusal(error, work.payload.job.request)
         with self._lock:
             self._backlog.remove(work)
-            self._show_queue()
-        job.tell(told)
+            self._update_gauges()
+        work.payload.job.publish(event)
 
-    def _alone(self, work: Work) -> float:
-        return self._backlog.alone(work.kind, work.steps, work.per_step, 1)
+    def _generate_image(self, work: Work) -> FinalImage:
+        """Raises `Cancelled`, `Refused` where the deadline cannot be met any more, and the pipeline's errors."""
+        job, index, task = work.payload.job, work.payload.index, work.payload.task
+        started_at = time.monotonic()
+        work.ticket.check()
+        if work.deadline is not None and started_at + self._idle_seconds(work) > work.deadline:
+            raise Refused(504, "server_error", "the deadline passed while the images waited", "deadline_exceeded")
+
+        def on_step(step: int) -> None:
+            with self._lock:
+                work.steps = task.steps - step
+                # The due time only moves later with every step, and computing it costs time per image in the backlog.
+                if step % _DUE_INTERVAL == 0:
+                    work.ticket.due = self._backlog.due(work.workload)
+
+        def on_preview(number: int, step: int, image: Any) -> None:
+            job.publish(Preview(index, number, step, image))
+
+        on_step(0)
+        generated = self.generator.generate(task, work.ticket, on_step, on_preview)
+        seconds = {"queued": started_at - work.payload.accepted_at, **generated.seconds}
+        for phase, value in seconds.items():
+            self.counters.record(instruments.PICTURE_SECONDS, value, phase=phase)
+        self.counters.record(instruments.IMAGES, variant=self._label(job.variant))
+        return FinalImage(index, generated.image, task.seed, job.prompt_tokens, seconds)
+
+    def _refusal(self, error: Exception, request: GenerationRequest) -> Refused:
+        """Return what the client is told about an error of one of its images."""
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, Cancelled):
+            message = "the server was shut down before the images were generated"
+            return Refused(503, "server_error", message, "shutting_down", retry_after=1.0)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "the server ran out of memory for these images; ask for smaller ones"
+            return Refused(503, "server_error", message, "out_of_memory")
+        log_failure(request.id, error)
+        message = "the images could not be generated; the server's log says why"
+        return Refused(500, "server_error", message, "engine_error")
+
+    def _idle_seconds(self, work: Work) -> float:
+        return self._backlog.idle_seconds(work.workload, work.steps, work.per_step, 1)
 
     def _end(self, job: _Job) -> None:
-        """Cancel what is left of a request. A picture under way notices at its next step."""
+        """Cancel what is left of a request. A running image stops at its next step."""
         with self._lock:
             for work in job.works:
-                work.member.cancelled.set()
+                work.ticket.cancelled.set()
                 if not work.running:
                     self._backlog.remove(work)
-            self._show_queue()
+            self._update_gauges()
         for work in job.works:
-            self.studio.shared.denoising.leave(work.member)
+            self.generator.shared.denoising.leave(work.ticket)
 
-    def _batch_done(self, group: tuple[Kind, Hashable], rows: int, seconds: float) -> None:
-        if self._backlog is None:  # warming up
+    def _record_batch(self, group: tuple[WorkloadKey, Hashable], rows: int, seconds: float) -> None:
+        """Update the cost model and the metrics with a batch, once profiling is done."""
+        if not self._profiled:
             return
-        self.costs.observe(group, rows, seconds)
+        self.cost_model.observe(group, rows, seconds)
         variant = self._label(self._names.get(group[0].plan, ""))
-        self.counters.record(counted.BATCH_ROWS, rows, variant=variant)
-        self.counters.record(counted.STEP_SECONDS, seconds, variant=variant)
+        self.counters.record(instruments.BATCH_ROWS, rows, variant=variant)
+        self.counters.record(instruments.STEP_SECONDS, seconds, variant=variant)
 
     def _label(self, name: str) -> str:
-        """What clients invent must not make new series."""
+        """Return the metric label of a variant. Plans that clients write must not create time series."""
         return name if name in self.weights.variants else "plan"
 
-    def _show_queue(self) -> None:
+    def _update_gauges(self) -> None:
         queued = self._backlog.queued
-        self.counters.record(counted.QUEUED, queued)
-        self.counters.record(counted.RUNNING, len(self._backlog.pictures) - queued)
-        self.counters.record(counted.BACKLOG, self._backlog.undegraded_seconds())
+        self.counters.record(instruments.QUEUED, queued)
+        self.counters.record(instruments.RUNNING, len(self._backlog.images) - queued)
+        self.counters.record(instruments.BACKLOG, self._backlog.undegraded_seconds())
+
+
+def _device(settings: EngineSettings) -> str:
+    """Return the device. Raises `UserError` where a GPU is configured and there is none."""
+    has_gpu = torch.cuda.is_available()
+    if settings.device == "auto":
+        return "cuda" if has_gpu else "cpu"
+    if settings.device == "cuda" and not has_gpu:
+        raise UserError("engine.device is 'cuda', but there is no GPU here; set engine.device: cpu")
+    return settings.device
+
+
+def _precision(settings: EngineSettings, device: str) -> torch.dtype:
+    default = {"cuda": "bfloat16", "cpu": "float32"}[device]
+    return getattr(torch, default if settings.precision == "auto" else settings.precision)
+
+
+def _pipeline_info(weights: Weights) -> PipelineInfo:
+    sampling, stock = weights.result.sampling, weights.pipeline
+    parameters = inspect.signature(stock.__call__).parameters
+    # Latents are cut into patches of 2 × 2.
+    multiple = stock.vae_scale_factor * 2
+    # A pipeline with both arguments uses guidance_scale only if the model was distilled for it.
+    ignores_guidance_scale = "true_cfg_scale" in parameters and not stock.transformer.config.get(
+        "guidance_embeds", False
+    )
+    arguments = tuple(
+        name for name in _ARGUMENTS if name in parameters and not (ignores_guidance_scale and name == "guidance_scale")
+    )
+    return PipelineInfo(sampling.steps, sampling.height, sampling.width, multiple, arguments)
+
+
+def _task(request: GenerationRequest, decision: Decision, index: int, arguments: dict[str, Any]) -> GenerationTask:
+    """Return image `index` of a request. Each image has its own seed."""
+    return GenerationTask(
+        decision.workload.plan,
+        request.prompt,
+        request.height,
+        request.width,
+        request.steps,
+        request.seed + index,
+        arguments,
+        request.previews,
+    )

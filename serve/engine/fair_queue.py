@@ -1,9 +1,8 @@
-"""Which group's batch is next.
+"""Fair queue: decides which group's batch runs next.
 
-Start-time fair queueing (Goyal, Vin and Cheng 1996) over device-seconds: every picture gets an equal share of the device, however
-large its steps are, so a small one is through while a large one does a step; pictures of a batch share what it takes, and a group
-that was idle has no credit from it. A call that must run now for its picture's deadline to hold goes before, the most urgent one
-first.
+Start-time fair queueing (Goyal, Vin and Cheng 1996) over device-seconds. Every image gets an equal share of the device,
+however large its steps are, so a small image finishes while a large one does one step. Images of one batch share the
+batch's cost. A group that was idle earns no credit. A call whose deadline requires it to run now goes first.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol
 
 
-class Waiting(Protocol):
-    """A call that waits. `due`: at which time it must run for its picture's deadline to hold; None for no hurry."""
+class WaitingCall(Protocol):
+    """A call in the queue. `due`: the latest start that meets its deadline; None without a deadline."""
 
     @property
     def group(self) -> Hashable: ...
@@ -22,32 +21,36 @@ class Waiting(Protocol):
     def due(self) -> float | None: ...
 
 
-class Turns:
-    """Not safe for threads by itself."""
+class FairQueue:
+    """Virtual start times by group. Not thread-safe: the owner holds a lock."""
 
     def __init__(self) -> None:
-        # By group, the device-seconds of each of its pictures after which it is its turn; `_now` is that of the batch that ran last.
-        self._turn: dict[Hashable, float] = {}
-        self._now = 0.0
+        # Device-seconds charged to each image of a group. The group with the lowest value runs next.
+        self._virtual_times: dict[Hashable, float] = {}
+        # The virtual time of the batch that started last.
+        self._virtual_now = 0.0
 
-    def came(self, group: Hashable) -> None:
-        """A call of a group waits."""
-        self._turn[group] = max(self._turn.get(group, 0.0), self._now)
+    def arrive(self, group: Hashable) -> None:
+        """Register a call of a group."""
+        self._virtual_times[group] = max(self._virtual_times.get(group, 0.0), self._virtual_now)
 
-    def next(self, waiting: Sequence[Waiting], now: float) -> Hashable:
-        """The group that is next, of calls in the order they came."""
-        urgent = [call for call in waiting if call.due is not None and call.due <= now]
+    def next_group(self, waiting: Sequence[WaitingCall], now: float) -> Hashable:
+        """Return the group to run next. `waiting`: at least one call, in order of arrival."""
+        urgent = [(call.due, number) for number, call in enumerate(waiting) if call.due is not None and call.due <= now]
         if urgent:
-            return min(urgent, key=lambda call: call.due).group
-        # Of equal turns that of the call that waits longest: `min` takes the first.
-        return min(waiting, key=lambda call: self._turn[call.group]).group
+            _, number = min(urgent)
+            return waiting[number].group
+        # `min` takes the first of equal ones, which has waited longest.
+        return min(waiting, key=lambda call: self._virtual_times[call.group]).group
 
-    def begun(self, group: Hashable, waiting: Iterable[Waiting]) -> None:
-        """A batch of the group runs; these calls still wait."""
-        self._now = self._turn[group]
-        kept = {call.group for call in waiting} | {group}
-        self._turn = {known: turn for known, turn in self._turn.items() if known in kept or turn > self._now}
+    def start_batch(self, group: Hashable, waiting: Iterable[WaitingCall]) -> None:
+        """Advance the virtual clock to a batch that starts. `waiting`: the calls left in the queue."""
+        self._virtual_now = self._virtual_times[group]
+        active = {call.group for call in waiting} | {group}
+        self._virtual_times = {
+            known: time for known, time in self._virtual_times.items() if known in active or time > self._virtual_now
+        }
 
-    def took(self, group: Hashable, seconds: float) -> None:
-        """What a batch of the group took, for each of its pictures."""
-        self._turn[group] = self._turn.get(group, self._now) + seconds
+    def charge(self, group: Hashable, seconds: float) -> None:
+        """Charge a group the device-seconds that its batch took for each of its images."""
+        self._virtual_times[group] = self._virtual_times.get(group, self._virtual_now) + seconds

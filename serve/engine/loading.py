@@ -1,4 +1,4 @@
-"""What the served variants need, and nothing else: their replacements, and the teacher's blocks that one of them keeps."""
+"""Load what the served variants need: their replacements, and the teacher's blocks that at least one of them keeps."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ppcl.search.variants import Variant
 from ppcl.storage.manifest import Artifacts
 from ppcl.storage.results import read_results
 
-# Longer texts are no plan of any transformer.
-_LONGEST_PLAN = 4096
+# No plan of any transformer has a longer text.
+_MAX_PLAN_LENGTH = 4096
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A pipeline in memory, and the variants that can be switched to. `blocks`: numbers of the teacher's that were loaded."""
+    """A pipeline in memory and its variants. `blocks`: indices of the teacher's loaded blocks."""
 
     result: Result
     pipeline: Any
@@ -32,10 +32,10 @@ class Weights:
     blocks: frozenset[int]
 
     def variant(self, model: str) -> Variant | None:
-        """A served variant by its name, or any plan of what is in memory, as text; None where it is neither."""
+        """Return a served variant by name, or any plan in memory by its text; None for anything else."""
         if model in self.variants:
             return self.variants[model]
-        if len(model) > _LONGEST_PLAN or model in self.result.variants:
+        if len(model) > _MAX_PLAN_LENGTH or model in self.result.variants:
             return None
         try:
             variant = self.result.variant(model)
@@ -60,19 +60,19 @@ def load(result: Path, teacher: Path | None, names: Sequence[str] | None, device
     """
     import diffusers
 
-    # Its warnings tell prompts.
+    # Its warnings contain prompts.
     diffusers.utils.logging.set_verbosity_error()
-    opened = Result(result, teacher)
+    source = Result(result, teacher)
     for name in names or ():
-        if name not in opened.variants:
+        if name not in source.variants:
             raise UserError(
-                f"engine.variants: there is no variant {name!r} in {result}; there are {', '.join(opened.variants)}"
+                f"engine.variants: there is no variant {name!r} in {result}; there are {', '.join(source.variants)}"
             )
-    variants = {name: opened.variants[name] for name in names or opened.variants}
-    blocks = frozenset().union(*(_kept(variant.plan, opened.catalog.blocks) for variant in variants.values()))
-    transformer = opened.teacher.transformer(keep=blocks, device=device, dtype=dtype)
-    pipeline = getattr(diffusers, opened.teacher.pipeline_class).from_pretrained(
-        opened.teacher.with_weights(transformer=False),
+    variants = {name: source.variants[name] for name in names or source.variants}
+    blocks = frozenset().union(*(_kept(variant.plan, source.catalog.blocks) for variant in variants.values()))
+    transformer = source.teacher.transformer(keep=blocks, device=device, dtype=dtype)
+    pipeline = getattr(diffusers, source.teacher.pipeline_class).from_pretrained(
+        source.teacher.with_weights(transformer=False),
         transformer=transformer,
         dtype=dtype,
         use_safetensors=True,
@@ -80,28 +80,33 @@ def load(result: Path, teacher: Path | None, names: Sequence[str] | None, device
     )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
-    needed = {entry for variant in variants.values() for entry in variant.plan}
+    needed = {replacement for variant in variants.values() for replacement in variant.plan}
     switch = VariantSwitcher(
-        opened.teacher, {e: path for e, path in opened.replacements.items() if e in needed}, opened.tuned
+        source.teacher,
+        {replacement: path for replacement, path in source.replacements.items() if replacement in needed},
+        source.tuned,
     )
     for variant in variants.values():
-        # Read now, so that no request waits for a file.
+        # Read the files now, so that no request waits for them.
         switch(pipeline.transformer, variant.plan)
-    return Weights(opened, pipeline, switch, variants, blocks)
+    return Weights(source, pipeline, switch, variants, blocks)
 
 
 def _kept(plan: Iterable[Replacement], count: int) -> set[int]:
-    """The blocks of the teacher of which something is still used with a plan on."""
-    return set(range(count)) - {block for entry in plan if isinstance(entry, Interval) for block in entry.blocks}
+    """Return the teacher's blocks that a plan does not replace completely."""
+    return set(range(count)) - {block for item in plan if isinstance(item, Interval) for block in item.blocks}
 
 
 def qualities(result: Path, variants: Iterable[str]) -> dict[str, float | None]:
-    """A score in [0, 1] of each variant, from the result's evaluation: the share of pictures that are right, where a world tells,
-    else one less the velocity's relative squared error. None where it was not evaluated."""
+    """Return each variant's score in [0, 1] from the result's evaluation, None where it was not evaluated.
+
+    The score is the prompt checker's share of correct images, else one minus the velocity's relative squared error.
+    Raises `UserError` where the evaluation is damaged.
+    """
     if Artifacts(result).damaged("evaluation"):
         raise UserError(f"the evaluation in {result} is damaged; run ppcl compress again, which makes it anew")
-    measured = read_results(result).stage("evaluation").get("variants", {})
-    return {name: _quality(measured[name]) if name in measured else None for name in variants}
+    evaluated = read_results(result).stage("evaluation").get("variants", {})
+    return {name: _quality(evaluated[name]) if name in evaluated else None for name in variants}
 
 
 def _quality(row: dict[str, Any]) -> float:

@@ -1,9 +1,9 @@
-"""What the engine counts. Every instrument is named here, once; where it is kept is a matter of who runs the engine."""
+"""The engine's metrics. Every instrument is defined here once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -28,16 +28,16 @@ ACCEPTED = Instrument(
     "Requests accepted, by variant, and whether it is smaller than auto would like",
     ("variant", "degraded"),
 )
-IMAGES = Instrument("counter", "ppcl_images", "Pictures drawn", ("variant",))
-QUEUED = Instrument("gauge", "ppcl_pictures_queued", "Pictures that wait to be begun")
-RUNNING = Instrument("gauge", "ppcl_pictures_running", "Pictures that are being drawn")
+IMAGES = Instrument("counter", "ppcl_images", "Images generated", ("variant",))
+QUEUED = Instrument("gauge", "ppcl_pictures_queued", "Images that wait to be started")
+RUNNING = Instrument("gauge", "ppcl_pictures_running", "Images that are being generated")
 BACKLOG = Instrument("gauge", "ppcl_backlog_seconds", "Device-seconds of what is accepted, at undegraded quality")
 BATCH_ROWS = Instrument("histogram", "ppcl_batch_rows", "Rows of a call of the transformer", ("variant",), _ROWS)
 STEP_SECONDS = Instrument(
     "histogram", "ppcl_step_seconds", "Seconds of a call of the transformer", ("variant",), _STEP_SECONDS
 )
 PICTURE_SECONDS = Instrument(
-    "histogram", "ppcl_picture_seconds", "Seconds of a picture, by phase", ("phase",), _PICTURE_SECONDS
+    "histogram", "ppcl_picture_seconds", "Seconds of an image, by phase", ("phase",), _PICTURE_SECONDS
 )
 
 INSTRUMENTS = (REQUESTS, ACCEPTED, IMAGES, QUEUED, RUNNING, BACKLOG, BATCH_ROWS, STEP_SECONDS, PICTURE_SECONDS)
@@ -47,21 +47,23 @@ VERBS = {"counter": "inc", "gauge": "set", "histogram": "observe"}
 
 
 class Metrics:
-    """Kept in this process, in a registry of its own."""
+    """Metrics of this process, in a registry of its own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        kinds = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
-        self._kept = {}
-        for one in INSTRUMENTS:
-            more = {"buckets": one.buckets} if one.buckets else {}
-            self._kept[one] = kinds[one.kind](one.name, one.description, one.labels, registry=self._registry, **more)
+        kinds: dict[str, Any] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+        self._metrics: dict[Instrument, Any] = {}
+        for instrument in INSTRUMENTS:
+            options: dict[str, Any] = {"buckets": instrument.buckets} if instrument.buckets else {}
+            self._metrics[instrument] = kinds[instrument.kind](
+                instrument.name, instrument.description, instrument.labels, registry=self._registry, **options
+            )
 
     def record(self, instrument: Instrument, value: float = 1, **labels: str) -> None:
         """Add to a counter, set a gauge, observe a value."""
-        kept = self._kept[instrument].labels(**labels) if labels else self._kept[instrument]
-        getattr(kept, VERBS[instrument.kind])(value)
+        metric = self._metrics[instrument].labels(**labels) if labels else self._metrics[instrument]
+        getattr(metric, VERBS[instrument.kind])(value)
 
     def text(self) -> str:
-        """In Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry).decode()

@@ -1,10 +1,12 @@
-"""Elastic quality: which variant a request of `auto` is drawn with.
+"""Elastic quality: chooses the variant for a request of `auto`.
 
-It is the largest one with which the request were in time even if it had to wait twice as long: half of its slack is left to those
-that come after it. A server that gives all of it away takes in large pictures until its queue is full, and has to refuse what
-comes then; the smaller variant comes too late, because its first picture costs a batch of its own. `auto` degrades at once, and recovers by one variant after some
-seconds of little load, so that it does not swing: pictures of two variants share no batch, so drawing some with each costs more
-than drawing all with one.
+The controller takes the largest variant that would meet the deadline even if the request had to wait twice as long. The
+other half of the slack is left to later requests: a server that gives all of it away accepts large images until its
+queue is full and must then refuse requests. Switching later is too late, because the first image of a smaller variant
+costs a batch of its own.
+
+`auto` degrades at once and recovers by one level after some seconds of low load. This keeps it from oscillating: images
+of two variants share no batch, so mixing variants costs more than using one.
 """
 
 from __future__ import annotations
@@ -14,30 +16,39 @@ from dataclasses import dataclass
 
 from serve.config import Elastic
 
-# A variant that is not cheaper by more than the noise of a profile is not worth degrading to.
+# A saving within the noise of a profile is not worth degrading for.
 _CHEAPER = 0.95
 
 
-def ladder(costs: Mapping[str, float], qualities: Mapping[str, float | None]) -> list[str]:
-    """The variants worth taking, from large to small. `costs`: device-seconds of one picture, by variant, the largest first.
+def quality_levels(costs: Mapping[str, float], qualities: Mapping[str, float | None]) -> list[str]:
+    """Return the variants that `auto` may use, from large to small; the first is the largest.
 
-    The first is the largest. A cheaper one follows if it gives more score a second than those before it: with one that gives
-    less, the device makes more pictures and yet less quality, and refusing some would be better. Where scores are not known,
-    every cheaper one follows that is smaller too.
+    `costs`: device-seconds of one image by variant, the largest variant first. `qualities`: scores by variant.
+
+    A cheaper variant is a level if it gives more score per second than the level above it. With a variant that gives
+    less, the device would make more images and still less quality, so refusing requests is better. Without scores,
+    every smaller and cheaper variant is a level.
     """
-    steps = [next(iter(costs))]
-    known = all(qualities.get(name) is not None for name in costs)
-    for name in sorted(costs, key=lambda name: -costs[name]) if known else costs:
-        last = steps[-1]
-        if costs[name] > _CHEAPER * costs[last]:
+    scores = {name: score for name in costs if (score := qualities.get(name)) is not None}
+    if len(scores) < len(costs):
+        return _levels_by_cost(costs)
+    levels = [next(iter(costs))]
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        last = levels[-1]
+        if costs[name] > _CHEAPER * costs[last] or scores[name] / costs[name] <= scores[last] / costs[last]:
             continue
-        if known:
-            if qualities[name] / costs[name] <= qualities[last] / costs[last]:
-                continue
-            while len(steps) > 1 and qualities[steps[-1]] <= qualities[name]:
-                steps.pop()
-        steps.append(name)
-    return steps
+        while len(levels) > 1 and scores[levels[-1]] <= scores[name]:
+            levels.pop()
+        levels.append(name)
+    return levels
+
+
+def _levels_by_cost(costs: Mapping[str, float]) -> list[str]:
+    levels = [next(iter(costs))]
+    for name in costs:
+        if costs[name] <= _CHEAPER * costs[levels[-1]]:
+            levels.append(name)
+    return levels
 
 
 @dataclass(frozen=True)
@@ -50,27 +61,28 @@ class Choice:
     in_time: bool
 
 
-class ElasticQuality:
-    """`steps`: the ladder, from large to small. Times are those of one monotonic clock, in seconds."""
+class QualityController:
+    """`levels`: variants from large to small. Times are seconds of one monotonic clock."""
 
-    def __init__(self, steps: Sequence[str], settings: Elastic):
-        self.steps, self._settings = list(steps), settings
-        # Steps below the largest variant that requests are held at, and since when there is little load.
+    def __init__(self, levels: Sequence[str], settings: Elastic):
+        self.levels, self._settings = list(levels), settings
+        # Index of the largest variant in use.
         self.level = 0
-        self._low_since: float | None = None
+        self._low_load_since: float | None = None
 
     def watch(self, now: float, load: Callable[[str], float]) -> None:
-        """Take notice of the load: `load(variant)` is the share of the device that what was wanted lately takes with that variant.
+        """Recover by one level after a period of low load.
 
-        It is not what waits: that is little just because it was degraded.
+        `load(variant)`: the share of the device that the offered load takes with that variant. The queue's length would
+        not do: it is short because requests were degraded.
         """
-        if not self.level or load(self.steps[self.level - 1]) >= self._settings.low_water:
-            self._low_since = None
-        elif self._low_since is None:
-            self._low_since = now
-        elif now - self._low_since >= self._settings.recover_seconds:
+        if not self.level or load(self.levels[self.level - 1]) >= self._settings.low_water:
+            self._low_load_since = None
+        elif self._low_load_since is None:
+            self._low_load_since = now
+        elif now - self._low_load_since >= self._settings.recover_seconds:
             self.level -= 1
-            self._low_since = now
+            self._low_load_since = now
 
     def choose(
         self,
@@ -79,20 +91,22 @@ class ElasticQuality:
         alone: Callable[[str], float],
         allowed: Callable[[str], bool] = lambda variant: True,
     ) -> Choice:
-        """The variant for a request that is to be done in `budget` seconds.
+        """Return the variant for a request with `budget` seconds to finish.
 
-        `expected(variant)`: seconds until it is done, `alone(variant)` if nothing else waited. `allowed`: whether it is not
-        smaller than the request's floor. Where no variant is in time it is the fastest one, which then is not.
+        `expected(variant)`: seconds until the request is done. `alone(variant)`: the same on an idle device.
+        `allowed(variant)`: whether the variant is not smaller than the request's floor. Where no variant is in time,
+        the choice is the fastest one, with `in_time` False.
         """
-        steps = [step for step in self.steps if allowed(step)] or self.steps[:1]
+        index = self.levels.index
+        candidates = [name for name in self.levels if allowed(name)] or self.levels[:1]
         late = 1 + self._settings.margin
-        # Those it is held at, or the nearest where its floor is above.
-        held = [step for step in steps if self.steps.index(step) >= self.level] or steps[-1:]
-        fits = [step for step in held if late * expected(step) <= budget]
-        roomy = (step for step in fits if late * (2 * expected(step) - alone(step)) <= budget)
-        first = next(roomy, (fits or held)[-1])
-        # A deadline that an idle server could not meet with a larger variant says nothing about the load.
-        could = next((self.steps.index(step) for step in steps if late * alone(step) <= budget), len(self.steps))
-        if (index := self.steps.index(first)) > max(self.level, could):
-            self.level = index
-        return Choice(first, first != self.steps[0], expected(first), first in fits)
+        # At or below the current level; the nearest one where the request's floor is above it.
+        at_level = [name for name in candidates if index(name) >= self.level] or candidates[-1:]
+        feasible = [name for name in at_level if late * expected(name) <= budget]
+        with_headroom = (name for name in feasible if late * (2 * expected(name) - alone(name)) <= budget)
+        variant = next(with_headroom, (feasible or at_level)[-1])
+        # A deadline that even an idle server meets only with a smaller variant says nothing about the load.
+        idle_level = next((index(name) for name in candidates if late * alone(name) <= budget), len(self.levels))
+        if index(variant) > max(self.level, idle_level):
+            self.level = index(variant)
+        return Choice(variant, variant != self.levels[0], expected(variant), variant in feasible)

@@ -1,7 +1,7 @@
-"""Stock pipelines that share one set of weights: copies for one picture each, whose transformer and VAE are proxies of batchers.
+"""Stock pipelines that share one set of weights: a copy for each image, whose transformer and VAE are batcher proxies.
 
-A copy is the pipeline itself, its `__call__` untouched, with a scheduler of its own. Text is encoded by one picture at a time
-(tokenizers keep state while they run), and what was encoded lately is remembered, since negative prompts repeat.
+A copy is the pipeline itself, its `__call__` untouched, with its own scheduler. One image at a time encodes text, since
+tokenizers keep state while they run. Recent embeddings are cached, since negative prompts repeat.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,103 +20,110 @@ from torch import nn
 from ppcl.models import adapter_of
 from ppcl.replacements.plan import Replacement
 from serve.engine.batch_collation import Digests, group_of, join, rows_of
-from serve.engine.batcher import Batcher, Member, Told
-from serve.engine.compute_thread import Arithmetic
+from serve.engine.batcher import Batcher, BatchObserver, Ticket
+from serve.engine.compute_thread import ComputeThread
 
 Plan = tuple[Replacement, ...]
 
 
-class Kind(NamedTuple):
-    """What a picture's steps cost depends on: the plan that is on, and the picture's pixels."""
+class WorkloadKey(NamedTuple):
+    """What the cost of an image's steps depends on: its plan and its pixels."""
 
     plan: Plan
     pixels: int
 
 
-# Prompts whose embeddings are kept.
-_REMEMBERED_PROMPTS = 32
+# Prompts whose embeddings are cached.
+_CACHED_PROMPTS = 32
 
 
 class TransformerProxy(nn.Module):
-    """Stands in a pipeline's copy where the transformer was: answers what a pipeline asks of it, and hands its calls on."""
+    """Replaces the transformer in a pipeline's copy: exposes its attributes and passes its calls to the batcher."""
 
-    def __init__(self, transformer: nn.Module, kind: Kind, batcher: Batcher, member: Member):
+    def __init__(self, transformer: nn.Module, workload: WorkloadKey, batcher: Batcher, ticket: Ticket):
         super().__init__()
         self.config, self.dtype, self.device = transformer.config, transformer.dtype, transformer.device
         self._architecture = adapter_of(transformer)
-        self._kind, self._batcher, self._member = kind, batcher, member
+        self._workload, self._batcher, self._ticket = workload, batcher, ticket
         self._digests = Digests()
 
     def cache_context(self, name: str) -> contextlib.AbstractContextManager:
-        """Caches of steps belong to one picture and not to a batch: there is none."""
+        """Return an empty context: step caches belong to one image and not to a batch."""
         return contextlib.nullcontext()
 
     def forward(self, **arguments: Any) -> tuple[torch.Tensor]:
         arguments["return_dict"] = False
-        group = self._kind, group_of(self._architecture, arguments, self._digests)
+        group = self._workload, group_of(self._architecture, arguments, self._digests)
         rows = rows_of(self._architecture, arguments)
-        return (self._batcher.call(group, rows, arguments, self._member),)
+        return (self._batcher.call(group, rows, arguments, self._ticket),)
 
 
 class VaeProxy(nn.Module):
-    """Stands where the VAE was. It decodes one batch of pictures at a time: some VAEs keep state while they run."""
+    """Replaces the VAE in a pipeline's copy. One batch decodes at a time: some VAEs keep state while they run."""
 
-    def __init__(self, vae: nn.Module, batcher: Batcher, member: Member):
+    def __init__(self, vae: nn.Module, batcher: Batcher, ticket: Ticket):
         super().__init__()
         self.config, self.dtype, self.device = vae.config, vae.dtype, vae.device
-        self._batcher, self._member = batcher, member
+        self._batcher, self._ticket = batcher, ticket
 
     def decode(self, latents: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
         group = tuple(latents.shape[1:]), latents.dtype
-        return (self._batcher.call(group, latents.shape[0], latents, self._member),)
+        return (self._batcher.call(group, latents.shape[0], latents, self._ticket),)
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """`max_rows`: of a transformer batch. `gather_s`: see `Batcher`. `decoded_pixels`: of images decoded at once."""
+
+    max_rows: int
+    gather_s: float
+    decoded_pixels: int
 
 
 class SharedPipeline:
-    """One pipeline for many pictures at once. `switch(transformer, plan)` is called between batches, by their thread.
+    """One pipeline for many images at once.
 
-    `arithmetic`: what computes. `most_rows`: of a batch of the transformer; `decoded_pixels`: of pictures that are decoded at once. `told`: of every batch of
-    the transformer, with its `Kind` first in its group.
+    `switch(transformer, plan)` is called between batches, in the compute thread. `on_batch` is called after every batch
+    of the transformer; its group is a tuple whose first item is the `WorkloadKey`.
     """
 
     def __init__(
         self,
         pipeline: Any,
         switch: Callable[[nn.Module, Plan], None],
-        most_rows: int,
-        gather: float,
-        decoded_pixels: int,
-        told: Told,
-        arithmetic: Arithmetic | None = None,
+        limits: BatchLimits,
+        on_batch: BatchObserver,
+        compute: ComputeThread | None = None,
     ):
-        self.stock, self._switch = pipeline, switch
-        self.arithmetic = arithmetic or Arithmetic()
+        self.stock, self._switch, self._limits = pipeline, switch, limits
+        self.compute = compute or ComputeThread()
         self.adapter = adapter_of(pipeline.transformer)
-        self._on: Plan | None = None
+        self._active_plan: Plan | None = None
         self._encoding = threading.Lock()
-        self._encoded: OrderedDict[Hashable, Any] = OrderedDict()
-        compute = self.arithmetic
+        self._embeddings: OrderedDict[Hashable, Any] = OrderedDict()
+        run = self.compute
         self.denoising = Batcher(
-            "denoising", lambda *batch: compute(self._forward, *batch), lambda group: most_rows, gather, told
+            "denoising",
+            lambda *batch: run(self._forward, *batch),
+            lambda group: limits.max_rows,
+            limits.gather_s,
+            on_batch,
         )
-        self.decoding = Batcher(
-            "decoding",
-            lambda *batch: compute(self._decode, *batch),
-            lambda group: self._decoded_at_once(group, decoded_pixels),
-        )
+        self.decoding = Batcher("decoding", lambda *batch: run(self._decode, *batch), self._max_decoded)
 
-    def copy(self, kind: Kind, member: Member) -> Any:
-        """The pipeline for one picture."""
-        made = copy.copy(self.stock)
+    def copy(self, workload: WorkloadKey, ticket: Ticket) -> Any:
+        """The pipeline for one image."""
+        clone = copy.copy(self.stock)
         # Not by `setattr`, with which a pipeline also changes the configuration that all copies share.
-        made.__dict__.update(
+        clone.__dict__.update(
             {
-                "transformer": TransformerProxy(self.stock.transformer, kind, self.denoising, member),
-                "vae": VaeProxy(self.stock.vae, self.decoding, member),
+                "transformer": TransformerProxy(self.stock.transformer, workload, self.denoising, ticket),
+                "vae": VaeProxy(self.stock.vae, self.decoding, ticket),
                 "scheduler": copy.deepcopy(self.stock.scheduler),
                 "encode_prompt": self._encode_prompt,
             }
         )
-        return made
+        return clone
 
     @property
     def alive(self) -> bool:
@@ -124,53 +132,55 @@ class SharedPipeline:
     def close(self) -> None:
         self.denoising.close()
         self.decoding.close()
-        self.arithmetic.close()
+        self.compute.close()
 
     def prompt_tokens(self, prompt: str) -> int:
-        """Counted by the pipeline's longest-reading tokenizer, without the template it puts a prompt into."""
+        """Count a prompt's tokens with the tokenizer of the longest limit, without the pipeline's template."""
         names = ("tokenizer_3", "tokenizer_2", "tokenizer")
         tokenizer = next(t for t in (getattr(self.stock, name, None) for name in names) if t is not None)
         with self._encoding:
             return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
-    def _forward(self, group: tuple[Kind, Hashable], calls: Sequence[dict[str, Any]]) -> Sequence[torch.Tensor]:
-        kind, _ = group
-        self.plug(kind.plan)
+    def _forward(self, group: tuple[WorkloadKey, Hashable], calls: Sequence[dict[str, Any]]) -> Sequence[torch.Tensor]:
+        workload, _ = group
+        self.activate(workload.plan)
         output = self.stock.transformer(**join(self.adapter, calls))[0]
         if output.is_cuda:
-            # Or the batch would cost nothing, and the next one its time too.
+            # Otherwise the batch would seem free and the next one pay for both.
             torch.cuda.synchronize()
         return output.split([rows_of(self.adapter, call) for call in calls])
 
-    def plug(self, plan: Plan) -> None:
-        """Leave the transformer with this plan on. Moves references only."""
-        if plan != self._on:
-            self._on = None
+    def activate(self, plan: Plan) -> None:
+        """Switch the transformer to a plan. Moves references only."""
+        if plan != self._active_plan:
+            self._active_plan = None
             self._switch(self.stock.transformer, plan)
-            self._on = plan
+            self._active_plan = plan
 
     def _decode(self, group: Hashable, latents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        pictures = self.stock.vae.decode(torch.cat(list(latents)), return_dict=False)[0]
-        return pictures.split([one.shape[0] for one in latents])
+        images = self.stock.vae.decode(torch.cat(list(latents)), return_dict=False)[0]
+        return images.split([tensor.shape[0] for tensor in latents])
 
-    def _decoded_at_once(self, group: tuple[tuple[int, ...], torch.dtype], most_pixels: int) -> int:
+    def _max_decoded(self, group: tuple[tuple[int, ...], torch.dtype]) -> int:
+        """Return the number of images of a shape of latents that are decoded at once."""
         *_, height, width = group[0]
-        return max(1, most_pixels // (height * width * self.stock.vae_scale_factor**2))
+        return max(1, self._limits.decoded_pixels // (height * width * self.stock.vae_scale_factor**2))
 
     def _encode_prompt(self, *args: Any, **arguments: Any) -> Any:
+        """Return the stock pipeline's embeddings of a prompt, from the cache where possible."""
+
+        def encode() -> Any:
+            return self.compute(type(self.stock).encode_prompt, self.stock, *args, **arguments)
+
         with self._encoding:
-
-            def encoded() -> Any:
-                return self.arithmetic(type(self.stock).encode_prompt, self.stock, *args, **arguments)
-
             key = (args, tuple(sorted(arguments.items())))
             try:
-                known = self._encoded.get(key)
-            except TypeError:  # tensors and lists have no hash to be remembered by
-                return encoded()
-            if known is None:
-                known = self._encoded[key] = encoded()
-                if len(self._encoded) > _REMEMBERED_PROMPTS:
-                    self._encoded.popitem(last=False)
-            self._encoded.move_to_end(key)
-            return known
+                embeddings = self._embeddings.get(key)
+            except TypeError:  # tensors and lists cannot be keys
+                return encode()
+            if embeddings is None:
+                embeddings = self._embeddings[key] = encode()
+                if len(self._embeddings) > _CACHED_PROMPTS:
+                    self._embeddings.popitem(last=False)
+            self._embeddings.move_to_end(key)
+            return embeddings

@@ -86,7 +86,8 @@ class Browser:
     def click(self, selector: str) -> None:
         """The mouse, at the middle of the element, wherever that is."""
         place = (
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); "
+            "e.scrollIntoView({block: 'center'});"
             "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
         x, y = self.run(place)

@@ -3,6 +3,7 @@
 import pytest
 
 from serve.config import Http, Limits, Settings
+from tests import made_result
 from tests.serve.served import Server
 
 # Wide enough for requests that are still under way when they are cancelled.
@@ -17,14 +18,20 @@ def no_keys_in_the_environment():
 
 
 @pytest.fixture(scope="session")
-def served(teacher_folder, tmp_path_factory):
+def result_folder(tmp_path_factory, teacher_folder):
+    """A result of the tiny teacher with the variants teacher, p90, p75, all and ends. No test may change it."""
+    return made_result.result(tmp_path_factory.mktemp("served") / "result", teacher_folder)
+
+
+@pytest.fixture(scope="session")
+def served(result_folder):
     """What the engine is to load."""
     from serve.config import Served
-    from tests import made_result
 
-    folder = made_result.result(tmp_path_factory.mktemp("served") / "result", teacher_folder)
-    # Patient, so that `auto` draws with the teacher however busy the machine is.
-    return Served(result=folder, limits=LIMITS, engine={"queue": 16, "device": "cpu"}, elastic={"patience": 10_000})
+    # Patient, so that `auto` generates with the teacher however busy the machine is.
+    return Served(
+        result=result_folder, limits=LIMITS, engine={"queue": 16, "device": "cpu"}, elastic={"patience": 10_000}
+    )
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ class Server:
     def ask(
         self, method: str, path: str, body: bytes | list[bytes] = b"", headers: Mapping[str, str | bytes] | None = None
     ) -> Answer:
-        """One request as it is written here, nothing checked or escaped. A list of bytes is sent in chunks, without a length."""
+        """Send one request as written, nothing checked or escaped. A list of bytes is sent in chunks."""
         framing = {"transfer-encoding": "chunked"} if isinstance(body, list) else {"content-length": str(len(body))}
         sent = {"host": f"127.0.0.1:{self.port}", "connection": "close"} | framing | dict(headers or {})
         lines = [f"{method} {path} HTTP/1.1".encode("latin-1")]

@@ -19,8 +19,9 @@ import openai
 import psutil
 import pytest
 
+from jobs.cli import main as cli
 from ppcl.storage.object_store import Store
-from tests import made_result
+from tests import bucket
 from tests.listening import nobody_else_gets_in
 from tests.serve.waiting import PATIENCE, until
 
@@ -30,10 +31,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 class Command:
     """One that runs. `said`: its lines so far."""
 
-    def __init__(self, result, *more, port=None):
+    def __init__(self, result, *more, environment=None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.port = port or free.getsockname()[1]
+            self.port = free.getsockname()[1]
         command = [
             sys.executable,
             "-m",
@@ -51,7 +52,7 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
         )
         self.said: list[str] = []
         self._reading = threading.Thread(target=self._read, daemon=True)
@@ -74,7 +75,7 @@ class Command:
         until(said, f"it says {words!r}")
 
     def send(self, number):
-        """A signal to the command alone, as `kill` does; a terminal's Ctrl-C also reaches its children, which Ray shields from it."""
+        """Signal the command alone, as `kill` does. Ray shields the children from a terminal's Ctrl-C."""
         self._children |= set(psutil.Process(self.process.pid).children(recursive=True))
         self.process.send_signal(number)
 
@@ -91,7 +92,7 @@ class Command:
             again.bind(("127.0.0.1", self.port))
         return code
 
-    def draw(self, steps, **more):
+    def generate(self, steps, **more):
         client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=PATIENCE
         )
@@ -134,26 +135,46 @@ def start():
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory, teacher_folder):
-    return made_result.result(tmp_path_factory.mktemp("command") / "job", teacher_folder)
+def bucket_server(result_folder, s3_server, tmp_path_factory):
+    """A server of a result in a bucket, shared by the tests up to the one that stops it."""
+    environment = {
+        **bucket.CREDENTIALS,
+        "AWS_ENDPOINT_URL": s3_server.url,
+        "AWS_MAX_ATTEMPTS": "3",
+        "PPCL_SCRATCH": str(tmp_path_factory.mktemp("scratch")),
+    }
+    url = f"s3://{bucket.BUCKET}/served"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        store = Store(url)
+        for path in sorted(result_folder.rglob("*")):
+            if path.is_file():
+                store.upload(path, f"result/{path.relative_to(result_folder)}")
+    command = Command(f"{url}/result", environment=environment)
+    yield command
+    command.kill()
 
 
-def test_a_result_in_a_bucket_is_served_and_ctrl_c_finishes_what_is_under_way(start, result, s3):
-    store = Store(s3.bucket)
-    for path in sorted(result.rglob("*")):
-        if path.is_file():
-            store.upload(path, f"result/{path.relative_to(result)}")
-    command = start(f"{s3.bucket}/result").serving()
-    assert command.health() == 200
+def test_a_result_in_a_bucket_is_served(bucket_server):
+    assert bucket_server.serving().health() == 200
+
+
+def test_nobody_else_reaches_the_processes_of_a_server(bucket_server):
+    nobody_else_gets_in(bucket_server.serving().process.pid)
+
+
+def test_ctrl_c_finishes_requests_in_flight(bucket_server):
+    command = bucket_server.serving()
     with ThreadPoolExecutor(1) as pool:
-        drawing = pool.submit(command.draw, 600)
-        until(lambda: command.requests_running() == [1.0], "a picture is under way")
+        generating = pool.submit(command.generate, 600)
+        until(lambda: command.requests_running() == [1.0], "an image is under way")
         command.send(signal.SIGINT)
         until(lambda: command.health() == 503, "nobody is let in any more")
         with pytest.raises(openai.InternalServerError) as refused:
-            command.draw(2)
+            command.generate(2)
         assert (refused.value.status_code, refused.value.code) == (503, "shutting_down")
-        assert len(drawing.result(PATIENCE).data[0].b64_json) > 0
+        assert len(generating.result(PATIENCE).data[0].b64_json) > 0
     assert command.ended() == 0
     assert any("  200  POST  /v1/images/generations  " in line and "  all  " in line for line in command.said)
     assert any("  503  POST  " in line and "shutting_down" in line for line in command.said)
@@ -161,20 +182,12 @@ def test_a_result_in_a_bucket_is_served_and_ctrl_c_finishes_what_is_under_way(st
     assert "stopping" in command.said and "secret" not in "\n".join(command.said), command.said
 
 
-def test_nobody_else_reaches_the_processes_of_a_server(start, result):
-    command = start(result).serving()
-    assert command.health() == 200
-    nobody_else_gets_in(command.process.pid)
-    command.send(signal.SIGTERM)
-    assert command.ended() == 0
-
-
-def test_a_second_signal_ends_what_is_under_way_with_a_clear_answer(start, result, tmp_path):
+def test_a_second_signal_ends_what_is_under_way_with_a_clear_answer(start, result_folder, tmp_path):
     file = tmp_path / "log.jsonl"
-    command = start(result, "--quiet", "--set", f"log.file={file}").serving()
+    command = start(result_folder, "--quiet", "--set", f"log.file={file}").serving()
     with ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(command.draw, 100_000)
-        stream = pool.submit(lambda: list(command.draw(100_000, stream=True, partial_images=1)))
+        whole = pool.submit(command.generate, 100_000)
+        stream = pool.submit(lambda: list(command.generate(100_000, stream=True, partial_images=1)))
         until(lambda: command.requests_running() == [2.0], "both are under way")
         command.send(signal.SIGTERM)
         command.saying("finishing 2 requests; Ctrl-C again ends them")
@@ -187,13 +200,13 @@ def test_a_second_signal_ends_what_is_under_way_with_a_clear_answer(start, resul
         assert "shut down" in str(broken.value)
     assert command.ended() == 0
     assert not any("POST" in line for line in command.said), "it was to be quiet"
-    told = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {one.get("error") for one in told if one["route"] == "/v1/images/generations"} == {"shutting_down"}
-    assert all(one["id"] for one in told) and "secret" not in file.read_text()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {line.get("error") for line in lines if line["route"] == "/v1/images/generations"} == {"shutting_down"}
+    assert all(line["id"] for line in lines) and "secret" not in file.read_text()
 
 
-def test_ctrl_c_while_it_starts_leaves_nothing_behind(start, result):
-    command = start(result)
+def test_ctrl_c_while_it_starts_leaves_nothing_behind(start, result_folder):
+    command = start(result_folder)
     until(lambda: len(psutil.Process(command.process.pid).children(recursive=True)) > 3, "Ray starts")
     time.sleep(2)
     command.send(signal.SIGINT)
@@ -201,31 +214,41 @@ def test_ctrl_c_while_it_starts_leaves_nothing_behind(start, result):
     assert "Traceback" not in "\n".join(command.said)
 
 
-def refused(result, *more, **environment):
-    """What the command says of a mistake, in one line."""
-    run = subprocess.run(
-        [sys.executable, "-m", "jobs.cli.main", "serve", str(result), *more],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "PPCL_API_KEYS"} | environment,
-        timeout=PATIENCE,
-    )
-    assert run.returncode == 2 and not run.stdout and run.stderr.count("\n") == 1, (run.stdout, run.stderr)
-    return run.stderr.removeprefix("ppcl: ").rstrip("\n")
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run the command in this process; gives what it says of a mistake, in one line."""
+    monkeypatch.delenv("PPCL_API_KEYS", raising=False)
+
+    def start(name):
+        raise AssertionError(f"{name} was started")
+
+    # A mistake that passes fails the test instead of serving.
+    monkeypatch.setattr("serve.local_server.close_embedded_ray", lambda: start("Ray"))
+
+    def run(result, *arguments):
+        monkeypatch.setattr(sys, "argv", ["ppcl", "serve", str(result), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        output = capsys.readouterr()
+        assert stop.value.code == 2 and not output.out and output.err.count("\n") == 1, output
+        return output.err.removeprefix("ppcl: ").rstrip("\n")
+
+    return run
 
 
-def test_mistakes_are_told_before_anything_is_started(result, tmp_path):
+def test_mistakes_are_told_before_anything_is_started(refused, result_folder, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
         assert (
-            refused(result, "--port", port)
+            refused(result_folder, "--port", port)
             == f"127.0.0.1:{port} cannot be listened at: Address already in use; choose another --host or --port"
         )
     assert "there is no API key; set PPCL_API_KEYS or http.api_keys_file, or listen at 127.0.0.1" in refused(
-        result, "--host", "0.0.0.0"
+        result_folder, "--host", "0.0.0.0"
     )
-    assert f"log.file {tmp_path} cannot be written: Is a directory" in refused(result, "--set", f"log.file={tmp_path}")
-    assert "there is no variant 'p50' in" in refused(result, "--set", "engine.variants=[p50]")
+    assert f"log.file {tmp_path} cannot be written: Is a directory" in refused(
+        result_folder, "--set", f"log.file={tmp_path}"
+    )
+    assert "there is no variant 'p50' in" in refused(result_folder, "--set", "engine.variants=[p50]")

@@ -21,15 +21,13 @@ import openai
 import pytest
 from PIL import Image
 
-from serve.autoscaling import BACKLOG, BacklogPolicy
 from serve.config import load_settings
-from serve.protocol import GenerationRequest, Picture
-from tests import made_result
+from serve.protocol import FinalImage, GenerationRequest
 from tests.serve.waiting import PATIENCE, until
 
 APP = "ppcl"
 DASHBOARD = Path(__file__).resolve().parents[2] / "cluster" / "grafana.json"
-# So many that a picture is still under way when a test does something to its replica.
+# So many that an image is still under way when a test does something to its replica.
 LONG, SHORT = 400, 4
 
 
@@ -90,13 +88,13 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(ray_cluster, tmp_path_factory, teacher_folder):
+def site(ray_cluster, result_folder):
     from ray import serve
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = Site(made_result.result(tmp_path_factory.mktemp("deployed") / "job", teacher_folder), port)
+    made = Site(result_folder, port)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     try:
         made.deploy("engine.queue=8")
@@ -106,7 +104,7 @@ def site(ray_cluster, tmp_path_factory, teacher_folder):
 
 
 def under_load(site, clients, act, steps=SHORT):
-    """`act()` while so many clients ask for one picture after the other; what each of them was answered."""
+    """`act()` while so many clients ask for one image after the other; what each of them was answered."""
     stop, answers = [], []
 
     def ask(seed):
@@ -129,9 +127,9 @@ def under_load(site, clients, act, steps=SHORT):
 
 
 def test_the_official_client_draws_streams_and_lists(site):
-    drawn = site.draw(seed=7)
-    image = Image.open(io.BytesIO(base64.b64decode(drawn.data[0].b64_json)))
-    assert image.size == (32, 32) and drawn.variant == "teacher"
+    generated = site.draw(seed=7)
+    image = Image.open(io.BytesIO(base64.b64decode(generated.data[0].b64_json)))
+    assert image.size == (32, 32) and generated.variant == "teacher"
     events = list(
         site.client().images.generate(
             prompt="a photo of a red circle",
@@ -179,12 +177,12 @@ def test_a_client_that_goes_away_frees_the_engine(site):
     stream = site.client().images.generate(
         prompt="x", model="teacher", stream=True, partial_images=3, extra_body={"num_inference_steps": 1000}
     )
-    until(lambda: site.load()["pictures"] == 2, "both are under way")
+    until(lambda: site.load()["images"] == 2, "both are under way")
     next(iter(stream))
     stream.close()
-    until(lambda: site.load()["pictures"] == 1, "the stream's picture ends")
+    until(lambda: site.load()["images"] == 1, "the stream's image ends")
     waiting.close()
-    until(lambda: site.load()["pictures"] == 0, "the other picture ends")
+    until(lambda: site.load()["images"] == 0, "the other image ends")
 
 
 def test_a_full_engine_says_so_and_when_to_come_back(site):
@@ -218,7 +216,7 @@ def test_a_replica_that_is_killed_under_load_loses_no_request(site):
         actor = ray.get_actor(name, namespace="serve")
         time.sleep(1)
         # The busiest moment there is: both replicas draw.
-        until(lambda: all(site.load()["pictures"] > 0 for _ in range(6)), "the replicas draw")
+        until(lambda: all(site.load()["images"] > 0 for _ in range(6)), "the replicas draw")
         ray.kill(actor, no_restart=True)
         until(
             lambda: len(set(site.actors()) - {name}) == 2 and site.replicas() == 2,
@@ -255,7 +253,7 @@ def test_what_was_told_of_a_lost_replicas_request_is_not_told_again(site):
 
     events = asyncio.run(watch())
     assert [getattr(event, "number", None) for event in events] == [None, *range(8), None]
-    assert isinstance(events[-1], Picture)
+    assert isinstance(events[-1], FinalImage)
 
 
 def test_replicas_follow_the_work_up_and_down_and_no_request_fails(site):
@@ -271,16 +269,3 @@ def test_replicas_follow_the_work_up_and_down_and_no_request_fails(site):
     answers = under_load(site, 8, lambda: until(lambda: site.replicas() == 2, "a second replica"), steps=100)
     answers += under_load(site, 1, lambda: until(lambda: site.replicas() == 1, "back to one"), steps=SHORT)
     assert all(answer is True for answer in answers), Counter(map(str, answers))
-
-
-class Told:
-    """What Ray Serve hands a policy."""
-
-    def __init__(self, backlogs, target=3):
-        self.target_num_replicas = target
-        self.aggregated_metrics = {BACKLOG: dict(enumerate(backlogs))} if backlogs else {}
-
-
-@pytest.mark.parametrize(("backlogs", "wanted"), [([25.0, 10.0], 3.5), ([0.0, 0.0], 0), ([], 3), ([10.0], 1)])
-def test_the_policy_wants_as_many_replicas_as_keep_the_backlog_at_its_target(backlogs, wanted):
-    assert BacklogPolicy(target_seconds=10)(Told(backlogs)) == (wanted, {})

@@ -1,4 +1,4 @@
-"""Requests that are wrong in many ways, drawn from a seed."""
+"""Requests that are wrong in many ways, generated from a seed."""
 
 from __future__ import annotations
 

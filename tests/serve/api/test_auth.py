@@ -3,7 +3,7 @@
 import pytest
 
 from ppcl.errors import UserError
-from serve.api.auth import Keys, check_exposure, check_host
+from serve.api.auth import ApiKeys, check_exposure, check_host
 from serve.config import Http
 from serve.protocol import Refused
 
@@ -13,7 +13,7 @@ def no_keys_in_the_environment(monkeypatch):
     monkeypatch.delenv("PPCL_API_KEYS", raising=False)
 
 
-def refusal(keys: Keys, header: str | None) -> Refused:
+def refusal(keys: ApiKeys, header: str | None) -> Refused:
     with pytest.raises(Refused) as caught:
         keys.check(header)
     assert caught.value.status == 401
@@ -23,7 +23,7 @@ def refusal(keys: Keys, header: str | None) -> Refused:
 def test_keys_come_from_the_environment_and_from_a_file(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_KEYS", "one, two,")
     (tmp_path / "keys").write_text("three\n\nfour\n")
-    keys = Keys(Http(api_keys_env="MY_KEYS", api_keys_file=tmp_path / "keys"))
+    keys = ApiKeys(Http(api_keys_env="MY_KEYS", api_keys_file=tmp_path / "keys"))
     for key in ("one", "two", "three", "four"):
         keys.check(f"Bearer {key}")
         keys.check(f"bearer  {key} ")
@@ -46,19 +46,19 @@ def test_keys_come_from_the_environment_and_from_a_file(monkeypatch, tmp_path):
 )
 def test_anything_but_a_known_key_is_refused(monkeypatch, header):
     monkeypatch.setenv("PPCL_API_KEYS", "sesame")
-    refused = refusal(Keys(Http()), header)
+    refused = refusal(ApiKeys(Http()), header)
     assert "sesam" not in refused.message.lower()
 
 
 def test_a_file_without_keys_is_an_error_rather_than_an_open_server(tmp_path):
     (tmp_path / "empty").write_text("\n \n")
     with pytest.raises(UserError, match="holds no key"):
-        Keys(Http(api_keys_file=tmp_path / "empty"))
+        ApiKeys(Http(api_keys_file=tmp_path / "empty"))
     with pytest.raises(UserError, match="No such file"):
-        Keys(Http(api_keys_file=tmp_path / "gone"))
+        ApiKeys(Http(api_keys_file=tmp_path / "gone"))
     (tmp_path / "odd").write_text("good\nkey with blanks\n")
     with pytest.raises(UserError, match="API key 2 of 2") as caught:
-        Keys(Http(api_keys_file=tmp_path / "odd"))
+        ApiKeys(Http(api_keys_file=tmp_path / "odd"))
     assert "with blanks" not in str(caught.value)
 
 
@@ -78,11 +78,11 @@ def test_a_file_without_keys_is_an_error_rather_than_an_open_server(tmp_path):
 def test_without_keys_only_this_machine_is_listened_to(monkeypatch, host, open_to_others):
     if open_to_others:
         with pytest.raises(UserError, match="there is no API key"):
-            check_exposure(Http(host=host), Keys(Http()))
+            check_exposure(Http(host=host), ApiKeys(Http()))
     else:
-        check_exposure(Http(host=host), Keys(Http()))
+        check_exposure(Http(host=host), ApiKeys(Http()))
     monkeypatch.setenv("PPCL_API_KEYS", "one")
-    check_exposure(Http(host=host), Keys(Http()))
+    check_exposure(Http(host=host), ApiKeys(Http()))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""OpenAI's own client, unmodified, against a real engine: pictures, streams, models, and its typed exceptions."""
+"""OpenAI's own client, unmodified, against a real engine: images, streams, models, and its typed exceptions."""
 
 import asyncio
 import base64
@@ -48,7 +48,7 @@ def test_an_answer_tells_what_was_drawn_and_how(server):
         **ASKED, n=2, user="u", style="vivid", extra_body={"seed": 5, "num_inference_steps": 3}
     )
     assert (answer.size, answer.output_format, answer.background, len(answer.data)) == ("32x32", "png", "opaque", 2)
-    # Pictures of 32 × 32 are 4 × 4 tokens of the tiny transformer, whose VAE has a factor of 4.
+    # Images of 32 × 32 are 4 × 4 tokens of the tiny transformer, whose VAE has a factor of 4.
     assert answer.usage.output_tokens == 2 * (32 // 8) ** 2
     assert 0 < answer.usage.input_tokens == answer.usage.input_tokens_details.text_tokens
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
@@ -231,7 +231,7 @@ def full_queue(server):
 
 
 def waiting(server) -> bool:
-    """Whether a picture is being drawn or waits to be."""
+    """Whether an image is being generated or waits to be."""
     answer = server.ask("GET", "/metrics")
     assert answer.status == 200
     told = answer.body.decode()

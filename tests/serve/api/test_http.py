@@ -1,4 +1,4 @@
-"""What surrounds the API: keys, headers, bodies as they come over a socket, clients that leave, logs, metrics, health."""
+"""What surrounds the API: keys, headers, bodies over a socket, clients that leave, logs, metrics, health."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from serve.config import Settings
-from serve.logging import log, log_as_json, plain, tell_failure
+from serve.logging import log, log_as_json, log_failure, readable
 from tests.serve.api.test_client import waiting
 from tests.serve.served import Server, until
 
@@ -55,11 +55,11 @@ def test_with_keys_everything_but_the_page_and_health_asks_for_one(locked_server
 
 
 def test_without_keys_a_page_under_another_name_cannot_use_the_server(server, locked_server):
-    answer = server.generate(VALID, {"host": "pictures.example"})
+    answer = server.generate(VALID, {"host": "images.example"})
     assert (answer.status, answer.error["code"]) == (403, "forbidden_host")
-    assert server.ask("GET", "/", headers={"host": "pictures.example"}).status == 403
+    assert server.ask("GET", "/", headers={"host": "images.example"}).status == 403
     assert server.ask("GET", "/health", headers={"host": "10.0.0.7"}).status == 200
-    assert locked_server.generate(VALID, {"host": "pictures.example", "authorization": "Bearer sesame"}).status == 200
+    assert locked_server.generate(VALID, {"host": "images.example", "authorization": "Bearer sesame"}).status == 200
 
 
 def test_other_sites_may_not_read_answers(server):
@@ -111,7 +111,8 @@ def test_a_client_that_is_refused_unread_still_gets_to_its_answer(locked_server)
 
 
 def test_a_body_that_does_not_arrive_in_time_is_refused(server):
-    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\n"
+    head += "content-type: application/json\r\ncontent-length: 100\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(head.encode() + b'{"prompt"')
         told = connection.recv(65536)
@@ -127,7 +128,8 @@ def test_addresses_and_methods_that_are_not_there_are_told_in_the_envelope(serve
 def _send(server, values) -> socket.socket:
     body = json.dumps(values).encode()
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
-    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/images/generations HTTP/1.1\r\nhost: 127.0.0.1:{server.port}\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     return connection
 
@@ -289,7 +291,7 @@ def test_a_failure_is_logged_by_its_place_without_its_words(lines):
     try:
         raise ValueError("the prompt was a secret wish")
     except ValueError as error:
-        tell_failure("req_1", error)
+        log_failure("req_1", error)
     (told,) = lines()
     assert (told["level"], told["id"], told["error"]) == ("error", "req_1", "ValueError")
     assert told["at"][-1].startswith("test_http.py:") and "secret" not in json.dumps(told)
@@ -305,16 +307,16 @@ def test_the_servers_log_can_be_asked_for_twice_without_lines_coming_twice(lines
 def test_a_line_of_the_log_can_be_read_by_people(server, lines):
     assert server.generate(VALID).status == 200 and server.generate(VALID | {"model": "no-such"}).status == 404
     until(lambda: len(lines()) == 2, "two lines")
-    drawn, refused = (plain(json.dumps(told)) for told in lines())
-    assert re.fullmatch(r"\d\d:\d\d:\d\d  200  POST  /v1/images/generations  \d+\.\d{3} s  all  req_\w+", drawn)
+    generated, refused = (readable(json.dumps(told)) for told in lines())
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  200  POST  /v1/images/generations  \d+\.\d{3} s  all  req_\w+", generated)
     assert re.fullmatch(
         r"\d\d:\d\d:\d\d  404  POST  /v1/images/generations  \d+\.\d{3} s  model_not_found  req_\w+", refused
     )
     try:
         raise ValueError("a secret wish")
     except ValueError as error:
-        tell_failure("req_1", error)
-    assert re.fullmatch(r"\S+  failure  ValueError  test_http\.py:\d+ \w+  req_1", plain(json.dumps(lines()[-1])))
+        log_failure("req_1", error)
+    assert re.fullmatch(r"\S+  failure  ValueError  test_http\.py:\d+ \w+  req_1", readable(json.dumps(lines()[-1])))
 
 
 def test_the_time_of_a_request_is_the_clients(server):

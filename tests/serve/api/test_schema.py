@@ -3,11 +3,11 @@
 import pytest
 
 from serve.api.schema import ImageRequest, parse
-from serve.api.validation import generation
+from serve.api.validation import to_generation_request
 from serve.config import Limits
-from serve.protocol import PipelineCard, Refused
+from serve.protocol import PipelineInfo, Refused
 
-CARD = PipelineCard(steps=20, height=64, width=96, multiple=16, arguments=("negative_prompt", "true_cfg_scale"))
+INFO = PipelineInfo(steps=20, height=64, width=96, multiple=16, arguments=("negative_prompt", "true_cfg_scale"))
 
 
 def refusal(**values) -> Refused:
@@ -16,13 +16,13 @@ def refusal(**values) -> Refused:
     return caught.value
 
 
-def wanted(limits=None, card=CARD, **values):
-    return generation(parse({"prompt": "a red circle"} | values), "req_1", card, limits or Limits())
+def wanted(limits=None, info=INFO, **values):
+    return to_generation_request(parse({"prompt": "a red circle"} | values), "req_1", info, limits or Limits())
 
 
-def excess(limits=None, card=CARD, **values) -> Refused:
+def excess(limits=None, info=INFO, **values) -> Refused:
     with pytest.raises(Refused) as caught:
-        wanted(limits, card, **values)
+        wanted(limits, info, **values)
     assert caught.value.status == 422
     return caught.value
 
@@ -152,7 +152,7 @@ def test_refusals_tell_missing_unknown_and_wrongly_typed_apart():
         ({"pixels": 64 * 64}, {"size": "64x80"}, "size", "5120 pixels; at most 4096 are made"),
         ({"aspect": 2}, {"size": "160x64"}, "size", "at most 2 times the shorter one"),
         ({"steps": 30}, {"num_inference_steps": 31}, "num_inference_steps", "at most 30 are taken"),
-        ({"pictures": 2}, {"n": 3}, "n", "at most 2 pictures"),
+        ({"pictures": 2}, {"n": 3}, "n", "at most 2 images"),
         (
             {"work": 64 * 64 * 20},
             {"size": "64x64", "n": 2},

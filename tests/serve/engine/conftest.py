@@ -1,9 +1,8 @@
 import pytest
 
-from tests import made_result
+from ppcl.models.teacher import Teacher
 
 
-@pytest.fixture(scope="session")
-def result_folder(tmp_path_factory, teacher_folder):
-    """A result of the tiny teacher with the variants teacher, p90, p75, all and ends."""
-    return made_result.result(tmp_path_factory.mktemp("served") / "job", teacher_folder)
+@pytest.fixture(scope="module")
+def qwen(teacher_folder):
+    return Teacher(teacher_folder).pipeline()

@@ -15,24 +15,24 @@ from ppcl.search.variants import Variant
 from serve.config import Elastic
 from serve.engine.admission import Admission
 from serve.engine.backlog import Backlog, Work
-from serve.engine.cost_model import Costs, Profile
-from serve.engine.fair_queue import Turns
-from serve.engine.quality_controller import ElasticQuality, ladder
-from serve.engine.shared_pipeline import Kind
+from serve.engine.cost_model import CostModel, Profile
+from serve.engine.fair_queue import FairQueue
+from serve.engine.quality_controller import QualityController, quality_levels
+from serve.engine.shared_pipeline import WorkloadKey
 from serve.protocol import AUTO, GenerationRequest, Refused
 
 BATCH, QUEUE, STEPS, SIDE = 8, 64, 20, 64
-# Steps between looks at how urgent a picture is, as in the engine.
+# Steps between looks at how urgent an image is, as in the engine.
 DUE_EVERY = 4
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`profiles` and `scores` by variant, the largest first; `around`: seconds of a picture besides its steps."""
+    """`profiles` and `scores` by variant, the largest first; `overhead_s`: seconds of an image besides its steps."""
 
     profiles: Mapping[str, Profile]
     scores: Mapping[str, float]
-    around: float
+    overhead_s: float
     slower: float = 1.0
     noise: float = 0.1
 
@@ -43,34 +43,34 @@ class Machine:
         return {name: Variant(name, plan, 1000 - number, 1.0, 1) for number, (name, plan) in enumerate(plans.items())}
 
     def picture(self, name: str, rows: int) -> float:
-        """Device-seconds of one picture in batches of so many rows."""
-        return STEPS * self.profiles[name].seconds(rows) / rows + self.around
+        """Device-seconds of one image in batches of so many rows."""
+        return STEPS * self.profiles[name].seconds(rows) / rows + self.overhead_s
 
 
 @dataclass
 class _Call:
     work: Work
-    group: Kind
+    group: WorkloadKey
 
     @property
     def due(self) -> float | None:
-        return self.work.member.due
+        return self.work.ticket.due
 
 
 class Simulation:
-    """One server. `run(arrivals, choose, deadline)`: what its clients got of requests at these seconds; None where refused,
-    else the variant and the seconds until the picture."""
+    """One server. `run(arrivals, choose, deadline)`: what its clients got of requests at these seconds; None where
+    refused, else the variant and the seconds until the image."""
 
     def __init__(self, machine: Machine, elastic: Elastic | None = None, seed: int = 0):
         self.machine, self.now, self._draw = machine, 0.0, random.Random(seed)
         settings, variants = elastic or Elastic(), machine.variants
         profiles = {variants[name].plan: profile for name, profile in machine.profiles.items()}
-        self.costs = Costs(profiles, machine.around, SIDE * SIDE, clock=lambda: self.now)
-        self.backlog = Backlog(self.costs, BATCH, self._begin)
-        steps = ladder({name: machine.picture(name, BATCH) for name in variants}, machine.scores)
-        self.elastic = ElasticQuality(list(settings.variants or steps), settings)
-        self.admission = Admission(self.backlog, self.elastic, variants, QUEUE, settings)
-        self._turns, self._encoding, self._calls = Turns(), [], []
+        self.cost_model = CostModel(profiles, machine.overhead_s, SIDE * SIDE, clock=lambda: self.now)
+        self.backlog = Backlog(self.cost_model, BATCH, self._begin)
+        steps = quality_levels({name: machine.picture(name, BATCH) for name in variants}, machine.scores)
+        self.quality = QualityController(list(settings.variants or steps), settings)
+        self.admission = Admission(self.backlog, self.quality, variants, QUEUE, settings)
+        self._fair_queue, self._encoding, self._calls = FairQueue(), [], []
         self._told: dict[int, tuple[str, float] | None] = {}
 
     def run(
@@ -83,7 +83,7 @@ class Simulation:
             while coming and coming[0][1] <= self.now:
                 self._arrive(*coming.pop(0), choose, deadline)
             if self._encoding:
-                self._take(self.machine.around / 2)
+                self._take(self.machine.overhead_s / 2)
                 self._wait(self._encoding.pop(0))
             elif self._calls:
                 self._batch()
@@ -99,16 +99,16 @@ class Simulation:
             self._told[number] = None
             return
         wanted = None if deadline is None else at + deadline
-        self.backlog.add(Work(decision.kind, decision.undegraded, STEPS, 1, wanted, (number, at, decision.model)))
+        self.backlog.add(Work(decision.workload, decision.undegraded, STEPS, 1, wanted, (number, at, decision.model)))
 
     def _begin(self, work: Work) -> None:
         self._encoding.append(work)
 
     def _wait(self, work: Work) -> None:
         if work.steps % DUE_EVERY == 0:
-            work.member.due = self.backlog.due(work.kind)
-        self._turns.came(work.kind)
-        self._calls.append(_Call(work, work.kind))
+            work.ticket.due = self.backlog.due(work.workload)
+        self._fair_queue.arrive(work.workload)
+        self._calls.append(_Call(work, work.workload))
 
     def _take(self, seconds: float) -> float:
         seconds *= self.machine.slower * self._draw.lognormvariate(0, self.machine.noise)
@@ -116,20 +116,20 @@ class Simulation:
         return seconds
 
     def _batch(self) -> None:
-        group = self._turns.next(self._calls, self.now)
+        group = self._fair_queue.next_group(self._calls, self.now)
         taken = [call for call in self._calls if call.group == group][:BATCH]
         self._calls = [call for call in self._calls if call not in taken]
-        self._turns.begun(group, self._calls)
-        seconds = self._take(self.costs.undisturbed(group, len(taken)))
-        self._turns.took(group, seconds / len(taken))
-        self.costs.observe((group, None), len(taken), seconds)
+        self._fair_queue.start_batch(group, self._calls)
+        seconds = self._take(self.cost_model.undisturbed(group, len(taken)))
+        self._fair_queue.charge(group, seconds / len(taken))
+        self.cost_model.observe((group, None), len(taken), seconds)
         for call in taken:
             call.work.steps -= 1
             if call.work.steps:
                 self._wait(call.work)
             else:
-                self._take(self.machine.around / 2)
-                number, at, model = call.work.what
+                self._take(self.machine.overhead_s / 2)
+                number, at, model = call.work.payload
                 self._told[number] = model, self.now - at
                 self.backlog.remove(call.work)
 
@@ -149,8 +149,10 @@ def effective_quality(told: list[tuple[str, float] | None], deadline: float, sco
 def compared(
     machine: Machine, load: float, deadline: float, seeds: int, seconds: float = 60.0, elastic: Elastic | None = None
 ) -> dict[str, list[float]]:
-    """Effective quality by policy and seed. `load`: of the capacity of the largest variant in full batches; `deadline`: times the
-    seconds of its picture alone."""
+    """Effective quality by policy and seed.
+
+    `load`: of the capacity of the largest variant in full batches. `deadline`: times the seconds of its image alone.
+    """
     first = next(iter(machine.profiles))
     rate, limit = (
         load / machine.picture(first, BATCH) / machine.slower,
@@ -159,7 +161,7 @@ def compared(
     found: dict[str, list[float]] = {}
     for seed in range(seeds):
         arrivals = poisson(rate, seconds, seed)
-        steps = Simulation(machine, elastic).elastic.steps
+        steps = Simulation(machine, elastic).quality.levels
         choices = {
             "elastic": lambda number: AUTO,
             **{f"always {name}": (lambda number, name=name: name) for name in steps},

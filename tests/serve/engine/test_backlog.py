@@ -4,10 +4,10 @@ import pytest
 
 from ppcl.replacements.plan import Interval
 from serve.engine.backlog import Backlog, Work
-from serve.engine.cost_model import Costs, Profile
-from serve.engine.shared_pipeline import Kind
+from serve.engine.cost_model import CostModel, Profile
+from serve.engine.shared_pipeline import WorkloadKey
 
-LARGE, SMALL = Kind((), 1000), Kind((Interval(0, 1),), 1000)
+LARGE, SMALL = WorkloadKey((), 1000), WorkloadKey((Interval(0, 1),), 1000)
 # One row takes 1 s, every further one 0.2 s; the small variant half of it; 1 s for text and decoding.
 COSTS = {LARGE.plan: Profile(1, 1.0, 4, 1.6), SMALL.plan: Profile(1, 0.5, 4, 0.8)}
 
@@ -19,11 +19,11 @@ def begun():
 
 @pytest.fixture
 def backlog(begun):
-    return Backlog(Costs(COSTS, 1.0, 1000), 4, begun.append)
+    return Backlog(CostModel(COSTS, 1.0, 1000), 4, begun.append)
 
 
-def work(kind=LARGE, steps=10, deadline=None, undegraded=LARGE):
-    return Work(kind, undegraded, steps, 1, deadline, None)
+def work(workload=LARGE, steps=10, deadline=None, undegraded=LARGE):
+    return Work(workload, undegraded, steps, 1, deadline, None)
 
 
 def test_a_lane_has_a_batch_under_way_and_the_rest_waits_in_order(backlog, begun):
@@ -35,9 +35,9 @@ def test_a_lane_has_a_batch_under_way_and_the_rest_waits_in_order(backlog, begun
     assert begun == works[:5]
     backlog.remove(works[5])
     backlog.remove(works[0])
-    assert begun == works[:5] and backlog.queued == 0 and len(backlog.pictures) == 3
+    assert begun == works[:5] and backlog.queued == 0 and len(backlog.images) == 3
     backlog.remove(works[0])
-    assert len(backlog.pictures) == 3
+    assert len(backlog.images) == 3
 
 
 def test_no_lane_waits_for_another(backlog, begun):
@@ -49,40 +49,40 @@ def test_no_lane_waits_for_another(backlog, begun):
 
 
 def test_a_lane_has_as_many_under_way_as_batching_pays_for(begun):
-    """Where a batch takes as long as its pictures one after the other, more of them at once only end later."""
-    linear = Costs({LARGE.plan: Profile(1, 1.0, 8, 8.0), SMALL.plan: Profile(1, 1.0, 8, 2.0)}, 1.0, 1000)
+    """Where a batch takes as long as its images one after the other, more of them at once only end later."""
+    linear = CostModel({LARGE.plan: Profile(1, 1.0, 8, 8.0), SMALL.plan: Profile(1, 1.0, 8, 2.0)}, 1.0, 1000)
     backlog = Backlog(linear, 8, begun.append)
-    assert (backlog.together(LARGE), backlog.together(SMALL)) == (2, 7)
+    assert (backlog.concurrency(LARGE), backlog.concurrency(SMALL)) == (2, 7)
     for _ in range(5):
         backlog.add(work())
     assert len(begun) == 2 and backlog.queued == 3
 
 
 def test_alone_a_request_takes_its_steps_and_what_is_around_them(backlog):
-    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(11)
-    assert backlog.expected(LARGE, 10, 2, 1) == pytest.approx(21)
-    assert backlog.expected(LARGE, 10, 1, 4) == pytest.approx(16 + 4)
-    assert backlog.expected(LARGE, 10, 1, 8) == pytest.approx(2 * 16 + 8)
-    assert backlog.alone(LARGE, 10, 1, 8) == pytest.approx(2 * 16 + 8)
+    assert backlog.expected_seconds(LARGE, 10, 1, 1) == pytest.approx(11)
+    assert backlog.expected_seconds(LARGE, 10, 2, 1) == pytest.approx(21)
+    assert backlog.expected_seconds(LARGE, 10, 1, 4) == pytest.approx(16 + 4)
+    assert backlog.expected_seconds(LARGE, 10, 1, 8) == pytest.approx(2 * 16 + 8)
+    assert backlog.idle_seconds(LARGE, 10, 1, 8) == pytest.approx(2 * 16 + 8)
 
 
 def test_in_company_it_waits_for_what_the_device_has_to_do(backlog):
     for _ in range(3):
         backlog.add(work())
     # All four share batches: ten steps of four rows, and four times what is around them.
-    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(16 + 4)
+    assert backlog.expected_seconds(LARGE, 10, 1, 1) == pytest.approx(16 + 4)
     for _ in range(4):
         backlog.add(work(SMALL))
-    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(16 + 8 + 8)
-    assert backlog.alone(LARGE, 10, 1, 1) == pytest.approx(11)
+    assert backlog.expected_seconds(LARGE, 10, 1, 1) == pytest.approx(16 + 8 + 8)
+    assert backlog.idle_seconds(LARGE, 10, 1, 1) == pytest.approx(11)
 
 
 def test_a_batch_is_expected_to_stay_as_large_as_it_is(backlog):
-    """Steps left: 10, 5, 5 and 2 of four places, which others take as they end; a fifth begins where the shortest ends."""
+    """Steps left: 10, 5, 5 and 2 in four slots, which others take as they end; a fifth starts after the shortest."""
     for steps in (10, 5, 5, 2):
         backlog.add(work(steps=steps))
     assert backlog.seconds() == pytest.approx(10 * 1.6 + 4)
-    assert backlog.expected(LARGE, 10, 1, 1) == pytest.approx(12 * 1.6 + 5)
+    assert backlog.expected_seconds(LARGE, 10, 1, 1) == pytest.approx(12 * 1.6 + 5)
 
 
 def test_what_is_done_does_not_count(backlog):
@@ -105,7 +105,7 @@ def test_a_lanes_step_is_due_when_what_is_before_it_and_what_is_left_of_it_just_
         backlog.add(one)
     assert backlog.due(LARGE) == pytest.approx(100 - 11)
     assert backlog.due(SMALL) == pytest.approx(50 - 11 - 6)
-    assert backlog.due(Kind((), 2000)) is None
+    assert backlog.due(WorkloadKey((), 2000)) is None
 
 
 def test_those_that_wait_for_their_turn_hurry_a_lane_too(backlog):
@@ -115,26 +115,3 @@ def test_those_that_wait_for_their_turn_hurry_a_lane_too(backlog):
     backlog.add(work(deadline=60.0))
     # Five large ones in a lane of four, twenty forwards of four rows, and the small one before the last.
     assert backlog.due(LARGE) == pytest.approx(60 - (20 * 1.6 + 5) - 6)
-
-
-def test_costs_follow_what_batches_take_size_by_size():
-    costs = Costs(COSTS, 1.0, 1000, clock=lambda: 0.0)
-    twice = Kind((), 2000)
-    assert costs.forward(twice, 4) == pytest.approx(3.2)
-    for _ in range(100):
-        costs.observe((twice, "whatever else"), 4, 9.6)
-    assert costs.forward(twice, 4) == pytest.approx(9.6, rel=1e-3)
-    assert costs.forward(Kind(SMALL.plan, 2000), 4) == pytest.approx(4.8, rel=1e-3)
-    assert costs.forward(LARGE, 4) == costs.undisturbed(LARGE, 4) == pytest.approx(1.6)
-    assert costs.forward(Kind((Interval(2, 3),), 1000), 1) == pytest.approx(1.0), "not profiled: the slowest"
-
-
-def test_a_disturbance_is_forgotten_when_no_batch_tells_of_it_any_more():
-    """Or a server that refuses everything for being slow would do so for ever."""
-    now = [0.0]
-    costs = Costs(COSTS, 1.0, 1000, clock=lambda: now[0])
-    for _ in range(200):
-        costs.observe((LARGE, "whatever else"), 1, 1000.0)
-    assert costs.forward(LARGE, 1) == pytest.approx(4.0, rel=1e-3), "no batch is believed beyond that"
-    now[0] = 30.0
-    assert costs.forward(LARGE, 1) == pytest.approx(1.0, abs=0.01)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from serve.engine.batcher import Batcher, Cancelled, Member
+from serve.engine.batcher import Batcher, Cancelled, Ticket
 
 # Long enough that a thread which is to come back does, however busy the machine.
 GATHER = 60.0
@@ -47,17 +47,17 @@ def made():
 
 
 def calls(batcher, group, count, name="call"):
-    """A picture: `count` calls one after the other."""
-    member = Member()
+    """An image: `count` calls one after the other."""
+    ticket = Ticket()
     for number in range(count):
-        assert batcher.call(group, 1, f"{name} {number}", member) == f"{name} {number}!"
-    batcher.leave(member)
+        assert batcher.call(group, 1, f"{name} {number}", ticket) == f"{name} {number}!"
+    batcher.leave(ticket)
 
 
-def held(pool, batcher, member=None):
+def held(pool, batcher, ticket=None):
     """Keeps the batcher busy, so that other calls wait."""
-    one = pool.submit(batcher.call, "held", 1, "first", member or Member())
-    until(lambda: one.running() and not batcher._waiting and batcher._turns._turn)
+    one = pool.submit(batcher.call, "held", 1, "first", ticket or Ticket())
+    until(lambda: one.running() and not batcher._waiting and batcher._fair_queue._virtual_times)
     return one
 
 
@@ -80,7 +80,7 @@ def test_pictures_that_began_together_stay_together(made):
     ran = Ran()
     batcher = made(ran, gather=GATHER)
     with ThreadPoolExecutor(5) as pool:
-        before = Member()
+        before = Ticket()
         first = held(pool, batcher, before)
         for number in range(4):
             pool.submit(calls, batcher, "steps 2", 10, str(number))
@@ -99,13 +99,13 @@ def test_a_batch_holds_at_most_so_many_rows_and_the_longest_waiting_first(made):
     with ThreadPoolExecutor(6) as pool:
         held(pool, batcher)
         for number in range(5):
-            asked(pool, batcher, "steps 1", 1, number, Member())
+            asked(pool, batcher, "steps 1", 1, number, Ticket())
         ran.go.set()
     assert [arguments for group, arguments in ran if group == "steps 1"] == [[0, 1, 2], [3, 4]]
 
 
 def test_a_crowd_of_long_calls_does_not_hold_a_short_one_up(made):
-    """Sixteen pictures of 80 ms a batch of eight, 10 ms each, against one of 1 ms: some ten of its calls to one of theirs."""
+    """Sixteen images, 80 ms per batch of eight, against one of 1 ms: some ten of its calls to one of theirs."""
     ran = Ran()
     batcher = made(ran, gather=GATHER)
     with ThreadPoolExecutor(17) as pool:
@@ -122,7 +122,7 @@ def test_a_crowd_of_long_calls_does_not_hold_a_short_one_up(made):
 
 
 def test_pictures_of_a_batch_share_what_it_takes(made):
-    """Eight together and one alone, all steps as long: each picture gets its share, so the eight run eight times as often."""
+    """Eight together and one alone, all steps as long: each image gets its share, so the eight run 8 times as often."""
     ran = Ran()
     batcher = made(ran, gather=GATHER)
     with ThreadPoolExecutor(9) as pool:
@@ -156,26 +156,26 @@ def test_what_must_run_now_for_its_deadline_goes_first(made):
     batcher = made(ran, most=1)
     with ThreadPoolExecutor(4) as pool:
         held(pool, batcher)
-        asked(pool, batcher, "a 1", 1, "calm", Member())
-        asked(pool, batcher, "b 1", 1, "late", Member(due=time.monotonic() - 1))
-        asked(pool, batcher, "c 1", 1, "latest", Member(due=time.monotonic() - 2))
+        asked(pool, batcher, "a 1", 1, "calm", Ticket())
+        asked(pool, batcher, "b 1", 1, "late", Ticket(due=time.monotonic() - 1))
+        asked(pool, batcher, "c 1", 1, "latest", Ticket(due=time.monotonic() - 2))
         ran.go.set()
     assert [arguments[0] for _, arguments in ran[1:]] == ["latest", "late", "calm"]
 
 
 def test_a_cancelled_picture_neither_waits_nor_runs(made):
-    ran, member = Ran(), Member()
+    ran, ticket = Ran(), Ticket()
     batcher = made(ran)
     with ThreadPoolExecutor(2) as pool:
         held(pool, batcher)
-        waiting = asked(pool, batcher, "steps 1", 1, "unwanted", member)
-        member.cancelled.set()
-        batcher.leave(member)
+        waiting = asked(pool, batcher, "steps 1", 1, "unwanted", ticket)
+        ticket.cancelled.set()
+        batcher.leave(ticket)
         with pytest.raises(Cancelled):
             waiting.result(timeout=60)
         assert not ran, "it waited for the batch before it"
         with pytest.raises(Cancelled):
-            batcher.call("steps 1", 1, "unwanted", member)
+            batcher.call("steps 1", 1, "unwanted", ticket)
         ran.go.set()
     assert [group for group, _ in ran] == ["held"]
 
@@ -188,8 +188,8 @@ def test_an_error_is_that_of_its_batch_alone(made):
 
     batcher = made(run)
     with ThreadPoolExecutor(4) as pool:
-        bad = [pool.submit(batcher.call, "bad", 1, n, Member()) for n in range(2)]
-        good = [pool.submit(batcher.call, "good", 1, n, Member()) for n in range(2)]
+        bad = [pool.submit(batcher.call, "bad", 1, n, Ticket()) for n in range(2)]
+        good = [pool.submit(batcher.call, "good", 1, n, Ticket()) for n in range(2)]
         assert [one.result() for one in good] == [0, 1]
         for one in bad:
             with pytest.raises(ValueError, match="broken"):
@@ -210,11 +210,11 @@ def test_what_does_not_fit_into_memory_is_run_alone_and_remembered(made):
     batcher = made(run, gather=GATHER)
 
     def once(group, argument):
-        member = Member()
+        ticket = Ticket()
         try:
-            return batcher.call(group, 1, argument, member)
+            return batcher.call(group, 1, argument, ticket)
         finally:
-            batcher.leave(member)
+            batcher.leave(ticket)
 
     with ThreadPoolExecutor(6) as pool:
         first = pool.submit(once, "one", "first")
@@ -237,7 +237,7 @@ def test_nobody_waits_for_a_batcher_that_is_closed(made):
     batcher = made(ran)
     with ThreadPoolExecutor(3) as pool:
         held(pool, batcher)
-        waiting = asked(pool, batcher, "steps 1", 1, "unwanted", Member())
+        waiting = asked(pool, batcher, "steps 1", 1, "unwanted", Ticket())
         closing = pool.submit(batcher.close)
         until(lambda: not batcher.alive)
         ran.go.set()
@@ -245,4 +245,4 @@ def test_nobody_waits_for_a_batcher_that_is_closed(made):
         with pytest.raises(Cancelled):
             waiting.result(timeout=60)
     with pytest.raises(Cancelled):
-        batcher.call("steps 1", 1, "unwanted", Member())
+        batcher.call("steps 1", 1, "unwanted", Ticket())

@@ -9,7 +9,7 @@ import torch
 
 from serve.config import load_settings
 from serve.engine.engine import Engine
-from serve.protocol import Accepted, GenerationRequest, Picture, Preview, Refused
+from serve.protocol import Accepted, FinalImage, GenerationRequest, Preview, Refused
 
 PATIENCE = 60.0
 ELASTIC = ("elastic.variants=[teacher,all]", "elastic.patience=1.5", "elastic.recover_seconds=0")
@@ -45,15 +45,15 @@ def run(coroutine):
 
 
 async def idle(engine):
-    """Until nothing is accepted: cancelled pictures notice at their next step."""
-    while engine._backlog.pictures:
+    """Until nothing is accepted: cancelled images notice at their next step."""
+    while engine._backlog.images:
         await asyncio.sleep(0.01)
 
 
 def test_a_request_is_accepted_then_drawn_as_the_stock_pipeline_would(engine, result_folder):
     accepted, picture = run(events(engine, model="ends"))
     assert accepted == Accepted("ends", False, accepted.expected_seconds) and accepted.expected_seconds > 0
-    assert isinstance(picture, Picture) and (picture.index, picture.seed) == (0, 5) and picture.prompt_tokens > 0
+    assert isinstance(picture, FinalImage) and (picture.index, picture.seed) == (0, 5) and picture.prompt_tokens > 0
     assert set(picture.seconds) == {"queued", "encoding", "denoising", "decoding"}
     from ppcl.result import Result
 
@@ -69,24 +69,24 @@ def test_a_request_is_accepted_then_drawn_as_the_stock_pipeline_would(engine, re
 
 def test_each_picture_has_its_own_seed_previews_and_number(engine):
     told = run(events(engine, model="teacher", count=3, previews=2, steps=6))
-    pictures = sorted((e for e in told if isinstance(e, Picture)), key=lambda e: e.index)
-    assert [(p.index, p.seed) for p in pictures] == [(0, 5), (1, 6), (2, 7)]
-    assert not np.array_equal(pictures[0].image, pictures[1].image)
+    images = sorted((e for e in told if isinstance(e, FinalImage)), key=lambda e: e.index)
+    assert [(p.index, p.seed) for p in images] == [(0, 5), (1, 6), (2, 7)]
+    assert not np.array_equal(images[0].image, images[1].image)
     for index in range(3):
-        own = [e for e in told if isinstance(e, Preview | Picture) and e.index == index]
-        assert [(e.number, e.step) for e in own[:-1]] == [(0, 2), (1, 4)] and isinstance(own[-1], Picture)
+        own = [e for e in told if isinstance(e, Preview | FinalImage) and e.index == index]
+        assert [(e.number, e.step) for e in own[:-1]] == [(0, 2), (1, 4)] and isinstance(own[-1], FinalImage)
     alone = run(events(engine, model="teacher", seed=6, steps=6))[-1]
-    assert np.abs(alone.image.astype(int) - pictures[1].image).max() <= 1
+    assert np.abs(alone.image.astype(int) - images[1].image).max() <= 1
 
 
 def test_models_are_the_variants_from_large_to_small(engine):
-    cards = run(engine.models())
-    assert [card.id for card in cards] == ["teacher", "p90", "ends", "p75", "all"]
-    assert all(card.seconds_per_step > 0 for card in cards)
-    card = run(engine.pipeline())
-    assert (card.steps, card.height, card.width, card.multiple) == (2, 32, 32, 8)
+    infos = run(engine.models())
+    assert [info.id for info in infos] == ["teacher", "p90", "ends", "p75", "all"]
+    assert all(info.seconds_per_step > 0 for info in infos)
+    info = run(engine.pipeline())
+    assert (info.steps, info.height, info.width, info.multiple) == (2, 32, 32, 8)
     # The tiny Qwen-Image was not distilled for a guidance scale.
-    assert card.arguments == ("negative_prompt", "true_cfg_scale")
+    assert info.arguments == ("negative_prompt", "true_cfg_scale")
 
 
 def test_a_plan_as_text_is_a_model_too(engine):
@@ -113,7 +113,7 @@ def test_what_cannot_be_served_is_refused_and_leaves_nothing_behind(engine, chan
         run(events(engine, **changes))
     assert (refused.value.status, refused.value.code, refused.value.param) == (status, code, param)
     assert (refused.value.retry_after is not None) == (status == 429)
-    assert not engine._backlog.pictures
+    assert not engine._backlog.images
 
 
 def test_a_full_queue_tells_when_to_come_back(engine):
@@ -124,7 +124,7 @@ def test_a_full_queue_tells_when_to_come_back(engine):
         refused = [one for one in told if isinstance(one, Refused)]
         assert len(refused) == 2 and {one.code for one in refused} == {"queue_full"}
         assert all(one.status == 429 and one.retry_after >= 1 for one in refused)
-        assert all(sum(isinstance(e, Picture) for e in one) == 4 for one in told if not isinstance(one, Refused))
+        assert all(sum(isinstance(e, FinalImage) for e in one) == 4 for one in told if not isinstance(one, Refused))
 
     run(crowd())
 
@@ -143,7 +143,7 @@ def test_under_load_auto_degrades_and_a_model_that_was_named_never_does(engine):
     told = run(crowd())
     assert told[:4] == [("teacher", False)] * 4
     assert told[4] == ("teacher", False) or told[4][1]
-    assert told[9][1] and told[9][0] in engine.elastic.steps[1:]
+    assert told[9][1] and told[9][0] in engine.quality.levels[1:]
     assert told[10:] == [("teacher", False)] * 2
 
 
@@ -152,7 +152,7 @@ def test_a_deadline_that_the_load_does_not_allow_is_refused_with_a_time_to_come_
         slow = [asyncio.create_task(events(engine, model="teacher", steps=100)) for _ in range(8)]
         await asyncio.sleep(0.1)
         # Enough alone, and too little behind the others.
-        alone = engine._backlog.alone(next(iter(engine._backlog.pictures)).kind, 4, 1, 1)
+        alone = engine._backlog.idle_seconds(next(iter(engine._backlog.images)).workload, 4, 1, 1)
         with pytest.raises(Refused) as refused:
             await events(engine, model="teacher", deadline=3 * alone)
         assert (refused.value.status, refused.value.code) == (429, "deadline_unmet") and refused.value.retry_after >= 1
@@ -169,20 +169,20 @@ def test_closing_the_iterator_cancels_what_is_not_done(engine):
     async def leave():
         told = engine.generate(request(count=8, steps=1000, previews=3))
         assert isinstance(await anext(told), Accepted)
-        assert len(engine._backlog.pictures) == 8 and engine._backlog.queued >= 4
+        assert len(engine._backlog.images) == 8 and engine._backlog.queued >= 4
         await told.aclose()
         began = time.monotonic()
         await idle(engine)
         return time.monotonic() - began
 
-    assert run(leave()) < 20, "a thousand steps of eight pictures were drawn"
-    assert isinstance(run(events(engine))[-1], Picture)
+    assert run(leave()) < 20, "a thousand steps of eight images were generated"
+    assert isinstance(run(events(engine))[-1], FinalImage)
 
 
 def test_a_waiting_task_that_is_cancelled_cancels_its_pictures(engine):
     async def leave():
         task = asyncio.create_task(events(engine, steps=1000))
-        while not engine._backlog.pictures:
+        while not engine._backlog.images:
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -194,10 +194,10 @@ def test_a_waiting_task_that_is_cancelled_cancels_its_pictures(engine):
 
 def test_a_deadline_that_passes_while_pictures_wait_is_dropped_before_they_are_begun(engine, monkeypatch):
     async def crowd():
-        monkeypatch.setattr(engine._backlog, "expected", lambda *of: 0.0)
+        monkeypatch.setattr(engine._backlog, "expected_seconds", lambda *of: 0.0)
         slow = [asyncio.create_task(events(engine, model="teacher", steps=40)) for _ in range(4)]
         await asyncio.sleep(0.05)
-        alone = engine._backlog.alone(next(iter(engine._backlog.pictures)).kind, 4, 1, 1)
+        alone = engine._backlog.idle_seconds(next(iter(engine._backlog.images)).workload, 4, 1, 1)
         with pytest.raises(Refused) as refused:
             await events(engine, model="teacher", deadline=2 * alone)
         assert (refused.value.status, refused.value.code) == (504, "deadline_exceeded")
@@ -224,7 +224,7 @@ def test_an_error_fails_its_request_alone(engine, monkeypatch, caplog, error, st
         return await asyncio.gather(events(engine), events(engine, width=48), events(engine), return_exceptions=True)
 
     good, bad, other = run(crowd())
-    assert isinstance(good[-1], Picture) and isinstance(other[-1], Picture)
+    assert isinstance(good[-1], FinalImage) and isinstance(other[-1], FinalImage)
     assert (
         isinstance(bad, Refused) and (bad.status, bad.code) == (status, code) and "secret" not in str(bad) + caplog.text
     )
@@ -259,7 +259,7 @@ def test_a_closed_engine_refuses_and_is_not_healthy(result_folder):
 
     async def close():
         waiting = asyncio.create_task(events(engine, steps=1000))
-        while not engine._backlog.pictures:
+        while not engine._backlog.images:
             await asyncio.sleep(0.01)
         await asyncio.to_thread(engine.close)
         with pytest.raises(Refused) as refused:

@@ -3,36 +3,35 @@
 import pytest
 
 from serve.config import Elastic
-from serve.engine.demand_window import Lately, Wanted
-from serve.engine.quality_controller import ElasticQuality, ladder
+from serve.engine.quality_controller import QualityController, quality_levels
 
-# Device-seconds of a picture, the largest variant first, and scores.
+# Device-seconds of an image, the largest variant first, and scores.
 COSTS = {"teacher": 1.0, "p70": 0.9, "p50": 0.5, "b10": 0.48, "tiny": 0.2}
 
 
 def test_the_ladder_holds_what_gives_more_score_a_second_than_all_above_it():
     scores = {"teacher": 0.9, "p70": 0.8, "p50": 0.6, "b10": 0.4, "tiny": 0.1}
-    assert ladder(COSTS, scores) == ["teacher", "p50"], "0.89, 1.2, 0.83 and 0.5 a second against 0.9"
+    assert quality_levels(COSTS, scores) == ["teacher", "p50"], "0.89, 1.2, 0.83 and 0.5 a second against 0.9"
 
 
 def test_a_variant_that_a_cheaper_one_beats_is_no_rung():
     scores = {"teacher": 0.9, "p70": 0.85, "p50": 0.89, "b10": 0.2, "tiny": 0.3}
-    assert ladder(COSTS, scores) == ["teacher", "p50"]
-    assert ladder(COSTS, scores | {"tiny": 0.4}) == ["teacher", "p50", "tiny"]
+    assert quality_levels(COSTS, scores) == ["teacher", "p50"]
+    assert quality_levels(COSTS, scores | {"tiny": 0.4}) == ["teacher", "p50", "tiny"]
 
 
 def test_the_largest_stays_first_though_another_scores_as_high():
-    assert ladder(COSTS, dict.fromkeys(COSTS, 0.9)) == ["teacher", "tiny"]
+    assert quality_levels(COSTS, dict.fromkeys(COSTS, 0.9)) == ["teacher", "tiny"]
 
 
 def test_a_difference_that_may_be_noise_is_no_rung():
-    assert ladder({"teacher": 1.0, "p90": 0.97}, {"teacher": 0.9, "p90": 0.9}) == ["teacher"]
+    assert quality_levels({"teacher": 1.0, "p90": 0.97}, {"teacher": 0.9, "p90": 0.9}) == ["teacher"]
 
 
 def test_without_scores_every_smaller_and_faster_one_is_a_rung():
     unknown = dict.fromkeys(COSTS)
-    assert ladder(COSTS, unknown) == ["teacher", "p70", "p50", "tiny"]
-    assert ladder(COSTS, unknown | {"teacher": 1.0}) == ["teacher", "p70", "p50", "tiny"]
+    assert quality_levels(COSTS, unknown) == ["teacher", "p70", "p50", "tiny"]
+    assert quality_levels(COSTS, unknown | {"teacher": 1.0}) == ["teacher", "p70", "p50", "tiny"]
 
 
 STEPS = {"large": 4.0, "middle": 2.0, "small": 1.0}
@@ -40,7 +39,7 @@ STEPS = {"large": 4.0, "middle": 2.0, "small": 1.0}
 
 @pytest.fixture
 def quality():
-    return ElasticQuality(list(STEPS), Elastic(margin=0.0, recover_seconds=10, low_water=0.5))
+    return QualityController(list(STEPS), Elastic(margin=0.0, recover_seconds=10, low_water=0.5))
 
 
 def choose(quality, budget, waiting=0.0, allowed=lambda name: True):
@@ -59,7 +58,7 @@ def test_the_smallest_is_taken_up_to_the_deadline(quality):
 
 
 def test_a_larger_one_that_fits_beside_what_runs_is_not_taken_again_while_it_is_held_below(quality):
-    """A lane of large pictures that is open makes one more of them cheap, and would stay open for ever."""
+    """A lane of large images that is open makes one more of them cheap, and would stay open for ever."""
     choose(quality, 5, waiting=2)
     cheap = {"large": 4.5, "middle": 6.0, "small": 5.5}
     choice = quality.choose(5, cheap.get, STEPS.get)
@@ -74,7 +73,7 @@ def test_where_none_is_in_time_it_is_the_floor_and_said_so(quality):
 
 
 def test_a_margin_is_added_to_what_is_expected():
-    careful = ElasticQuality(list(STEPS), Elastic(margin=0.5))
+    careful = QualityController(list(STEPS), Elastic(margin=0.5))
     assert choose(careful, 5.9).variant == "middle"
     assert choose(careful, 6.0).variant == "large"
 
@@ -117,13 +116,3 @@ def test_a_deadline_that_is_short_in_itself_degrades_its_own_request_alone(quali
 def test_a_floor_above_the_level_is_kept(quality):
     choose(quality, 5, waiting=4)
     assert choose(quality, 5, allowed=lambda name: name == "large").variant == "large"
-
-
-def test_demand_is_what_was_wanted_lately_refused_or_not():
-    lately = Lately(10.0)
-    for now, refused in ((0.0, True), (5.0, False), (9.0, True)):
-        lately.add(Wanted(now, None, 1024, 20, 1, refused))
-    assert lately.load(9.0, lambda wanted: 2.0) == pytest.approx(0.6)
-    assert lately.refused(9.0, lambda wanted: wanted.calls / 10) == pytest.approx(4.0)
-    assert lately.load(11.0, lambda wanted: 2.0) == pytest.approx(0.4)
-    assert lately.load(100.0, lambda wanted: 2.0) == lately.refused(100.0, lambda wanted: 2.0) == 0

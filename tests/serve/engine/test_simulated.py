@@ -9,7 +9,8 @@ from serve.engine.cost_model import Profile
 from tests.serve.engine.simulated import Machine, Simulation, compared, poisson
 
 SCORES = {"teacher": 0.93, "half": 0.85}
-# A batch of eight takes half as long again as one picture, as a small model's on a CPU does; and five times as long, as a large one's.
+# A batch of eight takes half as long again as one image, like a small model's on a CPU; or five times as long, like a
+# large one's.
 MACHINES = {
     "batches pay": Machine(
         {"teacher": Profile(1, 0.025, 8, 0.0375), "half": Profile(1, 0.014, 8, 0.021)}, SCORES, 0.03
@@ -18,7 +19,7 @@ MACHINES = {
         {"teacher": Profile(1, 0.025, 8, 0.125), "half": Profile(1, 0.014, 8, 0.07)}, SCORES, 0.03
     ),
 }
-# What chance does to a mean of so few and short runs, and what the first seconds cost in which the load is not known yet.
+# What chance does to a mean of so few and short runs, and what the first seconds cost before the load is known.
 TIE = 0.03
 
 
@@ -49,7 +50,7 @@ def test_after_a_crowd_it_goes_back_up():
     arrivals = poisson(2 * rate, 10, 0) + [20 + at for at in poisson(0.3 * rate, 20, 1)]
     server = Simulation(machine, Elastic(recover_seconds=2))
     told = server.run(arrivals, lambda number: "auto", 4 * machine.picture("teacher", 1))
-    assert server.elastic.level == 0 and [one[0] for one in told[-3:]] == ["teacher"] * 3
+    assert server.quality.level == 0 and [one[0] for one in told[-3:]] == ["teacher"] * 3
     assert {one[0] for one in told if one is not None} == {"teacher", "half"}
 
 
@@ -63,6 +64,6 @@ def test_a_server_whose_pictures_take_long_goes_back_up_too():
     server.run(
         [float(at) for at in range(10)] + [200.0 + 15 * number for number in range(5)], lambda number: "auto", None
     )
-    assert server.elastic.level == 0
-    server.elastic.level = 1
+    assert server.quality.level == 0
+    server.quality.level = 1
     assert server.run([1000.0 + 15 * number for number in range(4)], lambda number: "auto", None)[-1][0] == "teacher"

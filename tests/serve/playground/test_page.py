@@ -43,7 +43,8 @@ def finished(browser):
 def captions(browser) -> dict[str, str]:
     return dict(
         browser.run(
-            "[...document.querySelectorAll('.run:first-child .card')].map((c) => [c.querySelector('.name').textContent, c.innerText])"
+            "[...document.querySelectorAll('.run:first-child .card')]"
+            ".map((c) => [c.querySelector('.name').textContent, c.innerText])"
         )
     )
 
@@ -191,7 +192,10 @@ def test_what_is_wrong_in_the_form_is_told_where_it_is_before_anything_is_asked(
     where = browser.run(f"[...document.querySelectorAll('.problem')].find((one) => one.innerText === '{said}').id")
     assert browser.run("document.activeElement.id") == focused
     # Where the focus is, in sight and below it.
-    below = f"document.getElementById('{where}').getBoundingClientRect().bottom - document.getElementById('{focused}').getBoundingClientRect().top"
+    below = (
+        f"document.getElementById('{where}').getBoundingClientRect().bottom"
+        f" - document.getElementById('{focused}').getBoundingClientRect().top"
+    )
     assert 0 < browser.run(below) < 250
     assert browser.run(f"document.getElementById('{focused}').getAttribute('aria-invalid')") == "true"
     assert browser.asked == []
@@ -235,9 +239,15 @@ def test_nothing_comes_from_elsewhere_and_parts_are_cached_by_their_hash(browser
 def test_it_fits_a_phone_and_every_field_has_a_name(browser, dark):
     browser.resize(360, 740, phone=True, dark=dark)
     assert browser.run("document.documentElement.scrollWidth") == 360
-    small = "[...document.querySelectorAll('button, label.variant, input:not([type=checkbox])')].filter((e) => e.offsetParent && e.offsetHeight < 44)"
+    small = (
+        "[...document.querySelectorAll('button, label.variant, input:not([type=checkbox])')]"
+        ".filter((e) => e.offsetParent && e.offsetHeight < 44)"
+    )
     assert browser.run(f"{small}.map((e) => e.id || e.textContent)") == []
-    nameless = "[...document.querySelectorAll('input, textarea, button')].filter((e) => !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim()))"
+    nameless = (
+        "[...document.querySelectorAll('input, textarea, button')]"
+        ".filter((e) => !(e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim()))"
+    )
     assert browser.run(f"{nameless}.map((e) => e.id)") == []
     assert browser.run("getComputedStyle(document.body).backgroundColor") == (
         "rgb(20, 22, 26)" if dark else "rgb(252, 251, 248)"
