@@ -78,7 +78,7 @@ class Job:
         images = config.calibration.image_column if config.calibration.source == "images" else None
         self.prompts_hash = check_prompts(config.prompts, column, images, config.calibration.limit)
         if config.evaluation.prompts is not None:
-            check_prompts(config.evaluation.prompts, column, None, config.evaluation.limit)
+            check_prompts(config.evaluation.prompts, column, None, config.evaluation.limit, different=1)
         self.teacher = Teacher(config.teacher)
         self.teacher_hash = self.teacher.sha256()
         identity = {"teacher": self.teacher.place, "teacher_sha256": self.teacher_hash, "prompts": self.prompts_hash}

@@ -51,10 +51,13 @@ def read_prompts(
     return islice(_prompts(path, readers[path.suffix](path, columns)), limit)
 
 
-def check_prompts(path: Location, column: str, image_column: str | None = None, limit: int | None = None) -> str:
+def check_prompts(
+    path: Location, column: str, image_column: str | None = None, limit: int | None = None, different: int = 2
+) -> str:
     """Read a prompt file once, so that its mistakes are told before any work is done; gives a hash of its content.
 
-    Raises `UserError` as `read_prompts` does, for fewer than two different prompts, and for pictures that do not exist.
+    Raises `UserError` as `read_prompts` does, for fewer than `different` prompts that differ (2 where some are held out, 1
+    where none are), and for pictures that do not exist.
     Pictures enter the hash by path, size and time of change.
     """
     count, texts, pictures = 0, set(), []
@@ -68,7 +71,7 @@ def check_prompts(path: Location, column: str, image_column: str | None = None, 
                 raise UserError(f"{path}: the picture {prompt.image} of prompt {count} does not exist")
     if not count:
         raise UserError(f"the prompt file {path} holds no prompts")
-    if len(texts) < 2:
+    if len(texts) < different:
         raise UserError(
             f"the prompt file {path} gives only 1 different prompt{f' in its first {limit}' if limit else ''}; at least 2 "
             "are needed, since some are held out"
