@@ -12,14 +12,19 @@ from ppcl.config.schema import Config
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import files_in
 from ppcl.replacements.parameter_counts import parameter_counts
-from ppcl.search.variants import TEACHER, VariantCatalog, best_plans, make_variants, plans_to_measure, read_catalog
+from ppcl.search.variants import (
+    TEACHER,
+    VariantCatalog,
+    best_plans,
+    make_variants,
+    missed_targets,
+    plans_to_measure,
+    read_catalog,
+)
 from ppcl.storage.manifest import write_atomically
 from ppcl.storage.mirror import download
 
 Progress = Callable[[int, int], None]
-
-# Held-out samples on which plans are compared as a whole.
-_CHOSEN_ON = 192
 
 
 def _chunks(values: Any, size: int) -> list[Any]:
@@ -31,13 +36,13 @@ def choose_variants(
 ) -> dict[str, Any]:
     """Measure what each entry of the plan costs alone, and some plans a budget as a whole; write `variants.json`."""
     from ppcl.calibration.dataset import CalibrationSet
+    from ppcl.evaluation.samples import SEARCH_SAMPLES, spread_samples
     from ppcl.evaluation.velocity_error import ErrorSums
 
-    ids, size = CalibrationSet(calibration).ids(held_out=True), config.evaluation.batch_size
+    size = config.evaluation.batch_size
+    ids = spread_samples(CalibrationSet(calibration).ids(held_out=True), SEARCH_SAMPLES)
     chunks = _chunks(ids, size)
-    # A plan is chosen on part of them; what is told of it later is measured on all.
-    some = _chunks(ids[:: max(1, len(ids) // _CHOSEN_ON)], size)
-    total = len(chunks) + len(some) + 2
+    total = 2 * len(chunks) + 2
     with EvaluatorPool(config, teacher, students, None, folder, device) as evaluators:
         parts = evaluators.all(
             lambda a, c: a.sensitivities.remote(calibration, c), chunks, lambda done: progress(done, total)
@@ -47,7 +52,7 @@ def choose_variants(
         block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
         times = evaluators.one(lambda a: a.times.remote(calibration, ids[:size])) if settings.targets else None
         plans = plans_to_measure(settings, counted, times, sensitivity)
-        every = list(dict.fromkeys(plan for some_plans in plans.values() for plan in some_plans))
+        all_plans = list(dict.fromkeys(plan for candidates in plans.values() for plan in candidates))
         progress(len(chunks) + 1, total)
         speedups: dict[Any, float] = {}
         if timed := [plan for name in settings.targets for plan in plans[name]]:
@@ -55,21 +60,16 @@ def choose_variants(
             seconds = evaluators.one(lambda a: a.forward_seconds.remote(calibration, ids[:size], on))
             speedups = {plan: seconds[0] / taken for plan, taken in zip(timed, seconds[1:], strict=True)}
         progress(len(chunks) + 2, total)
-        named = {str(number): plan for number, plan in enumerate(every)}
+        named = {str(number): plan for number, plan in enumerate(all_plans)}
         parts = evaluators.all(
             lambda a, c: a.errors.remote(calibration, c, named),
-            some,
+            chunks,
             lambda done: progress(len(chunks) + 2 + done, total),
         )
         errors = {plan: ErrorSums.joined(part[number] for part in parts).overall() for number, plan in named.items()}
     chosen = best_plans(settings, plans, errors, speedups)
     made = make_variants(settings, counted, sensitivity, block_ranges, chosen)
-    notes = [
-        f"variants: {name} was measured at {speedups[chosen[name]]:.2f} times the teacher's speed, not the {target.speedup:g} that "
-        "variants.targets asks for; no plan measured was faster"
-        for name, target in settings.targets.items()
-        if target.speedup and speedups[chosen[name]] < target.speedup
-    ]
+    notes = missed_targets(settings, chosen, speedups)
     catalog = VariantCatalog(counted.total, len(counted.blocks), block_ranges, sensitivity, made)
     write_atomically(folder / "variants.json", json.dumps(catalog.to_json(), indent=1))
     return {"variants": list(made), "notes": notes}
@@ -91,10 +91,10 @@ def evaluate(
     `finetuning`: where the fine-tuned replacements are, None where there are none.
     """
     from ppcl.calibration.dataset import CalibrationSet
-    from ppcl.evaluation.image_metrics import psnr, ssim
+    from ppcl.evaluation.image_scores import ImageScorer
     from ppcl.evaluation.images import image_path, load_images
-    from ppcl.evaluation.prompt_checker import correctness, load_checker
-    from ppcl.evaluation.scoring import checker_scores, relative_drop
+    from ppcl.evaluation.prompt_checker import load_checker
+    from ppcl.evaluation.samples import REPORT_SAMPLES, spread_samples
     from ppcl.evaluation.velocity_error import ErrorSums
 
     settings = config.evaluation
@@ -102,7 +102,8 @@ def evaluate(
     on = {name: v.plan for name, v in catalog.variants.items()}
     prompts = _prompts(config, CalibrationSet(calibration))
     indices = list(range(len(prompts)))
-    ids = _chunks(CalibrationSet(calibration).ids(held_out=True), settings.batch_size)
+    held_out = CalibrationSet(calibration).ids(held_out=True)
+    ids = _chunks(spread_samples(held_out, REPORT_SAMPLES), settings.batch_size)
     work = [(name, chunk) for name in on for chunk in _chunks(indices, settings.batch_size)]
     total = len(ids) + len(work) + 1
 
@@ -122,35 +123,26 @@ def evaluate(
         )
 
     download(folder)
-    world = load_checker(settings.world) if settings.world else None
+    checker = load_checker(settings.world) if settings.world else None
     reference = load_images([image_path(folder, TEACHER, i) for i in indices])
-    teachers = correctness(world, reference, prompts) if world else None
-    measured, right = {}, {}
+    scorer = ImageScorer(prompts, reference, checker, settings.confidence, config.seed)
+    measured, correct = {}, {}
     for name in on:
-        pictures = load_images([image_path(folder, name, i) for i in indices])
-        squares = ErrorSums.joined(part[name] for part in errors)
-        row = {
+        sums = ErrorSums.joined(part[name] for part in errors)
+        scores = scorer.score(load_images([image_path(folder, name, i) for i in indices]))
+        measured[name] = {
             "fine_tuned": tuned[name],
-            "velocity_error": squares.overall(),
-            "velocity_by_timestep": squares.by_timestep(),
-            "psnr": float(psnr(pictures, reference).mean()),
-            "ssim": float(ssim(pictures, reference).mean()),
+            "velocity_error": sums.overall(),
+            "velocity_by_timestep": sums.by_timestep(),
             "seconds_per_step": seconds[name],
-            "world": None,
-            "R": None,
-            "R_low": None,
-            "R_high": None,
+            **scores.record,
         }
-        if world:
-            passed = correctness(world, pictures, prompts)
-            row["world"] = checker_scores(passed, settings.confidence, config.seed)
-            row |= relative_drop(passed, teachers, settings.confidence, config.seed)
-            right[name] = [bool(world.check(p, t.text)) for p, t in zip(pictures, prompts, strict=True)]
-        measured[name] = row
+        if scores.correct is not None:
+            correct[name] = scores.correct
     record = {
         "variants": measured,
         "prompts": [p.to_json() for p in prompts],
-        "right": right,
+        "right": correct,
         "sampling": config.sampling.model_dump(mode="json"),
         "device": device,
     }

@@ -49,7 +49,7 @@ def check_reachable(
             if share < smallest:
                 raise UserError(
                     f"{key}: {share:g} of the parameters cannot be met; even with every detected replacement on, "
-                    f"at least {smallest:.4f} of them remain; give a larger share or detect more replacements (section width)"
+                    f"at least {smallest:.4f} of them remain; give a larger share or detect more (section width)"
                 )
 
 
