@@ -151,7 +151,7 @@ def evaluate(
 
 
 def _prompts(config: Config, calibration: Any) -> list[Any]:
-    """The test prompts: the configured ones, else the checker's held-out captions, else calibration's held-out prompts."""
+    """The test prompts: the configured ones, else held-out captions of the checker, else those of calibration."""
     from ppcl.calibration.prompts import read_prompts
     from ppcl.evaluation.prompt_checker import TestPrompt, checker_prompts, load_checker, named_prompts
 

@@ -1,8 +1,8 @@
 """A procedural world of coloured shapes, with captions in GenEval's categories and a checker that reads pixels alone.
 
 One scene holds one to four shapes on a light canvas, in two sizes, none touching another. Captions follow the six
-categories of GenEval (Ghosh et al. 2023, arXiv 2310.11513): single object, two objects, counting, colours, position, colour
-attribution. Part of the caption combinations is held out of training, by a hash of the caption, so that the world
+categories of GenEval (Ghosh et al. 2023, arXiv 2310.11513): single object, two objects, counting, colours, position,
+colour attribution. Part of the caption combinations is held out of training, by a hash of the caption, so that the
 score measures composition and not memory.
 
 `check` decides from an image and its caption whether the image shows what the caption says. It knows nothing of how
