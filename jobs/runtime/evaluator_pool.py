@@ -94,10 +94,10 @@ class _Evaluator:
     def finetuned(self, variants: dict[str, Any]) -> dict[str, bool]:
         return {name: bool(self.switch.finetuned(plan)) for name, plan in variants.items()}
 
-    def seconds(self, variants: dict[str, Any], texts: list[str]) -> dict[str, float]:
-        from ppcl.evaluation.images import seconds_per_step
+    def step_times(self, variants: dict[str, Any], texts: list[str]) -> dict[str, list[float]]:
+        from ppcl.evaluation.images import step_times
 
-        return seconds_per_step(self.pipeline, self.switch, variants, texts, self.config.sampling)
+        return step_times(self.pipeline, self.switch, variants, texts, self.config.sampling)
 
 
 class EvaluatorPool:

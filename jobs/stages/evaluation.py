@@ -92,7 +92,7 @@ def evaluate(
     """
     from ppcl.calibration.dataset import CalibrationSet
     from ppcl.evaluation.image_scores import ImageScorer
-    from ppcl.evaluation.images import image_path, load_images
+    from ppcl.evaluation.images import TIMED_ROUNDS, image_path, load_images, seconds_per_step
     from ppcl.evaluation.prompt_checker import load_checker
     from ppcl.evaluation.samples import REPORT_SAMPLES, spread_samples
     from ppcl.evaluation.velocity_error import ErrorSums
@@ -105,21 +105,28 @@ def evaluate(
     held_out = CalibrationSet(calibration).ids(held_out=True)
     ids = _chunks(spread_samples(held_out, REPORT_SAMPLES), settings.batch_size)
     work = [(name, chunk) for name in on for chunk in _chunks(indices, settings.batch_size)]
-    total = len(ids) + len(work) + 1
+    total = TIMED_ROUNDS + len(ids) + len(work)
 
     texts = [p.text for p in prompts]
     with EvaluatorPool(
         config, teacher, students, (finetuning, variants) if finetuning else None, folder, device
     ) as evaluators:
         # Timed first, while nothing else runs.
-        seconds = evaluators.one(lambda a: a.seconds.remote(on, texts[: settings.batch_size]))
-        progress(1, total)
+        timed_texts = texts[: settings.batch_size]
+        evaluators.one(lambda a: a.step_times.remote({TEACHER: ()}, timed_texts))  # warms up
+        rounds = []
+        for done in range(1, TIMED_ROUNDS + 1):
+            rounds.append(evaluators.one(lambda a: a.step_times.remote(on, timed_texts)))
+            progress(done, total)
+        seconds = seconds_per_step(rounds)
         tuned = evaluators.one(lambda a: a.finetuned.remote(on))
-        errors = evaluators.all(lambda a, c: a.errors.remote(calibration, c, on), ids, lambda d: progress(1 + d, total))
+        errors = evaluators.all(
+            lambda a, c: a.errors.remote(calibration, c, on), ids, lambda done: progress(TIMED_ROUNDS + done, total)
+        )
         evaluators.all(
             lambda a, item: a.pictures.remote(item[0], on[item[0]], [texts[i] for i in item[1]], item[1]),
             work,
-            lambda d: progress(1 + len(ids) + d, total),
+            lambda done: progress(TIMED_ROUNDS + len(ids) + done, total),
         )
 
     download(folder)

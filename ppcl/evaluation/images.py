@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,10 @@ from PIL import Image
 from torch import nn
 
 from ppcl.config.schema import Sampling
-from ppcl.replacements.plan import Interval
+from ppcl.replacements.plan import Replacement
 
 _TIMED_STEPS = 6
-_TIMED_ROUNDS = 3
+TIMED_ROUNDS = 3
 
 
 def image_path(folder: Path, variant: str, index: int) -> Path:
@@ -76,24 +77,22 @@ def load_images(paths: Sequence[Path]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
 
 
-def seconds_per_step(
+def step_times(
     pipeline: Any,
-    switch: Callable[[nn.Module, Sequence[Interval]], None],
-    variants: Mapping[str, Sequence[Interval]],
+    switch: Callable[[nn.Module, Sequence[Replacement]], None],
+    variants: Mapping[str, Sequence[Replacement]],
     prompts: Sequence[str],
     sampling: Sampling,
-) -> dict[str, float]:
-    """The median seconds one denoising step of this batch takes, by variant. The teacher is left on.
+) -> dict[str, list[float]]:
+    """Seconds of single denoising steps of this batch, by variant: one turn each. The teacher is left on.
 
-    Variants take turns, round after round, so that a drift of the machine's speed falls on all of them alike. The
-    first step of each turn is not counted. Prompt encoding is not part of a step, and the latents are not decoded.
+    The first step of each turn is not counted. Prompt encoding is not part of a step, and the latents are not decoded.
     """
     # A first step that is not counted, and at least one that is.
     short = sampling.model_copy(update={"steps": max(2, min(sampling.steps, _TIMED_STEPS))})
     seeds = range(len(prompts))
-    taken: dict[str, list[float]] = {name: [] for name in variants}
 
-    def turn(name: str) -> list[float]:
+    def turn(plan: Sequence[Replacement]) -> list[float]:
         ends: list[float] = []
 
         def step_end() -> None:
@@ -101,15 +100,19 @@ def seconds_per_step(
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
-        switch(pipeline.transformer, variants[name])
+        switch(pipeline.transformer, plan)
         _sample(pipeline, prompts, seeds, short, "latent", step_end)
-        return [after - before for before, after in zip(ends, ends[1:])]
+        return [after - before for before, after in itertools.pairwise(ends)]
 
     try:
-        turn(next(iter(variants)))
-        for _ in range(_TIMED_ROUNDS):
-            for name in variants:
-                taken[name] += turn(name)
+        return {name: turn(plan) for name, plan in variants.items()}
     finally:
         switch(pipeline.transformer, ())
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+def seconds_per_step(rounds: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """The median over rounds of `step_times`, by variant.
+
+    Variants take turns, round after round, so that a drift of the machine's speed falls on all of them alike.
+    """
+    return {name: statistics.median(itertools.chain(*(times[name] for times in rounds))) for name in rounds[0]}

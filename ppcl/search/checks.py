@@ -73,7 +73,8 @@ def _least_brought(
         parts = adapter.parts_of(model, block, blocks[block])
         sizes = {}
         for stream, where in parts.items():
-            hidden = blocks[block].get_submodule(f"{where.ffn}.{adapter.ffn_up}").out_features
+            up = blocks[block].get_submodule(f"{where.ffn}.{adapter.ffn_up}")
+            hidden = up.get_parameter("weight").shape[0]
             sizes[stream] = counts.ffns[block][stream] * max(1, round(hidden * percent / 100)) // hidden
         return sizes
 

@@ -92,7 +92,9 @@ def _empty_plan(quantities: int) -> ParetoFront:
 def _merge(extensions: Sequence[_Extension]) -> ParetoFront:
     """The rows of all extensions that no other row beats; of equal rows the shortest plan, then the earliest."""
     fronts = [extension.front for extension in extensions]
-    saved = np.concatenate([e.front.saved + np.int64(e.saved) if e.saved else e.front.saved for e in extensions])
+    saved = np.concatenate(
+        [e.front.saved + np.array(e.saved, np.int64) if e.saved else e.front.saved for e in extensions]
+    )
     cost = np.concatenate([e.front.cost + e.cost for e in extensions])
     length = np.concatenate([e.front.length + (e.replacement is not None) for e in extensions])
     origin = np.repeat(np.arange(len(fronts)), [len(front) for front in fronts])
@@ -199,7 +201,9 @@ def choose_blocks(most: int, blocks: Sized, sensitivity: Mapping[Replacement, fl
 
     Raises `UserError`, with the smallest number that can be met, where all intervals together do not meet it.
     """
-    intervals = {entry: cost for entry, cost in sensitivity.items() if isinstance(entry, Interval)}
+    intervals: dict[Replacement, float] = {
+        entry: cost for entry, cost in sensitivity.items() if isinstance(entry, Interval)
+    }
     front = pareto_front(_RemovedBlocks(blocks), intervals)
     for removed, _, plan in front:
         if len(blocks) - removed <= most:
