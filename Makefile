@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-unit lint types faults clean
+.PHONY: setup demo demo-full test test-unit lint types faults clean
 
 setup: $(VENV)/.ready
 
@@ -18,6 +18,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # Compresses the demo teacher into runs/demo.
 demo: setup
 	$(BIN)/ppcl compress demo/demo.yaml
+
+# The same with fine-tuning in full, into runs/demo-full.
+demo-full: setup
+	$(BIN)/ppcl compress demo/demo-full.yaml
 
 # One process a core: files of tests go to them whole, since what is costly is shared within a file.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile

@@ -45,7 +45,10 @@ class Job:
         prompts = prompts_hash(config)
         if config.evaluation.prompts is not None:
             check_prompts(
-                config.evaluation.prompts, config.calibration.prompt_column, None, config.evaluation.max_prompts
+                config.evaluation.prompts,
+                config.calibration.prompt_column,
+                limit=config.evaluation.max_prompts,
+                different=1,
             )
         self.teacher = Teacher(config.teacher)
         self.identity = JobIdentity(self.teacher.sha256(), self.teacher.part_hashes(), prompts)

@@ -14,7 +14,7 @@ from ppcl.replacements.io import files_in, save_replacement
 from ppcl.replacements.parameter_counts import parameter_counts
 from ppcl.replacements.plan import Interval
 from ppcl.replacements.student_block import StudentBlock, affine_map
-from ppcl.search.pareto import choose
+from ppcl.search.pareto import choose, pareto_front
 from ppcl.search.variants import VariantCatalog, budget_name, make_variants
 from ppcl.storage.manifest import CONFIG, Artifacts
 
@@ -45,7 +45,8 @@ def result(root: Path, teacher_folder: Path) -> Path:
     counted = parameter_counts(teacher, files_in(artifacts.path("students")))
     block_ranges = [range(6)]
     settings = Variants(budgets=[0.9, 0.75], custom={"ends": [(0, 1), (4, 5)]})
-    chosen = {budget_name(budget): choose(budget, counted, SENSITIVITY) for budget in settings.budgets}
+    front = pareto_front(counted, SENSITIVITY)
+    chosen = {budget_name(budget): choose(budget, counted, front) for budget in settings.budgets}
     made = make_variants(settings, counted, SENSITIVITY, block_ranges, chosen)
     artifacts.path("variants").mkdir()
     catalog = VariantCatalog(counted.total, len(counted.blocks), block_ranges, SENSITIVITY, made)

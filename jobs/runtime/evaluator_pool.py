@@ -21,7 +21,7 @@ from jobs.stage import StageContext, WorkerContext, Workers
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
-from ppcl.evaluation.images import generate_images, image_path, save_images, seconds_per_step
+from ppcl.evaluation.images import generate_images, image_path, save_images, step_times
 from ppcl.evaluation.latency import forward_seconds, measure_latencies
 from ppcl.evaluation.velocity_error import sensitivities, variant_errors
 from ppcl.models.teacher import Teacher
@@ -97,8 +97,8 @@ class _Evaluator:
     def finetuned(self, variants: dict[str, Any]) -> dict[str, bool]:
         return {name: bool(self.switch.finetuned(plan)) for name, plan in variants.items()}
 
-    def seconds(self, variants: dict[str, Any], texts: list[str]) -> dict[str, float]:
-        return seconds_per_step(self.pipeline, self.switch, variants, texts, self.config.sampling)
+    def step_times(self, variants: dict[str, Any], texts: list[str]) -> dict[str, list[float]]:
+        return step_times(self.pipeline, self.switch, variants, texts, self.config.sampling)
 
 
 _EvaluatorActor: Any = ray.remote(_Evaluator)

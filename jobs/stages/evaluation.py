@@ -6,15 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, workers
 from jobs.stage import Stage, StageContext
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.calibration.prompts import read_prompts
 from ppcl.config.schema import Config
-from ppcl.evaluation.image_metrics import psnr, ssim
-from ppcl.evaluation.images import image_path, load_images
-from ppcl.evaluation.prompt_checker import TestPrompt, checker_prompts, correctness, load_checker, named_prompts
-from ppcl.evaluation.scoring import checker_scores, relative_drop
+from ppcl.evaluation.image_scores import ImageScorer
+from ppcl.evaluation.images import TIMED_ROUNDS, image_path, load_images, seconds_per_step
+from ppcl.evaluation.prompt_checker import TestPrompt, checker_prompts, load_checker, named_prompts
+from ppcl.evaluation.samples import REPORT_SAMPLES, spread_samples
 from ppcl.evaluation.velocity_error import ErrorSums
 from ppcl.search.variants import TEACHER, read_catalog
 from ppcl.storage.manifest import write_atomically
@@ -48,23 +50,26 @@ def _measure(
 ) -> dict[str, dict[str, Any]]:
     """By variant, what is measured by running it; its pictures go to the stage's folder."""
     calibration, size, progress = context.inputs["calibration"], context.config.evaluation.batch_size, context.events
-    ids = chunks_of(samples.ids(held_out=True), size)
+    ids = chunks_of(spread_samples(samples.ids(held_out=True), REPORT_SAMPLES), size)
     work = [(name, chunk) for name in plans for chunk in chunks_of(list(range(len(texts))), size)]
-    total = len(ids) + len(work) + 1
     with EvaluatorPool(context) as evaluators:
-        # Timed first, while nothing else runs.
-        seconds = evaluators.one(lambda a: a.seconds.remote(plans, texts[:size]))
-        progress(1, total)
+        # Timed first, while nothing else runs; the first run warms up.
+        evaluators.one(lambda a: a.step_times.remote({TEACHER: ()}, texts[:size]))
+        rounds = []
+        for number in range(TIMED_ROUNDS):
+            rounds.append(evaluators.one(lambda a: a.step_times.remote(plans, texts[:size])))
+            progress(number + 1, TIMED_ROUNDS, phase="timing steps, round")
+        seconds = seconds_per_step(rounds)
         finetuned = evaluators.one(lambda a: a.finetuned.remote(plans))
         errors = evaluators.all(
             lambda a, chunk: a.errors.remote(calibration, chunk, plans),
             ids,
-            lambda done: progress(1 + done, total),
+            lambda done: progress(done, len(ids), phase="measuring velocity errors"),
         )
         evaluators.all(
             lambda a, item: a.pictures.remote(item[0], plans[item[0]], [texts[i] for i in item[1]], item[1]),
             work,
-            lambda done: progress(1 + len(ids) + done, total),
+            lambda done: progress(done, len(work), phase="generating images, batch"),
         )
     rows = {}
     for name in plans:
@@ -81,32 +86,17 @@ def _measure(
 def _score_images(
     context: StageContext, variants: list[str], prompts: list[TestPrompt]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[bool]]]:
-    """By variant, its pictures' scores, and which of them are right where a prompt checker is configured."""
-    settings, seed, folder = context.config.evaluation, context.seed, context.folder
+    """By variant, its images' scores, and which of them are right where a prompt checker is configured."""
+    settings, folder = context.config.evaluation, context.folder
     checker = load_checker(settings.checker) if settings.checker else None
-    reference = load_images([image_path(folder, TEACHER, i) for i in range(len(prompts))])
-    reference_correct = correctness(checker, reference, prompts) if checker else None
-    rows: dict[str, dict[str, Any]] = {}
-    right: dict[str, list[bool]] = {}
-    for name in variants:
-        images = load_images([image_path(folder, name, i) for i in range(len(prompts))])
-        row: dict[str, Any] = {
-            "psnr": float(psnr(images, reference).mean()),
-            "ssim": float(ssim(images, reference).mean()),
-            "world": None,
-            "R": None,
-            "R_low": None,
-            "R_high": None,
-        }
-        if checker and reference_correct:
-            correct = correctness(checker, images, prompts)
-            row["world"] = checker_scores(correct, settings.confidence, seed)
-            row |= relative_drop(correct, reference_correct, settings.confidence, seed)
-            right[name] = [
-                bool(checker.check(image, prompt.text)) for image, prompt in zip(images, prompts, strict=True)
-            ]
-        rows[name] = row
-    return rows, right
+
+    def images_of(variant: str) -> np.ndarray:
+        return load_images([image_path(folder, variant, i) for i in range(len(prompts))])
+
+    scorer = ImageScorer(prompts, images_of(TEACHER), checker, settings.confidence, context.seed)
+    scores = {name: scorer.score(images_of(name)) for name in variants}
+    correct = {name: score.correct for name, score in scores.items() if score.correct is not None}
+    return {name: score.record for name, score in scores.items()}, correct
 
 
 def _prompts(config: Config, calibration: CalibrationSet) -> list[TestPrompt]:

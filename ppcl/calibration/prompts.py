@@ -52,12 +52,17 @@ def read_prompts(
 
 
 def check_prompts(
-    location: LocationLike, column: str, image_column: str | None = None, limit: int | None = None
+    location: LocationLike,
+    column: str,
+    image_column: str | None = None,
+    limit: int | None = None,
+    different: int = 2,
 ) -> str:
     """Read a prompt file once, so that its mistakes are found before any work is done; return a hash of its content.
 
-    Images enter the hash by path, size and time of change. Raises `UserError` as `read_prompts` does, for fewer than
-    two different prompts, and for images that do not exist.
+    `different`: how many prompts must differ: 2 where some are held out, 1 where none are. Images enter the hash by path,
+    size and time of change. Raises `UserError` as `read_prompts` does, for fewer than `different` prompts that differ,
+    and for images that do not exist.
     """
     count = 0
     texts: set[str] = set()
@@ -73,7 +78,7 @@ def check_prompts(
             images.append(version)
     if not count:
         raise UserError(f"the prompt file {location} holds no prompts")
-    if len(texts) < 2:
+    if len(texts) < different:
         raise UserError(
             f"the prompt file {location} gives only 1 different prompt{f' in its first {limit}' if limit else ''}; at "
             "least 2 are needed, since some are held out"

@@ -26,6 +26,7 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from ppcl.demo import text, world
+from ppcl.demo.score_teacher import score
 from ppcl.demo.train_vae import Z_DIM, scenes, single_frame_convolutions, to_unit
 
 BLOCKS, HEADS, HEAD_DIM = 16, 4, 24
@@ -192,37 +193,6 @@ def train(options: argparse.Namespace) -> tuple[QwenImagePipeline, list[dict]]:
         for k, p in parameters.items():
             p.copy_(ema[k])
     return pipeline, curve
-
-
-def score(pipeline: QwenImagePipeline, per_category: int, steps: int, seed: int) -> dict[str, dict[str, float]]:
-    """Share of pictures the checker finds right, by category: held-out captions, and trained ones beside them."""
-    result: dict[str, dict[str, float]] = {"held_out": {}, "trained": {}}
-    side = world.CANVAS
-    for name, wanted in (("held_out", True), ("trained", False)):
-        for category in world.CATEGORIES:
-            pool = [c.text for c in world.captions() if c.category == category and c.held_out == wanted]
-            if not pool:
-                continue
-            prompts = [pool[i % len(pool)] for i in range(per_category)]
-            generator = torch.Generator().manual_seed(seed)
-            right = 0
-            for start in range(0, per_category, 50):
-                chunk = prompts[start : start + 50]
-                pictures = pipeline(
-                    chunk,
-                    num_inference_steps=steps,
-                    true_cfg_scale=1.0,
-                    height=side,
-                    width=side,
-                    generator=generator,
-                    output_type="np",
-                ).images
-                right += sum(
-                    world.check((p * 255).round().astype(np.uint8), c) for p, c in zip(pictures, chunk, strict=True)
-                )
-            result[name][category] = right / per_category
-        result[name]["overall"] = sum(result[name].values()) / len(result[name])
-    return result
 
 
 def main() -> None:

@@ -11,7 +11,9 @@ import argparse
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ def new_vae() -> AutoencoderKLQwenImage:
 
 
 @contextlib.contextmanager
-def single_frame_convolutions():
+def single_frame_convolutions() -> Iterator[None]:
     """Compute the VAE's causal 3D convolutions as 2D ones while the input is one frame.
 
     A causal kernel over one frame meets zeros in all but its last time slice, so the result is the same up to rounding
@@ -47,7 +49,7 @@ def single_frame_convolutions():
     convolution = autoencoder_kl_qwenimage.QwenImageCausalConv3d
     stock = convolution.forward
 
-    def forward(self, x, cache_x=None):
+    def forward(self: Any, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         if x.shape[2] != 1 or cache_x is not None or self.stride[0] != 1:
             return stock(self, x, cache_x)
         padding = (self._padding[2], self._padding[0])
@@ -86,7 +88,8 @@ def train(
         vae.load_state_dict(AutoencoderKLQwenImage.from_pretrained(start).state_dict())
     optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    curve, begun = [], time.monotonic()
+    curve: list[dict[str, Any]] = []
+    started_at = time.monotonic()
     with single_frame_convolutions():
         for step in range(steps):
             pictures = np.stack([world.render(world.board(rng)) for _ in range(batch)])
@@ -110,16 +113,16 @@ def train(
             schedule.step()
             if step % 20 == 0 or step == steps - 1:
                 curve.append({"step": step, "l1": error.mean().item(), "kl": posterior.kl().mean().item()})
-                pace = (time.monotonic() - begun) / (step + 1)
+                pace = (time.monotonic() - started_at) / (step + 1)
                 print(
                     f"vae step {step}/{steps} l1 {curve[-1]['l1']:.4f} kl {curve[-1]['kl']:.1f} {pace:.2f} s/step",
                     flush=True,
                 )
         vae.eval()
         with torch.no_grad():
-            pictures, texts = scenes(600, np.random.default_rng(seed + 1), held_out=True)
+            held_out, texts = scenes(600, np.random.default_rng(seed + 1), held_out=True)
             latents, right = [], 0
-            for chunk, captions in zip(pictures.split(50), [texts[i : i + 50] for i in range(0, 600, 50)], strict=True):
+            for chunk, captions in zip(held_out.split(50), [texts[i : i + 50] for i in range(0, 600, 50)], strict=True):
                 z = vae.encode(to_unit(chunk).to(device)).latent_dist.mode()
                 latents.append(z.cpu())
                 back = (
@@ -132,7 +135,9 @@ def train(
         latents_std=z.std((0, 2, 3, 4)).tolist(),
     )
     vae.save_pretrained(output)
-    before = json.loads((start / "training.json").read_text()) if start is not None else {"steps": 0, "curve": []}
+    before: dict[str, Any] = {"steps": 0, "curve": []}
+    if start is not None:
+        before = json.loads((start / "training.json").read_text())
     curve = before["curve"] + [c | {"step": c["step"] + before["steps"]} for c in curve]
     steps += before["steps"]
     record = {"seed": seed, "steps": steps, "batch": batch, "reconstructions_right": right / 600, "curve": curve}

@@ -1,8 +1,8 @@
 """A procedural world of coloured shapes, with captions in GenEval's categories and a checker that reads pixels alone.
 
-One scene holds one to four shapes on a light canvas, in two sizes, none touching another. Captions follow the six categories of
-GenEval (Ghosh et al. 2023, arXiv 2310.11513): single object, two objects, counting, colours, position, colour
-attribution. Part of the caption combinations is held out of training, by a hash of the caption, so that the world
+One scene holds one to four shapes on a light canvas, in two sizes, none touching another. Captions follow the six
+categories of GenEval (Ghosh et al. 2023, arXiv 2310.11513): single object, two objects, counting, colours, position,
+colour attribution. Part of the caption combinations is held out of training, by a hash of the caption, so that the
 score measures composition and not memory.
 
 `check` decides from an image and its caption whether the image shows what the caption says. It knows nothing of how
@@ -228,7 +228,9 @@ def _template(shape: str) -> np.ndarray:
 def _fit_square(mask: np.ndarray) -> np.ndarray:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    image = Image.fromarray((crop * 255).astype(np.uint8)).resize((_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.BILINEAR)
+    image = Image.fromarray((crop * 255).astype(np.uint8)).resize(
+        (_TEMPLATE_SIDE, _TEMPLATE_SIDE), Image.Resampling.BILINEAR
+    )
     return np.asarray(image) > 127
 
 
@@ -246,13 +248,13 @@ def look(image: np.ndarray) -> list[Seen]:
         aspect = (rows[-1] - rows[0] + 1) / (columns[-1] - columns[0] + 1)
         fitted = _fit_square(mask)
         overlap = {s: (fitted & _template(s)).sum() / (fitted | _template(s)).sum() for s in SHAPES}
-        shape = max(overlap, key=overlap.get)
+        shape = max(overlap, key=overlap.__getitem__)
         known_shape = overlap[shape] >= _MIN_TEMPLATE_IOU and 0.7 <= aspect <= 1.4
         # The rim is blended with the background; the inside tells the colour.
         inside = ndimage.binary_erosion(mask)
         colour_value = np.median(pixels[inside if inside.sum() >= 8 else mask], axis=0)
         distance = {c: float(np.linalg.norm(colour_value - np.asarray(v, np.float32))) for c, v in PALETTE.items()}
-        colour = min(distance, key=distance.get)
+        colour = min(distance, key=distance.__getitem__)
         seen.append(
             Seen(
                 shape if known_shape else None,

@@ -1,1 +1,1 @@
-"""What a variant costs: velocity errors, likeness of the pictures, and the score of a world's checker."""
+"""What a variant costs: velocity errors, latency, similarity of its images, and the score of a prompt checker."""

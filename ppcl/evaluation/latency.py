@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from ppcl.replacements.plan import Ffn, LowRankModulation, Replacement, TextRun
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.search.latency_table import LatencyTable
 
-# Entries of a kind that are timed, the others taken for the same; and how often each is.
-_OF_A_KIND = 3
+# Replacements of a kind that are timed, the others being alike; and rounds of timing.
+_PER_KIND = 3
 _ROUNDS = 7
 
 
@@ -27,22 +28,24 @@ def _synchronized() -> float:
 
 
 def min_time(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """The least seconds each call took, which is what it takes when nothing else disturbs it. The calls take turns, so that a
-    drift of the machine's speed falls on all alike."""
+    """The least seconds each call took, which is what it takes undisturbed.
+
+    The calls take turns, so that a drift of the machine's speed falls on all alike.
+    """
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS + 1):
         for index, call in enumerate(calls):
-            begun = _synchronized()
+            started_at = _synchronized()
             call()
-            taken[index].append(_synchronized() - begun)
+            taken[index].append(_synchronized() - started_at)
     return [min(seconds[1:]) for seconds in taken]
 
 
 @torch.no_grad()
 def measure_latencies(transformer: nn.Module, switch: VariantSwitcher, inputs: Mapping[str, Any]) -> LatencyTable:
-    """Time the teacher and the replacements that the switch has, on one batch of the stock forward's arguments.
+    """Time the teacher and the replacements of the switcher on one batch of the stock forward's arguments.
 
-    Entries of one kind and length in one block list are taken for alike: some of them are timed, all get their median.
+    Replacements of one kind and length in one block list are alike: some of them are timed, all get their median.
     """
     adapter = adapter_of(transformer)
     blocks, block_ranges = switch.blocks(transformer), adapter.block_ranges(transformer)
@@ -51,28 +54,33 @@ def measure_latencies(transformer: nn.Module, switch: VariantSwitcher, inputs: M
     (total,) = min_time([lambda: transformer(**{**inputs, "return_dict": False})])
 
     def saving(numbers: range, before: Sequence[Replacement], after: Sequence[Replacement]) -> float:
-        ways = [switch.replacements(transformer, plan) for plan in (before, after)]
-        standing = [[way.get(number, blocks[number]) for number in numbers] for way in ways]
-        one, other = min_time([lambda mods=mods: run_blocks(adapter, mods, streams, context) for mods in standing])
-        return one - other
+        """Seconds that the blocks take less with one plan on than with another."""
+        block_maps = [switch.replacements(transformer, plan) for plan in (before, after)]
+        modules = [[block_map.get(number, blocks[number]) for number in numbers] for block_map in block_maps]
+        slower, faster = min_time([partial(run_blocks, adapter, chain, streams, context) for chain in modules])
+        return slower - faster
 
     groups: dict[Any, list[Replacement]] = {}
     for replacement in switch.files:
-        span = next(index for index, span in enumerate(block_ranges) if replacement.first in span)
+        block_list = next(index for index, numbers in enumerate(block_ranges) if replacement.first in numbers)
         kind = (
             0 if isinstance(replacement, LowRankModulation) else len(replacement.blocks),
             getattr(replacement, "keep_percent", None),
         )
-        groups.setdefault((span, type(replacement), *kind), []).append(replacement)
+        groups.setdefault((block_list, type(replacement), *kind), []).append(replacement)
     alone: dict[Replacement, int] = {}
     inside: dict[Replacement, int] = {}
     runs = [replacement for replacement in switch.files if isinstance(replacement, TextRun)]
     for group in groups.values():
-        some = group[:: max(1, len(group) // _OF_A_KIND)][:_OF_A_KIND]
-        whole = range(len(blocks))
-        alone |= _each(group, [saving(whole if isinstance(e, LowRankModulation) else e.blocks, (), (e,)) for e in some])
-        if isinstance(group[0], Ffn):
-            pairs = [(run, e) for e in group for run in runs if e.block in run.blocks[1:]][:_OF_A_KIND]
+        timed = group[:: max(1, len(group) // _PER_KIND)][:_PER_KIND]
+        everywhere = range(len(blocks))
+        alone |= _each(
+            group,
+            [saving(everywhere if isinstance(e, LowRankModulation) else e.blocks, (), (e,)) for e in timed],
+        )
+        ffns = [replacement for replacement in group if isinstance(replacement, Ffn)]
+        if ffns:
+            pairs = [(run, ffn) for ffn in ffns for run in runs if ffn.block in run.blocks[1:]][:_PER_KIND]
             if pairs:
                 inside |= _each(group, [saving(run.blocks, (run,), (run, e)) for run, e in pairs])
     return LatencyTable(round(1e6 * total), range(len(blocks)), alone, inside)
@@ -86,13 +94,13 @@ def _each(group: Sequence[Replacement], seconds: Sequence[float]) -> dict[Replac
 def forward_seconds(
     transformer: nn.Module, switch: VariantSwitcher, plans: Sequence[Sequence[Replacement]], inputs: Mapping[str, Any]
 ) -> list[float]:
-    """The least seconds of one forward with each plan on. The teacher is left plugged in."""
+    """The least seconds of one forward with each plan on. The teacher is left on."""
 
     def forward(plan: Sequence[Replacement]) -> None:
         switch(transformer, plan)
         transformer(**{**inputs, "return_dict": False})
 
     try:
-        return min_time([lambda plan=plan: forward(plan) for plan in plans])
+        return min_time([partial(forward, plan) for plan in plans])
     finally:
         switch(transformer, ())

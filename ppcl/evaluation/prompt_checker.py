@@ -1,4 +1,4 @@
-"""Worlds: captions with categories, and a checker that decides from the pixels whether a picture shows its caption."""
+"""Prompt checkers: captions with categories, and a check of whether the pixels of an image show its caption."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 from ppcl.errors import UserError
 
-# By the name in the configuration, a module with `captions()`, `CATEGORIES` and `check(picture, text)`.
+# By the name in the configuration, a module with `captions()`, `CATEGORIES` and `check(image, text)`.
 _CHECKERS = {"shapes": "ppcl.demo.world"}
 
 
 @dataclass(frozen=True)
 class TestPrompt:
-    """What a test picture is asked to show; `category` is None where no world checks it."""
+    """The prompt of a test image; `category` is None where no checker scores it."""
 
     __test__ = False  # pytest takes the name for a test's
 
@@ -32,7 +32,7 @@ def load_checker(name: str) -> ModuleType:
     return importlib.import_module(_CHECKERS[name])
 
 
-def checker_prompts(world: ModuleType, limit: int | None, seed: int) -> list[TestPrompt]:
+def checker_prompts(checker: ModuleType, limit: int | None, seed: int) -> list[TestPrompt]:
     """Captions that were held out of training, equally many of each category, in an order drawn from the seed.
 
     A category without held-out captions gives its trained ones. Where a category has fewer than its part, its captions
@@ -40,8 +40,8 @@ def checker_prompts(world: ModuleType, limit: int | None, seed: int) -> list[Tes
     """
     rng = np.random.default_rng(seed)
     by_category = {}
-    for category in world.CATEGORIES:
-        captions = [c for c in world.captions() if c.category == category]
+    for category in checker.CATEGORIES:
+        captions = [c for c in checker.captions() if c.category == category]
         chosen = [c for c in captions if c.held_out] or captions
         by_category[category] = [TestPrompt(chosen[i].text, category) for i in rng.permutation(len(chosen))]
     if limit is None:
@@ -55,9 +55,9 @@ def checker_prompts(world: ModuleType, limit: int | None, seed: int) -> list[Tes
     ]
 
 
-def named_prompts(world: ModuleType, texts: Sequence[str]) -> list[TestPrompt]:
-    """The given captions with their categories. Raises `UserError` for a text that is none of the world's captions."""
-    category = {c.text: c.category for c in world.captions()}
+def named_prompts(checker: ModuleType, texts: Sequence[str]) -> list[TestPrompt]:
+    """The given captions with their categories. Raises `UserError` for a text that is none of the checker's."""
+    category = {c.text: c.category for c in checker.captions()}
     for text in texts:
         if text not in category:
             raise UserError(
@@ -67,9 +67,19 @@ def named_prompts(world: ModuleType, texts: Sequence[str]) -> list[TestPrompt]:
     return [TestPrompt(text, category[text]) for text in texts]
 
 
-def correctness(world: ModuleType, pictures: np.ndarray, prompts: Sequence[TestPrompt]) -> dict[str, np.ndarray]:
-    """Whether each picture, `(N, H, W, 3)` uint8, shows its caption: category to `(n,)` of 0 and 1."""
-    found: dict[str, list[bool]] = {}
-    for picture, prompt in zip(pictures, prompts, strict=True):
-        found.setdefault(prompt.category, []).append(world.check(picture, prompt.text))
-    return {c: np.array(found[c], np.float64) for c in world.CATEGORIES if c in found}
+def checked(checker: ModuleType, images: np.ndarray, prompts: Sequence[TestPrompt]) -> list[bool]:
+    """Whether each image, `(N, H, W, 3)` uint8, shows its prompt."""
+    return [bool(checker.check(image, prompt.text)) for image, prompt in zip(images, prompts, strict=True)]
+
+
+def by_category(checker: ModuleType, prompts: Sequence[TestPrompt], correct: Sequence[bool]) -> dict[str, np.ndarray]:
+    """Category to `(n,)` of 0 and 1, one a prompt of that category, in the checker's order of categories."""
+    groups: dict[str | None, list[bool]] = {}
+    for prompt, is_correct in zip(prompts, correct, strict=True):
+        groups.setdefault(prompt.category, []).append(is_correct)
+    return {category: np.array(groups[category], np.float64) for category in checker.CATEGORIES if category in groups}
+
+
+def correctness(checker: ModuleType, images: np.ndarray, prompts: Sequence[TestPrompt]) -> dict[str, np.ndarray]:
+    """Whether each image, `(N, H, W, 3)` uint8, shows its prompt: category to `(n,)` of 0 and 1."""
+    return by_category(checker, prompts, checked(checker, images, prompts))

@@ -30,7 +30,7 @@ def checker_scores(passes: Correctness, confidence: float, seed: int) -> dict[st
     Each with an interval of that confidence.
     """
     drawn = _drawn_means(passes, seed)
-    low, high = _interval(sum(drawn.values()) / len(drawn), confidence)
+    low, high = _interval(np.mean(list(drawn.values()), axis=0), confidence)
     return {
         "overall": {"score": float(np.mean([p.mean() for p in passes.values()])), "low": low, "high": high},
         "categories": {category: _category(p, confidence) for category, p in passes.items()},

@@ -16,13 +16,13 @@ from ppcl.models import adapter_of, embed, head, run_blocks
 from ppcl.replacements.plan import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 
-# Equal parts of the way from noise to picture in which errors are told apart.
+# Equal parts of the timesteps [0, 1] for which errors are reported apart.
 BINS = 10
 
 
 @dataclass(frozen=True)
 class ErrorSums:
-    """By sample, `(B,)` float64 on the CPU: the timestep as the share of noise in [0, 1], ‖v - v_T‖² and ‖v_T‖²."""
+    """By sample, `(B,)` float64 on the CPU: timestep as the share of noise in [0, 1], ‖v - v_T‖² and ‖v_T‖²."""
 
     timestep: torch.Tensor
     error: torch.Tensor
@@ -42,14 +42,14 @@ class ErrorSums:
         return float(self.error.sum() / self.norm.sum())
 
     def by_timestep(self) -> list[dict[str, float]]:
-        """One row a bin that holds samples, from the picture to the noise: the mean timestep in it and its error."""
+        """One row a bin that holds samples, from image to noise: its mean timestep and its error."""
         bins = (self.timestep * BINS).long().clamp(0, BINS - 1)
         rows = []
         for index in range(BINS):
-            here = bins == index
-            if here.any():
-                error = self.error[here].sum() / self.norm[here].sum()
-                rows.append({"timestep": float(self.timestep[here].mean()), "error": float(error)})
+            in_bin = bins == index
+            if in_bin.any():
+                error = self.error[in_bin].sum() / self.norm[in_bin].sum()
+                rows.append({"timestep": float(self.timestep[in_bin].mean()), "error": float(error)})
         return rows
 
 
@@ -57,10 +57,10 @@ class ErrorSums:
 def sensitivities(
     transformer: nn.Module, switch: VariantSwitcher, inputs: Mapping[str, Any]
 ) -> dict[Replacement, ErrorSums]:
-    """The velocity error of each replacement that the switch has, alone, on one batch of the stock forward's arguments.
+    """The velocity error of each replacement of the switcher alone, on one batch of the stock forward's arguments.
 
-    The teacher runs once; at its first block each replacement branches off, and the teacher's blocks behind it finish its
-    velocity, so no boundary is kept. `transformer` is the teacher itself.
+    The teacher runs once; each replacement branches off at its first block, and the teacher's blocks behind it finish
+    its velocity, so that no boundary is kept. `transformer` is the teacher itself.
     """
     adapter = adapter_of(transformer)
     blocks = adapter.blocks(transformer)
@@ -71,8 +71,8 @@ def sensitivities(
     velocities = {}
     for block in range(len(blocks)):
         for replacement in starting.get(block, ()):
-            standing = switch.replacements(transformer, [replacement])
-            behind = [standing.get(b, blocks[b]) for b in range(block, len(blocks))]
+            block_map = switch.replacements(transformer, [replacement])
+            behind = [block_map.get(b, blocks[b]) for b in range(block, len(blocks))]
             branch = run_blocks(adapter, behind, streams, context)
             velocities[replacement] = head(transformer, branch, inputs)
         streams = run_blocks(adapter, blocks[block : block + 1], streams, context)
@@ -88,7 +88,7 @@ def variant_errors(
     variants: Mapping[str, Sequence[Replacement]],
     inputs: Mapping[str, Any],
 ) -> dict[str, ErrorSums]:
-    """The velocity error of whole variants on one batch, each run as the stock forward; the teacher is left plugged in."""
+    """The velocity error of whole variants on one batch, each run as the stock forward; the teacher is left on."""
     adapter = adapter_of(transformer)
     timestep = inputs[adapter.timestep] / adapter.timestep_scale
 

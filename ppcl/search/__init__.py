@@ -1,1 +1,1 @@
-"""Choosing plans: Pareto fronts over parameters and time, and the named variants."""
+"""Choosing plans: Pareto fronts over parameters and latency, and the named variants."""

@@ -1,4 +1,4 @@
-"""What each replacement saves of a step, as measured, and what a plan takes by it."""
+"""The measured latency of a step, what each replacement saves of it, and the speed that is predicted of a plan."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from ppcl.replacements.plan import Ffn, Replacement, TextRun
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Microseconds of one forward of the teacher, and of those the ones an replacement saves: `alone`, and an FFN's `inside` of a
-    text run, where its text part is gone. Blocks are `blocks` in number."""
+    """Latency of one forward of the teacher, and what each replacement saves of it, in microseconds.
+
+    `total`: the teacher's. `blocks`: the numbers of its blocks. `alone`: saved by a replacement on the teacher.
+    `inside`: saved by an FFN within a text run, where its text part is gone.
+    """
 
     total: int
     blocks: range
@@ -19,16 +22,21 @@ class LatencyTable:
     inside: Mapping[Replacement, int]
 
     def saved(self, replacement: Replacement, within: TextRun | None = None, folded: bool = False) -> int:
-        """What folding saves of a replaced part is taken for the same as of the teacher's."""
+        """Microseconds fewer with a replacement on; modulations count as much in low rank as in full."""
         if within is not None and replacement.first != within.first and replacement in self.inside:
             return self.inside[replacement]
         return self.alone[replacement]
 
     def speedup(self, plan: Iterable[Replacement]) -> float:
-        """How many times faster than the teacher a step is with a plan on, were savings to add up."""
+        """How many times faster than the teacher a step is with a plan on, if savings add up."""
         plan = list(plan)
         runs = [replacement for replacement in plan if isinstance(replacement, TextRun)]
-        left = self.total - sum(
-            self.saved(e, next((r for r in runs if isinstance(e, Ffn) and e.block in r.blocks), None)) for e in plan
-        )
-        return self.total / max(1, left)
+        saved = sum(self.saved(replacement, _run_around(replacement, runs)) for replacement in plan)
+        return self.total / max(1, self.total - saved)
+
+
+def _run_around(replacement: Replacement, runs: Iterable[TextRun]) -> TextRun | None:
+    """The text run that an FFN lies in."""
+    if not isinstance(replacement, Ffn):
+        return None
+    return next((run for run in runs if replacement.block in run.blocks), None)

@@ -1,4 +1,4 @@
-"""Variants: which of the trained replacements are on, under names."""
+"""Variants: named plans, and the catalog of them that a job writes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ppcl.config.variant_names import ALL, TEACHER, blocks_name, budget_name, na
 from ppcl.errors import UserError
 from ppcl.replacements.parameter_counts import ParameterCounts
 from ppcl.replacements.plan import Interval, Replacement, checked_plan, parse_replacement, sort_key
+from ppcl.search.candidates import CandidateSearch
 from ppcl.search.latency_table import LatencyTable
-from ppcl.search.pareto import Plan, candidates, choose_blocks, target_candidates
+from ppcl.search.pareto import Plan, choose_blocks
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The plan that is on. `parameters` of the transformer, `share` of the teacher's, `blocks` that run.
+    """A named plan. With it on: `parameters` of the transformer, their `share` of the teacher's, `blocks` that run.
 
-    `budget`: the share of the parameters it was chosen for, None where it was not chosen by budget.
+    `budget`: the share of the parameters it was chosen for; None where it was not chosen by budget.
     """
 
     name: str
@@ -33,20 +34,39 @@ class Variant:
 
     @classmethod
     def of(cls, name: str, plan: Iterable[Replacement], sizes: ParameterCounts, budget: float | None = None) -> Variant:
-        on = tuple(sorted(plan, key=sort_key))
-        parameters = sizes.parameters(on)
-        return cls(name, on, parameters, parameters / sizes.total, sizes.running(on), budget)
+        replacements = tuple(sorted(plan, key=sort_key))
+        parameters = sizes.parameters(replacements)
+        return cls(name, replacements, parameters, parameters / sizes.total, sizes.running(replacements), budget)
 
 
 def available_plan(
     plan: Iterable[Replacement | str | Sequence[int]], known: Iterable[Replacement], block_ranges: list[range]
 ) -> list[Replacement]:
-    """A sorted, checked choice of replacements. Raises `UserError` where one is impossible or was not trained."""
-    chosen, known = checked_plan(plan, block_ranges), sorted(known, key=sort_key)
+    """A sorted plan of `known` replacements. Raises `UserError` where one is impossible or not known."""
+    chosen, available = checked_plan(plan, block_ranges), sorted(known, key=sort_key)
     for replacement in chosen:
-        if replacement not in known:
-            raise UserError(f"there is no replacement {replacement}; there are {', '.join(map(str, known)) or 'none'}")
+        if replacement not in available:
+            listed = ", ".join(map(str, available)) or "none"
+            raise UserError(f"there is no replacement {replacement}; there are {listed}")
     return chosen
+
+
+def custom_plans(
+    settings: Variants, block_ranges: list[range], known: Iterable[Replacement] | None = None
+) -> dict[str, list[Replacement]]:
+    """The plans of `variants.custom`, by name, of `known` replacements where these are given.
+
+    Raises `UserError` for text that is no replacement, blocks that do not exist, overlaps, and replacements not known.
+    """
+    plans = {}
+    for name, plan in settings.custom.items():
+        try:
+            plans[name] = (
+                checked_plan(plan, block_ranges) if known is None else available_plan(plan, known, block_ranges)
+            )
+        except UserError as error:
+            raise UserError(f"variants.custom.{name}: {error}") from None
+    return plans
 
 
 def plans_to_measure(
@@ -56,10 +76,9 @@ def plans_to_measure(
 
     Raises `UserError` where one cannot be met.
     """
-    plans = {budget_name(budget): candidates(budget, sizes, sensitivity) for budget in settings.budgets}
-    return plans | {
-        name: target_candidates(name, target, sizes, times, sensitivity) for name, target in settings.targets.items()
-    }
+    search = CandidateSearch(sizes, sensitivity, times)
+    budgets = {budget_name(budget): search.for_budget(budget) for budget in settings.budgets}
+    return budgets | {name: search.for_target(name, target) for name, target in settings.targets.items()}
 
 
 def best_plans(
@@ -68,16 +87,26 @@ def best_plans(
     errors: Mapping[Plan, float],
     speedups: Mapping[Plan, float],
 ) -> dict[str, Plan]:
-    """By name, the plan of the smallest velocity error among those that are as fast as wanted, else the fastest one.
+    """By name, the plan of the smallest velocity error among those as fast as the target asks, else the fastest.
 
     `errors` and `speedups` (times the teacher's speed) are measured, of each plan as a whole.
     """
     chosen = {}
-    for name, some in plans.items():
+    for name, candidates in plans.items():
         speedup = settings.targets[name].speedup if name in settings.targets else None
-        fast = [plan for plan in some if speedup is None or speedups[plan] >= speedup]
-        chosen[name] = min(fast, key=errors.__getitem__) if fast else max(some, key=speedups.__getitem__)
+        fast = [plan for plan in candidates if speedup is None or speedups[plan] >= speedup]
+        chosen[name] = min(fast, key=errors.__getitem__) if fast else max(candidates, key=speedups.__getitem__)
     return chosen
+
+
+def missed_targets(settings: Variants, chosen: Mapping[str, Plan], speedups: Mapping[Plan, float]) -> list[str]:
+    """One sentence for each target whose plan was measured to be slower than asked."""
+    return [
+        f"variants: {name} was measured at {speedups[chosen[name]]:.2f} times the teacher's speed, not the "
+        f"{target.speedup:g} that variants.targets asks for; no plan measured was faster"
+        for name, target in settings.targets.items()
+        if target.speedup and speedups[chosen[name]] < target.speedup
+    ]
 
 
 def make_variants(
@@ -87,35 +116,25 @@ def make_variants(
     block_ranges: list[range],
     chosen: Mapping[str, Plan],
 ) -> dict[str, Variant]:
-    """The named variants: the teacher, one a budget, one a number of blocks, one a target, all intervals on, and the custom ones.
+    """The named variants: the teacher, one a budget, number of blocks and target, all intervals, and the custom ones.
 
     `chosen`: the plans of the budgets and targets. Raises `UserError`.
     """
     names_of(settings)
-
-    def variant(name: str, plan: Iterable[Replacement], budget: float | None = None) -> Variant:
-        return Variant.of(name, plan, sizes, budget)
-
-    made = {TEACHER: variant(TEACHER, ())}
-    made |= {budget_name(b): variant(budget_name(b), chosen[budget_name(b)], b) for b in settings.budgets}
-    made |= {
-        blocks_name(most): variant(blocks_name(most), choose_blocks(most, sizes, sensitivity))
-        for most in settings.blocks
-    }
-    made |= {name: variant(name, chosen[name]) for name in settings.targets}
+    plans: dict[str, Iterable[Replacement]] = {TEACHER: ()}
+    plans |= {budget_name(budget): chosen[budget_name(budget)] for budget in settings.budgets}
+    plans |= {blocks_name(most): choose_blocks(most, sizes.blocks, sensitivity) for most in settings.blocks}
+    plans |= {name: chosen[name] for name in settings.targets}
     if intervals := [replacement for replacement in sensitivity if isinstance(replacement, Interval)]:
-        made[ALL] = variant(ALL, intervals)
-    for name, plan in settings.custom.items():
-        try:
-            made[name] = variant(name, available_plan(plan, sizes.replacements, block_ranges))
-        except UserError as error:
-            raise UserError(f"variants.custom.{name}: {error}") from None
-    return made
+        plans[ALL] = intervals
+    plans |= custom_plans(settings, block_ranges, sizes.replacements)
+    budgets = {budget_name(budget): budget for budget in settings.budgets}
+    return {name: Variant.of(name, plan, sizes, budgets.get(name)) for name, plan in plans.items()}
 
 
 @dataclass(frozen=True)
 class VariantCatalog:
-    """What `variants.json` says: the teacher's size, what each replacement alone costs, and the named variants.
+    """The content of `variants.json`: the teacher's size, the sensitivity of each replacement, and the named variants.
 
     `sensitivity`: relative squared error of the velocity with that one replacement on, before any fine-tuning.
     """
@@ -131,7 +150,7 @@ class VariantCatalog:
             "teacher": {
                 "parameters": self.parameters,
                 "blocks": self.blocks,
-                "spans": [[span.start, span.stop] for span in self.block_ranges],
+                "spans": [[block_range.start, block_range.stop] for block_range in self.block_ranges],
             },
             "damage": {
                 str(replacement): self.sensitivity[replacement]
@@ -165,5 +184,5 @@ class VariantCatalog:
 
 
 def read_catalog(folder: Path) -> VariantCatalog:
-    """What the stage `variants` left in its folder."""
+    """The catalog that the stage `variants` wrote to its folder."""
     return VariantCatalog.from_json(json.loads((folder / "variants.json").read_text()))

@@ -92,3 +92,10 @@ def test_the_hash_is_that_of_the_content(tmp_path):
     first = check_prompts(write(tmp_path / "a.txt", TEXTS), "prompt")
     assert check_prompts(write(tmp_path / "b.txt", TEXTS), "prompt") == first
     assert check_prompts(write(tmp_path / "b.txt", TEXTS[:2]), "prompt") != first
+
+
+def test_one_prompt_is_enough_where_none_is_held_out(tmp_path):
+    path = write(tmp_path / "p.txt", TEXTS[:1])
+    with pytest.raises(UserError, match="at least 2"):
+        check_prompts(path, "prompt")
+    check_prompts(path, "prompt", different=1)

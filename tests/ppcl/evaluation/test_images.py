@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ppcl.config.schema import Sampling
-from ppcl.evaluation.images import generate_images, image_path, load_images, save_images, seconds_per_step
+from ppcl.evaluation.images import generate_images, image_path, load_images, save_images, seconds_per_step, step_times
 from ppcl.result import Result
 from tests import made_result
 
@@ -46,10 +46,12 @@ def test_timing_gives_every_variant_its_turns_and_leaves_the_teacher(result, pip
         result._switch(transformer, intervals)
 
     variants = {name: result.variants[name].plan for name in ("teacher", "all")}
-    seconds = seconds_per_step(pipeline, switch, variants, PROMPTS[:1], SAMPLING)
-    assert seconds.keys() == variants.keys() and all(value > 0 for value in seconds.values())
-    # One turn to warm up, three rounds, and the teacher put back.
-    assert turns == [(), *[(), variants["all"]] * 3, ()]
+    times = step_times(pipeline, switch, variants, PROMPTS[:1], SAMPLING)
+    # Of the steps of a turn the first is not counted.
+    assert times.keys() == variants.keys() and all(len(seconds) == SAMPLING.steps - 1 for seconds in times.values())
+    assert all(value > 0 for seconds in times.values() for value in seconds)
+    # One turn each, and the teacher put back.
+    assert turns == [(), variants["all"], ()]
     assert all(a is b for a, b in zip(blocks, pipeline.transformer.transformer_blocks, strict=True))
 
 
@@ -57,5 +59,10 @@ def test_a_pipeline_that_fails_while_timed_is_left_with_the_teacher(result, pipe
     blocks = list(pipeline.transformer.transformer_blocks)
     monkeypatch.setattr(pipeline.transformer, "forward", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        seconds_per_step(pipeline, result._switch, {"all": result.variants["all"].plan}, PROMPTS[:1], SAMPLING)
+        step_times(pipeline, result._switch, {"all": result.variants["all"].plan}, PROMPTS[:1], SAMPLING)
     assert all(a is b for a, b in zip(blocks, pipeline.transformer.transformer_blocks, strict=True))
+
+
+def test_a_steps_seconds_are_the_median_over_all_rounds():
+    rounds = [{"teacher": [1.0, 5.0]}, {"teacher": [2.0, 3.0]}, {"teacher": [4.0, 6.0]}]
+    assert seconds_per_step(rounds) == {"teacher": 3.5}
