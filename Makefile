@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test faults clean
+.PHONY: setup demo test faults docs clean
 
 setup: $(VENV)/.ready
 
@@ -27,5 +27,10 @@ test: setup
 faults: setup
 	$(BIN)/python -m pytest -q -m faults tests/faults
 
+# The references anew, then the pages, into site/.
+docs: setup
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -73,7 +73,8 @@ def _calibrate(folder: Path, teacher: Path, count: int, batch: int, answers: Any
     import diffusers
 
     from jobs.runtime.cluster import connected
-    from jobs.stages.calibration import calibrate
+    from jobs.stage import JobIdentity, StageContext
+    from jobs.stages import calibration
     from ppcl.calibration.dataset import CalibrationSet
     from ppcl.config.schema import Calibration, Config, Sampling
     from ppcl.models.teacher import Teacher
@@ -106,7 +107,12 @@ def _calibrate(folder: Path, teacher: Path, count: int, batch: int, answers: Any
     watcher = threading.Thread(target=watch)
     watcher.start()
     with connected(None, config):
-        told = calibrate(config, Teacher(teacher), folder / "out" / "calibration", lambda done, total: None)
+        opened_teacher, output = Teacher(teacher), folder / "out" / "calibration"
+        output.mkdir(parents=True)
+        identity = JobIdentity.of(config, opened_teacher)
+        told = calibration.run(
+            StageContext(config, opened_teacher, identity, {}, output, "cpu", lambda done, total: None)
+        )
     seconds = time.monotonic() - begun
     ended.set()
     watcher.join()

@@ -25,7 +25,7 @@ CONFIGURATION = """# Configuration reference
 
 *Generated from `ppcl/config/schema.py` and `serve/config.py` by `python docs/generate.py`.*
 
-A job is one YAML file. `ppcl config` prints all of its keys with their defaults, `ppcl config --serve` those of serving.
+A job is one YAML file. `ppcl config` prints its keys with their defaults, `ppcl config --serve` those of serving.
 `--set section.key=VALUE` overrides one key, with a YAML value. An unknown key, or a value out of range, is refused with
 the key, the value seen and what would be right. Paths in a file are relative to the file; `output` is relative to where
 the command runs.
@@ -90,7 +90,10 @@ def _nested(model: type[Section]) -> list[type[Section]]:
 
 def _table(fields: dict[str, FieldInfo]) -> str:
     rows = ["| key | default | values | meaning |\n|---|---|---|---|\n"]
-    rows += [f"| `{name}` | {_default(f)} | {_cell(_type(f))} | {_cell(f.description or '')} |\n" for name, f in fields.items()]
+    rows += [
+        f"| `{name}` | {_default(f)} | {_cell(_type(f))} | {_cell(f.description or '')} |\n"
+        for name, f in fields.items()
+    ]
     return "".join(rows)
 
 
@@ -100,13 +103,17 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
     value = value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
-    return f"`{yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix(chr(10)).removesuffix(chr(10) + '...')}`"
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+    return f"`{text}`"
 
 
 def _type(field: FieldInfo) -> str:
     """The field's type and bounds, as a reader of YAML would say them."""
     text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    if "Literal[" in text:
+    if "Location" in text or "Path" in text:
+        text = "path or s3:// URL" if "Validator" in text or "Location" in text else "path"
+        text += " or null" if "None" in str(field.annotation) else ""
+    elif "Literal[" in text:
         text = ", ".join(re.findall(r"'([^']*)'", text)) + (" or null" if "None" in text else "")
     else:
         text = re.sub(r"Annotated\[(\w+), FieldInfo\([^\]]*\)\]", r"\1", text)

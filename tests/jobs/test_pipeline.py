@@ -1,13 +1,21 @@
-"""What the coordinator does when a stage fails."""
+"""Which stages of a job run, what they read, and what happens when one fails."""
 
 import io
+import json
+import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from jobs.pipeline import Job, Stage
+from jobs import progress
+from jobs.pipeline import Job
+from jobs.stage import Stage, stages_for
+from jobs.stages.registry import STAGES
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
+from ppcl.storage.manifest import write_atomically
+from ppcl.storage.results import STAGE_FILES
 
 
 @pytest.fixture
@@ -19,35 +27,44 @@ def job(teacher_folder, tmp_path):
     )
 
 
-def stage(failures, keeps_checkpoints=False):
-    """One that leaves a file, and fails as often as there are failures."""
+def stage(failures, resumes_from=None):
+    """One that leaves a file, another in the folder that it resumes from, and fails as often as there are failures."""
     left = list(failures)
 
-    def run(folder, update, key):
-        before = sorted(path.name for path in folder.iterdir())
-        (folder / f"{len(left)}").write_text("made")
+    def run(context):
+        checkpoints = context.folder / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        before = sorted(path.name for path in context.folder.rglob("*") if path.is_file())
+        (checkpoints / f"checkpoint {len(left)}").write_text("made")
+        (context.folder / f"result {len(left)}").write_text("made")
         if left:
             raise left.pop(0)
         return {"found": before}
 
-    return Stage("probes", "a test", [], run, keeps_checkpoints)
+    return Stage("probes", run, lambda context: "a test", resumes_from=resumes_from)
 
 
-@pytest.mark.parametrize(("keeps", "found"), [(False, []), (True, ["1", "2"])])
-def test_a_stage_that_loses_workers_is_tried_again_from_what_it_keeps(job, keeps, found):
-    job._run_stage(stage([RuntimeError("Traceback\nsomewhere\nlost a worker"), OSError("gone")], keeps))
+@pytest.mark.parametrize(
+    ("resumes_from", "found"), [(None, []), ("checkpoints", ["checkpoint 1", "checkpoint 2"])]
+)
+def test_a_stage_that_loses_workers_is_tried_again_from_its_checkpoints_alone(job, resumes_from, found):
+    job.run_stage(stage([RuntimeError("lost a worker\nand more of it"), OSError("gone")], resumes_from), "cpu")
     said = job.reporter.console.file.getvalue()
-    assert (
-        "probes: failed (lost a worker); trying again from what is complete, 1 of 2 times" in said
-        and "failed (gone)" in said
+    assert re.search(
+        r"probes: failed \(RuntimeError: lost a worker \(.*test_pipeline.py, line \d+\)\); "
+        r"trying again from what is complete, 1 of 2 times",
+        said,
     )
-    assert job.artifacts.entry("probes").info == {"found": found}
+    assert "failed (OSError: gone (" in said
+    assert job.artifacts.record("probes").info == {"found": found}
+    assert list(job.artifacts.record("probes").files) == ["probes/result 0"]
 
 
 def test_a_stage_that_goes_on_failing_ends_the_job_in_one_sentence_with_all_in_the_log(job):
-    with pytest.raises(UserError, match=r"probes failed 3 times, the last time for c; log.txt in .* has all of it"):
-        job._run_stage(stage(map(RuntimeError, "abcd")))
-    assert job.artifacts.entry("probes") is None
+    sentence = r"probes failed 3 times, the last time for RuntimeError: c \(.*\); log.txt in .* has all of it"
+    with pytest.raises(UserError, match=sentence):
+        job.run_stage(stage(map(RuntimeError, "abcd")), "cpu")
+    assert job.artifacts.record("probes") is None
     log = job.artifacts.path("log.txt").read_text()
     assert log.count("Traceback") == 3 and "RuntimeError: a" in log
 
@@ -55,5 +72,118 @@ def test_a_stage_that_goes_on_failing_ends_the_job_in_one_sentence_with_all_in_t
 @pytest.mark.parametrize("error", [UserError("the teacher is gone"), OSError(28, "No space left on device")])
 def test_what_no_repetition_mends_is_told_at_once(job, error):
     with pytest.raises(type(error)):
-        job._run_stage(stage([error]))
+        job.run_stage(stage([error]), "cpu")
     assert "trying again" not in job.reporter.console.file.getvalue()
+
+
+class Chain:
+    """Two stages, of which the second copies what it reads; `content` is what the first one writes."""
+
+    def __init__(self):
+        self.content, self.runs = "1", []
+        self.first = Stage("probes", self._run_first, lambda context: "writes", sections=("probes",))
+        self.second = Stage("detection", self._run_second, lambda context: "copies", depends_on=("probes",))
+
+    def _run_first(self, context):
+        self.runs.append("probes")
+        (context.folder / "a.txt").write_text(self.content)
+        return {}
+
+    def _run_second(self, context):
+        self.runs.append("detection")
+        (context.folder / "copy.txt").write_text("".join(p.read_text() for p in context.inputs["probes"].paths()))
+        return {}
+
+    def run(self, job):
+        """Gives the stages that were run, and what the second one has."""
+        self.runs.clear()
+        for stage in (self.first, self.second):
+            job.run_stage(stage, "cpu")
+        return list(self.runs), job.artifacts.path("detection", "copy.txt").read_text()
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("damage")])
+def test_a_stage_is_made_again_where_what_it_reads_was_made_again_and_differs(job, damage):
+    chain = Chain()
+    assert chain.run(job) == (["probes", "detection"], "1")
+    assert chain.run(job) == ([], "1")
+    damage(job.artifacts.path("probes", "a.txt"))
+    chain.content = "2"
+    assert chain.run(job) == (["probes", "detection"], "2")
+
+
+def test_a_stage_made_again_with_the_same_bytes_leaves_later_ones_skipped(job):
+    chain = Chain()
+    chain.run(job)
+    job.artifacts.path("probes", "a.txt").unlink()
+    assert chain.run(job) == (["probes"], "1")
+
+
+def test_a_stage_reads_what_the_manifest_names_and_not_what_else_lies_in_a_folder(job):
+    chain = Chain()
+    chain.run(job)
+    job.artifacts.path("probes", "b.txt").write_text("a stranger's")
+    job.artifacts.drop_record("detection")
+    assert chain.run(job) == (["detection"], "1")
+
+
+def test_files_of_an_earlier_run_are_gone_where_a_stage_is_made_again(job):
+    chain = Chain()
+    chain.run(job)
+    job.artifacts.path("probes", "b.txt").write_text("of an earlier plan")
+    job.artifacts.commit("probes", "another key")
+    assert chain.run(job) == (["probes"], "1")
+    assert list(job.artifacts.record("probes").files) == ["probes/a.txt"]
+
+
+def test_a_key_changes_with_the_fields_that_matter_and_not_with_those_marked_operational(job):
+    chain = Chain()
+    chain.run(job)
+    change = lambda **values: job.config.model_copy(update={"probes": job.config.probes.model_copy(update=values)})  # noqa: E731
+    job.config = change(workers=3)
+    assert chain.run(job)[0] == []
+    job.config = change(ridge=0.5)
+    assert chain.run(job)[0] == ["probes"]
+
+
+def test_another_format_of_a_stage_makes_it_again_and_says_so(job):
+    chain = Chain()
+    chain.run(job)
+    chain.first = replace(chain.first, format=2)
+    assert chain.run(job)[0] == ["probes"]
+    said = job.reporter.console.file.getvalue()
+    assert "probes: another version of ppcl wrote it, in format 1, and this one writes format 2; making it again" in said
+
+
+def test_what_the_version_before_wrote_is_made_again_and_that_is_said(job):
+    chain = Chain()
+    chain.run(job)
+    manifest = job.artifacts.manifest()
+    del manifest["stages"]["probes"]["format"]
+    write_atomically(job.artifacts.path("manifest.json"), json.dumps(manifest))
+    assert chain.run(job)[0] == ["probes"]
+    assert "another version of ppcl wrote it, in format 0" in job.reporter.console.file.getvalue()
+
+
+def test_the_list_of_stages_has_dependencies_first_and_every_summary_that_the_report_reads():
+    names = [stage.name for stage in STAGES]
+    for number, stage in enumerate(STAGES):
+        assert set(stage.depends_on) <= set(names[:number]), stage.name
+    assert set(STAGE_FILES) < set(names)
+    assert set(progress.STAGES) == set(names)
+    for stage in STAGES:
+        assert all(section in Config.model_fields for section in stage.sections)
+
+
+def test_an_ablation_stands_in_place_of_everything_after_detection():
+    names = lambda target: [stage.name for stage in stages_for(target, STAGES)]  # noqa: E731
+    assert names("ablation") == ["calibration", "probes", "detection", "ablation"]
+    assert names("evaluation") == [
+        "calibration",
+        "probes",
+        "detection",
+        "students",
+        "variants",
+        "finetuning",
+        "evaluation",
+    ]

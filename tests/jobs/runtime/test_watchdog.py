@@ -14,16 +14,16 @@ PATIENCE = 6.0
 
 
 @pytest.fixture
-def watch(ray_cluster):
-    with Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch:
-        yield watch
+def watchdog(ray_cluster):
+    with Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watchdog:
+        yield watchdog
 
 
-def worker(ray, life, stops=None):
+def worker(ray, heartbeat, stops=None):
     @ray.remote(num_cpus=0)
     class Worker:
         def __init__(self):
-            life.show()
+            heartbeat.start()
             self.stop_in("constructor")
 
         def stop_in(self, where):
@@ -50,39 +50,39 @@ def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster):
     )
     with (
         pytest.raises(RuntimeError, match=told),
-        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch,
+        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watchdog,
     ):
-        list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life, "constructor"))))
+        list(watchdog.results(made(ray_cluster, worker(ray_cluster, watchdog.heartbeat, "constructor"))))
 
 
-def test_the_others_go_on(ray_cluster, watch):
-    stopped, well = worker(ray_cluster, watch.life, "work"), worker(ray_cluster, watch.life)
-    coming = watch.results(made(ray_cluster, well, stopped))
+def test_the_others_go_on(ray_cluster, watchdog):
+    stopped, well = worker(ray_cluster, watchdog.heartbeat, "work"), worker(ray_cluster, watchdog.heartbeat)
+    coming = watchdog.results(made(ray_cluster, well, stopped))
     assert next(coming) > 0
     with pytest.raises(ray_cluster.exceptions.ActorDiedError):
         next(coming)
-    assert len(watch.killed) == 1
-    assert len(list(watch.results(made(ray_cluster, well)))) == 1
+    assert len(watchdog.killed) == 1
+    assert len(list(watchdog.results(made(ray_cluster, well)))) == 1
 
 
-def test_one_that_works_for_longer_than_the_patience_is_left_alone_and_one_that_is_gone_is_not_told(ray_cluster, watch):
-    gone, well = worker(ray_cluster, watch.life), worker(ray_cluster, watch.life)
-    list(watch.results(made(ray_cluster, gone)))
+def test_one_that_works_for_longer_than_the_patience_is_left_alone_and_one_that_is_gone_is_not_told(ray_cluster, watchdog):
+    gone, well = worker(ray_cluster, watchdog.heartbeat), worker(ray_cluster, watchdog.heartbeat)
+    list(watchdog.results(made(ray_cluster, gone)))
     ray_cluster.kill(gone)
-    assert list(watch.results(made(ray_cluster, well, seconds=1.5 * PATIENCE)))
-    assert not watch.killed
+    assert list(watchdog.results(made(ray_cluster, well, seconds=1.5 * PATIENCE)))
+    assert not watchdog.killed
 
 
 def test_a_users_mistake_stays_what_it_is(ray_cluster):
     with (
         pytest.raises(UserError, match="mistake"),
-        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watch,
+        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watchdog,
     ):
-        watch.killed.append("a worker gave no sign of life")
+        watchdog.killed.append("a worker gave no sign of life")
         raise UserError("mistake")
 
 
 def test_places_that_are_gone_end_the_waiting(ray_cluster):
     told = "workers asks for 99 workers, but the cluster has 4 CPUs, of which 3 can be used by workers"
-    with pytest.raises(UserError, match=told), Watchdog("a worker", Resources(99, "cpu", "workers", 2.0)) as watch:
-        list(watch.results(made(ray_cluster, worker(ray_cluster, watch.life), seconds=60)))
+    with pytest.raises(UserError, match=told), Watchdog("a worker", Resources(99, "cpu", "workers", 2.0)) as watchdog:
+        list(watchdog.results(made(ray_cluster, worker(ray_cluster, watchdog.heartbeat), seconds=60)))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pyarrow.parquet as pq
@@ -9,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jobs.stage import prompts_hash
 from jobs.stages import calibration
-from jobs.stages.calibration import calibrate
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
-from ppcl.models.teacher import Teacher
 from tests import tiny
+from tests.stage_context import context
 
 PROMPTS = [
     f"a photo of {n} {colour} circle"
@@ -42,15 +44,18 @@ def config(teacher_folder, prompts, arguments=None, **calibration):
 
 
 def run(made, folder, progress=lambda done, total: None):
-    return calibrate(made, Teacher(made.teacher), folder / "calibration", progress)
+    # As a job does before every attempt.
+    shutil.rmtree(folder / "calibration", ignore_errors=True)
+    given = context(made, folder / "calibration", progress)
+    return calibration.run(replace(given, identity=replace(given.identity, prompts=prompts_hash(made))))
 
 
 @pytest.fixture
 def here(ray_cluster, monkeypatch):
     """The actors run in this process, one batch after the other: for what does not need Ray to be captured."""
 
-    def rows(actor, work, numbers, life):
-        made = actor(work, SimpleNamespace(show=lambda: None))
+    def rows(actor, work, numbers, heartbeat):
+        made = actor(work, SimpleNamespace(start=lambda: None))
         for number in numbers:
             yield {name: values[0] for name, values in made({"number": [number]}).items()}
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.stages.probes import detect
-from jobs.stages.probes import fit_probes as run_stage
+from jobs.stages import detection, probes
 from ppcl.calibration.dataset import CalibrationSet, write_call, write_embeddings, write_held_out, write_states
 from ppcl.calibration.trajectory_recorder import Call, State
 from ppcl.config.schema import Config
@@ -17,14 +16,15 @@ from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.training.parallel_dims import ParallelDims
 from tests.samples import MemorySamples
+from tests.stage_context import context
 
 COUNT = 24
 
 
 def config(teacher_folder, workers):
-    probes = {"workers": workers, "batch_size": 5, "tokens_per_sample": 4}
+    settings = {"workers": workers, "batch_size": 5, "tokens_per_sample": 4}
     return Config(
-        teacher=teacher_folder, prompts=teacher_folder / "none.txt", device="cpu", probes=probes, patience=0.5
+        teacher=teacher_folder, prompts=teacher_folder / "none.txt", device="cpu", probes=settings, patience=0.5
     )
 
 
@@ -67,10 +67,11 @@ def alone(teacher_folder, calibration, tmp_path_factory):
 
 
 def test_two_workers_leave_the_probes_of_one(ray_cluster, teacher_folder, calibration, alone, tmp_path):
-    teacher, captured, together, found = Teacher(teacher_folder), [], tmp_path / "probes", []
-    together.mkdir()
+    captured, together, found = [], tmp_path / "probes", []
     two = config(teacher_folder, 2)
-    info = run_stage(two, teacher, calibration, together, "cpu", lambda *told: captured.append(told))
+    info = probes.run(
+        context(two, together, lambda *progress: captured.append(progress), calibration=calibration)
+    )
     assert info == {"blocks": 6, "dropped": 0, "notes": []}
     assert captured[-1][:2] == (COUNT, COUNT) and [told[0] for told in captured] == sorted(told[0] for told in captured)
     names = sorted(os.listdir(together))
@@ -80,8 +81,8 @@ def test_two_workers_leave_the_probes_of_one(ray_cluster, teacher_folder, calibr
         assert ours.keys() == theirs.keys()
         for key in ours:
             assert (ours[key] - theirs[key]).abs().max() <= 1e-6, f"{name} {key}"
-    for probes in (together, alone):
-        info = detect(two, teacher, probes, tmp_path / "detection", lambda done, total: None)
+    for folder in (together, alone):
+        info = detection.run(context(two, tmp_path / "detection", probes=folder))
         found.append(json.loads((tmp_path / "detection" / "detection.json").read_text()))
         assert info == {"plan": found[-1]["plan"]}
     assert found[0]["intervals"] == found[1]["intervals"] != []
@@ -104,9 +105,8 @@ def test_a_refusal_of_a_worker_arrives_as_one_sentence(ray_cluster, teacher_fold
         dropped=0,
     )
     folder = tmp_path / "probes"
-    folder.mkdir()
     with pytest.raises(UserError) as caught:
-        run_stage(config(teacher_folder, 1), Teacher(teacher_folder), broken, folder, "cpu", lambda *told: None)
+        probes.run(context(config(teacher_folder, 1), folder, calibration=broken))
     assert str(caught.value).startswith(
         "block 0, img stream: there is no token to fit an affine map to (288 were left out"
     )
@@ -119,5 +119,5 @@ def test_more_workers_than_the_cluster_has_are_refused_before_any_starts(
     with pytest.raises(
         UserError, match="probes.workers asks for 40 workers, but the cluster has 4 CPUs, of which 3 can"
     ):
-        run_stage(config(teacher_folder, 40), Teacher(teacher_folder), calibration, tmp_path, "cpu", lambda *told: None)
-    assert os.listdir(tmp_path) == []
+        probes.run(context(config(teacher_folder, 40), tmp_path / "probes", calibration=calibration))
+    assert os.listdir(tmp_path / "probes") == []
