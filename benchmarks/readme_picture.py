@@ -2,7 +2,8 @@
 
     python benchmarks/readme_picture.py runs/demo -o docs/images/variants.png
 
-Rows are prompts of the evaluation, one of each category; columns are the teacher and the variants, from large to small.
+Rows are prompts of the evaluation, one of each category; columns are the teacher and the variants, from large to small,
+with their parameters, speed and score.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def figures(row: dict[str, Any]) -> str:
     lines = [row["variant"]]
     if row["parameters"]:
         share = f" ({100 * row['share']:.0f} %)" if row["share"] else ""
-        lines.append(f"{_count(row['parameters'])} parameters{share}")
+        lines.append(f"{_count(row['parameters'])}{share}")
     if row["speed_up"]:
         lines.append(f"{row['speed_up']:.2f} × speed")
     if row["world"] is not None:
