@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-full test test-unit lint types faults clean
+.PHONY: setup demo demo-full test test-unit lint types docs faults clean
 
 setup: $(VENV)/.ready
 
@@ -36,7 +36,8 @@ test-unit: setup
 
 lint: setup
 	$(BIN)/ruff check ppcl jobs serve tests benchmarks
-	$(BIN)/ruff format --check ppcl jobs serve tests benchmarks
+	$(BIN)/ruff format --check ppcl jobs serve tests benchmarks docs
+	$(BIN)/lint-imports
 
 types: setup
 	$(BIN)/mypy
@@ -45,5 +46,10 @@ types: setup
 faults: setup
 	$(BIN)/python -m pytest -q -m faults tests/faults
 
+# The references anew, then the pages, into site/.
+docs: setup
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -126,7 +126,13 @@ def main() -> None:
     least = min(sensitivity[str(interval)] for interval in intervals)
     Sensitive.scales = {interval: (least / sensitivity[str(interval)]) ** 0.25 for interval in intervals}
     settings = config.distillation.model_copy(
-        update={"steps": options.steps, "warmup": options.steps // 10, "pipeline_parallel": 1, "data_parallel": 1, "loss": "relative"}
+        update={
+            "steps": options.steps,
+            "warmup": options.steps // 10,
+            "pipeline_parallel": 1,
+            "data_parallel": 1,
+            "loss": "relative",
+        }
     )
     ways = {
         "plain": {},

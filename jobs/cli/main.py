@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from ppcl import __version__
 from ppcl.errors import UserError, cannot_write
 
 _CONTINUES = "stopped; the same command continues from what is complete"
@@ -41,6 +42,21 @@ app = typer.Typer(
 )
 # Where there is no terminal to ask, rich takes 80 columns, into which the table of variants does not go.
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ppcl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Turn a multi-modal diffusion transformer into a family of smaller ones."""
 
 
 @app.command()

@@ -1,0 +1,185 @@
+"""Write docs/configuration.md from the configuration models and docs/commands.md from the command line.
+
+Run `python docs/generate.py` after a change of either; `tests/docs/test_reference.py` compares.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import typer
+import yaml
+from pydantic.fields import FieldInfo
+
+from jobs.cli.main import app
+from ppcl.config.loading import Section
+from ppcl.config.schema import Config
+from serve.config import Served
+
+DOCS = Path(__file__).parent
+
+CONFIGURATION = """# Configuration reference
+
+*Generated from `ppcl/config/schema.py` and `serve/config.py` by `python docs/generate.py`.*
+
+A job is one YAML file. `ppcl config` prints its keys with their defaults, `ppcl config --serve` those of serving.
+`--set section.key=VALUE` overrides one key, with a YAML value. An unknown key, or a value out of range, is refused with
+the key, the value seen and what would be right. Paths in a file are relative to the file; `output` is relative to where
+the command runs.
+"""
+
+COMMANDS = """# Command-line reference
+
+*Generated from `jobs/cli` by `python docs/generate.py`.*
+
+A command that fails because of something in its input prints one sentence and ends with exit code 2. Ctrl-C ends a
+command with exit code 130.
+"""
+
+
+def configuration_page() -> str:
+    """The page of all configuration keys, those of a job first."""
+    parts = [CONFIGURATION, "\n## Jobs\n"]
+    parts += _sections(Config)
+    parts.append("\n## Serving { #serving }\n")
+    parts += _sections(Served)
+    return "".join(parts)
+
+
+def _sections(model: type[Section]) -> Iterator[str]:
+    """The tables of a model: its own keys, then one a section."""
+    own = {k: f for k, f in model.model_fields.items() if not isinstance(f.default, Section)}
+    yield "\n" + _table(own)
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, Section):
+            yield f"\n### `{name}`\n\n{_one_line(type(field.default).__doc__ or '')}\n\n"
+            yield _table(type(field.default).model_fields)
+    for nested in _nested(model):
+        yield f"\n### `{nested.__name__}` {{ #{nested.__name__.lower()} }}\n\n{_one_line(nested.__doc__ or '')}\n\n"
+        yield _table(nested.model_fields)
+    old = {f"{name}.{k}": f"{name}.{v}" for name, section in _named(model) for k, v in _renamed(section).items()}
+    old |= _renamed(model)
+    if old:
+        yield "\n### Old names\n\nThese keep working in this version, with a warning.\n\n| old | now |\n|---|---|\n"
+        yield "".join(f"| `{before}` | `{now}` |\n" for before, now in old.items())
+
+
+def _named(model: type[Section]) -> Iterator[tuple[str, type[Section]]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, Section):
+            yield name, type(field.default)
+
+
+def _renamed(model: type[Section]) -> dict[str, str]:
+    return dict(getattr(model, "renamed", {}))
+
+
+def _nested(model: type[Section]) -> list[type[Section]]:
+    """Models that stand inside of a value, such as a target of `variants.targets`."""
+    found: dict[str, type[Section]] = {}
+    for _, section in _named(model):
+        for field in section.model_fields.values():
+            for argument in get_args(field.annotation):
+                if isinstance(argument, type) and issubclass(argument, Section):
+                    found[argument.__name__] = argument
+    return list(found.values())
+
+
+def _table(fields: dict[str, FieldInfo]) -> str:
+    rows = ["| key | default | values | meaning |\n|---|---|---|---|\n"]
+    rows += [
+        f"| `{name}` | {_default(f)} | {_cell(_type(f))} | {_cell(f.description or '')} |\n"
+        for name, f in fields.items()
+    ]
+    return "".join(rows)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True)
+    value = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    value = value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+    return f"`{text}`"
+
+
+def _type(field: FieldInfo) -> str:
+    """The field's type and bounds, as a reader of YAML would say them."""
+    text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
+    if "Location" in text or "Path" in text:
+        text = "path or s3:// URL" if "Validator" in text or "Location" in text else "path"
+        text += " or null" if "None" in str(field.annotation) else ""
+    elif "Literal[" in text:
+        text = ", ".join(re.findall(r"'([^']*)'", text)) + (" or null" if "None" in text else "")
+    else:
+        text = re.sub(r"Annotated\[(\w+), FieldInfo\([^\]]*\)\]", r"\1", text)
+        text = re.sub(r"\b(?:typing|pathlib|\w+(?:\.\w+)+)\.(\w+)", r"\1", text)
+        text = text.replace(" | None", " or null").replace("Optional", "").replace("typing.", "")
+    bounds = []
+    for bound, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
+        bounds += [f"{sign} {getattr(m, bound):g}" for m in field.metadata if getattr(m, bound, None) is not None]
+    return ", ".join([text, *bounds])
+
+
+def commands_page() -> str:
+    """The page of all commands, with their arguments and options."""
+    root: Any = typer.main.get_command(app)
+    parts = [COMMANDS, "\n```text\nppcl [--version] COMMAND ...\n```\n\n| command | what it does |\n|---|---|\n"]
+    commands = [(name, command) for name, command in root.commands.items() if not command.hidden]
+    parts += [f"| [`ppcl {name}`](#ppcl-{name}) | {_cell(_summary(command))} |\n" for name, command in commands]
+    for name, command in commands:
+        parts.append(_command(name, command))
+    return "".join(parts)
+
+
+def _command(name: str, command: Any) -> str:
+    parameters = [p for p in command.params if not getattr(p, "hidden", False) and p.name != "help"]
+    arguments = [p for p in parameters if p.param_type_name == "argument"]
+    usage = " ".join([f"ppcl {name}", *(_metavar(p) for p in arguments), "[OPTIONS]"])
+    lines = [f"\n## `ppcl {name}` {{ #ppcl-{name} }}\n\n{_one_line(command.help or '')}\n\n```text\n{usage}\n```\n"]
+    if parameters:
+        lines.append("\n| argument or option | default | meaning |\n|---|---|---|\n")
+    for parameter in parameters:
+        shown = _metavar(parameter) if parameter in arguments else ", ".join(parameter.opts)
+        lines.append(f"| `{shown}` | {_option_default(parameter)} | {_cell(parameter.help or '')} |\n")
+    return "".join(lines)
+
+
+def _metavar(parameter: Any) -> str:
+    name = (parameter.metavar or parameter.name).upper()
+    return name if parameter.required else f"[{name}]"
+
+
+def _option_default(parameter: Any) -> str:
+    if parameter.required:
+        return "**required**"
+    value = parameter.default
+    return "" if value in (None, False, ()) or callable(value) else f"`{value}`"
+
+
+def _summary(command: Any) -> str:
+    return _one_line(command.help or "").split(". ")[0].removesuffix(".")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return _one_line(text).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
+
+
+PAGES = {"configuration.md": configuration_page, "commands.md": commands_page}
+
+
+def main() -> None:
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
