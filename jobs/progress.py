@@ -1,4 +1,4 @@
-"""Progress of long work: a live line on a terminal, a line now and then everywhere else, always a log file and events."""
+"""Progress of long work: a live line on a terminal, a line now and then elsewhere, always a log file and events."""
 
 from __future__ import annotations
 

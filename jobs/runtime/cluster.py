@@ -73,7 +73,7 @@ def _connect(address: str | None) -> None:
     """Raises `UserError` where no Ray can be reached or started."""
     import ray
     import ray.data  # configures its logger when it is imported
-    import ray.train
+    import ray.train  # noqa: F401 - configures its logger, too
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
     from ray._raylet import AuthenticationTokenLoader
     from ray.exceptions import AuthenticationError

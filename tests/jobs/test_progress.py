@@ -109,8 +109,8 @@ def test_a_terminal_has_one_live_line_with_a_clock(tmp_path):
             assert time.monotonic() < deadline, text.getvalue()
             time.sleep(0.05)
     assert "stage 3 of 7" in text.getvalue()
-    # Lines of the log do not come between: only the live line is drawn, and its end.
-    assert text.getvalue().count("\n") == 1
+    # Lines of the log do not come between: the live line ends, and is replaced by the last word.
+    assert text.getvalue().count("\n") == 2
 
 
 def test_a_phase_replaces_what_the_count_means():
