@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -67,29 +67,31 @@ class Job:
 
         artifacts = self.artifacts
         stages = stages_for("ablation" if ablation else "evaluation", STAGES)
-        with artifacts.exclusive_lock(), self._log():
+        with artifacts.exclusive_lock(), self._log(), self._failure_event():
             self._check_resources(stages, device)
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
             upload(artifacts.path(CONFIG))
+            enabled = [stage for stage in stages if stage.enabled(self.config)]
             for stage in stages:
-                if stage.enabled(self.config):
-                    self.run_stage(stage, device)
+                if stage in enabled:
+                    self.run_stage(stage, device, enabled.index(stage) + 1, len(enabled))
                 else:
                     # One from before would go on being the result's.
                     artifacts.invalidate(stage.name)
-            report = write_report(artifacts.root)
-            return f"{artifacts.place}/{report.name}"
+            report = f"{artifacts.place}/{write_report(artifacts.root).name}"
+            self.reporter.job_done(report)
+            return report
 
-    def run_stage(self, stage: Stage, device: str) -> None:
-        """Run one stage, unless its result is complete and intact. Raises `UserError`."""
+    def run_stage(self, stage: Stage, device: str, index: int = 1, stages: int = 1) -> None:
+        """Run stage number `index` of `stages`, unless its result is complete and intact. Raises `UserError`."""
         artifacts, context = self.artifacts, self._context(stage, device)
         for line in stage.check(context):
             self.reporter.say(line)
         if artifacts.is_complete(stage.name, context.key, stage.format, self.reporter.say):
-            self.reporter.say(f"{stage.name}: complete, skipped")
+            self.reporter.skipped(stage.name, index, stages)
             return
         started_at = time.monotonic()
-        with self.reporter.stage(stage.name, stage.describe(context)) as update:
+        with self.reporter.stage(stage.name, stage.describe(context), index, stages) as update:
             info = self._with_retries(stage, replace(context, events=update))
         artifacts.commit(stage.name, context.key, time.monotonic() - started_at, info, stage.format)
         upload(artifacts.path(LOG))
@@ -149,6 +151,17 @@ class Job:
             with suppress(UserError):
                 upload(self.artifacts.path(LOG))
 
+    @contextmanager
+    def _failure_event(self) -> Iterator[None]:
+        """An error that ends the job is its last event; a stopped job has not failed."""
+        try:
+            yield
+        except Exception as error:
+            # A full disk takes no event; the error itself counts.
+            with suppress(OSError):
+                self.reporter.job_failed(" ".join(str(error).split()) or type(error).__name__)
+            raise
+
     def _check_resources(self, stages: Iterable[Stage], device: str) -> None:
         """Check all stages' workers before the first stage, not after hours of work. Raises `UserError`."""
         from jobs.runtime.resources import refuse_impossible  # imports Ray, see `run`
@@ -169,5 +182,7 @@ class Job:
             )
 
 
-def _unheard(done: int, total: int | None = None, values: dict[str, float] | None = None) -> None:
+def _unheard(
+    done: int, total: int | None = None, values: Mapping[str, float] | None = None, phase: str | None = None
+) -> None:
     """Before a stage runs nobody listens to its progress."""

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.progress import Told, told_by
+from jobs.events import PRINT_EVENTS, EventFilter, JobProgress, printed_events, progress_after, without_events
 from jobs.runtime.cluster import needs_token
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
@@ -57,6 +57,8 @@ _BEGIN_SECONDS, _STOP_SECONDS = 180, 120
 # How often in a row, a second apart, a log is asked for in vain before following it is given up: a head may restart meanwhile.
 _RECONNECTS = 120
 
+# What a command that failed says begins so.
+_ERROR = "ppcl: "
 
 # What Ray's client goes to if the environment has it, whatever address it is given.
 _OTHER_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -77,18 +79,18 @@ class _Refused(UserError):
 
 @dataclass(frozen=True)
 class Status:
-    """A job: `state` as Ray calls it, `told` what it said last, `output` where its result lies."""
+    """A job: `state` as Ray calls it, `progress` how far it is, `output` where its result lies."""
 
     id: str
     state: str
     output: str
-    told: Told
+    progress: JobProgress
     begun: datetime | None
     ended: datetime | None
 
     def to_json(self) -> dict[str, Any]:
         times = {"begun": self.begun and self.begun.isoformat(), "ended": self.ended and self.ended.isoformat()}
-        return {"id": self.id, "state": self.state, "output": self.output, **vars(self.told), **times}
+        return {"id": self.id, "state": self.state, "output": self.output, **vars(self.progress), **times}
 
 
 class Jobs:
@@ -190,6 +192,7 @@ class Jobs:
                             "RAY_JOB_STOP_SIGNAL": "SIGINT",
                             "RAY_JOB_STOP_WAIT_TIME_S": "60",
                             "COLUMNS": "120",
+                            PRINT_EVENTS: "1",
                         },
                     },
                 )
@@ -206,8 +209,8 @@ class Jobs:
         while True:
             status = self.status(identity)
             if status.state == "FAILED":
-                raise UserError(f"the job {identity} failed: {status.told.error}")
-            if status.told.stage or status.state in _ENDED or time.monotonic() > deadline:
+                raise UserError(f"the job {identity} failed: {status.progress.error}")
+            if status.progress.stage or status.state in _ENDED or time.monotonic() > deadline:
                 return status
             time.sleep(0.5)
 
@@ -234,16 +237,16 @@ class Jobs:
     def _status(self, job: Any) -> Status:
         unread = None
         try:
-            told = told_by(self._log(job.submission_id))
+            progress = _progress(self._log(job.submission_id))
         except _Refused as error:
             # The node it was on may be gone, and the job is one all the same.
-            told, unread = Told(), f"its log cannot be read: {error}"
-        if str(job.status.value) == "FAILED" and not told.error:
-            told = replace(told, error=_last_words(job.message))
+            progress, unread = JobProgress(), f"its log cannot be read: {error}"
+        if str(job.status.value) == "FAILED" and not progress.error:
+            progress = replace(progress, error=_last_words(job.message))
         elif unread:
-            told = replace(told, error=unread)
+            progress = replace(progress, error=unread)
         begun, ended = (t and datetime.fromtimestamp(t / 1000, UTC) for t in (job.start_time, job.end_time))
-        return Status(job.submission_id, str(job.status.value), job.metadata["output"], told, begun, ended)
+        return Status(job.submission_id, str(job.status.value), job.metadata["output"], progress, begun, ended)
 
     def all(self) -> list[Status]:
         return [self._status(job) for job in self._details()]
@@ -253,7 +256,8 @@ class Jobs:
         return self._find(identity).submission_id
 
     def logs(self, identity: str | None = None) -> str:
-        return self._log(self.identity(identity))
+        """What a job has said, without its events."""
+        return without_events(self._log(self.identity(identity)))
 
     def _log(self, identity: str) -> str:
         with self._asking():
@@ -265,6 +269,7 @@ class Jobs:
         Raises `UserError` where the cluster or the log stays out of reach.
         """
         said, in_vain = 0, 0
+        readable = EventFilter()
 
         async def tail() -> None:
             nonlocal said, in_vain
@@ -274,7 +279,8 @@ class Jobs:
                 in_vain = 0
                 new, known = text[known:], max(known - len(text), 0)
                 said += len(new)
-                say(new)
+                if text_for_people := readable(new):
+                    say(text_for_people)
 
         while True:
             in_vain += 1
@@ -298,7 +304,7 @@ class Jobs:
                 )
             time.sleep(1)
         try:
-            say(self._log(identity)[said:])
+            say(readable(self._log(identity)[said:]) + readable.rest())
         except _Refused as error:
             say(f"the rest of its log cannot be read: {error}\n")
         return status
@@ -327,6 +333,13 @@ def _check(needed: tuple[str, ...]) -> str:
     )
 
 
+def _progress(log: str) -> JobProgress:
+    """How far a job is, by its driver's log. A driver that ended before its first event says its error all the same."""
+    progress = progress_after(printed_events(log))
+    errors = [line.removeprefix(_ERROR) for line in log.splitlines() if line.startswith(_ERROR)]
+    return replace(progress, error=errors[-1]) if errors else progress
+
+
 def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")
 
@@ -339,9 +352,9 @@ def _last_words(message: str | None) -> str:
     lines = [
         line for line in log.splitlines()[1:] if line.strip() and not line.startswith("Running entrypoint for job ")
     ]
-    if error := told_by("\n".join(lines)).error:
+    if error := _progress("\n".join(lines)).error:
         return error
-    if lines and told_by(lines[-1]) == Told():
+    if lines and not printed_events(lines[-1]):
         words = f"{words}: {lines[-1].strip()}"
     return f"{words}; submitting the same configuration again continues it"
 

@@ -22,15 +22,19 @@ _CONTINUES = "stopped; the same command continues from what is complete"
 
 
 class _Stopped(Exception):
-    """Ctrl-C, under a name that typer does not answer itself, and with what it means."""
+    """Ctrl-C or SIGTERM, under a name that typer does not answer itself, and with what it means."""
+
+    def __init__(self, sentence: str, exit_code: int = 130):
+        super().__init__(sentence)
+        self.exit_code = exit_code
 
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise _Stopped(_CONTINUES) from None
+        except KeyboardInterrupt as interrupt:
+            raise _Stopped(_CONTINUES, getattr(interrupt, "exit_code", 130)) from None
 
 
 app = typer.Typer(
@@ -72,15 +76,19 @@ def compress(
     """Compress a diffusers pipeline; the same command again continues where it stopped."""
     from jobs.pipeline import Job
     from jobs.runtime.cluster import connected
+    from jobs.runtime.stopping import stop_signals
     from ppcl.config.schema import load_config
-    from ppcl.report.terminal import summary_table
+    from ppcl.report.terminal import next_steps, summary_table
 
-    settings = load_config(config, set_, output)
-    job = Job(settings, out)
-    with connected(address, settings) as device:
-        report = job.run(device)
+    with stop_signals():
+        settings = load_config(config, set_, output)
+        job = Job(settings, out)
+        with connected(address, settings) as device:
+            report = job.run(device)
     out.print(summary_table(job.artifacts.root))
     job.reporter.say(f"report: {report}")
+    for line in next_steps(job.artifacts.root, job.artifacts.place):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -97,13 +105,15 @@ def ablate(
     """Measure what each part of the method adds on a teacher, and other ways to choose the blocks that go."""
     from jobs.pipeline import Job
     from jobs.runtime.cluster import connected
+    from jobs.runtime.stopping import stop_signals
     from ppcl.config.schema import load_config
     from ppcl.report.terminal import ablation_table
 
-    settings = load_config(config, set_, output)
-    job = Job(settings, out)
-    with connected(address, settings) as device:
-        report = job.run(device, ablation=True)
+    with stop_signals():
+        settings = load_config(config, set_, output)
+        job = Job(settings, out)
+        with connected(address, settings) as device:
+            report = job.run(device, ablation=True)
     out.print(ablation_table(job.artifacts.root))
     job.reporter.say(f"report: {report}")
 
@@ -133,8 +143,8 @@ def generate(
         str, typer.Option(help="a name that `ppcl variants` lists, or a plan as 3-5,text:8-9,ffn:1")
     ] = "teacher",
     output: Annotated[Path, typer.Option("--output", "-o", help="the picture to write, .png")] = Path("out.png"),
-    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
-    steps: Annotated[int | None, typer.Option(help="denoising steps; default: those of the job")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: those of the job")] = None,
     teacher: Annotated[str | None, typer.Option(help="where the teacher is, if it has moved")] = None,
 ) -> None:
     """Make a picture with a variant."""
@@ -154,7 +164,7 @@ def generate(
     sampling = opened.sampling
     picture = pipeline(
         prompt,
-        num_inference_steps=steps or sampling.steps,
+        num_inference_steps=sampling.steps if steps is None else steps,
         height=sampling.height,
         width=sampling.width,
         generator=torch.Generator().manual_seed(seed),
@@ -311,16 +321,19 @@ def _tell(status: Any) -> None:
     """One line about a job."""
     from jobs.progress import duration
 
-    told, parts = status.told, [f"{status.id}: {status.state}"]
-    if told.stage:
-        parts.append(f"{told.stage} {told.done} of {told.total}" if told.total else told.stage)
-    if told.seconds_left is not None:
-        parts.append(f"{duration(told.seconds_left)} left")
-    if told.loss is not None:
-        parts.append(f"mean loss {told.loss:.4f}")
-    parts.append(f"report: {told.report}" if told.report else f"output: {status.output}")
-    if told.error:
-        parts.append(told.error)
+    progress, parts = status.progress, [f"{status.id}: {status.state}"]
+    if progress.stage:
+        stage = f"{progress.stage}: {progress.phase}" if progress.phase else progress.stage
+        parts.append(f"{stage} {progress.done} of {progress.total}" if progress.total else stage)
+    if progress.index:
+        parts.append(f"stage {progress.index} of {progress.stages}")
+    if progress.seconds_left is not None:
+        parts.append(f"{duration(progress.seconds_left)} left")
+    if progress.loss is not None:
+        parts.append(f"mean loss {progress.loss:.4f}")
+    parts.append(f"report: {progress.report}" if progress.report else f"output: {status.output}")
+    if progress.error:
+        parts.append(progress.error)
     typer.echo(", ".join(parts))
 
 
@@ -340,7 +353,7 @@ def _follow(jobs: Any, identity: str) -> None:
     with _going_on(identity):
         ended = jobs.follow(identity, lambda text: typer.echo(text, nl=False))
     if ended.state == "FAILED":
-        raise UserError(f"the job {identity} failed: {ended.told.error}")
+        raise UserError(f"the job {identity} failed: {ended.progress.error}")
     if ended.state != "SUCCEEDED":
         raise UserError(
             f"the job {identity} ended as {ended.state}; submitting the same configuration again continues it"
@@ -486,7 +499,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(_fail(str(error), 2))
     except _Stopped as stopped:
-        sys.exit(_fail(str(stopped), 130))
+        sys.exit(_fail(str(stopped), stopped.exit_code))
     except KeyboardInterrupt:
         sys.exit(_fail(_CONTINUES, 130))
     except Exception as error:

@@ -7,9 +7,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from jobs.runtime.stopping import raise_on_signals, shut_down_ray, stop_signals
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.private_ray import close_embedded_ray
@@ -47,15 +49,31 @@ def best_device() -> str:
 
 @contextmanager
 def connected(address: str | None, config: Config) -> Iterator[str]:
-    """A Ray to run on, for the length of a `with` block; gives the device the job's workers use."""
+    """A Ray to run on, for the length of a `with` block; gives the device the job's workers use.
+
+    Within the block SIGINT and SIGTERM raise `jobs.runtime.stopping.Stopped`. Raises `UserError` where no Ray can be
+    reached or started.
+    """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     os.environ[_SIGN_OF_LIFE] = str(config.worker_timeout_s)
     if address is None:
         close_embedded_ray()
+    with stop_signals():
+        try:
+            _connect(address)
+            if threading.current_thread() is threading.main_thread():
+                raise_on_signals()
+            yield device_of(config)
+        finally:
+            shut_down_ray()
+
+
+def _connect(address: str | None) -> None:
+    """Raises `UserError` where no Ray can be reached or started."""
     import ray
     import ray.data  # configures its logger when it is imported
-    import ray.train
+    import ray.train  # noqa: F401 - configures its logger, too
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
     from ray._raylet import AuthenticationTokenLoader
     from ray.exceptions import AuthenticationError
@@ -69,39 +87,41 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
         raise needs_token(address)
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    common = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if address is None:
-            cpus = max(os.cpu_count() or 1, _LEAST_LOGICAL_CPUS)
-            # Without this Ray would join one that somebody else has started on this machine.
-            ray.init("local", num_cpus=cpus, include_dashboard=False, **common)
-        else:
-            _check_reachable(address)
-            ray.init(address=address, **common)
+        _init(address)
     except AuthenticationError:
         raise needs_token(address or "this machine") from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         # One that was looked up by its name was not asked before.
         if address == "auto" and _asks_for_token(_health_check()):
             raise needs_token(address) from None
-        told = " ".join(str(error).split()) or type(error).__name__
-        if told.startswith("Version mismatch"):
-            raise UserError(f"the cluster at {address} runs another Ray or Python than this ppcl: {told}") from None
-        raise UserError(f"no Ray cluster could be reached at {address or 'this machine'}: {told}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if reason.startswith("Version mismatch"):
+            raise UserError(f"the cluster at {address} runs another Ray or Python than this ppcl: {reason}") from None
+        raise UserError(f"no Ray cluster could be reached at {address or 'this machine'}: {reason}") from None
     except Exception as error:
         # Ray has no class of its own for it.
         if "timed out during startup" not in str(error):
             raise
         raise UserError("Ray did not start within 30 s: this machine is too busy; run the same command again") from None
-    try:
-        yield device_of(config)
-    finally:
-        ray.shutdown()
+
+
+def _init(address: str | None) -> None:
+    import ray
+
+    if address is None:
+        cpus = max(os.cpu_count() or 1, _LEAST_LOGICAL_CPUS)
+        # Without "local" Ray would join one that somebody else has started on this machine.
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        _check_reachable(address)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def needs_token(address: str) -> UserError:
     return UserError(
-        f"the cluster at {address} needs a token; none or a wrong one was given; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        f"the cluster at {address} needs a token; none or a wrong one was given; set RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN"
     )
 
 
@@ -114,7 +134,8 @@ def _check_reachable(address: str) -> None:
         return
     if address.startswith("ray://"):
         raise UserError(
-            f"--address {address!r} is that of a Ray Client, which cannot run a job; give host:port of the GCS, as HEAD:6379"
+            f"--address {address!r} is that of a Ray Client, which cannot run a job; give host:port of the GCS, as "
+            "HEAD:6379"
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.table import Table
@@ -30,6 +31,15 @@ def summary_table(root: Path) -> Table:
             _with_interval(row["R"], row["R_low"], row["R_high"], scale=1),
         )
     return table
+
+
+def next_steps(root: Path, place: str) -> list[str]:
+    """Commands for the result in `root`, which is at `place` for the user; the variant is the smallest one."""
+    smallest = summary_rows(root)[-1]["variant"]
+    return [
+        f'a picture: ppcl generate {shlex.quote(place)} "a photo of a red circle" --variant {shlex.quote(smallest)}',
+        f"a server: ppcl serve {shlex.quote(place)}",
+    ]
 
 
 def ablation_table(root: Path) -> Table:
