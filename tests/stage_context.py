@@ -18,7 +18,7 @@ def all_files(folder: Path) -> StageFiles:
     return StageFiles(folder, tuple(names))
 
 
-def context(config: Config, folder: Path, events=lambda *progress: None, **inputs: Path) -> StageContext:
+def context(config: Config, folder: Path, events=lambda *progress, phase=None: None, **inputs: Path) -> StageContext:
     """`inputs`: the folder of each stage that is read."""
     teacher = Teacher(config.teacher)
     identity = JobIdentity(teacher.sha256(), teacher.part_hashes(), "prompts")
