@@ -25,7 +25,7 @@ from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
 from ppcl.models.teacher import Teacher
 from ppcl.report import write_report
-from ppcl.search.variants import names_of
+from ppcl.search.checks import check_variants
 from ppcl.storage.manifest import CONFIG, LOG, Artifacts, write_atomically
 from ppcl.storage.mirror import upload
 
@@ -39,7 +39,6 @@ class Job:
     def __init__(self, config: Config, console: Console):
         """Check everything the job reads, before anything is started or written. Raises `UserError`."""
         self.config = config
-        names_of(config.variants)
         self.artifacts = Artifacts(config.output)
         self.artifacts.check()
         prompts = prompts_hash(config)
@@ -51,6 +50,7 @@ class Job:
                 different=1,
             )
         self.teacher = Teacher(config.teacher)
+        check_variants(config.variants, self.teacher.adapter.block_ranges(self.teacher.empty_transformer()))
         self.identity = JobIdentity(self.teacher.sha256(), self.teacher.part_hashes(), prompts)
         self.artifacts.start(
             {"teacher": self.teacher.place, "teacher_sha256": self.identity.teacher, "prompts": prompts}

@@ -15,6 +15,7 @@ from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, Replacement, TextRun, parse_replacement
+from ppcl.search.checks import check_reachable, optimistic_counts
 from ppcl.search.variants import names_of
 from ppcl.storage.manifest import CHECKPOINTS
 from ppcl.storage.mirror import download, remove, upload_on_exit
@@ -34,7 +35,7 @@ def workers(config: Config) -> Workers:
 
 
 def check(context: StageContext) -> list[str]:
-    """The summary of what detection found. Raises `UserError` where it found nothing, or fine-tuning cannot have it."""
+    """The summary of what detection found. Raises `UserError` where it is nothing, or not enough for what is asked for."""
     config, detection = context.config, _detection(context)
     plan = _plan(context)
     if not plan:
@@ -42,10 +43,13 @@ def check(context: StageContext) -> list[str]:
             "nothing redundant was found: no interval, text run or FFN of this teacher can be replaced; nothing to "
             "compress"
         )
+    block_ranges = [range(*span) for span in detection["spans"]]
+    optimistic = optimistic_counts(context.teacher, plan, config.distillation.student_keep_percent)
+    check_reachable(config.variants, plan, block_ranges, optimistic)
     if config.finetuning.steps:
         # Which plans the variants have is not known yet; that they have one is all that can be checked here.
         names = dict.fromkeys(names_of(config.variants), plan)
-        plan_sampler(config.finetuning, plan, names, [range(*span) for span in detection["spans"]])
+        plan_sampler(config.finetuning, plan, names, block_ranges)
     return [plan_summary(plan, detection["blocks"])]
 
 
