@@ -100,10 +100,10 @@ def _simulate(
         fits = [probes(model, Probes().batch_size, count, device) for count in counts]
         told.append({"model": model.name, "distillation": steps, "probes": fits, "refused": refused})
         if not json_:
-            samples = f"{batch} samples a step{' of one pipeline, more with replicas' if grow else ''}"
+            of_step = f"{batch} samples a step{' of one pipeline, more with replicas' if grow else ''}"
             out.print(
                 step_table(
-                    f"{model.name}: distillation, one student for {interval} blocks, {samples}", steps, DISTILLATION
+                    f"{model.name}: distillation, one student for {interval} blocks, {of_step}", steps, DISTILLATION
                 )
             )
             for sentence in refused:

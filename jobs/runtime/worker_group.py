@@ -51,19 +51,22 @@ class RankReporter:
         ray.get(self._board.note.remote(sentence))
 
 
-@ray.remote(num_cpus=0)
-class _ProgressActor:
+class _ProgressBoard:
     """Where ranks leave their progress and, if they refuse their input, why."""
 
     def __init__(self) -> None:
-        self.done, self.total, self.values, self.refusal = 0, 0, {}, None
+        self.done, self.total = 0, 0
+        self.values: dict[str, float] = {}
+        self.refusal: str | None = None
         self.phase: str | None = None
         self.notes: dict[str, None] = {}
 
     def update(self, done: int, total: int, values: dict[str, float], phase: str | None) -> None:
-        # Ranks report one after the other: of the same phase, the one that is furthest on counts.
-        furthest = max(done, self.done) if phase == self.phase else done
-        self.done, self.total, self.phase = furthest, total, phase
+        if phase != self.phase:
+            # The losses of one phase say nothing of the next.
+            self.done, self.values, self.phase = 0, {}, phase
+        # Ranks report one after the other: the one that is furthest on counts.
+        self.done, self.total = max(done, self.done), total
         self.values.update(values)
 
     def note(self, sentence: str) -> None:
@@ -77,6 +80,9 @@ class _ProgressActor:
 
     def read(self) -> tuple[int, int, dict[str, float], str | None, str | None]:
         return self.done, self.total, dict(self.values), self.phase, self.refusal
+
+
+_ProgressActor = ray.remote(num_cpus=0)(_ProgressBoard)
 
 
 def run_worker_group(
