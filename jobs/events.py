@@ -24,9 +24,9 @@ Kind = Literal["stage_started", "progress", "message", "stage_skipped", "stage_d
 class Event:
     """One thing that happened. What does not apply to its kind is None.
 
-    `time`: ISO 8601, with the offset from UTC. `stage` is number `index` of the job's `stages`. `done` of `total` is what
-    the `phase` of the stage counts; `seconds_left` are those of the phase. `loss`: a running mean. `message`: what is
-    said, the report's place where the job is done, the error where it failed.
+    `time`: ISO 8601, with the offset from UTC. `stage` is number `index` of the job's `stages`. `done` of `total` is
+    what the `phase` of the stage counts; `seconds_left` are those of the phase. `loss`: a running mean. `message`: what
+    is said, the report's place where the job is done, the error where it failed.
     """
 
     kind: Kind

@@ -1,7 +1,7 @@
 """Jobs on a cluster somewhere else, by Ray's job API: sent, looked at, followed, stopped.
 
 The packages travel with the job unless the cluster has them. A job's state is what its log says, in the lines of
-`jobs.progress`, so nothing but the job API has to be reachable.
+`jobs.events`, so nothing but the job API has to be reachable.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ _NEEDED = (
 )
 # How long a job may take to begin before it is called waiting, and to end after it was told to, seconds.
 _BEGIN_SECONDS, _STOP_SECONDS = 180, 120
-# How often in a row, a second apart, a log is asked for in vain before following it is given up: a head may restart meanwhile.
+# How often in a row, a second apart, a log is asked for in vain before following it is given up: a head may restart
+# meanwhile.
 _RECONNECTS = 120
 
 # What a command that failed says begins so.
@@ -94,7 +95,10 @@ class Status:
 
 
 class Jobs:
-    """The jobs of a cluster. Raises `UserError` where nothing answers at the address, or something else than a Ray of our version."""
+    """The jobs of a cluster.
+
+    Raises `UserError` where nothing answers at the address, or something else than a Ray of our version.
+    """
 
     def __init__(self, address: str):
         import ray
@@ -130,7 +134,8 @@ class Jobs:
             )
         if version.split(".")[:2] != ray.__version__.split(".")[:2]:
             raise UserError(
-                f"the cluster at {self.address} runs Ray {version}, this ppcl Ray {ray.__version__}; use the same on both sides"
+                f"the cluster at {self.address} runs Ray {version}, this ppcl Ray {ray.__version__}; use the same on "
+                "both sides"
             )
         with self._asking(), _without(*_OTHER_ADDRESSES):
             self.client = JobSubmissionClient(self.address)
@@ -147,7 +152,8 @@ class Jobs:
         except AuthenticationError:
             raise needs_token(self.address) from None
         except (RuntimeError, aiohttp.WSServerHandshakeError) as error:
-            # Ray's client raises it for every answer but 200, with the head's traceback and a full stop, and where a log's connection broke.
+            # Ray's client raises it for every answer but 200, with the head's traceback and a full stop, and where a
+            # log's connection broke.
             reason = _last_line(str(error).rstrip(". \n"))
             raise _Refused(f"the cluster at {self.address} could not answer ({reason})") from None
         except (ConnectionError, requests.exceptions.RequestException, aiohttp.ClientError) as error:
@@ -204,7 +210,10 @@ class Jobs:
         return identity
 
     def wait_until_begun(self, identity: str) -> Status:
-        """Wait until a job has begun a stage, or ended. Raises `UserError` with its own words where it refused its input."""
+        """Wait until a job has begun a stage, or ended.
+
+        Raises `UserError` with its own words where it refused its input.
+        """
         deadline = time.monotonic() + _BEGIN_SECONDS
         while True:
             status = self.status(identity)
@@ -300,7 +309,8 @@ class Jobs:
                 wrong = error
             if wrong and in_vain >= _RECONNECTS:
                 raise UserError(
-                    f"the job {identity} cannot be followed: {wrong}; it may go on: `ppcl logs {identity} -f` follows it again"
+                    f"the job {identity} cannot be followed: {wrong}; it may go on: `ppcl logs {identity} -f` follows "
+                    "it again"
                 )
             time.sleep(1)
         try:
@@ -324,9 +334,10 @@ class Jobs:
 
 def _check(needed: tuple[str, ...]) -> str:
     """Python for the cluster, of whatever age: ends with a sentence where a job could not run there."""
+    oldest = ".".join(map(str, _OLDEST_PYTHON))
     return (
         "import sys; "
-        f"sys.version_info >= {_OLDEST_PYTHON} or sys.exit('ppcl: the cluster runs a Python older than {'.'.join(map(str, _OLDEST_PYTHON))}'); "
+        f"sys.version_info >= {_OLDEST_PYTHON} or sys.exit('ppcl: the cluster runs a Python older than {oldest}'); "
         f"from importlib.util import find_spec; gone = [name for name in {needed} if not find_spec(name)]; "
         "gone and sys.exit('ppcl: the cluster has no ' + ', '.join(gone) + '; "
         "install the dependencies of ppcl on its nodes, or give them the image of cluster/Dockerfile')"

@@ -75,7 +75,7 @@ def _connect(address: str | None) -> None:
     import ray.data  # configures its logger when it is imported
     import ray.train  # noqa: F401 - configures its logger, too
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
-    from ray._raylet import AuthenticationTokenLoader
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # of a compiled module
     from ray.exceptions import AuthenticationError
 
     if (

@@ -12,8 +12,8 @@ from typing import NoReturn
 import psutil
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds in which Ray's processes must exit by themselves once Ray is shut down. Agents of a raylet that was interrupted
-# in its start notice its end only after a minute.
+# Seconds in which Ray's processes must exit by themselves once Ray is shut down. Agents of a raylet that was
+# interrupted in its start notice its end only after a minute.
 _EXIT_TIMEOUT_S = 3.0
 
 

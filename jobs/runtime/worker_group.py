@@ -28,15 +28,15 @@ from jobs.runtime.resources import Resources
 from ppcl.errors import UserError
 from ppcl.training.progress import ProgressReport
 
-# What a rank may wait for one that is alive, seconds: some have longer to load and to finish than others. Those that are dead or
-# stopped are found much earlier.
+# What a rank may wait for one that is alive, seconds: some have longer to load and to finish than others. Those that
+# are dead or stopped are found much earlier.
 _COLLECTIVE_TIMEOUT = 1800
 _UPDATE_EVERY = 1.0
 _LOOK_EVERY = 5.0
 
 
 class RankReporter:
-    """What a rank tells: how far it is, called `report(done, total, values)`, and what the user shall know in the end."""
+    """Sends what a rank reports: how far it is, as `report(done, total, values)`, and notes for the user at the end."""
 
     def __init__(self, board: Any):
         self._board, self._last = board, 0.0
@@ -51,19 +51,22 @@ class RankReporter:
         ray.get(self._board.note.remote(sentence))
 
 
-@ray.remote(num_cpus=0)
-class _ProgressActor:
+class _ProgressBoard:
     """Where ranks leave their progress and, if they refuse their input, why."""
 
     def __init__(self) -> None:
-        self.done, self.total, self.values, self.refusal = 0, 0, {}, None
+        self.done, self.total = 0, 0
+        self.values: dict[str, float] = {}
+        self.refusal: str | None = None
         self.phase: str | None = None
         self.notes: dict[str, None] = {}
 
     def update(self, done: int, total: int, values: dict[str, float], phase: str | None) -> None:
-        # Ranks report one after the other: of the same phase, the one that is furthest on counts.
-        furthest = max(done, self.done) if phase == self.phase else done
-        self.done, self.total, self.phase = furthest, total, phase
+        if phase != self.phase:
+            # The losses of one phase say nothing of the next.
+            self.done, self.values, self.phase = 0, {}, phase
+        # Ranks report one after the other: the one that is furthest on counts.
+        self.done, self.total = max(done, self.done), total
         self.values.update(values)
 
     def note(self, sentence: str) -> None:
@@ -79,6 +82,9 @@ class _ProgressActor:
         return self.done, self.total, dict(self.values), self.phase, self.refusal
 
 
+_ProgressActor = ray.remote(num_cpus=0)(_ProgressBoard)
+
+
 def run_worker_group(
     name: str,
     function: Callable[[dict[str, Any], RankReporter], None],
@@ -89,9 +95,10 @@ def run_worker_group(
 ) -> list[str]:
     """`function(arguments, report)` on every rank of a torch process group; gives their notes when all have finished.
 
-    `places`: how many ranks, and of what. `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a folder for
-    Ray Train's own records, which no rank reads; removed at the end. Raises `UserError` with the sentence of a rank's
-    `UserError`, or where the places stay too few; anything else a rank raises comes through as Ray Train tells it.
+    `places`: how many ranks, and of what. `arguments["attempt"]` names this call, the same on all ranks. `scratch`: a
+    folder for Ray Train's own records, which no rank reads; removed at the end. Raises `UserError` with the sentence of
+    a rank's `UserError`, or where the places stay too few; anything else a rank raises comes through as Ray Train tells
+    it.
     """
     places.wait()
     workers, device, _ = places.asked
@@ -132,8 +139,8 @@ def run_worker_group(
         except BaseException as error:
             failures.append(error)
 
-    # In a thread of its own: in the main thread `fit` would replace the handler of Ctrl-C for good, by one that ends the
-    # program as if it had succeeded.
+    # In a thread of its own: in the main thread `fit` would replace the handler of Ctrl-C for good, by one that ends
+    # the program as if it had succeeded.
     thread = threading.Thread(target=fit, name=name, daemon=True)
     thread.start()
     looked = time.monotonic()
@@ -156,7 +163,7 @@ def run_worker_group(
 
 
 def _told(failure: BaseException, worker_timeout_s: float) -> BaseException:
-    """What ended a worker group; of ranks that did not answer Ray says which variable to set, and not which they are."""
+    """What ended a worker group. Of ranks that did not answer Ray says which variable to set, not which they are."""
     failed = failure.worker_failures.items() if isinstance(failure, WorkerGroupError) else ()
     for rank, error in failed:
         if isinstance(error, WorkerHealthCheckTimeoutError):

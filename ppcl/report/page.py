@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ppcl.config.location import LocationLike
 from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun, parse_replacement, sort_key
 from ppcl.report import figures, numbers
 from ppcl.report.pictures import picture_rows
@@ -34,7 +35,7 @@ _HIGHER_IS_BETTER = {
 }
 
 
-def write_report(root: Path) -> Path:
+def write_report(root: LocationLike) -> Path:
     """Write `report.html` at the job's root from the stages that are there, and return its path.
 
     Raises `UserError` where `root` is no job's folder or the file cannot be written.

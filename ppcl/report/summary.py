@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
+from ppcl.config.location import LocationLike
 from ppcl.search.variants import TEACHER
 from ppcl.storage.results import Results, read_results
 
 
-def summary_rows(root: Path) -> list[dict[str, Any]]:
+def summary_rows(root: LocationLike) -> list[dict[str, Any]]:
     """One dict a variant, the teacher first, then from large to small; `None` stands for what was not measured.
 
     Keys: `variant`, `blocks` (that run), `parameters`, `share` (of the teacher's parameters), `budget`, `plan` (what is

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
+from ppcl.config.location import LocationLike
 from ppcl.report import numbers
 from ppcl.report.summary import summary_rows
 from ppcl.storage.results import read_results
 
 
-def summary_table(root: Path) -> Table:
+def summary_table(root: LocationLike) -> Table:
     """The variants of the job in `root`, see `summary_rows`."""
     table = Table(title="Variants", title_justify="left")
     table.add_column("variant")
@@ -33,7 +33,7 @@ def summary_table(root: Path) -> Table:
     return table
 
 
-def next_steps(root: Path, place: str) -> list[str]:
+def next_steps(root: LocationLike, place: str) -> list[str]:
     """Commands for the result in `root`, which is at `place` for the user; the variant is the smallest one."""
     smallest = summary_rows(root)[-1]["variant"]
     return [
@@ -42,7 +42,7 @@ def next_steps(root: Path, place: str) -> list[str]:
     ]
 
 
-def ablation_table(root: Path) -> Table:
+def ablation_table(root: LocationLike) -> Table:
     """The rows of the ablation in `root`, the means over seeds with their intervals, beside the paper's scores."""
     made = read_results(root).stage("ablation")
     title = f"Ablation: {made['removed']} of {made['blocks']} blocks gone, {made['steps']} steps, {made['seeds']} seeds"
@@ -59,10 +59,18 @@ def ablation_table(root: Path) -> Table:
             Text(row["label"]),
             numbers.percent(row["share"]),
             numbers.mean_between(row["velocity_error"]),
-            _with_interval(*row["R"], scale=1) if row["R"] else numbers.MISSING,
+            _relative_drop(row["R"]),
             numbers.significant(row["paper"]),
         )
     return table
+
+
+def _relative_drop(interval: list[float] | None) -> str:
+    """R with its interval, %: the mean, the low end, the high end."""
+    if not interval:
+        return numbers.MISSING
+    mean, low, high = interval
+    return _with_interval(mean, low, high, scale=1)
 
 
 def _with_interval(value: float | None, low: float | None, high: float | None, scale: float = 100) -> str:

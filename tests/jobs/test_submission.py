@@ -1,4 +1,7 @@
-"""Jobs sent to a real cluster with a dashboard, by the command line alone; teacher, prompts and result lie in a bucket."""
+"""Jobs sent to a real cluster with a dashboard, by the command line alone.
+
+Teacher, prompts and result lie in a bucket.
+"""
 
 import asyncio
 import contextlib
@@ -39,7 +42,10 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def store(s3_server, tmp_path_factory):
-    """A place in a bucket, known to this process and to all it starts; `store.scratch` is what the cluster's node keeps of it."""
+    """A place in a bucket, known to this process and to all it starts.
+
+    `store.scratch` is what the cluster's node keeps of it.
+    """
     with pytest.MonkeyPatch.context() as patch:
         scratch = tmp_path_factory.mktemp("node") / "scratch"
         for name, value in {
@@ -57,7 +63,10 @@ def store(s3_server, tmp_path_factory):
 
 @contextlib.contextmanager
 def started(away, **settings):
-    """`ray start --head` with a dashboard, from the folder `away` where no ppcl is; gives the addresses of the job API and of the GCS."""
+    """`ray start --head` with a dashboard, from the folder `away` where no ppcl is.
+
+    Gives the addresses of the job API and of the GCS.
+    """
     dashboard, gcs = free_port(), free_port()
     environment = (
         {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_JOB_START_TIMEOUT_SECONDS": "300"} | settings
@@ -203,7 +212,7 @@ def test_a_stopped_job_says_so_and_has_left_what_it_completed(head, stopped, sto
 
 @pytest.fixture(scope="module")
 def continued(head, stopped, job, store, s3_server):
-    """What the job said that was submitted again, to a node that has nothing of the first one; and the checkpoints that it found."""
+    """What the job said that was submitted again to a node without the first one's files; and the checkpoints it found."""
     kept = {name: load(store.read(name)) for name in store.objects("result/students/checkpoints")}
     shutil.rmtree(store.scratch)
     s3_server.requests.clear()
@@ -389,7 +398,10 @@ def test_a_job_whose_log_cannot_be_read_is_listed_all_the_same(head, away):
 
 @contextlib.contextmanager
 def between(head, breaks):
-    """A server between us and the head; the first connections to a log end after a line each, as `breaks` says: "closed", "broken"."""
+    """A server between us and the head.
+
+    The first connections to a log end after a line each, as `breaks` says: "closed", "broken".
+    """
     from aiohttp import ClientSession, ClientWSTimeout, web
 
     async def relay(request):

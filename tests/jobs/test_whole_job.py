@@ -1,6 +1,7 @@
 """`ppcl compress` as a user runs it: stopped and continued, damaged, out of space; and what is done with its result.
 
-What is stopped by a signal runs as a process of its own with its embedded Ray, everything else here, on the Ray of the session.
+What is stopped by a signal runs as a process of its own with its embedded Ray, everything else here, on the Ray of the
+session.
 """
 
 import json

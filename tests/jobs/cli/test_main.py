@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
 import yaml
 
 from jobs.cli import main as cli
+from tests.conftest import REPOSITORY
 
 PROMPTS = "a photo of a red circle\na photo of a blue square\na photo of a green cross\n"
 
@@ -199,7 +201,8 @@ def test_plan_simulates_as_json_with_the_rates_it_took(ppcl, teacher_folder):
     made = json.loads(said)
     assert code == 0 and made["device"]["utilisation"] == 0.5
     (model,) = made["models"]
-    # Six blocks in pairs: three segments, of which two GPUs can be two; 64 can be neither three nor more replicas than samples.
+    # Six blocks in pairs: three segments, of which two GPUs can be two; 64 can be neither three nor more replicas than
+    # samples.
     assert [(step["gpus"], step["samples"]) for step in model["distillation"]] == [
         (2, 8 // step["dp"]) for step in model["distillation"]
     ]
@@ -219,3 +222,23 @@ def test_plan_simulates_as_json_with_the_rates_it_took(ppcl, teacher_folder):
 def test_plan_tells_what_cannot_be_simulated(ppcl, given, told):
     code, _, said = ppcl("plan", "qwen-image", *given)
     assert code == 2 and told in said
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--steps", "0"], "Invalid value for '--steps': Input should be greater than or equal to 1"),
+        (["--steps", "-1"], "Invalid value for '--steps': Input should be greater than or equal to 1"),
+        (["--seed", "-1"], "Invalid value for '--seed': Input should be greater than or equal to 0"),
+    ],
+)
+def test_generate_tells_steps_and_seeds_that_cannot_be(ppcl, tmp_path, given, sentence):
+    code, said, wrong = ppcl("generate", tmp_path, "a red circle", *given)
+    assert (code, said, wrong) == (2, "", f"ppcl: {sentence}\n")
+
+
+def test_the_command_line_runs_as_a_module():
+    ended = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "--version"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert ended.returncode == 0 and ended.stdout.startswith("ppcl "), ended.stderr

@@ -1,0 +1,75 @@
+"""`ppcl compress`, `ppcl ablate` and the configuration they take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.shared import out
+
+
+def compress(
+    config: Annotated[Path, typer.Argument(help="the job's configuration, YAML; `ppcl config` prints the default")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100"),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="where the result goes: a folder, or s3://bucket/key")] = None,
+    address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
+) -> None:
+    """Compress a diffusers pipeline; the same command again continues where it stopped."""
+    from jobs.pipeline import Job
+    from jobs.runtime.cluster import connected
+    from jobs.runtime.stopping import stop_signals
+    from ppcl.config.schema import load_config
+    from ppcl.report.terminal import next_steps, summary_table
+
+    with stop_signals():
+        settings = load_config(config, set_, output)
+        job = Job(settings, out)
+        with connected(address, settings) as device:
+            report = job.run(device)
+    out.print(summary_table(job.artifacts.root))
+    job.reporter.say(f"report: {report}")
+    for line in next_steps(job.artifacts.root, job.artifacts.place):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def ablate(
+    config: Annotated[
+        Path, typer.Argument(help="the job's configuration; its section `ablation` says how long and how often")
+    ],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as ablation.seeds=5")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="where the job is; what it holds already is used")] = None,
+    address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
+) -> None:
+    """Measure what each part of the method adds on a teacher, and other ways to choose the blocks that go."""
+    from jobs.pipeline import Job
+    from jobs.runtime.cluster import connected
+    from jobs.runtime.stopping import stop_signals
+    from ppcl.config.schema import load_config
+    from ppcl.report.terminal import ablation_table
+
+    with stop_signals():
+        settings = load_config(config, set_, output)
+        job = Job(settings, out)
+        with connected(address, settings) as device:
+            report = job.run(device, ablation=True)
+    out.print(ablation_table(job.artifacts.root))
+    job.reporter.say(f"report: {report}")
+
+
+def config(
+    serve: Annotated[bool, typer.Option("--serve", help="that of ppcl serve instead of a job's")] = False,
+) -> None:
+    """Print the full default configuration, every key described."""
+    if serve:
+        from serve.config import commented_defaults
+    else:
+        from ppcl.config.schema import commented_defaults
+
+    typer.echo(commented_defaults(), nl=False)

@@ -1,0 +1,108 @@
+"""What is done with the result of a job: `ppcl variants`, `generate`, `report`, `serve`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.shared import out
+from ppcl.errors import UserError
+
+
+def variants(
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
+    json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """List the variants of a result."""
+    from ppcl.report import summary_rows
+    from ppcl.report.terminal import summary_table
+    from ppcl.result import Result
+
+    Result(result)  # verifies what the variants are made of
+    if json_:
+        typer.echo(json.dumps(summary_rows(result), indent=1))
+    else:
+        out.print(summary_table(result))
+
+
+def generate(
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
+    prompt: Annotated[str, typer.Argument(help="what the picture shows")],
+    variant: Annotated[
+        str, typer.Option(help="a name that `ppcl variants` lists, or a plan as 3-5,text:8-9,ffn:1")
+    ] = "teacher",
+    output: Annotated[Path, typer.Option("--output", "-o", help="the picture to write, .png")] = Path("out.png"),
+    seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: those of the job")] = None,
+    teacher: Annotated[str | None, typer.Option(help="where the teacher is, if it has moved")] = None,
+) -> None:
+    """Make a picture with a variant."""
+    import torch
+
+    from jobs.runtime.cluster import best_device
+    from ppcl.result import Result
+
+    if not prompt.strip():
+        raise UserError("the prompt is empty; say what the picture shows")
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"the output {output} is no picture's name; end it in .png, .jpg or .webp")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"the folder {output.absolute().parent} does not exist; make it or choose another --output")
+    opened = Result(result, teacher=teacher)
+    pipeline = opened.pipeline(variant, device=best_device())
+    sampling = opened.sampling
+    picture = pipeline(
+        prompt,
+        num_inference_steps=sampling.steps if steps is None else steps,
+        height=sampling.height,
+        width=sampling.width,
+        generator=torch.Generator().manual_seed(seed),
+        **sampling.arguments,
+    ).images[0]
+    picture.save(output)
+    out.print(f"{output}: {variant}, {sampling.width} × {sampling.height}, seed {seed}", highlight=False, markup=False)
+
+
+def report(
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
+) -> None:
+    """Write the report of a result anew."""
+    from ppcl.report import write_report
+    from ppcl.storage.manifest import Artifacts
+
+    artifacts = Artifacts(result)
+    artifacts.manifest()
+    typer.echo(f"{artifacts.place}/{write_report(result).name}")
+
+
+def serve(
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
+    host: Annotated[str | None, typer.Option(help="address to listen at; default: http.host")] = None,
+    port: Annotated[int | None, typer.Option(help="port to listen at; default: http.port")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="settings, YAML; `ppcl config --serve` prints the default")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as engine.batch=4")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show no line for each request")] = False,
+) -> None:
+    """Serve the variants of a result behind the OpenAI Images API, with a page to try them on."""
+    from serve.config import load_settings
+    from serve.local_server import run
+
+    # Lines of requests come from a thread of their own, also while others' output is held back.
+    terminal = sys.stdout
+
+    def say(text: str) -> None:
+        print(text, file=terminal, flush=True)
+
+    settings = load_settings(result, config, set_, {"host": host, "port": port})
+    try:
+        run(settings, say, quiet)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
