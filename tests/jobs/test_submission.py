@@ -107,7 +107,7 @@ def started(away, **settings):
         yield address, f"127.0.0.1:{gcs}"
     finally:
         # Asked to end, it takes half a minute.
-        family = [*psutil.Process(head.pid).children(recursive=True), head]
+        family = [*psutil.Process(head.pid).children(recursive=True), head] if head.poll() is None else []
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 process.kill()
