@@ -254,7 +254,9 @@ def test_the_bucket_holds_what_the_manifest_names_and_weights_were_read_by_range
     manifest = json.loads(result.read("manifest.json"))
     names = {name for entry in manifest["stages"].values() for name in entry["files"]}
     there = {name for name in result.objects() if not name.startswith("cache/")}
-    assert there - names == {"manifest.json", "config.json", "log.txt", "report.html"} and names <= there
+    assert (
+        there - names == {"manifest.json", "config.json", "log.txt", "events.jsonl", "report.html"} and names <= there
+    )
     assert kept
     for name, tensors in kept.items():
         done = load(result.read(f"students/{name.rpartition('/')[2]}"))
