@@ -212,7 +212,7 @@ def test_a_stopped_job_says_so_and_has_left_what_it_completed(head, stopped, sto
 
 @pytest.fixture(scope="module")
 def continued(head, stopped, job, store, s3_server):
-    """What the job said that was submitted again to a node without the first one's files; and the checkpoints it found."""
+    """What the job said that was sent again, to a node without the first one's files; and the checkpoints it found."""
     kept = {name: load(store.read(name)) for name in store.objects("result/students/checkpoints")}
     shutil.rmtree(store.scratch)
     s3_server.requests.clear()
