@@ -23,12 +23,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppcl.demo.world import captions
 from ppcl.result import Result
 
+ROOT = Path(__file__).resolve().parents[1]
 VERSION = "0.13.0"
 _PATIENCE = 300.0
 

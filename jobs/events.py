@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-EVENTS = "events.jsonl"
 # Where it is set to 1, the driver prints its events.
 PRINT_EVENTS = "PPCL_PRINT_EVENTS"
 _PREFIX = "ppcl-event "

@@ -26,7 +26,7 @@ from ppcl.errors import UserError, cannot_write
 from ppcl.models.teacher import Teacher
 from ppcl.report import write_report
 from ppcl.search.checks import check_variants
-from ppcl.storage.manifest import CONFIG, LOG, Artifacts, write_atomically
+from ppcl.storage.manifest import CONFIG, EVENTS, LOG, Artifacts, write_atomically
 from ppcl.storage.mirror import upload
 
 # A stage is tried so often before its failure is the user's.
@@ -94,7 +94,7 @@ class Job:
         with self.reporter.stage(stage.name, stage.describe(context), index, stages) as update:
             info = self._with_retries(stage, replace(context, events=update))
         artifacts.commit(stage.name, context.key, time.monotonic() - started_at, info, stage.format)
-        upload(artifacts.path(LOG))
+        self._upload_log()
         for note in info.get("notes", ()):
             self.reporter.say(note)
 
@@ -149,7 +149,12 @@ class Job:
         finally:
             # A store that does not answer has been reported already.
             with suppress(UserError):
-                upload(self.artifacts.path(LOG))
+                self._upload_log()
+
+    def _upload_log(self) -> None:
+        for name in (LOG, EVENTS):
+            if self.artifacts.path(name).exists():
+                upload(self.artifacts.path(name))
 
     @contextmanager
     def _failure_event(self) -> Iterator[None]:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from jobs.events import EVENTS, PRINT_EVENTS, Event, Kind, event_line
+from jobs.events import PRINT_EVENTS, Event, Kind, event_line
+from ppcl.storage.manifest import EVENTS
 
 # Seconds between two lines of the same stage in the log, with or without news.
 _LINE_EVERY = 10.0

@@ -82,10 +82,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(_fail(_CONTINUES, 130))
     except Exception as error:
-        told = cannot_write(error)
-        if told is None:
+        reason = cannot_write(error)
+        if reason is None:
             raise
-        sys.exit(_fail(f"{told}; free space or choose another output, then the same command continues", 2))
+        sys.exit(_fail(f"{reason}; free space or choose another output, then the same command continues", 2))
 
 
 def _fail(sentence: str, code: int) -> int:

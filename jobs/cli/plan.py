@@ -88,7 +88,7 @@ def _simulate(
     from ppcl.sizing.simulation import MODEL, distillation, probes
     from ppcl.sizing.table import DISTILLATION, PROBES, step_table
 
-    told = []
+    simulated = []
     for model in models:
         plan, steps, refused = intervals(model, interval), [], []
         for count in counts:
@@ -98,7 +98,7 @@ def _simulate(
             except UserError as error:
                 refused.append(str(error))
         fits = [probes(model, Probes().batch_size, count, device) for count in counts]
-        told.append({"model": model.name, "distillation": steps, "probes": fits, "refused": refused})
+        simulated.append({"model": model.name, "distillation": steps, "probes": fits, "refused": refused})
         if not json_:
             of_step = f"{batch} samples a step{' of one pipeline, more with replicas' if grow else ''}"
             out.print(
@@ -115,7 +115,7 @@ def _simulate(
                 name: [asdict(s) | {"binds": s.binds} for s in v] if name in ("distillation", "probes") else v
                 for name, v in one.items()
             }
-            for one in told
+            for one in simulated
         ]
         typer.echo(json.dumps({"device": device.model_dump(), "models": made}, indent=1))
         return

@@ -32,6 +32,7 @@ from ppcl.storage.object_store import Store
 MANIFEST = "manifest.json"
 CONFIG = "config.json"  # the full configuration of the last run
 LOG = "log.txt"
+EVENTS = "events.jsonl"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"  # a folder in a stage's, of what is no part of its result
 FORMAT = 1
@@ -224,14 +225,15 @@ class Artifacts:
         return self.store.read(name).decode() if self.store else self.path(name).read_text()
 
     def continue_log(self) -> None:
-        """Begin the log on this node with the store's, unless this node has more: what could not be uploaded."""
+        """Begin the log and the events on this node with the store's, unless this node has more, not uploaded yet."""
         if self.store is None:
             return
-        with contextlib.suppress(FileNotFoundError):
-            content, path = self.store.read(LOG), self.path(LOG)
-            if not path.exists() or not path.read_bytes().startswith(content):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
+        for name in (LOG, EVENTS):
+            with contextlib.suppress(FileNotFoundError):
+                content, path = self.store.read(name), self.path(name)
+                if not path.exists() or not path.read_bytes().startswith(content):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
 
     def file(self, *parts: str) -> Path:
         """One file of a complete stage, downloaded where the job is in a bucket; not there if it is damaged or gone."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from jobs import progress
 from jobs.pipeline import Job
 from jobs.stage import Stage, stages_for
 from jobs.stages.registry import STAGES
@@ -179,7 +178,6 @@ def test_the_list_of_stages_has_dependencies_first_and_every_summary_that_the_re
     for number, stage in enumerate(STAGES):
         assert set(stage.depends_on) <= set(names[:number]), stage.name
     assert set(STAGE_FILES) < set(names)
-    assert set(progress.STAGES) == set(names)
     for stage in STAGES:
         assert all(section in Config.model_fields for section in stage.sections)
 
@@ -196,3 +194,16 @@ def test_an_ablation_stands_in_place_of_everything_after_detection():
         "finetuning",
         "evaluation",
     ]
+
+
+def test_an_error_that_ends_a_job_is_its_last_event(job):
+    with pytest.raises(UserError), job._failure_event():
+        raise UserError("the disk is full; free space")
+    last = json.loads(job.artifacts.path("events.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["message"]) == ("job_failed", "the disk is full; free space")
+
+
+def test_a_job_that_is_stopped_has_not_failed(job):
+    with pytest.raises(KeyboardInterrupt), job._failure_event():
+        raise KeyboardInterrupt
+    assert not job.artifacts.path("events.jsonl").exists()

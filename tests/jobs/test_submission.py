@@ -212,7 +212,7 @@ def test_a_stopped_job_says_so_and_has_left_what_it_completed(head, stopped, sto
 
 @pytest.fixture(scope="module")
 def continued(head, stopped, job, store, s3_server):
-    """What the job said that was submitted again to a node without the first one's files; and the checkpoints it found."""
+    """What the job said that was sent again, to a node without the first one's files; and the checkpoints it found."""
     kept = {name: load(store.read(name)) for name in store.objects("result/students/checkpoints")}
     shutil.rmtree(store.scratch)
     s3_server.requests.clear()
@@ -254,7 +254,9 @@ def test_the_bucket_holds_what_the_manifest_names_and_weights_were_read_by_range
     manifest = json.loads(result.read("manifest.json"))
     names = {name for entry in manifest["stages"].values() for name in entry["files"]}
     there = {name for name in result.objects() if not name.startswith("cache/")}
-    assert there - names == {"manifest.json", "config.json", "log.txt", "report.html"} and names <= there
+    assert (
+        there - names == {"manifest.json", "config.json", "log.txt", "events.jsonl", "report.html"} and names <= there
+    )
     assert kept
     for name, tensors in kept.items():
         done = load(result.read(f"students/{name.rpartition('/')[2]}"))

@@ -70,7 +70,9 @@ def test_two_workers_leave_the_probes_of_one(ray_cluster, teacher_folder, calibr
     captured, together, found = [], tmp_path / "probes", []
     together.mkdir()
     two = config(teacher_folder, 2)
-    info = probes.run(context(two, together, lambda *progress, phase=None: captured.append(progress), calibration=calibration))
+    info = probes.run(
+        context(two, together, lambda *progress, phase=None: captured.append(progress), calibration=calibration)
+    )
     assert info == {"blocks": 6, "dropped": 0, "notes": []}
     assert captured[-1][:2] == (COUNT, COUNT) and [told[0] for told in captured] == sorted(told[0] for told in captured)
     names = sorted(os.listdir(together))
