@@ -5,10 +5,10 @@ Run `python docs/generate.py` after a change of either; `tests/docs/test_referen
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 import yaml
@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from jobs.cli.main import app
 from ppcl.config.loading import Section
+from ppcl.config.location import Location
 from ppcl.config.schema import Config
 from serve.config import Served
 
@@ -109,20 +110,29 @@ def _default(field: FieldInfo) -> str:
 
 def _type(field: FieldInfo) -> str:
     """The field's type and bounds, as a reader of YAML would say them."""
-    text = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    if "Location" in text or "Path" in text:
-        text = "path or s3:// URL" if "Validator" in text or "Location" in text else "path"
-        text += " or null" if "None" in str(field.annotation) else ""
-    elif "Literal[" in text:
-        text = ", ".join(re.findall(r"'([^']*)'", text)) + (" or null" if "None" in text else "")
-    else:
-        text = re.sub(r"Annotated\[(\w+), FieldInfo\([^\]]*\)\]", r"\1", text)
-        text = re.sub(r"\b(?:typing|pathlib|\w+(?:\.\w+)+)\.(\w+)", r"\1", text)
-        text = text.replace(" | None", " or null").replace("Optional", "").replace("typing.", "")
     bounds = []
     for bound, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
         bounds += [f"{sign} {getattr(m, bound):g}" for m in field.metadata if getattr(m, bound, None) is not None]
-    return ", ".join([text, *bounds])
+    return ", ".join([_type_text(field.annotation), *bounds])
+
+
+def _type_text(annotation: Any) -> str:
+    """A type without what only Python knows: validators, modules, addresses in memory."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_text(arguments[0])
+    if origin is Literal:
+        return ", ".join(map(str, arguments))
+    if origin in (Union, UnionType):
+        # Null last, whatever the order.
+        texts = [_type_text(argument) for argument in arguments if argument is not NoneType]
+        return " or ".join([*texts, "null"] if NoneType in arguments else texts)
+    if origin is not None:
+        inner = ", ".join(_type_text(argument) for argument in arguments if argument is not Ellipsis)
+        return f"{origin.__name__}[{inner}]"
+    if annotation is Location:
+        return "path or s3:// URL"
+    return {Path: "path", Any: "any value"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def commands_page() -> str:

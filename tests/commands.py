@@ -20,7 +20,7 @@ Ended = tuple[int, str, str]
 
 
 def in_process(*arguments: Any) -> Ended:
-    """Run a command here. What would start a Ray takes the one that this process is connected to already."""
+    """Run a command here, on the Ray of this process. What connects to another one must be a process of its own."""
     from jobs.cli.main import main
 
     @contextlib.contextmanager
@@ -30,8 +30,7 @@ def in_process(*arguments: Any) -> Ended:
     code, out, err = 0, io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
-        if "--address" not in arguments:
-            patch.setattr("jobs.runtime.cluster.connected", connected)
+        patch.setattr("jobs.runtime.cluster.connected", connected)
         try:
             main()
         except SystemExit as stop:

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -68,6 +69,8 @@ def started(away, **settings):
     Gives the addresses of the job API and of the GCS.
     """
     dashboard, gcs = free_port(), free_port()
+    # The names of sockets in it must be short, and pytest's own folders are not.
+    short = tempfile.mkdtemp(prefix="ray")
     environment = (
         {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_JOB_START_TIMEOUT_SECONDS": "300"} | settings
     )
@@ -85,7 +88,7 @@ def started(away, **settings):
             f"--dashboard-port={dashboard}",
             "--dashboard-host=127.0.0.1",
             f"--ray-client-server-port={free_port()}",
-            f"--temp-dir={away}/ray",
+            f"--temp-dir={short}",
             "--object-store-memory=200000000",
             f"--dashboard-agent-listen-port={free_port()}",
             f"--metrics-export-port={free_port()}",
@@ -112,6 +115,7 @@ def started(away, **settings):
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 process.kill()
         head.wait()
+        shutil.rmtree(short, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

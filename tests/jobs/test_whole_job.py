@@ -169,12 +169,12 @@ def test_an_address_where_no_ray_is(job):
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         # Bound but not listening: the connection is refused.
-        code, _, error = ppcl("compress", job, "--address", f"127.0.0.1:{port}")
+        code, _, error = as_process("compress", job, "--address", f"127.0.0.1:{port}")
         assert code == 2 and f"no Ray cluster could be reached at 127.0.0.1:{port}: Connection refused" in error
         assert error.count("\n") == 1
-    code, _, error = ppcl("compress", job, "--address", "somewhere")
+    code, _, error = as_process("compress", job, "--address", "somewhere")
     assert code == 2 and error == "ppcl: --address 'somewhere' is no address; give host:port or auto\n"
-    code, _, error = ppcl("compress", job, "--address", "ray://127.0.0.1:10001")
+    code, _, error = as_process("compress", job, "--address", "ray://127.0.0.1:10001")
     assert code == 2 and "give host:port of the GCS" in error and error.count("\n") == 1
 
 
