@@ -40,8 +40,8 @@ from ppcl.replacements.plan import (
 )
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.finetuning.trainer import finetune
-from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
+from ppcl.training.run_context import RunContext
 
 # Held-out samples that choices by a measured error look at.
 _LOOKED_AT = 64
@@ -196,12 +196,7 @@ def run_seed(
         samples,
         library,
         steps,
-        ParallelDims(),
-        work / "library",
-        work / "checkpoints",
-        seed,
-        device,
-        telling(1),
+        RunContext(work / "library", work / "checkpoints", seed, device, report=telling(1)),
         config.width.modulation_error,
     )
     for part, name in enumerate(("sensitivity", "probes"), 2):
@@ -213,18 +208,11 @@ def run_seed(
         files = {replacement: path for replacement, path in files_in(work / "library").items() if replacement in plan}
         finetune(
             teacher,
-            files,
-            {_PLAN: plan},
-            {},
             samples,
+            DistilledReplacements(files, {_PLAN: plan}, {}),
             one,
+            RunContext(work / name, work / name / "checkpoints", seed, device, report=telling(part)),
             config.sampling.steps,
-            ParallelDims(),
-            work / name,
-            work / name / "checkpoints",
-            seed,
-            device,
-            telling(part),
         )
     folders = {row.name: work / (row.name if (work / row.name).is_dir() else "library") for row in ROWS}
     return _measure(
