@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ppcl.errors import UserError
 from ppcl.models import Streams
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 
 # Sends under way before the oldest is waited for: enough to overlap, and a bound on memory.
 IN_FLIGHT = 2

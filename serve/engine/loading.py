@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ppcl.errors import UserError
-from ppcl.replacements.plan import Interval, Replacement
+from ppcl.replacements import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.result import Result
 from ppcl.search.variants import Variant
@@ -94,7 +94,7 @@ def load(result: Path, teacher: Path | None, names: Sequence[str] | None, device
 
 def _kept(plan: Iterable[Replacement], count: int) -> set[int]:
     """Return the teacher's blocks that a plan does not replace completely."""
-    return set(range(count)) - {block for item in plan if isinstance(item, Interval) for block in item.blocks}
+    return set(range(count)) - {block for item in plan if item.removed for block in item.blocks}
 
 
 def qualities(result: Path, variants: Iterable[str]) -> dict[str, float | None]:

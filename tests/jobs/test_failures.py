@@ -10,7 +10,7 @@ from ray.train.v2._internal.util import construct_user_exception_with_traceback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from jobs.failures import WorkerLost, describe_failure
-from ppcl.replacements.plan import parse_replacement
+from ppcl.replacements import parse_replacement
 
 
 def look_up(key):

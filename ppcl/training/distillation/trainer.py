@@ -22,14 +22,21 @@ import torch
 
 from ppcl.config.schema import Distillation
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval, LowRankModulation, PrunedFfn, Replacement
+from ppcl.replacements.ffn import Ffn
 from ppcl.replacements.io import save_replacement
 from ppcl.replacements.low_rank_modulation import fit_basis
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, Replacement
 from ppcl.storage.manifest import write_atomically
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples, batch_of
 from ppcl.training.distillation.closed_form import fit_closed_form
-from ppcl.training.distillation.objectives import DistillationObjective, Gradient, GradientObjective, new_objective
+from ppcl.training.distillation.objectives import (
+    DistillationObjective,
+    Gradient,
+    GradientObjective,
+    TeacherBlocks,
+    new_objective,
+)
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage, balanced_segments
@@ -50,7 +57,7 @@ def segment_of(stage: int, pp: int, blocks: int, plan: Sequence[Replacement]) ->
     costs = [1.0] * blocks
     for replacement in plan:
         if isinstance(replacement, Ffn):
-            costs[replacement.block] += 0.0 if replacement.keep_percent else FFN_COST
+            costs[replacement.block] += 0.0 if isinstance(replacement, PrunedFfn) else FFN_COST
         elif isinstance(replacement, Interval):
             costs[replacement.last] += STUDENT_COST
         else:
@@ -118,10 +125,8 @@ class _Rank:
         self.has_checkpoint = {r: _file(checkpoints, r).exists() for r in self.plan}
         dims.barrier()
         transformer = self.segment.transformer
-        self.objectives = {
-            r: new_objective(self.adapter, transformer, self.segment.blocks, r, settings, count)
-            for r in self.segment.plan
-        }
+        blocks_here = TeacherBlocks(self.adapter, transformer, self.segment.blocks, count)
+        self.objectives = {r: new_objective(blocks_here, r, settings) for r in self.segment.plan}
         for objective in self.objectives.values():
             objective.module.to(device)
         self.closed_form = {r: o for r, o in self.objectives.items() if not is_trained(o, settings)}

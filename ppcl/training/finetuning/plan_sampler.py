@@ -9,7 +9,7 @@ import numpy as np
 
 from ppcl.config.schema import Finetuning
 from ppcl.errors import UserError
-from ppcl.replacements.plan import (
+from ppcl.replacements import (
     LowRankModulation,
     Replacement,
     checked_plan,
@@ -74,14 +74,14 @@ class AnyPlan:
         """Kind after kind, in random order: there are far more FFNs than intervals, and taken all together an interval would
         hardly ever find its place free. Each kind is left out, or each of its replacements taken with a probability that is itself
         drawn."""
-        kinds = sorted({type(replacement) for replacement in self.replacements}, key=lambda kind: kind.__name__)
+        kinds = sorted({replacement.label for replacement in self.replacements})
         plan: list[Replacement] = []
         while not plan:
             for kind in rng.permutation(len(kinds)):
                 share = rng.random() if rng.random() >= _WITHOUT else 0.0
                 for index in rng.permutation(len(self.replacements)):
                     replacement = self.replacements[index]
-                    taken = type(replacement) is kinds[kind] and rng.random() < share
+                    taken = replacement.label == kinds[kind] and rng.random() < share
                     if taken and not any(conflicts(replacement, other) for other in plan):
                         plan.append(replacement)
         return sorted(plan, key=sort_key)

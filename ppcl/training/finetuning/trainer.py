@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from ppcl.config.schema import Finetuning
 from ppcl.models import swap
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Replacement
 from ppcl.replacements.finetuned_selection import FinetunedSelection, ratios_of
 from ppcl.replacements.io import save_replacement
-from ppcl.replacements.plan import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.storage.manifest import write_atomically
 from ppcl.storage.tensor_files import load_tensors, save_tensors

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from ppcl.errors import UserError
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.training.pipeline import balanced_segments
 
 
