@@ -21,9 +21,9 @@ class ParameterCounts:
     """Parameter counts: of the whole transformer, of each block, of what each replacement takes away and brings.
 
     `replacements`: by replacement, the numbers each tensor of its file holds. By block and stream: `ffns`, parameters
-    of the FFN; `chunks`, those of its three chunks of the modulation, which a linear map takes away too; `rows`, what the
-    modulation gives, of which low rank makes each `width` parameters cheaper. `texts`: by block, the parameters that a
-    text run takes away.
+    of the FFN; `chunks`, those of its three chunks of the modulation, which a linear map takes away too; `rows`, what
+    the modulation gives, of which low rank makes each `width` parameters cheaper. `texts`: by block, the parameters
+    that a text run takes away.
     """
 
     total: int

@@ -35,7 +35,7 @@ class Plan(tuple[Replacement, ...]):
 
 
 def conflicts(a: Replacement, b: Replacement) -> bool:
-    """Whether two replacements cannot be on together: the same, or in the same blocks and neither contains the other."""
+    """Whether two replacements cannot be on together: the same, or in one block and neither contains the other."""
     overlap = range(max(a.blocks.start, b.blocks.start), min(a.blocks.stop, b.blocks.stop))
     return a == b or (len(overlap) > 0 and not a.contains(b) and not b.contains(a))
 

@@ -174,7 +174,7 @@ class PrunedFfn(Ffn[PrunedFfnMaps]):
 def kept_parameters(
     teacher: ParameterCounts, structure: TeacherStructure, block: int, keep_percent: int
 ) -> dict[str, int]:
-    """By stream, the parameters of a block's FFN with `keep_percent` of its hidden units; its last bias counts in part."""
+    """By stream, parameters of a block's FFN with `keep_percent` of its hidden units; its last bias counts in part."""
     sizes = {}
     for stream, where in structure.parts(block).items():
         hidden = linear_at(structure.blocks[block], f"{where.ffn}.{structure.adapter.ffn_up}").out_features

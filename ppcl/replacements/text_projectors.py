@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class TextProjectors(nn.Module):
-    """The maps of one run, `(…, d) → (…, d)`: `z` by block number, and `h`, residual; None where no block comes after."""
+    """The maps of one run, `(…, d) → (…, d)`: `z` by block, and `h`, residual, or None where no block comes after."""
 
     h: nn.Linear | None
 

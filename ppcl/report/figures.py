@@ -134,7 +134,7 @@ def heat_map(
     low: float,
     axis_names: tuple[str, str] = SURROGATE,
 ) -> Drawing:
-    """CKA by row and column, such as of the surrogate that keeps block `u` and is linear up to `k`; intervals outlined."""
+    """CKA by row and column, such as of the surrogate that keeps block `u` and is linear up to `k`, with intervals."""
     values = np.array([[np.nan if v is None else v for v in row] for row in table], dtype=float)
     blocks = len(values)
     side, left, bottom, width, height = 244, 44, 42, 350, 294  # the automatic layout cannot hold a bar to a square
@@ -179,7 +179,7 @@ def _staircase(first: int, last: int) -> list[tuple[float, float]]:
 
 
 def delta_curves(table: Table, intervals: list[BlockPair], block_ranges: list[BlockPair]) -> Drawing:
-    """The similarity each further block costs: the intervals' own curves over all others, with the rise that ends each."""
+    """The similarity each further block costs: the intervals' curves over all others, with the rise that ends each."""
     blocks = len(table)
     with canvas(640, 300) as figure:
         axes = figure.add_subplot()
