@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ppcl.config.schema import Distillation
 from ppcl.models import adapter_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.losses import LOSSES

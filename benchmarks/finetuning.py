@@ -30,8 +30,8 @@ from ppcl.evaluation.images import generate_images
 from ppcl.evaluation.prompt_checker import checker_prompts, correctness, load_checker
 from ppcl.evaluation.scoring import relative_drop
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Replacement
 from ppcl.replacements.io import files_in
-from ppcl.replacements.plan import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.search.variants import read_catalog
 from ppcl.storage.manifest import CONFIG

@@ -33,8 +33,8 @@ from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config, Distillation
 from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval
 from ppcl.replacements.io import files_in
-from ppcl.replacements.plan import Interval
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.storage.manifest import CONFIG
 from ppcl.training.captured import CapturedActivations, CaptureSpec

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.distillation import RandomSamples, make_teacher
 from ppcl.config.schema import Distillation
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.run_context import RunContext

@@ -52,14 +52,14 @@ from ppcl.detection import fit_probes as probes_run
 from ppcl.linalg import Moments
 from ppcl.models import embed, run_blocks
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.sizing import Model
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import rank_of
 from ppcl.sizing.simulation import STUDENT_TRAFFIC, distillation_on, probes
 from ppcl.training.captured import CapturedActivations
 from ppcl.training.data import batch_of
-from ppcl.training.distillation.objectives import new_objective
+from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.parallel_dims import ParallelDims
@@ -216,7 +216,7 @@ def _rates(options: argparse.Namespace, folder: Path, model: Model) -> dict[str,
 
     flops = options.batch * sum(model.flops[:2]) / _seconds(forward)
     objective = new_objective(
-        adapter, segment.transformer, segment.blocks, Interval(0, 1), Distillation(init="first"), 2
+        TeacherBlocks(adapter, segment.transformer, segment.blocks, 2), Interval(0, 1), Distillation(init="first")
     )
     trainee = Trainee(objective, Distillation(), ParallelDims())
     captured = CapturedActivations(boundaries={0: streams, 2: forward()}, context=context)

@@ -18,6 +18,8 @@ _COLOUR = re.compile(r"\x1b\[\d+m")
 _RAISED_FROM = "The above exception was the direct cause of the following exception:"
 _RAISED_WHILE_HANDLING = "During handling of the above exception, another exception occurred:"
 _LONGEST = 300
+# A module of one of this program's packages that is missing: the package is another one.
+_SHADOWED = re.compile(r"No module named '(ppcl|jobs|serve)\.")
 
 
 class WorkerLost(RuntimeError):
@@ -42,6 +44,12 @@ def describe_failure(error: BaseException) -> str:
     lost = next((wrapped for wrapped in chain if isinstance(wrapped, WorkerLost)), None)
     if lost is not None:
         return str(lost)
+    shadowed = next((match for wrapped in chain if (match := _SHADOWED.search(str(wrapped)))), None)
+    if shadowed is not None:
+        return (
+            f"the workers find another module {shadowed[1]!r} before ppcl's own; take its folder off their PYTHONPATH "
+            "and working directory"
+        )
     # The text of a worker's traceback tells what its pickled exception has lost: its cause and its frames.
     texts = [text for wrapped in chain if (text := _remote_traceback(wrapped))]
     cause = _parse(texts[-1]) if texts else None

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
+from ppcl.errors import UserError
+from ppcl.own_packages import check_imports
+
 _NEEDED = ("typer", "rich", "ray", "jinja2", "matplotlib", "psutil")
 
 
@@ -13,6 +16,10 @@ def main() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         sys.exit(_refuse(f"the command line needs {', '.join(missing)}; install ppcl[jobs], or ppcl[all] to serve too"))
+    try:
+        check_imports()
+    except UserError as error:
+        sys.exit(_refuse(str(error)))
     from jobs.cli.main import main as run  # only now: typer and rich come with the extra `jobs`
 
     run()

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from ppcl.config.location import Location, LocationLike
+from ppcl.config.plan_syntax import PLAN_SYNTAX
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Replacement, parse_text
 from ppcl.replacements.finetuned_selection import FinetunedSelection
 from ppcl.replacements.io import replacement_files
 from ppcl.replacements.parameter_counts import ParameterCounts, parameter_counts
-from ppcl.replacements.plan import PLAN_SYNTAX, Replacement, parse_text
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.search.variants import TEACHER, Variant, available_plan, read_catalog
 from ppcl.storage.manifest import CONFIG, Artifacts

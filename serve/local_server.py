@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from ppcl.errors import UserError
+from ppcl.own_packages import check_working_folder
 from ppcl.private_ray import close_embedded_ray
 from ppcl.result import Result
 from serve.api import ApiKeys, check_exposure
@@ -86,6 +87,7 @@ def run(settings: Served, say: Callable[[str], None], quiet: bool = False) -> No
     arrives before the server is ready.
     """
     check(settings)
+    check_working_folder(Path.cwd())
     close_embedded_ray()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)

@@ -10,9 +10,9 @@ import torch
 
 from ppcl.config.schema import Config, Variants
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval
 from ppcl.replacements.io import files_in, save_replacement
 from ppcl.replacements.parameter_counts import parameter_counts
-from ppcl.replacements.plan import Interval
 from ppcl.replacements.student_block import StudentBlock, affine_map
 from ppcl.search.pareto import choose, pareto_front
 from ppcl.search.variants import VariantCatalog, budget_name, make_variants

@@ -14,8 +14,8 @@ from ppcl.config.schema import Detection, Distillation, Finetuning, Probes, Widt
 from ppcl.detection.detect import detect
 from ppcl.detection.fit_probes import fit_probes
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import parse_replacement
 from ppcl.replacements.io import files_in
-from ppcl.replacements.plan import parse_replacement
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
 from ppcl.training.parallel_dims import ParallelDims

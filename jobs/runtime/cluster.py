@@ -10,10 +10,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from jobs.runtime.stopping import raise_on_signals, shut_down_ray, stop_signals
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
+from ppcl.own_packages import check_working_folder
 from ppcl.private_ray import close_embedded_ray
 
 # The embedded Ray's logical CPUs: enough for a small pipeline beside Ray Data, even on a machine with fewer cores.
@@ -58,6 +60,7 @@ def connected(address: str | None, config: Config) -> Iterator[str]:
         os.environ.setdefault(name, value)
     os.environ[_SIGN_OF_LIFE] = str(config.worker_timeout_s)
     if address is None:
+        check_working_folder(Path.cwd())
         close_embedded_ray()
     with stop_signals():
         try:

@@ -13,7 +13,7 @@ from jobs.runtime.checkpoints import drop_damaged_checkpoints, open_checkpoints
 from jobs.runtime.resources import Resources
 from jobs.runtime.worker_group import RankReporter, run_worker_group
 from jobs.stage import Stage, StageContext, WorkerContext, Workers
-from ppcl.ablation.run import read_detection, removed_blocks, run_seed
+from ppcl.ablation.run import AblationInputs, read_detection, removed_blocks, run_seed
 from ppcl.ablation.summary import summary
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
@@ -66,6 +66,7 @@ def _run_seeds(context: WorkerContext, rank: int, runs: Path, report: RankReport
     config, inputs = context.config, context.inputs
     detection = read_detection(inputs["detection"].fetch().folder / "detection.json")
     samples, probes = CalibrationSet.of(inputs["calibration"]), inputs["probes"].fetch().folder
+    made_from = AblationInputs(config, Teacher(context.teacher), samples, probes, detection, context.device)
     seeds = list(range(config.ablation.seeds))[rank :: config.ablation.workers]
     for index, seed in enumerate(seeds):
         record = runs / f"seed-{seed}.json"
@@ -76,17 +77,7 @@ def _run_seeds(context: WorkerContext, rank: int, runs: Path, report: RankReport
         def progress(done: int, total: int, index: int = index) -> None:
             report(index * total + done, len(seeds) * total, {})
 
-        rows = run_seed(
-            config,
-            Teacher(context.teacher),
-            samples,
-            probes,
-            detection,
-            work,
-            config.seed + seed,
-            context.device,
-            progress,
-        )
+        rows = run_seed(made_from, work, config.seed + seed, progress)
         write_atomically(record, json.dumps(rows))
         shutil.rmtree(work)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, Replacement, TextRun, parse_replacement
+from ppcl.replacements import LowRankModulation, Replacement, parse_replacement
 from ppcl.search.checks import check_reachable, optimistic_counts
 from ppcl.search.variants import names_of
 from ppcl.storage.manifest import CHECKPOINTS
@@ -36,7 +37,7 @@ def workers(config: Config) -> Workers:
 
 
 def check(context: StageContext) -> list[str]:
-    """The summary of what detection found. Raises `UserError` where it is nothing, or not enough for what is asked for."""
+    """The summary of what detection found. Raises `UserError` where it is nothing, or too little for the variants."""
     config, detection = context.config, _detection(context)
     plan = _plan(context)
     if not plan:
@@ -56,9 +57,7 @@ def check(context: StageContext) -> list[str]:
 
 def plan_summary(plan: Sequence[Replacement], blocks: int) -> str:
     """One line: the intervals, and the number of replacements of the other kinds; `detection.json` lists them."""
-    intervals = [replacement for replacement in plan if isinstance(replacement, Interval)]
-    text = sum(isinstance(replacement, TextRun) for replacement in plan)
-    ffns = sum(isinstance(replacement, Ffn) for replacement in plan)
+    intervals = [replacement for replacement in plan if replacement.removed]
     parts = []
     if intervals:
         removed = sum(interval.removed for interval in intervals)
@@ -66,11 +65,10 @@ def plan_summary(plan: Sequence[Replacement], blocks: int) -> str:
             f"{_count(len(intervals), 'interval')} ({', '.join(map(str, intervals))}), by which {removed} of "
             f"{blocks} blocks can go"
         )
-    if text:
-        parts.append(_count(text, "text run"))
-    if ffns:
-        parts.append(_count(ffns, "FFN replacement"))
-    if any(isinstance(replacement, LowRankModulation) for replacement in plan):
+    others = Counter(replacement.label for replacement in plan if not replacement.removed)
+    everywhere = others.pop(LowRankModulation.label, 0)
+    parts += [_count(number, label) for label, number in sorted(others.items(), reverse=True)]
+    if everywhere:
         parts.append("the modulations of all blocks")
     return f"detection: {'; '.join(parts)}"
 

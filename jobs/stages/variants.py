@@ -10,9 +10,9 @@ from jobs.stage import Stage, StageContext
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.evaluation.samples import SEARCH_SAMPLES, spread_samples
 from ppcl.evaluation.velocity_error import ErrorSums
+from ppcl.replacements import Plan
 from ppcl.replacements.io import replacement_files
 from ppcl.replacements.parameter_counts import parameter_counts
-from ppcl.search.pareto import Plan
 from ppcl.search.variants import VariantCatalog, best_plans, make_variants, missed_targets, plans_to_measure
 from ppcl.storage.manifest import write_atomically
 

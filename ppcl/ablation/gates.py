@@ -8,7 +8,7 @@ blocks; here the draw is over all, so that any number can be removed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from torch import nn
 
 from ppcl.models import ModelAdapter, adapter_of, swapped
 from ppcl.training.data import Samples, batch_of
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 _RATE = 0.05
 _TEMPERATURE = 1.0
@@ -25,10 +28,12 @@ class _Gated(nn.Module):
     """A block whose change of the streams is taken times a gate."""
 
     context_pre_only = False
+    block: nn.Module
 
     def __init__(self, adapter: ModelAdapter, block: nn.Module, gates: list[torch.Tensor], number: int):
         super().__init__()
         self.adapter, self.gates, self.number = adapter, gates, number
+        # Not a sub-module: the block belongs to the teacher.
         self.__dict__["block"] = block
 
     def forward(self, **arguments: Any) -> tuple:
@@ -45,7 +50,7 @@ class _Gated(nn.Module):
 
 
 def learned_gates(
-    transformer: nn.Module,
+    transformer: ModelMixin,
     samples: Samples,
     count: int,
     steps: int,

@@ -11,41 +11,44 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
 from ppcl.ablation import selection
 from ppcl.ablation.gates import learned_gates
-from ppcl.ablation.sequential import distil_in_sequence
+from ppcl.ablation.measure import RowMeasurer
+from ppcl.ablation.sequential import SequentialRun
 from ppcl.calibration.dataset import CalibrationSet
-from ppcl.config.schema import Config
+from ppcl.config.schema import Config, Distillation, Finetuning
 from ppcl.detection.fit_probes import tokens_file
 from ppcl.errors import UserError
-from ppcl.evaluation.prompt_checker import checker_prompts, correctness, load_checker
-from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.io import files_in
-from ppcl.replacements.parameter_counts import parameter_counts
-from ppcl.replacements.plan import (
-    Ffn,
+from ppcl.replacements import (
     Interval,
+    LinearFfn,
     LowRankModulation,
+    PrunedFfn,
     Replacement,
     TextRun,
     conflicts,
     parse_replacement,
     sort_key,
 )
-from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.replacements.io import files_in
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
 from ppcl.training.run_context import RunContext
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
 # Held-out samples that choices by a measured error look at.
 _LOOKED_AT = 64
 _PLAN = "plan"
+# Rows whose students are trained one after the other, and by which choice of intervals.
+_IN_SEQUENCE = {"sensitivity": "sensitivity", "probes": "nonsequential"}
 
 
 @dataclass(frozen=True)
@@ -85,23 +88,63 @@ def removed_blocks(config: Config, detection: Mapping[str, Any]) -> int:
     return config.ablation.removed or min(most, round(0.4 * detection["blocks"]))
 
 
+@dataclass(frozen=True)
+class AblationInputs:
+    """What every seed of the ablation is made from, and where it runs.
+
+    `probes`: the folder of the stage of that name. `detection`: the content of `detection.json`.
+    """
+
+    config: Config
+    teacher: Teacher
+    samples: CalibrationSet
+    probes: Path
+    detection: Mapping[str, Any]
+    device: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+    def distillation(self) -> Distillation:
+        """Whole students in every row, everything trained, as in the paper."""
+        settings, given = self.config.ablation, self.config.distillation
+        return given.model_copy(
+            update={
+                "steps": settings.steps,
+                "batch_size": settings.batch_size,
+                "student_keep_percent": 100,
+                "train": "all",
+                "warmup": min(given.warmup, settings.steps // 10),
+            }
+        )
+
+    def finetuning(self) -> Finetuning:
+        """One plan is fine-tuned, and no other is measured."""
+        settings, given = self.config.ablation, self.config.finetuning
+        return given.model_copy(
+            update={
+                "steps": settings.finetuning_steps,
+                "measured_plans": 0,
+                "warmup": min(given.warmup, settings.finetuning_steps // 10),
+                "plan": _PLAN,
+                "variants": [],
+            }
+        )
+
+
 def choices(
-    config: Config,
-    transformer: Any,
-    calibration: CalibrationSet,
-    probes: Path,
-    detection: Mapping[str, Any],
-    seed: int,
-    tell: Callable[[int], None],
+    inputs: AblationInputs, transformer: ModelMixin, seed: int, tell: Callable[[int], None]
 ) -> dict[str, list[Interval]]:
     """By row, the intervals of every way to choose. `tell(steps)` counts those of the learned gates."""
+    config, calibration, detection = inputs.config, inputs.samples, inputs.detection
     block_ranges = [range(*span) for span in detection["spans"]]
     count, blocks = removed_blocks(config, detection), detection["blocks"]
     if not count:
         raise UserError("Algorithm 1 finds no block that can go in this teacher; there is nothing to compare")
     boundaries = []
     for boundary in range(blocks + 1):
-        tokens = load_file(tokens_file(probes, boundary))
+        tokens = load_file(tokens_file(inputs.probes, boundary))
         boundaries.append([tokens[name] for name in ("img", "txt") if name in tokens])
     similar = selection.adjacent_similarity(boundaries)
     ids = calibration.ids(held_out=False)[:_LOOKED_AT]
@@ -128,11 +171,11 @@ def plans_of(
     """By row, what is on, but for what differs in training alone."""
     plan: list[Replacement] = list(chosen["nonsequential"])
     known = [parse_replacement(text) for text in detection["plan"]]
-    runs = [e for e in known if isinstance(e, TextRun) and not any(conflicts(e, i) for i in plan)]
+    runs: list[Replacement] = [e for e in known if isinstance(e, TextRun) and not any(conflicts(e, i) for i in plan)]
     taken = {block for interval in plan for block in interval.blocks}
     errors = {int(block): error for block, error in detection["ffn_errors"].items() if int(block) not in taken}
-    maps = [Ffn(block) for block in sorted(errors, key=errors.__getitem__)[:ffns]]
-    halves = [Ffn(block, 50) for block in sorted(errors)]
+    maps: list[Replacement] = [LinearFfn(block) for block in sorted(errors, key=errors.__getitem__)[:ffns]]
+    halves: list[Replacement] = [PrunedFfn(block, 50) for block in sorted(errors)]
     rows: dict[str, list[Replacement]] = {name: list(intervals) for name, intervals in chosen.items()}
     rows["probes"] = plan
     rows["text"] = plan + runs
@@ -141,164 +184,66 @@ def plans_of(
     return {row.name: sorted(rows[row.name], key=sort_key) for row in ROWS}
 
 
-def run_seed(
-    config: Config,
-    teacher: Teacher,
-    samples: CalibrationSet,
-    probes: Path,
-    detection: Mapping[str, Any],
-    work: Path,
-    seed: int,
-    device: str,
-    report: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """`{row: {velocity_error, R, world, share, plan}}` of one seed. `report(done, total)` counts training steps."""
-    settings = config.ablation
-    steps = config.distillation.model_copy(
-        # Whole students in every row, as in the paper.
-        update={
-            "steps": settings.steps,
-            "batch_size": settings.batch_size,
-            "student_keep_percent": 100,
-            "train": "all",
-            "warmup": min(config.distillation.warmup, settings.steps // 10),
-        }
-    )
-    tuning = config.finetuning.model_copy(
-        update={
-            "steps": settings.finetuning_steps,
-            "measured_plans": 0,
-            "warmup": min(config.finetuning.warmup, settings.finetuning_steps // 10),
-        }
-    )
-    parts = [settings.gate_steps, settings.steps, settings.steps, settings.steps, tuning.steps, tuning.steps]
-    total = sum(parts) + len(ROWS)
+class _SeedProgress:
+    """Counts the training steps and measured rows of one seed's parts as one total."""
 
-    def telling(part: int) -> Callable[..., None]:
-        def tell(done: int, *_: Any, phase: str | None = None) -> None:
-            # Plans that are measured before and after count as no step.
+    def __init__(self, parts: Sequence[int], report: Callable[[int, int], None]):
+        self.parts, self.report = parts, report
+
+    def of(self, part: int) -> Callable[..., None]:
+        """A callback that counts what is done of one part."""
+
+        def count(done: int, *_: Any, phase: str | None = None) -> None:
+            # Plans that are measured before and after fine-tuning count as no step.
             if phase is None:
-                report(sum(parts[:part]) + done, total)
+                self.report(sum(self.parts[:part]) + done, sum(self.parts))
 
-        return tell
+        return count
 
-    transformer = teacher.transformer(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
-    chosen = choices(config, transformer, samples, probes, detection, seed, telling(0))
+
+def run_seed(inputs: AblationInputs, work: Path, seed: int, report: Callable[[int, int], None]) -> dict[str, Any]:
+    """`{row: {velocity_error, R, world, share, plan}}` of one seed; what is trained on the way is left in `work`.
+
+    `report(done, total)` counts training steps and measured rows.
+    """
+    config, teacher, samples, device = inputs.config, inputs.teacher, inputs.samples, inputs.device
+    settings, steps, tuning = config.ablation, inputs.distillation(), inputs.finetuning()
+    trainings = [steps.steps] * 3 + [tuning.steps] * 2
+    progress = _SeedProgress([settings.gate_steps, *trainings, len(ROWS)], report)
+    transformer = teacher.transformer(device=device, dtype=inputs.dtype)
+    chosen = choices(inputs, transformer, seed, progress.of(0))
     del transformer
-    plans = plans_of(chosen, detection, settings.ffns)
-
-    library = sorted(
-        {replacement for name, plan in plans.items() if name not in ("sensitivity", "probes") for replacement in plan},
-        key=sort_key,
-    )
+    plans = plans_of(chosen, inputs.detection, settings.ffns)
+    shared = {replacement for name, plan in plans.items() if name not in _IN_SEQUENCE for replacement in plan}
+    library = sorted(shared, key=sort_key)
     distil(
         teacher,
         samples,
         library,
         steps,
-        RunContext(work / "library", work / "checkpoints", seed, device, report=telling(1)),
+        RunContext(work / "library", work / "checkpoints", seed, device, report=progress.of(1)),
         config.width.modulation_error,
     )
-    for part, name in enumerate(("sensitivity", "probes"), 2):
-        distil_in_sequence(teacher, samples, plans[name], steps, work / name, seed, device, telling(part))
+    for part, (name, choice) in enumerate(_IN_SEQUENCE.items(), 2):
+        run = SequentialRun(teacher, samples, steps, seed, device)
+        run.distil(chosen[choice], work / name, progress.of(part))
     for part, name in enumerate(("finetuned", "hidden_finetuned"), 4):
         plan = plans[name]
-        one = tuning.model_copy(update={"plan": _PLAN, "variants": []})
         (work / name).mkdir(parents=True, exist_ok=True)
         files = {replacement: path for replacement, path in files_in(work / "library").items() if replacement in plan}
         finetune(
             teacher,
             samples,
             DistilledReplacements(files, {_PLAN: plan}, {}),
-            one,
-            RunContext(work / name, work / name / "checkpoints", seed, device, report=telling(part)),
+            tuning,
+            RunContext(work / name, work / name / "checkpoints", seed, device, report=progress.of(part)),
             config.sampling.steps,
         )
     folders = {row.name: work / (row.name if (work / row.name).is_dir() else "library") for row in ROWS}
-    return _measure(
-        config,
-        teacher,
-        samples,
-        plans,
-        files_in(work / "library"),
-        folders,
-        seed,
-        device,
-        lambda done: report(sum(parts) + done, total),
-    )
-
-
-@torch.no_grad()
-def _measure(
-    config: Config,
-    teacher: Teacher,
-    samples: CalibrationSet,
-    plans: Mapping[str, Sequence[Replacement]],
-    library: Mapping[Replacement, Path],
-    folders: Mapping[str, Path],
-    seed: int,
-    device: str,
-    tell: Callable[[int], None],
-) -> dict[str, Any]:
-    """Measure every row. `library`: the replacements that rows share; a row's own folder takes precedence over it."""
-    from ppcl.evaluation.images import generate_images
-    from ppcl.evaluation.scoring import relative_drop
-
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipeline = teacher.pipeline(device, dtype)
-    evaluation = config.evaluation
-    world = load_checker(evaluation.checker) if evaluation.checker else None
-    prompts = checker_prompts(world, evaluation.max_prompts, config.seed) if world else []
-
-    def shown(switch: VariantSwitcher, plan: Sequence[Replacement]) -> dict[str, Any]:
-        switch(pipeline.transformer, plan)
-        right: dict[str, list] = {}
-        for start in range(0, len(prompts), evaluation.batch_size):
-            some = prompts[start : start + evaluation.batch_size]
-            seeds = [1_000_000 + config.seed + start + index for index in range(len(some))]
-            pictures = generate_images(pipeline, [p.text for p in some], seeds, config.sampling)
-            for category, found in correctness(world, pictures, some).items():
-                right.setdefault(category, []).extend(found)
-        switch(pipeline.transformer, ())
-        return {category: torch.tensor(found, dtype=torch.float64).numpy() for category, found in right.items()}
-
-    ids = samples.ids(held_out=True)
-    teachers = shown(VariantSwitcher(teacher, {}), ()) if world else None
-    made: dict[str, Any] = {}
-    trained: dict[tuple, str] = {}
-    for number, (name, plan) in enumerate(plans.items()):
-        # The same plan of the same students is the same row.
-        same = (folders[name], tuple(plan))
-        if same in trained:
-            made[name] = made[trained[same]]
-            tell(number + 1)
-            continue
-        trained[same] = name
-        files = {
-            replacement: path
-            for replacement, path in (library | files_in(folders[name])).items()
-            if replacement in plan
-        }
-        switch = VariantSwitcher(teacher, files)
-        batches = [ids[start : start + evaluation.batch_size] for start in range(0, len(ids), evaluation.batch_size)]
-        squares = ErrorSums.joined(
-            variant_errors(pipeline.transformer, switch, {name: plan}, samples.batch(batch, device, dtype))[name]
-            for batch in batches
-        )
-        counted = parameter_counts(teacher, files)
-        row = {
-            "velocity_error": squares.overall(),
-            "share": counted.parameters(plan) / counted.total,
-            "plan": [str(e) for e in plan],
-        }
-        if world:
-            found = shown(switch, plan)
-            row["R"] = relative_drop(found, teachers, evaluation.confidence, seed)["R"]
-            row["world"] = sum(float(p.mean()) for p in found.values()) / len(found)
-        made[name] = row
-        tell(number + 1)
-    return made
+    rows = RowMeasurer(config, teacher, samples, device, seed)
+    return rows.measure(plans, folders, files_in(work / "library"), progress.of(6))
 
 
 def read_detection(path: Path) -> dict[str, Any]:
+    """The content of `detection.json`."""
     return json.loads(path.read_text())

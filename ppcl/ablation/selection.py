@@ -16,7 +16,7 @@ from ppcl.detection.cka import cka
 from ppcl.detection.intervals import Table, first_difference
 from ppcl.errors import UserError
 from ppcl.models import IdentityBlock, adapter_of, swapped
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 
 
 def contracted(removed: Iterable[int], block_ranges: Sequence[range]) -> list[Interval]:
@@ -79,6 +79,14 @@ def cheapest(scores: Sequence[float], count: int, block_ranges: Sequence[range])
     return contracted(chosen, block_ranges)
 
 
+def _value(table: Table, interval: Interval) -> float:
+    """A table's value for an interval; Algorithm 1 and thresholds end intervals where there is one."""
+    value = table[interval.first][interval.last]
+    if value is None:
+        raise ValueError(f"the table has no value for {interval}")
+    return value
+
+
 def algorithm1(delta: Table, count: int, block_ranges: Sequence[range]) -> list[Interval]:
     """Algorithm 1's intervals, cut short where they would remove more than `count` blocks, from the largest last Δ on.
 
@@ -89,7 +97,7 @@ def algorithm1(delta: Table, count: int, block_ranges: Sequence[range]) -> list[
     if most < count:
         raise UserError(f"{count} blocks cannot go by Algorithm 1, which finds {most}; ask for {most} or fewer")
     while sum(interval.removed for interval in found) > count:
-        worst = max(range(len(found)), key=lambda i: delta[found[i].first][found[i].last])
+        worst = max(range(len(found)), key=lambda i: _value(delta, found[i]))
         found[worst] = Interval(found[worst].first, found[worst].last - 1)
         found = [interval for interval in found if interval.removed]
     return found
@@ -114,7 +122,7 @@ def threshold(table: Table, count: int, block_ranges: Sequence[range]) -> list[I
         found = [interval for interval in found if interval.removed]
         if sum(interval.removed for interval in found) >= count:
             while sum(interval.removed for interval in found) > count:
-                worst = min(range(len(found)), key=lambda i: table[found[i].first][found[i].last])
+                worst = min(range(len(found)), key=lambda i: _value(table, found[i]))
                 found[worst] = Interval(found[worst].first, found[worst].last - 1)
                 found = [interval for interval in found if interval.removed]
             return found

@@ -6,7 +6,8 @@ errors travel from interval to interval, and no student can be used without thos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -16,70 +17,86 @@ import torch
 from ppcl.config.schema import Distillation
 from ppcl.models import run_blocks
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval, sort_key
 from ppcl.replacements.io import save_replacement
-from ppcl.replacements.plan import Interval
+from ppcl.replacements.student_block import StudentBlock
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples, batch_of
 from ppcl.training.distillation.closed_form import fit_closed_form
-from ppcl.training.distillation.objectives import StudentObjective
+from ppcl.training.distillation.objectives import StudentObjective, TeacherBlocks
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage
 from ppcl.training.teacher_segment import TeacherSegment
 
 
-def distil_in_sequence(
-    teacher: Teacher,
-    samples: Samples,
-    intervals: Sequence[Interval],
-    settings: Distillation,
-    folder: Path,
-    seed: int,
-    device: str,
-    tell: Callable[[int], None],
-) -> None:
-    """Train the students of `intervals` and write them to `folder/<interval>.safetensors`."""
-    adapter, dims = teacher.adapter, ParallelDims()
-    count = adapter.block_ranges(teacher.empty_transformer())[-1].stop
-    bfloat16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.startswith("cuda"))
-    segment = TeacherSegment(teacher, range(count), intervals, device, torch.bfloat16 if bfloat16 else torch.float32)
-    pipeline_stage, ids = PipelineStage(0, 1, 0), samples.ids(held_out=False)
-    objectives = {
-        i: StudentObjective(adapter, segment.transformer, segment.blocks, i, settings) for i in sorted(intervals)
-    }
-    for objective in objectives.values():
-        objective.module.to(device)
+@dataclass(frozen=True)
+class SequentialRun:
+    """Sequential distillation: every student is trained on the streams that the students before it make."""
 
-    def captured(rows: torch.Tensor, wanted: CaptureSpec) -> CapturedActivations:
-        return segment.run(samples.batch(rows, device, segment.dtype), pipeline_stage, wanted)
+    teacher: Teacher
+    samples: Samples
+    settings: Distillation
+    seed: int
+    device: str
 
-    if settings.init == "affine":
-        wanted = reduce(or_, (objective.init_capture for objective in objectives.values()), CaptureSpec())
-        fit_closed_form(
-            list(objectives.values()),
-            lambda rows: captured(rows, wanted),
-            ids,
-            settings.batch_size,
-            settings.ridge,
-            dims,
-        )
-    trainees = {i: Trainee(objective, settings, dims) for i, objective in objectives.items()}
-    wanted = CaptureSpec(frozenset({0, *(i.last + 1 for i in intervals)}))
-    for step in range(settings.steps):
-        now = captured(batch_of(step, ids, settings.batch_size, seed), wanted)
-        streams, block = now.boundaries[0], 0
+    def distil(self, intervals: Sequence[Interval], folder: Path, tell: Callable[[int], None]) -> None:
+        """Train the students of `intervals` and write them to `folder/<interval>.safetensors`. `tell(steps)` counts."""
+        adapter, dims = self.teacher.adapter, ParallelDims()
+        segment, trainees = self._trainees(sorted(intervals, key=sort_key), dims)
+        ids, pipeline_stage = self.samples.ids(held_out=False), PipelineStage(0, 1, 0)
+        spec = CaptureSpec(frozenset({0, *(interval.last + 1 for interval in trainees)}))
+        for step in range(self.settings.steps):
+            rows = batch_of(step, ids, self.settings.batch_size, self.seed)
+            batch = segment.run(self.samples.batch(rows, self.device, segment.dtype), pipeline_stage, spec)
+            self._train_step(segment, trainees, batch)
+            tell(step + 1)
+        for interval, trainee in trainees.items():
+            save_replacement(trainee.export(), interval, adapter, folder / f"{interval.name}.safetensors")
+
+    def _trainees(
+        self, intervals: Sequence[Interval], dims: ParallelDims
+    ) -> tuple[TeacherSegment, dict[Interval, Trainee]]:
+        """The whole teacher as one segment, and the students in their closed-form initialisation."""
+        count, settings = self.teacher.adapter.block_ranges(self.teacher.empty_transformer())[-1].stop, self.settings
+        dtype = torch.bfloat16 if self._bfloat16 else torch.float32
+        segment = TeacherSegment(self.teacher, range(count), intervals, self.device, dtype)
+        blocks = TeacherBlocks(self.teacher.adapter, segment.transformer, segment.blocks, count)
+        objectives = {interval: StudentObjective(blocks, interval, settings) for interval in intervals}
+        for objective in objectives.values():
+            objective.module.to(self.device)
+        if settings.init == "affine":
+            spec = reduce(or_, (objective.init_capture for objective in objectives.values()), CaptureSpec())
+            pipeline_stage = PipelineStage(0, 1, 0)
+            fit_closed_form(
+                list(objectives.values()),
+                lambda rows: segment.run(self.samples.batch(rows, self.device, segment.dtype), pipeline_stage, spec),
+                self.samples.ids(held_out=False),
+                settings.batch_size,
+                settings.ridge,
+                dims,
+            )
+        return segment, {interval: Trainee(objective, settings, dims) for interval, objective in objectives.items()}
+
+    def _train_step(
+        self, segment: TeacherSegment, trainees: Mapping[Interval, Trainee], batch: CapturedActivations
+    ) -> None:
+        """One step of every student, in order, each on what the students before it make of the batch."""
+        streams, block = batch.boundaries[0], 0
         for interval, trainee in trainees.items():
             with torch.no_grad():
-                streams = run_blocks(
-                    adapter, [segment.blocks[b] for b in range(block, interval.first)], streams, now.context
-                )
-            ends = {interval.first: streams, interval.last + 1: now.boundaries[interval.last + 1]}
-            trainee.train_step(
-                CapturedActivations(boundaries=ends, context=now.context, text_mask=now.text_mask), bfloat16
-            )
+                between = [segment.blocks[number] for number in range(block, interval.first)]
+                streams = run_blocks(self.teacher.adapter, between, streams, batch.context)
+            ends = {interval.first: streams, interval.last + 1: batch.boundaries[interval.last + 1]}
+            seen = CapturedActivations(boundaries=ends, context=batch.context, text_mask=batch.text_mask)
+            trainee.train_step(seen, self._bfloat16)
+            student = trainee.objective.module
+            assert isinstance(student, StudentBlock)
             with torch.no_grad():
-                streams = trainee.module.streams(streams, now.context)
+                streams = student.streams(streams, batch.context)
             block = interval.last + 1
-        tell(step + 1)
-    for interval, trainee in trainees.items():
-        save_replacement(trainee.export(), interval, adapter, folder / f"{interval.name}.safetensors")
+
+    @property
+    def _bfloat16(self) -> bool:
+        precision = self.settings.precision
+        return precision == "bfloat16" or (precision == "auto" and self.device.startswith("cuda"))

@@ -60,9 +60,9 @@ def check_prompts(
 ) -> str:
     """Read a prompt file once, so that its mistakes are found before any work is done; return a hash of its content.
 
-    `different`: how many prompts must differ: 2 where some are held out, else 1. Images enter the hash by path,
-    size and time of change. Raises `UserError` as `read_prompts` does, for fewer than `different` prompts that differ,
-    and for images that do not exist.
+    `different`: how many prompts must differ: 2 where some are held out, 1 where none are. Images enter the hash by
+    path, size and time of change. Raises `UserError` as `read_prompts` does, for fewer than `different` prompts that
+    differ, and for images that do not exist.
     """
     count = 0
     texts: set[str] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ppcl.config.plan_syntax import PLAN_SYNTAX, REPLACEMENT, is_plan
+from ppcl.config.plan_syntax import PLAN_SYNTAX, is_plan, is_replacement
 from ppcl.config.variant_names import names_of
 from ppcl.errors import UserError
 
@@ -28,7 +28,7 @@ def _check_custom_variants(settings: Variants) -> None:
             raise UserError(f"{key} is empty; list what is on, {PLAN_SYNTAX}")
         for replacement in plan:
             if isinstance(replacement, str):
-                if not REPLACEMENT.fullmatch(replacement):
+                if not is_replacement(replacement):
                     raise UserError(f"{key}: {replacement!r} names no replacement; write {PLAN_SYNTAX}")
                 continue
             first, last = replacement

@@ -174,8 +174,8 @@ class Distillation(Section):
     )
     train: Literal["students", "all"] = Field(
         "students",
-        description="students: student blocks are trained by gradient, linear maps stay at their least-squares optimum; "
-        "all: linear maps are trained too (the paper)",
+        description="students: student blocks are trained by gradient, linear maps stay at their least-squares optimum"
+        "; all: linear maps are trained too (the paper)",
     )
     init: Literal["affine", "first", "middle"] = Field(
         "affine",

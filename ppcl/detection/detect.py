@@ -19,7 +19,7 @@ from ppcl.detection.fit_probes import ffn_error, has_text, probe_file, tokens_fi
 from ppcl.detection.intervals import Table, differences, first_difference
 from ppcl.errors import UserError
 from ppcl.linalg.affine_fit import Probe
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, TextRun
 from ppcl.storage.manifest import write_atomically
 
 STREAMS = ("img", "txt")
@@ -130,8 +130,8 @@ def detect(
         if text_map is not None
         else []
     )
-    narrow = [Ffn(block, kept) for block in errors for kept in sorted(set(width.ffn_keep_percents), reverse=True)]
-    folds = [LowRankModulation()] if width.low_rank_modulations else []
+    pruned = [PrunedFfn(block, kept) for block in errors for kept in sorted(set(width.ffn_keep_percents), reverse=True)]
+    low_rank = [LowRankModulation()] if width.low_rank_modulations else []
     return {
         "blocks": blocks,
         "spans": [[span.start, span.stop] for span in block_ranges],
@@ -145,7 +145,9 @@ def detect(
         "intervals": [[interval.first, interval.last] for interval in intervals],
         "text_map": text_map,
         "ffn_errors": errors,
-        "plan": [str(replacement) for replacement in [*intervals, *runs, *map(Ffn, sorted(ffns)), *narrow, *folds]],
+        "plan": [
+            str(replacement) for replacement in [*intervals, *runs, *map(LinearFfn, sorted(ffns)), *pruned, *low_rank]
+        ],
     }
 
 

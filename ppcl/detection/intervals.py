@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 
 Table = list[list[float | None]]
 

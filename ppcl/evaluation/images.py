@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from ppcl.config.schema import Sampling
-from ppcl.replacements.plan import Replacement
+from ppcl.replacements import Replacement
 
 _TIMED_STEPS = 6
 TIMED_ROUNDS = 3

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ppcl.models import adapter_of, embed, run_blocks
-from ppcl.replacements.plan import Ffn, LowRankModulation, Replacement, TextRun
+from ppcl.replacements import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.search.latency_table import LatencyTable
 
@@ -63,26 +63,23 @@ def measure_latencies(transformer: nn.Module, switch: VariantSwitcher, inputs: M
     groups: dict[Any, list[Replacement]] = {}
     for replacement in switch.files:
         block_list = next(index for index, numbers in enumerate(block_ranges) if replacement.first in numbers)
-        kind = (
-            0 if isinstance(replacement, LowRankModulation) else len(replacement.blocks),
-            getattr(replacement, "keep_percent", None),
-        )
-        groups.setdefault((block_list, type(replacement), *kind), []).append(replacement)
+        kind = (block_list, type(replacement), len(replacement.blocks), replacement.detail)
+        groups.setdefault(kind, []).append(replacement)
     alone: dict[Replacement, int] = {}
     inside: dict[Replacement, int] = {}
-    runs = [replacement for replacement in switch.files if isinstance(replacement, TextRun)]
     for group in groups.values():
         timed = group[:: max(1, len(group) // _PER_KIND)][:_PER_KIND]
         everywhere = range(len(blocks))
         alone |= _each(
             group,
-            [saving(everywhere if isinstance(e, LowRankModulation) else e.blocks, (), (e,)) for e in timed],
+            [saving(one.blocks or everywhere, (), (one,)) for one in timed],
         )
-        ffns = [replacement for replacement in group if isinstance(replacement, Ffn)]
-        if ffns:
-            pairs = [(run, ffn) for ffn in ffns for run in runs if ffn.block in run.blocks[1:]][:_PER_KIND]
-            if pairs:
-                inside |= _each(group, [saving(run.blocks, (run,), (run, e)) for run, e in pairs])
+        # In the first block of a text run an FFN saves what it does alone.
+        pairs = [
+            (outer, one) for one in group for outer in switch.files if outer.contains(one) and one.first != outer.first
+        ]
+        if pairs:
+            inside |= _each(group, [saving(outer.blocks, (outer,), (outer, one)) for outer, one in pairs[:_PER_KIND]])
     return LatencyTable(round(1e6 * total), range(len(blocks)), alone, inside)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ppcl.models import adapter_of, embed, head, run_blocks
-from ppcl.replacements.plan import Replacement
+from ppcl.replacements import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 
 # Equal parts of the timesteps [0, 1] for which errors are reported apart.

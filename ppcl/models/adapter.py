@@ -22,6 +22,12 @@ class Streams(NamedTuple):
     img: torch.Tensor
     txt: torch.Tensor | None
 
+    def require_txt(self) -> torch.Tensor:
+        """The text stream, of a block that is known to have one."""
+        if self.txt is None:
+            raise ValueError("the model dropped the text stream before this block")
+        return self.txt
+
 
 @dataclass(frozen=True)
 class BlockParts:

@@ -1,18 +1,39 @@
-"""Width pruning: text streams and FFNs replaced by linear maps (PPCL, arXiv 2511.16156, Stage 2, Eq. 7 to 9)."""
+"""What can be replaced in a teacher: one file a kind, a registry of the kinds, and plans of what is on.
 
-from ppcl.replacements.linear_ffn import LinearFfn, with_ffn
-from ppcl.replacements.low_rank_modulation import ModulationBasis
-from ppcl.replacements.pruned_ffn import PrunedFfn, eliminate_units
-from ppcl.replacements.text_projectors import RunBlock, RunStart, TextProjectors, text_run
+- `Interval`: a run of blocks becomes one student block (depth).
+- `TextRun`: in a run of blocks the text stream is replaced by linear projectors (width).
+- `LinearFfn`: a block's FFNs become residual linear maps (width).
+- `PrunedFfn`: a block's FFNs keep a part of their hidden units (width).
+- `LowRankModulation`: all modulations are computed in the few directions the timestep moves them in (width, nearly
+  without loss).
+
+Depth is PPCL's Stage 1, width its Stage 2 (arXiv 2511.16156, Eq. 6 to 9); pruned FFNs and low-rank modulations are not
+in the paper.
+"""
+
+from ppcl.replacements.linear_ffn import LinearFfn
+from ppcl.replacements.low_rank_modulation import LowRankModulation
+from ppcl.replacements.plan import Plan, checked_plan, conflicts, enclosing
+from ppcl.replacements.pruned_ffn import PrunedFfn
+from ppcl.replacements.registry import KINDS, parse_name, parse_replacement, parse_text, sort_key
+from ppcl.replacements.replacement import Replacement
+from ppcl.replacements.student_block import Interval
+from ppcl.replacements.text_projectors import TextRun
 
 __all__ = [
-    "ModulationBasis",
+    "KINDS",
+    "Interval",
     "LinearFfn",
+    "LowRankModulation",
+    "Plan",
     "PrunedFfn",
-    "RunBlock",
-    "RunStart",
-    "TextProjectors",
-    "eliminate_units",
-    "with_ffn",
-    "text_run",
+    "Replacement",
+    "TextRun",
+    "checked_plan",
+    "conflicts",
+    "enclosing",
+    "parse_name",
+    "parse_replacement",
+    "parse_text",
+    "sort_key",
 ]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
 
 
 def view(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
-    """A shallow copy of a block with modules put at `parts`, paths such as `attn.to_add_out`. Shares everything else."""
+    """A shallow copy of a block with modules put at `parts`, paths such as `attn.to_add_out`; shares all others."""
     made = _shallow(block)
     copied = {"": made}
     for path, module in parts.items():
@@ -30,11 +31,15 @@ def view(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     return made
 
 
-def submodule(block: nn.Module, path: str) -> nn.Module:
-    return block.get_submodule(path)
+def linear_at(module: nn.Module, path: str) -> nn.Linear:
+    """The linear map at a path, or what stands in for one. Raises `AttributeError` where nothing is there."""
+    # Quantised and low-rank maps are no `nn.Linear`, but have its attributes.
+    return cast(nn.Linear, module.get_submodule(path))
 
 
-def _shallow(module: nn.Module) -> nn.Module:
+def _shallow(module: nn.Module | None) -> nn.Module:
+    if module is None:
+        raise KeyError("a path leads through a sub-module that the block leaves out")
     made = copy.copy(module)
     # nn.Module's copy shares these dictionaries, and the original would change with the view.
     made._modules, made._parameters, made._buffers = (
@@ -48,9 +53,11 @@ def _shallow(module: nn.Module) -> nn.Module:
 class Modulation(nn.Module):
     """A modulation of which only some chunks are computed; the others are constants.
 
-    Stands for the linear map `linear (p → chunks · d)` that a block cuts into chunks of its width. `constants` gives the
-    value of each chunk that is not computed. The rows that are computed are views of the linear map's own.
+    Stands for the linear map `linear (p → chunks · d)` that a block cuts into chunks of its width. `constants` gives
+    the value of each chunk that is not computed. The rows that are computed are views of the linear map's own.
     """
+
+    source: nn.Linear
 
     def __init__(self, linear: nn.Linear, width: int, constants: Mapping[int, float]):
         super().__init__()

@@ -1,8 +1,8 @@
 """Which plans take the fine-tuned replacements, and which the distilled ones: a result holds both.
 
-Fine-tuning makes the plans better that it was done for and those near them; a replacement that has learnt to make up for the
-errors of others may be worse without them. So a plan takes the fine-tuned ones where that was measured to be better, or where
-it was for the measured plans most like it.
+Fine-tuning makes the plans better that it was done for and those near them; a replacement that has learnt to make up
+for the errors of others may be worse without them. So a plan takes the fine-tuned ones where that was measured to be
+better, or where it was for the measured plans most like it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.replacements.io import files_in
-from ppcl.replacements.plan import Replacement, parse_replacement
+from ppcl.replacements.registry import parse_replacement
+from ppcl.replacements.replacement import Replacement
 
 # Measured plans that are asked about one which was not measured; all of them must be better.
 _NEAREST = 2
@@ -22,8 +23,11 @@ _NEAREST = 2
 
 @dataclass(frozen=True)
 class FinetunedSelection:
-    """`files`: the fine-tuned replacements, of the replacements that were trained. `sensitivity`: the velocity error of each replacement alone,
-    before. `ratios`: by measured plan, its velocity error with the fine-tuned ones over that with the distilled ones."""
+    """What is known of the fine-tuned replacements.
+
+    `files`: those that were trained. `sensitivity`: the velocity error of each replacement alone, before. `ratios`: by
+    measured plan, its velocity error with the fine-tuned ones over that with the distilled ones.
+    """
 
     files: Mapping[Replacement, Path]
     sensitivity: Mapping[Replacement, float]

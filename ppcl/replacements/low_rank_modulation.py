@@ -1,15 +1,17 @@
-"""Folding: all modulations in the few directions in which the timestep moves their input.
+"""All modulations in the few directions in which the timestep moves their input.
 
 A block's modulations are a linear map of `s = SiLU(temb)`. In Qwen-Image `temb` is a function of the timestep alone, a
 smooth curve that lies in few dimensions, yet the maps are a third of a block's parameters. With `Q (d, k)` the curve's
-directions and `m` its mean, `W s + b = (W Q) Qᵀ(s - m) + (W m + b)` but for what the curve has outside of `Q`: `W Q` has
-`k / d` of the parameters. Where a model's `temb` depends on more than the timestep, `k` is larger.
+directions and `m` its mean, `W s + b = (W Q) Qᵀ(s - m) + (W m + b)` but for what the curve has outside of `Q`: `W Q`
+has `k / d` of the parameters. Where a model's `temb` depends on more than the timestep, `k` is larger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,8 +19,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ppcl.models import adapter_of, embed
-from ppcl.replacements.block_view import Modulation, submodule, view
+from ppcl.config import plan_syntax
+from ppcl.models import IdentityBlock, adapter_of, embed
+from ppcl.replacements.block_view import Modulation, linear_at, view
+from ppcl.replacements.replacement import Assembly, Replacement, TeacherStructure
+from ppcl.replacements.student_block import StudentBlock
+from ppcl.replacements.text_projectors import RunBlock, RunStart
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from ppcl.models.teacher import Teacher
+    from ppcl.replacements.parameter_counts import ParameterCounts
 
 # Timesteps at which the curve is looked at: far more than it has dimensions.
 _PLACES = 2048
@@ -38,7 +50,7 @@ class InBasis(nn.Module):
 class OntoBasis(nn.Module):
     """The same for a map that is still being trained: `inner` itself, of what the basis keeps of its input."""
 
-    def __init__(self, inner: nn.Linear, basis: ModulationBasis):
+    def __init__(self, inner: nn.Module, basis: ModulationBasis):
         super().__init__()
         self.inner, self.basis = inner, basis
 
@@ -49,30 +61,39 @@ class OntoBasis(nn.Module):
 class ModulationBasis(nn.Module):
     """`directions (d, k)`, orthonormal, and `mean (d,)`, shared by all modulations."""
 
+    directions: nn.Parameter
+    mean: nn.Parameter
+
     def __init__(self, width: int, rank: int):
         super().__init__()
         self.directions = nn.Parameter(torch.zeros(width, rank), requires_grad=False)
         self.mean = nn.Parameter(torch.zeros(width), requires_grad=False)
-        self._folded: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        self._restricted: WeakKeyDictionary[nn.Module, nn.Linear] = WeakKeyDictionary()
 
     def coordinates(self, x: torch.Tensor) -> torch.Tensor:
         return (x - self.mean) @ self.directions
 
     def folded(self, module: nn.Module, paths: Sequence[str]) -> nn.Module:
-        """A view of a block, or of what stands for one, with the modulations at `paths` folded."""
-        return view(module, {path: self._fold(submodule(module, path)) for path in paths})
+        """A view of a block, or of what stands for one, with the modulations at `paths` in low rank."""
+        return view(module, {path: self._fold(module.get_submodule(path)) for path in paths})
 
-    def _fold(self, modulation: nn.Module) -> InBasis | OntoBasis:
-        source = modulation.source if isinstance(modulation, Modulation) else modulation
-        if source.weight.requires_grad:
+    def _fold(self, modulation: nn.Module) -> nn.Module:
+        if isinstance(modulation, Modulation):
+            if modulation.source.weight.requires_grad:
+                return OntoBasis(modulation, self)
+            inner = self._restricted_once(modulation.source)
+            return InBasis(Modulation(inner, modulation.width, modulation.constants), self)
+        linear = linear_at(modulation, "")
+        if linear.weight.requires_grad:
             # What was multiplied out now would be wrong after the next step, and pass no gradient on.
             return OntoBasis(modulation, self)
-        if isinstance(modulation, Modulation):
-            return InBasis(Modulation(self._fold(source).inner, modulation.width, modulation.constants), self)
+        return InBasis(self._restricted_once(linear), self)
+
+    def _restricted_once(self, linear: nn.Linear) -> nn.Linear:
         # The products are the costly part, and the same in every variant.
-        if modulation not in self._folded:
-            self._folded[modulation] = InBasis(self.restricted(modulation), self)
-        return self._folded[modulation]
+        if linear not in self._restricted:
+            self._restricted[linear] = self.restricted(linear)
+        return self._restricted[linear]
 
     @torch.no_grad()
     def restricted(self, linear: nn.Linear) -> nn.Linear:
@@ -87,12 +108,12 @@ class ModulationBasis(nn.Module):
 
 
 class Samples(Protocol):
-    def batch(self, ids: Sequence[int], device: str, dtype: torch.dtype) -> dict: ...
+    def batch(self, ids: Sequence[int] | np.ndarray, device: str, dtype: torch.dtype) -> dict: ...
 
 
 @torch.no_grad()
 def fit_basis(
-    transformer: nn.Module, samples: Samples, ids: np.ndarray, batch_size: int, error: float
+    transformer: ModelMixin, samples: Samples, ids: np.ndarray, batch_size: int, error: float
 ) -> ModulationBasis:
     """The fewest directions that leave at most the share `error` of the variance of `SiLU(temb)`.
 
@@ -118,3 +139,56 @@ def fit_basis(
     basis.directions.copy_(directions[:rank].T)
     basis.mean.copy_(mean)
     return basis
+
+
+@dataclass(frozen=True)
+class LowRankModulation(Replacement[ModulationBasis]):
+    """The modulations of all blocks, of students too, in low rank. Goes with everything."""
+
+    label = "modulations"
+    text_form = re.compile(plan_syntax.MODULATIONS)
+    file_form = text_form
+    # What the other kinds put into the blocks has modulations too.
+    assembly_order = 2
+    first = last = 0
+    phrase = "the modulations"
+
+    @property
+    def blocks(self) -> range:
+        """None of its own."""
+        return range(0)
+
+    def check(self, block_lists: Sequence[range]) -> None:
+        """Every teacher has modulations."""
+
+    def __str__(self) -> str:
+        return "modulations"
+
+    @property
+    def name(self) -> str:
+        return "modulations"
+
+    @property
+    def where(self) -> str:
+        return "all"
+
+    def empty_module(
+        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], teacher: Teacher
+    ) -> ModulationBasis:
+        width, rank = tensors["directions"].shape
+        return ModulationBasis(width, rank)
+
+    def assemble(self, module: ModulationBasis, variant: Assembly) -> None:
+        for number, block in enumerate(variant.structure.blocks):
+            here = variant.standing.get(number, block)
+            if not isinstance(here, IdentityBlock):
+                # These hold the block that is modulated.
+                inside = "block." if isinstance(here, StudentBlock | RunStart | RunBlock) else ""
+                paths = [inside + where.modulation for where in variant.structure.parts(number).values()]
+                variant.standing[number] = module.folded(here, paths)
+
+    def parameters_removed(self, teacher: ParameterCounts, within: Replacement | None) -> int:
+        return sum(sum(rows.values()) for rows in teacher.rows.values()) * teacher.parameters_per_row_saved()
+
+    def least_brought(self, teacher: ParameterCounts, structure: TeacherStructure, student_keep: int) -> dict[str, int]:
+        return {"directions": 0}

@@ -9,17 +9,21 @@ from pathlib import Path
 from torch import nn
 
 from ppcl.models.teacher import Teacher
+from ppcl.replacements.block_view import linear_at
 from ppcl.replacements.io import stored_sizes
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, Replacement, TextRun
+from ppcl.replacements.low_rank_modulation import LowRankModulation
+from ppcl.replacements.plan import enclosing
+from ppcl.replacements.replacement import Replacement
 
 
 @dataclass(frozen=True)
 class ParameterCounts:
     """Parameter counts: of the whole transformer, of each block, of what each replacement takes away and brings.
 
-    `replacements`: by replacement, the numbers each tensor of its file holds. `ffns`: by block and stream, parameters of the FFN,
-    and `chunks` of its part of the modulation, which a linear map takes away too; `texts`: by block, those that a text run takes away. `rows`: by block and stream, what
-    its modulation gives, of which folding makes each `width` parameters cheaper.
+    `replacements`: by replacement, the numbers each tensor of its file holds. By block and stream: `ffns`, parameters
+    of the FFN; `chunks`, those of its three chunks of the modulation, which a linear map takes away too; `rows`, what
+    the modulation gives, of which low rank makes each `width` parameters cheaper. `texts`: by block, the parameters
+    that a text run takes away.
     """
 
     total: int
@@ -31,67 +35,32 @@ class ParameterCounts:
     rows: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     width: int = 0
 
-    def saved(self, replacement: Replacement, within: TextRun | None = None, folded: bool = False) -> int:
-        """Parameters fewer with an replacement on; of an FFN `within` a text run that is on, where its text part is gone.
+    def saved(self, replacement: Replacement, within: Replacement | None = None, low_rank: bool = False) -> int:
+        """Parameters fewer with a replacement on.
 
-        `folded`: with the modulations folded, of which what is replaced needs none.
+        `within`: the replacement that is on around it, such as the text run around an FFN, where its text part is gone.
+        `low_rank`: with the modulations in low rank, of which what is replaced needs none.
         """
-        if isinstance(replacement, LowRankModulation):
-            every_row = sum(sum(rows.values()) for rows in self.rows.values())
-            return every_row * self._folding() - sum(self.replacements[replacement].values())
-        saved = self._unfolded(replacement, within)
-        return saved - self._rows(replacement, within) * self._folding() if folded else saved
+        brought = replacement.parameters_brought(self.replacements[replacement], self, within)
+        saved = replacement.parameters_removed(self, within) - brought
+        if low_rank and (rows := replacement.modulation_rows_removed(self, within)):
+            saved -= rows * self.parameters_per_row_saved()
+        return saved
 
-    def _folding(self) -> int:
-        """Parameters fewer for each row of a modulation that is folded."""
+    def parameters_per_row_saved(self) -> int:
+        """Parameters fewer for each row of a modulation in low rank, which must be among the replacements."""
         directions = self.replacements[LowRankModulation()]["directions"]
         return self.width - directions // self.width
 
-    def _rows(self, replacement: Replacement, within: TextRun | None) -> int:
-        """Rows of modulations that an replacement takes away."""
-        if isinstance(replacement, Interval):
-            # A single-stream block has none.
-            rows = [sum(self.rows.get(block, {}).values()) for block in replacement.blocks]
-            return sum(rows) - rows[0]
-        if isinstance(replacement, TextRun):
-            return sum(self.rows[block]["txt"] for block in replacement.blocks[1:])
-        return 0 if replacement.keep_percent else 3 * self.width * len(self._streams(replacement, within))
-
-    def _streams(self, replacement: Ffn, within: TextRun | None) -> set[str]:
-        return (
-            {"img"} if within is not None and replacement.block != within.first else set(self.ffns[replacement.block])
-        )
-
-    def _unfolded(self, replacement: Replacement, within: TextRun | None) -> int:
-        brought = self.replacements[replacement]
-        if isinstance(replacement, Interval):
-            return sum(self.blocks[block] for block in replacement.blocks) - sum(brought.values())
-        if isinstance(replacement, TextRun):
-            return sum(self.texts[block] for block in replacement.blocks[1:]) - sum(brought.values())
-        streams = self._streams(replacement, within)
-        gone = sum(
-            self.ffns[replacement.block][s] + (0 if replacement.keep_percent else self.chunks[replacement.block][s])
-            for s in streams
-        )
-        # Tensors are called `img.weight`, or `up.img.weight`.
-        return gone - sum(size for name, size in brought.items() if streams & set(name.split(".")))
-
     def parameters(self, plan: Iterable[Replacement]) -> int:
-        """What is left with a plan on, whose replacements do not clash."""
+        """What is left with a plan on, whose replacements do not conflict."""
         plan = list(plan)
-        folded = LowRankModulation() in plan
-        return self.total - sum(self.saved(replacement, _run_around(replacement, plan), folded) for replacement in plan)
+        low_rank = LowRankModulation() in plan
+        return self.total - sum(self.saved(one, enclosing(one, plan), low_rank) for one in plan)
 
     def running(self, plan: Iterable[Replacement]) -> int:
         """Blocks that run with a plan on."""
         return len(self.blocks) - sum(replacement.removed for replacement in plan)
-
-
-def _run_around(replacement: Replacement, plan: Iterable[Replacement]) -> TextRun | None:
-    """The text run of a plan that an FFN lies in."""
-    if not isinstance(replacement, Ffn):
-        return None
-    return next((run for run in plan if isinstance(run, TextRun) and replacement.block in run.blocks), None)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -109,7 +78,7 @@ def parameter_counts(teacher: Teacher, files: Mapping[Replacement, Path]) -> Par
     width = 0
     for number, block in enumerate(blocks):
         for stream, where in adapter.parts_of(model, number, block).items():
-            modulation, ffn = block.get_submodule(where.modulation), count_parameters(block.get_submodule(where.ffn))
+            modulation, ffn = linear_at(block, where.modulation), count_parameters(block.get_submodule(where.ffn))
             width = modulation.in_features
             rows.setdefault(number, {})[stream] = modulation.out_features
             # Shift, scale and gate of the FFN: three chunks of the modulation.

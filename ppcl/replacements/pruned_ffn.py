@@ -1,9 +1,9 @@
 """FFNs with fewer hidden units. Which ones stay, and what the second map then is, is a least-squares problem.
 
-The FFN is `y = W φ(U x) + b`. Taking a hidden unit `j` away costs least when the other units' columns of `W` make up for
-it; with `G` the centred Gram matrix of the hidden units over the calibration tokens, that least squared error is
-`‖w_j‖² / (G⁻¹)_jj`, and the other columns change by `-w_j (G⁻¹)_kj / (G⁻¹)_jj` (the optimal brain surgeon of Hassibi and
-Stork 1993, for whole units as in ZipLM, arXiv 2302.04089). Units go one by one, the cheapest first, so that one
+The FFN is `y = W φ(U x) + b`. Taking a hidden unit `j` away costs least when the other units' columns of `W` make up
+for it; with `G` the centred Gram matrix of the hidden units over the calibration tokens, that least squared error is
+`‖w_j‖² / (G⁻¹)_jj`, and the other columns change by `-w_j (G⁻¹)_kj / (G⁻¹)_jj` (the optimal brain surgeon of Hassibi
+and Stork 1993, for whole units as in ZipLM, arXiv 2302.04089). Units go one by one, the cheapest first, so that one
 elimination gives every width. Only `G` and the mean are needed: sums that add up exactly over batches and workers.
 
 Not in the PPCL paper, which replaces an FFN by a linear map or not at all.
@@ -11,21 +11,33 @@ Not in the PPCL paper, which replaces an FFN by a linear map or not at all.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from ppcl.config import plan_syntax
 from ppcl.linalg import Moments
-from ppcl.models import BlockParts, ModelAdapter
-from ppcl.replacements.block_view import submodule
+from ppcl.models import BlockParts, ModelAdapter, Streams
+from ppcl.replacements.block_view import linear_at
+from ppcl.replacements.ffn import Ffn, FfnMaps
+from ppcl.replacements.replacement import TeacherStructure
+
+if TYPE_CHECKING:
+    from ppcl.models.teacher import Teacher
+    from ppcl.replacements.parameter_counts import ParameterCounts
 
 
 @dataclass(frozen=True)
 class PrunedUnits:
-    """`units (k,)`, the hidden units that stay, ascending; the second map `weight (q, k)`, `bias (q,)`; the squared error
-    a token of the FFN's output, as a share of its variance."""
+    """An FFN's second map on the hidden units that stay.
+
+    `units (k,)`: their numbers, ascending. `weight (q, k)`, `bias (q,)`: the map. `error`: the squared error a token of
+    the FFN's output, as a share of its variance.
+    """
 
     units: torch.Tensor
     weight: torch.Tensor
@@ -39,8 +51,8 @@ def eliminate_units(
 ) -> dict[int, PrunedUnits]:
     """Take hidden units away down to each of `widths`.
 
-    `statistics`: of the hidden units `(n, h)`; `weight (q, h)`, `bias (q,)`: the FFN's second map; `ridge`: as a share of
-    each unit's variance.
+    `statistics`: of the hidden units `(n, h)`; `weight (q, h)`, `bias (q,)`: the FFN's second map; `ridge`: as a share
+    of each unit's variance.
     """
     device = statistics.xx.device
     mean, gram = statistics.x_mean, statistics.xx / max(1, statistics.n)
@@ -73,7 +85,7 @@ def eliminate_units(
     raise AssertionError("unreachable")
 
 
-class PrunedFfn(nn.Module):
+class PrunedFfnMaps(FfnMaps):
     """By stream, the two linear maps of one block's FFN with fewer hidden units between them."""
 
     def __init__(self, maps: Mapping[str, tuple[nn.Linear, nn.Linear]]):
@@ -82,40 +94,99 @@ class PrunedFfn(nn.Module):
         self.down = nn.ModuleDict({stream: down for stream, (_, down) in maps.items()})
 
     @classmethod
-    def new(cls, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts], kept: int) -> PrunedFfn:
-        """With the first units of the block's own; `kept`: percent of them, rounded, at least one."""
+    def new(
+        cls, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts], keep_percent: int
+    ) -> PrunedFfnMaps:
+        """With the first units of the block's own; `keep_percent` of them, rounded, at least one."""
         maps = {}
         for stream, where in parts.items():
-            up, down = (submodule(block, f"{where.ffn}.{name}") for name in (adapter.ffn_up, adapter.ffn_down))
-            units = torch.arange(max(1, round(up.out_features * kept / 100)))
-            maps[stream] = _of(up, units), _linear(down.weight[:, units], down.bias)
+            up, down = (linear_at(block, f"{where.ffn}.{name}") for name in (adapter.ffn_up, adapter.ffn_down))
+            units = torch.arange(max(1, round(up.out_features * keep_percent / 100)))
+            maps[stream] = _rows_of(up, units), _linear(down.weight[:, units], down.bias)
         return cls(maps)
 
+    def maps(self, stream: str) -> tuple[nn.Linear, nn.Linear]:
+        """The first and the second map of one stream's FFN."""
+        return linear_at(self.up, stream), linear_at(self.down, stream)
+
     @torch.no_grad()
-    def set(self, stream: str, up: nn.Linear, made: PrunedUnits) -> None:
+    def set(self, stream: str, up: nn.Linear, pruned: PrunedUnits) -> None:
         """Take the units of the block's own first map `up`, and the second map that belongs to them."""
-        new = self.up[stream], self.down[stream]
-        for mine, made_of in zip(
-            new, (_of(up, made.units.to(up.weight.device)), _linear(made.weight, made.bias)), strict=True
-        ):
-            mine.weight.copy_(made_of.weight)
-            mine.bias.copy_(made_of.bias)
+        new_up, new_down = self.maps(stream)
+        units = pruned.units.to(up.weight.device)
+        new_up.weight.copy_(up.weight[units])
+        new_up.bias.copy_(up.bias[units])
+        new_down.weight.copy_(pruned.weight)
+        new_down.bias.copy_(pruned.bias)
+
+    def replaced_parts(
+        self, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts]
+    ) -> dict[str, nn.Module]:
+        """The two maps, with the stock FFN around them."""
+        replaced: dict[str, nn.Module] = {}
+        for stream, where in parts.items():
+            replaced[f"{where.ffn}.{adapter.ffn_up}"], replaced[f"{where.ffn}.{adapter.ffn_down}"] = self.maps(stream)
+        return replaced
 
 
-def pruned_parts(adapter: ModelAdapter, parts: Mapping[str, BlockParts], maps: PrunedFfn) -> dict[str, nn.Module]:
-    """What to put where in a block, for the streams of `parts`: the two maps, with the stock FFN around them."""
-    placed: dict[str, nn.Module] = {}
-    for stream, where in parts.items():
-        placed[f"{where.ffn}.{adapter.ffn_up}"] = maps.up[stream]
-        placed[f"{where.ffn}.{adapter.ffn_down}"] = maps.down[stream]
-    return placed
+@dataclass(frozen=True)
+class PrunedFfn(Ffn[PrunedFfnMaps]):
+    """Block `block`, whose image and text FFN keep `keep_percent` percent of their hidden units, 1 to 99."""
+
+    text_form = re.compile(plan_syntax.PRUNED_FFN)
+    file_form = re.compile(r"ffn-(?P<block>\d+)-(?P<keep_percent>0*[1-9]\d?)")
+
+    keep_percent: int
+
+    @property
+    def detail(self) -> int:
+        return self.keep_percent
+
+    def __str__(self) -> str:
+        return f"ffn:{self.block}/{self.keep_percent}"
+
+    @property
+    def name(self) -> str:
+        return f"ffn-{self.block:02d}-{self.keep_percent:02d}"
+
+    @property
+    def where(self) -> str:
+        return f"{self.block}, {self.keep_percent} % kept"
+
+    def empty_module(
+        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], teacher: Teacher
+    ) -> PrunedFfnMaps:
+        maps = {}
+        for stream in Streams._fields:
+            if f"up.{stream}.weight" in tensors:
+                kept, width = tensors[f"up.{stream}.weight"].shape
+                maps[stream] = nn.Linear(width, kept, device="meta"), nn.Linear(kept, width, device="meta")
+        return PrunedFfnMaps(maps)
+
+    def stream_parameters(self, teacher: ParameterCounts, stream: str) -> int:
+        return teacher.ffns[self.block][stream]
+
+    def least_brought(self, teacher: ParameterCounts, structure: TeacherStructure, student_keep: int) -> dict[str, int]:
+        kept = kept_parameters(teacher, structure, self.block, self.keep_percent)
+        return {f"{stream}.weight": parameters for stream, parameters in kept.items()}
 
 
-def _of(linear: nn.Linear, units: torch.Tensor) -> nn.Linear:
+def kept_parameters(
+    teacher: ParameterCounts, structure: TeacherStructure, block: int, keep_percent: int
+) -> dict[str, int]:
+    """By stream, parameters of a block's FFN with `keep_percent` of its hidden units; its last bias counts in part."""
+    sizes = {}
+    for stream, where in structure.parts(block).items():
+        hidden = linear_at(structure.blocks[block], f"{where.ffn}.{structure.adapter.ffn_up}").out_features
+        sizes[stream] = teacher.ffns[block][stream] * max(1, round(hidden * keep_percent / 100)) // hidden
+    return sizes
+
+
+def _rows_of(linear: nn.Linear, units: torch.Tensor) -> nn.Linear:
     return _linear(linear.weight[units], linear.bias[units])
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    made.weight, made.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
-    return made
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
+    return linear

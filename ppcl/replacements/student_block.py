@@ -1,13 +1,23 @@
-"""A student: one block that stands for an interval of the teacher's, optionally followed by an affine map."""
+"""Depth: a run of blocks becomes one student block, with an affine map behind it or none (PPCL, Eq. 6)."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from ppcl.models import ModelAdapter, Streams
-from ppcl.replacements.plan import Interval
+from ppcl.config import plan_syntax
+from ppcl.models import IdentityBlock, ModelAdapter, Streams
+from ppcl.replacements.pruned_ffn import kept_parameters
+from ppcl.replacements.replacement import Assembly, BlockRun, Replacement, TeacherStructure
+
+if TYPE_CHECKING:
+    from ppcl.models.teacher import Teacher
+    from ppcl.replacements.parameter_counts import ParameterCounts
 
 
 class StudentBlock(nn.Module):
@@ -19,6 +29,8 @@ class StudentBlock(nn.Module):
 
     # Read by the stock SD3 forward between blocks.
     context_pre_only = False
+    block: nn.Module
+    affine: nn.ModuleDict
 
     def __init__(
         self,
@@ -45,9 +57,75 @@ class StudentBlock(nn.Module):
         return self.adapter.from_returned(self(**self.adapter.join(streams, context)))
 
 
+@dataclass(frozen=True)
+class Interval(BlockRun[StudentBlock]):
+    """Blocks `first..last` that become one student block (PPCL: `[u, v]`)."""
+
+    label = "interval"
+    text_form = re.compile(plan_syntax.INTERVAL)
+    file_form = re.compile(r"(?P<first>\d+)-(?P<last>\d+)")
+
+    @property
+    def removed(self) -> int:
+        return self.last - self.first
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.last}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.first:02d}-{self.last:02d}"
+
+    def empty_module(
+        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], teacher: Teacher
+    ) -> StudentBlock:
+        source = int(metadata["source"])
+        affine = {}
+        for stream in Streams._fields:
+            weight = tensors.get(f"affine.{stream}.weight")
+            if weight is not None:
+                affine[stream] = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+        return StudentBlock(teacher.adapter, self, source, _block_as_stored(teacher, source, tensors), affine)
+
+    def metadata(self, module: StudentBlock) -> dict[str, str]:
+        return {"source": str(module.source)}
+
+    def assemble(self, module: StudentBlock, variant: Assembly) -> None:
+        """The student stands at `u`, pass-throughs at `u+1..v`, so that the block lists keep their length."""
+        variant.standing |= dict.fromkeys(self.blocks[1:], IdentityBlock(variant.structure.adapter))
+        variant.standing[self.first] = module
+
+    def parameters_removed(self, teacher: ParameterCounts, within: Replacement | None) -> int:
+        return sum(teacher.blocks[block] for block in self.blocks)
+
+    def modulation_rows_removed(self, teacher: ParameterCounts, within: Replacement | None) -> int:
+        # A single-stream block has none; the student has those of one block.
+        rows = [sum(teacher.rows.get(block, {}).values()) for block in self.blocks]
+        return sum(rows) - rows[0]
+
+    def least_brought(self, teacher: ParameterCounts, structure: TeacherStructure, student_keep: int) -> dict[str, int]:
+        """A student is one of the interval's blocks, with fewer hidden units and possibly affine maps behind it."""
+        sizes = []
+        for block in self.blocks:
+            without_ffn = teacher.blocks[block] - sum(teacher.ffns.get(block, {}).values())
+            sizes.append(without_ffn + sum(kept_parameters(teacher, structure, block, student_keep).values()))
+        return {"block": min(sizes)}
+
+
 def affine_map(width: int) -> nn.Linear:
     """A residual affine map that changes nothing yet."""
     linear = nn.Linear(width, width)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def _block_as_stored(teacher: Teacher, source: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The structure of a student's block: the teacher's block `source`, with as many hidden units as its file has."""
+    structure = TeacherStructure(teacher.adapter, teacher.empty_transformer())
+    block = structure.blocks[source]
+    for where in structure.parts(source).values():
+        for name in (teacher.adapter.ffn_up, teacher.adapter.ffn_down):
+            rows, columns = tensors[f"block.{where.ffn}.{name}.weight"].shape
+            block.set_submodule(f"{where.ffn}.{name}", nn.Linear(columns, rows, device="meta"))
+    return block

@@ -5,7 +5,7 @@ Blocks count from 0. Each figure is small enough to be read on a phone at its ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,7 @@ from matplotlib.axis import Axis
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ppcl.replacements import plan as plans
-from ppcl.replacements.plan import Ffn, LowRankModulation, parse_replacement
+from ppcl.replacements import Interval, LinearFfn, Plan, PrunedFfn, Replacement, TextRun
 from ppcl.report import numbers
 from ppcl.report.summary import finite
 from ppcl.report.svg import COLOURS, SERIES, canvas, inline
@@ -31,7 +30,8 @@ LONGEST_LABEL = 16
 _DASHES = ("", "5 3", "1.5 2.5")
 _MARKERS = "osD^v"
 
-Interval = tuple[int, int]
+# The first and the last block of an interval, or the first block of a list and the first behind it.
+BlockPair = tuple[int, int]
 Table = list[list[float | None]]
 
 
@@ -74,7 +74,26 @@ def interval_name(interval: Sequence[int]) -> str:
     return f"{interval[0]} to {interval[1]}"
 
 
-def block_map(rows: list[dict[str, Any]], blocks: int, block_ranges: list[Interval]) -> Drawing:
+def _bar(axes: Axes, run: Replacement, bottom: float, height: float) -> None:
+    """A bar over the blocks of a run."""
+    corner, width = (run.first + 0.08, bottom), run.last - run.first + 0.84
+    axes.add_patch(Rectangle(corner, width, height, color=COLOURS["mark"], linewidth=0))
+
+
+def _dot(axes: Axes, ffn: Replacement, row: int, inner: str) -> None:
+    """A dot in the cell of a block."""
+    axes.plot([ffn.first + 0.5], [row - 0.06], "o", color=COLOURS["mark"], markersize=5, markerfacecolor=inner)
+
+
+_BLOCK_MARKS: dict[type[Replacement], Callable[[Axes, Replacement, int], None]] = {
+    Interval: lambda axes, interval, row: _bar(axes, interval, row - 0.32, 0.64),
+    TextRun: lambda axes, run, row: _bar(axes, run, row + 0.2, 0.12),
+    LinearFfn: lambda axes, ffn, row: _dot(axes, ffn, row, COLOURS["mark"]),
+    PrunedFfn: lambda axes, ffn, row: _dot(axes, ffn, row, "none"),
+}
+
+
+def block_map(rows: list[dict[str, Any]], blocks: int, block_ranges: list[BlockPair]) -> Drawing:
     """Which blocks each variant runs: teacher blocks as cells, an interval's one student as a bar over its blocks.
 
     A line under cells is a text run, a dot in a cell a replaced FFN.
@@ -83,32 +102,14 @@ def block_map(rows: list[dict[str, Any]], blocks: int, block_ranges: list[Interv
     with canvas(640, height) as figure:
         axes = figure.add_subplot()
         for y, row in enumerate(rows):
-            plan = [parse_replacement(text) for text in row["plan"]]
-            inside = {
-                block for replacement in plan if isinstance(replacement, plans.Interval) for block in replacement.blocks
-            }
-            for block in sorted(set(range(blocks)) - inside):
+            plan = Plan(row["plan"])
+            replaced = {block for replacement in plan if replacement.removed for block in replacement.blocks}
+            for block in sorted(set(range(blocks)) - replaced):
                 axes.add_patch(Rectangle((block + 0.08, y - 0.32), 0.84, 0.64, color=COLOURS["faint"], linewidth=0))
             for replacement in plan:
-                if isinstance(replacement, LowRankModulation):
-                    continue
-                if isinstance(replacement, Ffn):
-                    inner = "none" if replacement.keep_percent else COLOURS["mark"]
-                    axes.plot(
-                        [replacement.block + 0.5],
-                        [y - 0.06],
-                        "o",
-                        color=COLOURS["mark"],
-                        markersize=5,
-                        markerfacecolor=inner,
-                    )
-                    continue
-                bar = isinstance(replacement, plans.Interval)
-                at, height = (y - 0.32, 0.64) if bar else (y + 0.2, 0.12)
-                width = replacement.last - replacement.first + 0.84
-                axes.add_patch(
-                    Rectangle((replacement.first + 0.08, at), width, height, color=COLOURS["mark"], linewidth=0)
-                )
+                # Low-rank modulations are in every block: nothing to tell blocks apart by.
+                if mark := _BLOCK_MARKS.get(type(replacement)):
+                    mark(axes, replacement, y)
         _span_borders(axes, block_ranges, 0)
         axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
         ticks = np.arange(0, blocks, 1 if blocks <= 24 else 5)
@@ -128,12 +129,12 @@ def heat_map(
     name: str,
     title: str,
     table: Table,
-    intervals: list[Interval],
-    block_ranges: list[Interval],
+    intervals: list[BlockPair],
+    block_ranges: list[BlockPair],
     low: float,
     axis_names: tuple[str, str] = SURROGATE,
 ) -> Drawing:
-    """CKA by row and column, such as of the surrogate that keeps block `u` and is linear up to block `k`; intervals outlined."""
+    """CKA by row and column, such as of the surrogate that keeps block `u` and is linear up to `k`, with intervals."""
     values = np.array([[np.nan if v is None else v for v in row] for row in table], dtype=float)
     blocks = len(values)
     side, left, bottom, width, height = 244, 44, 42, 350, 294  # the automatic layout cannot hold a bar to a square
@@ -177,8 +178,8 @@ def _staircase(first: int, last: int) -> list[tuple[float, float]]:
     return [*corners, (first - 0.5, first + 0.5)]
 
 
-def delta_curves(table: Table, intervals: list[Interval], block_ranges: list[Interval]) -> Drawing:
-    """What similarity each further block costs: the intervals' own curves over all others, with the rise that ends each."""
+def delta_curves(table: Table, intervals: list[BlockPair], block_ranges: list[BlockPair]) -> Drawing:
+    """The similarity each further block costs: the intervals' curves over all others, with the rise that ends each."""
     blocks = len(table)
     with canvas(640, 300) as figure:
         axes = figure.add_subplot()
@@ -222,8 +223,8 @@ def loss_curves(trained: dict[str, Any]) -> Drawing:
         axes = figure.add_subplot()
         for name, curve in curves.items():
             steps, losses = _thinned([(point["step"], _nan(point["loss"])) for point in curve])
-            single = {"marker": "o"} if len(steps) == 1 else {}
-            axes.plot(steps, losses, linewidth=1.5, **single, **looks[name].line)
+            look = looks[name].line | ({"marker": "o"} if len(steps) == 1 else {})
+            axes.plot(steps, losses, linewidth=1.5, **look)
         if any((finite(point["loss"]) or 0) > 0 for curve in curves.values() for point in curve):
             axes.set_yscale("log")
             _plain_log(axes.yaxis)
@@ -238,9 +239,10 @@ def loss_curves(trained: dict[str, Any]) -> Drawing:
 
 
 def before_and_after(plans: list[dict[str, Any]]) -> Drawing | None:
-    """The velocity error of each measured plan before fine-tuning (across) and after it (up); below the line is better."""
-    points = [(finite(row["before"]), finite(row["after"])) for row in plans]
-    points = [(b, a) for b, a in points if b and a and b > 0 and a > 0]
+    """The velocity error of each measured plan before fine-tuning (across) and after (up); below the line is better."""
+    pairs = ((finite(row["before"]), finite(row["after"])) for row in plans)
+    # The axes are logarithmic.
+    points = [(b, a) for b, a in pairs if b is not None and a is not None and b > 0 and a > 0]
     if not points:
         return None
     with canvas(350, 300) as figure:
@@ -352,11 +354,12 @@ def _category(index: int, category: str, worlds: dict[str, Any], looks: dict[str
         axes = figure.add_subplot()
         for y, (name, world) in enumerate(worlds.items()):
             scores = {key: finite(value) for key, value in world["categories"].get(category, {}).items()}
-            if scores.get("score") is None:
+            share, low, high = (scores.get(key) for key in ("score", "low", "high"))
+            if share is None:
                 continue
-            score, colour = 100 * scores["score"], COLOURS[looks[name].role]
-            if scores.get("low") is not None and scores.get("high") is not None:
-                axes.plot([100 * scores["low"], 100 * scores["high"]], [y, y], color=colour, linewidth=2)
+            score, colour = 100 * share, COLOURS[looks[name].role]
+            if low is not None and high is not None:
+                axes.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=2)
             axes.plot([score], [y], looks[name].marker, color=colour, markersize=7, markeredgewidth=0, clip_on=False)
             axes.annotate(
                 f"{score:.0f}",
@@ -377,7 +380,7 @@ def _category(index: int, category: str, worlds: dict[str, Any], looks: dict[str
         return Drawing(inline(figure, f"category-{index}", f"World score, {title}: {', '.join(told)}."), title)
 
 
-def _span_borders(axes: Axes, block_ranges: list[Interval], offset: float) -> None:
+def _span_borders(axes: Axes, block_ranges: list[BlockPair], offset: float) -> None:
     """Dashed lines where one block list ends and the next begins."""
     for start, _ in block_ranges[1:]:
         axes.axvline(start + offset, color=COLOURS["soft"], linewidth=1, linestyle=(0, (4, 3)))

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ppcl.config.location import LocationLike
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun, parse_replacement, sort_key
+from ppcl.replacements import Interval, TextRun, parse_replacement, sort_key
 from ppcl.report import figures, numbers
 from ppcl.report.pictures import picture_rows
 from ppcl.report.summary import finite, rows_of
@@ -21,7 +21,6 @@ from ppcl.storage.results import Results, read_results
 
 REPORT = "report.html"
 
-KINDS = {Interval: "interval", TextRun: "text run", Ffn: "FFN", LowRankModulation: "modulations"}
 STREAMS = {"img": "image stream", "txt": "text stream", "mean": "mean of both"}
 
 # Columns whose best variant is hinted at; what follows from the size alone is not.
@@ -232,12 +231,12 @@ def _text_map(detection: dict[str, Any]) -> figures.Drawing | None:
 
 
 def _losses(training: dict[str, Any]) -> figures.Drawing | None:
-    """The curves of what was trained by gradient, without the FFNs: they are many, and start at their loss's optimum."""
+    """The curves of what was trained by gradient, without FFNs: they are many, and start at their loss's optimum."""
     trained = training.get("replacements", {})
     drawn = {
         text: told
         for text, told in trained.items()
-        if told["curve"] and not isinstance(parse_replacement(text), Ffn | LowRankModulation)
+        if told["curve"] and isinstance(parse_replacement(text), Interval | TextRun)
     }
     return figures.loss_curves(drawn) if drawn else None
 
@@ -246,32 +245,24 @@ def _deltas(detection: dict[str, Any]) -> figures.Drawing | None:
     return figures.delta_curves(detection["delta"], detection["intervals"], detection["spans"]) if detection else None
 
 
-def _blocks(entry: Ffn | LowRankModulation) -> str:
-    if isinstance(entry, LowRankModulation):
-        return "all"
-    return f"{entry.block}, {entry.keep_percent} % kept" if entry.keep_percent else str(entry.block)
-
-
 def _students(results: Results) -> list[dict[str, Any]]:
-    """One dict an entry that was trained: its losses at the start and the end, and its sensitivity; by what they replace."""
+    """One dict a replacement that was trained: its losses at the start and the end, and its sensitivity; by kind."""
     sensitivity = results.stage("variants").get("damage", {})
     trained = {
         parse_replacement(text): told for text, told in results.stage("students").get("replacements", {}).items()
     }
     students = []
-    for entry in sorted(trained, key=lambda entry: (type(entry).__name__, sort_key(entry))):
-        curve = trained[entry]["curve"]
+    for replacement in sorted(trained, key=lambda one: (one.label.lower(), sort_key(one))):
+        curve = trained[replacement]["curve"]
         students.append(
             {
-                "kind": KINDS[type(entry)],
-                "blocks": _blocks(entry)
-                if isinstance(entry, Ffn | LowRankModulation)
-                else figures.interval_name((entry.first, entry.last)),
-                "removed": entry.removed,
+                "kind": replacement.label,
+                "blocks": replacement.where,
+                "removed": replacement.removed,
                 "first": finite(curve[0]["loss"]) if curve else None,
                 "last": finite(curve[-1]["loss"]) if curve else None,
-                "seconds": finite(trained[entry].get("seconds")),
-                "damage": finite(sensitivity.get(str(entry))),
+                "seconds": finite(trained[replacement].get("seconds")),
+                "damage": finite(sensitivity.get(str(replacement))),
             }
         )
     return students

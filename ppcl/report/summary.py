@@ -14,8 +14,9 @@ def summary_rows(root: LocationLike) -> list[dict[str, Any]]:
     """One dict a variant, the teacher first, then from large to small; `None` stands for what was not measured.
 
     Keys: `variant`, `blocks` (that run), `parameters`, `share` (of the teacher's parameters), `budget`, `plan` (what is
-    on, as text), `finetuned` (whether it takes fine-tuned replacements), `seconds_per_step`, `speed_up` (times faster than the teacher), `velocity_error`, `psnr` (dB), `ssim`, `world`,
-    `world_low`, `world_high` (shares of pictures that are right), `R`, `R_low`, `R_high` (relative drop, %).
+    on, as text), `finetuned` (whether it takes fine-tuned replacements), `seconds_per_step`, `speed_up` (times faster
+    than the teacher), `velocity_error`, `psnr` (dB), `ssim`, `world`, `world_low`, `world_high` (shares of images that
+    are right), `R`, `R_low`, `R_high` (relative drop, %).
     """
     return rows_of(read_results(root))
 

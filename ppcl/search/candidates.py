@@ -14,20 +14,17 @@ import numpy as np
 
 from ppcl.config.schema import Target
 from ppcl.errors import UserError
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, Plan, PrunedFfn, Replacement, TextRun
 from ppcl.replacements.parameter_counts import ParameterCounts
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, Replacement, TextRun, sort_key
 from ppcl.search.latency_table import LatencyTable
-from ppcl.search.pareto import ParetoFront, Plan, Savings, choose, pareto_front
+from ppcl.search.pareto import ParetoFront, Savings, choose, pareto_front
 
-_PRUNED = "pruned FFN"
-Kind = type[Replacement] | str
-
-_KINDS_TOGETHER: tuple[frozenset[Kind], ...] = (
-    frozenset({Interval, TextRun, Ffn, _PRUNED, LowRankModulation}),
-    frozenset({Interval, TextRun, _PRUNED, LowRankModulation}),
-    frozenset({TextRun, _PRUNED, LowRankModulation}),
-    frozenset({Interval, _PRUNED, LowRankModulation}),
-    frozenset({_PRUNED, LowRankModulation}),
+_KINDS_TOGETHER: tuple[frozenset[type[Replacement]], ...] = (
+    frozenset({Interval, TextRun, LinearFfn, PrunedFfn, LowRankModulation}),
+    frozenset({Interval, TextRun, PrunedFfn, LowRankModulation}),
+    frozenset({TextRun, PrunedFfn, LowRankModulation}),
+    frozenset({Interval, PrunedFfn, LowRankModulation}),
+    frozenset({PrunedFfn, LowRankModulation}),
     frozenset({Interval, TextRun, LowRankModulation}),
     frozenset({Interval, LowRankModulation}),
     frozenset({Interval}),
@@ -40,10 +37,6 @@ _MIXTURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # measured of each plan as a whole.
 _MARGINS = (0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 _PLANS_PER_MARGIN = 4
-
-
-def _kind(replacement: Replacement) -> Kind:
-    return _PRUNED if isinstance(replacement, Ffn) and replacement.keep_percent else type(replacement)
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,9 @@ class _Mixture:
     def blocks(self) -> Sized:
         return self.sizes.blocks
 
-    def saved(self, replacement: Replacement, within: TextRun | None = None, folded: bool = False) -> int:
-        parameters = self.sizes.saved(replacement, within, folded) / self.sizes.total
-        time = self.times.saved(replacement, within, folded) / self.times.total
+    def saved(self, replacement: Replacement, within: Replacement | None = None, low_rank: bool = False) -> int:
+        parameters = self.sizes.saved(replacement, within, low_rank) / self.sizes.total
+        time = self.times.saved(replacement, within, low_rank) / self.times.total
         return round(self.total * (self.share * parameters + (1 - self.share) * time))
 
 
@@ -111,7 +104,7 @@ class CandidateSearch:
                 if meets.any():
                     plan = front.plan(int(meets.argmax()))
                     cost = sum(self.sensitivity[replacement] for replacement in plan)
-                    plans[tuple(sorted(plan, key=sort_key))] = cost
+                    plans[plan] = cost
         best = [
             plan for plans in reaching.values() for plan in sorted(plans, key=plans.__getitem__)[:_PLANS_PER_MARGIN]
         ]
@@ -149,7 +142,7 @@ class CandidateSearch:
         """The sensitivities to sum, by kinds together and cost; choices of kinds that come to the same are left out."""
         transforms: tuple[Callable[[float], float], ...] = (lambda value: value, lambda value: value**0.5)
         subsets = dict.fromkeys(
-            frozenset(replacement for replacement in self.sensitivity if _kind(replacement) in kinds)
+            frozenset(replacement for replacement in self.sensitivity if type(replacement) in kinds)
             for kinds in _KINDS_TOGETHER
         )
         for subset in subsets:

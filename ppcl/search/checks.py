@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-
-from torch import nn
 
 from ppcl.config.schema import Variants
 from ppcl.errors import UserError
-from ppcl.models import ModelAdapter
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Replacement
 from ppcl.replacements.parameter_counts import ParameterCounts, parameter_counts
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, Replacement
+from ppcl.replacements.replacement import TeacherStructure
 from ppcl.search.pareto import choose_blocks, pareto_front
 from ppcl.search.variants import custom_plans, names_of
 
@@ -58,37 +56,7 @@ def optimistic_counts(teacher: Teacher, plan: Iterable[Replacement], student_hid
 
     `student_hidden`: percent of their hidden units that the students' FFNs keep.
     """
-    counts, model, adapter = parameter_counts(teacher, {}), teacher.empty_transformer(), teacher.adapter
-    brought = {entry: _least_brought(entry, counts, model, adapter, student_hidden) for entry in plan}
+    counts = parameter_counts(teacher, {})
+    structure = TeacherStructure(teacher.adapter, teacher.empty_transformer())
+    brought = {replacement: replacement.least_brought(counts, structure, student_hidden) for replacement in plan}
     return replace(counts, replacements=brought)
-
-
-def _least_brought(
-    replacement: Replacement, counts: ParameterCounts, model: nn.Module, adapter: ModelAdapter, student_hidden: int
-) -> Mapping[str, int]:
-    """Parameters by tensor name, at most those of the trained replacement."""
-
-    def pruned(block: int, percent: int) -> dict[str, int]:
-        """By stream, of an FFN that keeps so many percent of its hidden units; its second bias is not counted whole."""
-        parts = adapter.parts_of(model, block, blocks[block])
-        sizes = {}
-        for stream, where in parts.items():
-            up = blocks[block].get_submodule(f"{where.ffn}.{adapter.ffn_up}")
-            hidden = up.get_parameter("weight").shape[0]
-            sizes[stream] = counts.ffns[block][stream] * max(1, round(hidden * percent / 100)) // hidden
-        return sizes
-
-    blocks = adapter.blocks(model)
-    match replacement:
-        case Interval():
-            # A student is one of the interval's blocks, with fewer hidden units and possibly affine maps behind it.
-            without_ffn = {b: counts.blocks[b] - sum(counts.ffns.get(b, {}).values()) for b in replacement.blocks}
-            return {"block": min(size + sum(pruned(b, student_hidden).values()) for b, size in without_ffn.items())}
-        case Ffn(block, percent) if percent:
-            return {f"{stream}.weight": size for stream, size in pruned(block, percent).items()}
-        case Ffn(block):
-            return {f"{stream}.weight": counts.width**2 for stream in counts.ffns[block]}
-        case LowRankModulation():
-            return {"directions": 0}
-        case _:
-            return {}

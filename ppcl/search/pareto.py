@@ -9,10 +9,9 @@ from typing import Protocol, overload
 import numpy as np
 
 from ppcl.errors import UserError
+from ppcl.replacements import Interval, LowRankModulation, Plan, Replacement, sort_key
 from ppcl.replacements.parameter_counts import ParameterCounts
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, Replacement, TextRun, sort_key
 
-Plan = tuple[Replacement, ...]
 # What is saved, the summed sensitivity, and the plan.
 Row = tuple[int, float, Plan]
 
@@ -26,7 +25,7 @@ class Savings(Protocol):
     @property
     def blocks(self) -> Sized: ...
 
-    def saved(self, replacement: Replacement, within: TextRun | None = None, folded: bool = False) -> int: ...
+    def saved(self, replacement: Replacement, within: Replacement | None = None, low_rank: bool = False) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +62,7 @@ class ParetoFront(Sequence[Row]):
         return (self[row] for row in range(len(self)))
 
     def plan(self, row: int) -> Plan:
-        """The replacements of one row, by first block; an FFN within a text run stands before the run."""
+        """The replacements of one row."""
         front, plan = self, []
         while front.sources:
             parent = int(front.parent[row])
@@ -71,7 +70,7 @@ class ParetoFront(Sequence[Row]):
             row = parent
             if replacement is not None:
                 plan.append(replacement)
-        return tuple(plan)
+        return Plan(plan)
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ def _merge(extensions: Sequence[_Extension]) -> ParetoFront:
 class _FrontBuilder:
     """The dynamic programming over the blocks, with the modulations either computed in low rank or in full."""
 
-    def __init__(self, quantities: Sequence[Savings], sensitivity: Mapping[Replacement, float], folded: bool):
-        self.quantities, self.sensitivity, self.folded = quantities, sensitivity, folded
+    def __init__(self, quantities: Sequence[Savings], sensitivity: Mapping[Replacement, float], low_rank: bool):
+        self.quantities, self.sensitivity, self.low_rank = quantities, sensitivity, low_rank
         self.by_first_block: dict[int, list[Replacement]] = {}
         for replacement in sorted(sensitivity, key=sort_key):
             self.by_first_block.setdefault(replacement.first, []).append(replacement)
@@ -125,22 +124,26 @@ class _FrontBuilder:
             extensions = [_Extension(best[block + 1])]
             for replacement in self.by_first_block.get(block, ()):
                 extension = self._extension(best[replacement.last + 1], replacement)
-                if isinstance(replacement, TextRun):
-                    extension = _Extension(self._with_ffns(replacement, _merge([extension])))
+                if inside := self._inside(replacement):
+                    extension = _Extension(self._with_inside(replacement, inside, _merge([extension])))
                 extensions.append(extension)
             best[block] = _merge(extensions)
         return best[0]
 
-    def _with_ffns(self, run: TextRun, front: ParetoFront) -> ParetoFront:
+    def _inside(self, outer: Replacement) -> list[list[Replacement]]:
+        """The replacements that another contains, by the block they start at; none reaches into the next block."""
+        by_block = (self.by_first_block.get(block, ()) for block in outer.blocks)
+        inside = [[inner for inner in here if outer.contains(inner)] for here in by_block]
+        return [here for here in inside if here]
+
+    def _with_inside(self, outer: Replacement, inside: list[list[Replacement]], front: ParetoFront) -> ParetoFront:
         """The front over the FFNs within a text run that is on, and what stands behind the run."""
-        for block in run.blocks:
-            ffns = [ffn for ffn in self.by_first_block.get(block, ()) if isinstance(ffn, Ffn)]
-            if ffns:
-                front = _merge([_Extension(front), *(self._extension(front, ffn, run) for ffn in ffns)])
+        for here in inside:
+            front = _merge([_Extension(front), *(self._extension(front, inner, outer) for inner in here)])
         return front
 
-    def _extension(self, front: ParetoFront, replacement: Replacement, within: TextRun | None = None) -> _Extension:
-        saved = tuple(quantity.saved(replacement, within, self.folded) for quantity in self.quantities)
+    def _extension(self, front: ParetoFront, replacement: Replacement, within: Replacement | None = None) -> _Extension:
+        saved = tuple(quantity.saved(replacement, within, self.low_rank) for quantity in self.quantities)
         return _Extension(front, replacement, saved, self.sensitivity[replacement])
 
 
@@ -159,12 +162,12 @@ def pareto_front(
     quantities = (savings, *tracked)
     low_rank = LowRankModulation()
     others = {replacement: value for replacement, value in sensitivity.items() if replacement != low_rank}
-    front = _FrontBuilder(quantities, others, folded=False).front()
+    front = _FrontBuilder(quantities, others, low_rank=False).front()
     if low_rank not in sensitivity:
         return front
-    folded = _FrontBuilder(quantities, others, folded=True).front()
+    with_low_rank = _FrontBuilder(quantities, others, low_rank=True).front()
     saved = tuple(quantity.saved(low_rank) for quantity in quantities)
-    return _merge([_Extension(front), _Extension(folded, low_rank, saved, sensitivity[low_rank])])
+    return _merge([_Extension(front), _Extension(with_low_rank, low_rank, saved, sensitivity[low_rank])])
 
 
 def choose(budget: float, sizes: ParameterCounts, front: ParetoFront) -> Plan:
@@ -174,7 +177,7 @@ def choose(budget: float, sizes: ParameterCounts, front: ParetoFront) -> Plan:
     """
     row = int(np.searchsorted(sizes.total - front.saved[:, 0] <= budget * sizes.total, True))
     if row < len(front):
-        return tuple(sorted(front.plan(row), key=sort_key))
+        return front.plan(row)
     smallest = 1 - int(front.saved[-1, 0]) / sizes.total
     raise UserError(
         f"variants.budgets: {budget:g} of the parameters cannot be met; with every replacement on {smallest:.4f} of "
@@ -192,7 +195,7 @@ class _RemovedBlocks:
     def total(self) -> int:
         return len(self.blocks)
 
-    def saved(self, replacement: Replacement, within: TextRun | None = None, folded: bool = False) -> int:
+    def saved(self, replacement: Replacement, within: Replacement | None = None, low_rank: bool = False) -> int:
         return replacement.removed
 
 
@@ -207,7 +210,7 @@ def choose_blocks(most: int, blocks: Sized, sensitivity: Mapping[Replacement, fl
     front = pareto_front(_RemovedBlocks(blocks), intervals)
     for removed, _, plan in front:
         if len(blocks) - removed <= most:
-            return tuple(sorted(plan, key=sort_key))
+            return plan
     smallest = len(blocks) - int(front.saved[-1, 0])
     raise UserError(
         f"variants.blocks: {most} blocks cannot be met; with every interval on {smallest} run, so give {smallest} or "

@@ -11,11 +11,11 @@ from typing import Any
 from ppcl.config.schema import Variants
 from ppcl.config.variant_names import ALL, TEACHER, blocks_name, budget_name, names_of
 from ppcl.errors import UserError
+from ppcl.replacements import Interval, Plan, Replacement, checked_plan, parse_replacement, sort_key
 from ppcl.replacements.parameter_counts import ParameterCounts
-from ppcl.replacements.plan import Interval, Replacement, checked_plan, parse_replacement, sort_key
 from ppcl.search.candidates import CandidateSearch
 from ppcl.search.latency_table import LatencyTable
-from ppcl.search.pareto import Plan, choose_blocks
+from ppcl.search.pareto import choose_blocks
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Variant:
     """
 
     name: str
-    plan: tuple[Replacement, ...]
+    plan: Plan
     parameters: int
     share: float
     blocks: int
@@ -34,15 +34,15 @@ class Variant:
 
     @classmethod
     def of(cls, name: str, plan: Iterable[Replacement], sizes: ParameterCounts, budget: float | None = None) -> Variant:
-        replacements = tuple(sorted(plan, key=sort_key))
-        parameters = sizes.parameters(replacements)
-        return cls(name, replacements, parameters, parameters / sizes.total, sizes.running(replacements), budget)
+        plan = Plan(plan)
+        parameters = sizes.parameters(plan)
+        return cls(name, plan, parameters, parameters / sizes.total, sizes.running(plan), budget)
 
 
 def available_plan(
     plan: Iterable[Replacement | str | Sequence[int]], known: Iterable[Replacement], block_ranges: list[range]
-) -> list[Replacement]:
-    """A sorted plan of `known` replacements. Raises `UserError` where one is impossible or not known."""
+) -> Plan:
+    """A plan of `known` replacements. Raises `UserError` where one is impossible or not known."""
     chosen, available = checked_plan(plan, block_ranges), sorted(known, key=sort_key)
     for replacement in chosen:
         if replacement not in available:
@@ -53,7 +53,7 @@ def available_plan(
 
 def custom_plans(
     settings: Variants, block_ranges: list[range], known: Iterable[Replacement] | None = None
-) -> dict[str, list[Replacement]]:
+) -> dict[str, Plan]:
     """The plans of `variants.custom`, by name, of `known` replacements where these are given.
 
     Raises `UserError` for text that is no replacement, blocks that do not exist, overlaps, and replacements not known.
@@ -176,10 +176,7 @@ class VariantCatalog:
             blocks=teacher["blocks"],
             block_ranges=[range(*span) for span in teacher["spans"]],
             sensitivity={parse_replacement(name): value for name, value in values["damage"].items()},
-            variants={
-                name: Variant(name, **{**v, "plan": tuple(map(parse_replacement, v["plan"]))})
-                for name, v in values["variants"].items()
-            },
+            variants={name: Variant(name, **{**v, "plan": Plan(v["plan"])}) for name, v in values["variants"].items()},
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ppcl.errors import UserError
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.sizing.model import Model
 from ppcl.training.distillation.segments import segment_of
 from ppcl.training.pipeline import IN_FLIGHT

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppcl.errors import UserError
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import GRADIENT_BYTES, TEACHER_BYTES, meshes, rank_of, segment
 from ppcl.sizing.model import Model

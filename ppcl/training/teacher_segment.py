@@ -10,8 +10,7 @@ import torch
 
 from ppcl.models import ModelAdapter, embed, run_blocks
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.block_view import submodule
-from ppcl.replacements.plan import Replacement
+from ppcl.replacements import Replacement
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.pipeline import PipelineStage
 
@@ -69,21 +68,21 @@ class TeacherSegment:
                 def text(args: tuple, named: dict, number: int = number) -> None:
                     captured.text_inputs[number] = named[self.adapter.txt]
 
-                listen(submodule(block, self.adapter.attention), text)
+                listen(block.get_submodule(self.adapter.attention), text)
             if number in wanted.residuals:
                 for stream, parts in self.adapter.parts_of(self.transformer, number, block).items():
 
                     def residual(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
                         captured.residuals[key] = args[0]
 
-                    listen(submodule(block, parts.norm2), residual)
+                    listen(block.get_submodule(parts.norm2), residual)
             if number in wanted.hidden:
                 for stream, parts in self.adapter.parts_of(self.transformer, number, block).items():
 
                     def hidden(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
                         captured.hidden[key] = args[0]
 
-                    listen(submodule(block, f"{parts.ffn}.{self.adapter.ffn_down}"), hidden)
+                    listen(block.get_submodule(f"{parts.ffn}.{self.adapter.ffn_down}"), hidden)
         try:
             yield
         finally:

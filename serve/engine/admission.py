@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ppcl.replacements import Plan
 from ppcl.search.variants import Variant
 from serve.config import Elastic
 from serve.engine.backlog import Backlog
 from serve.engine.demand_window import DemandWindow, OfferedRequest
 from serve.engine.quality_controller import QualityController
-from serve.engine.shared_pipeline import Plan, WorkloadKey
+from serve.engine.shared_pipeline import WorkloadKey
 from serve.protocol import GenerationRequest, Refused
 
 _DEMAND_WINDOW_S = 10.0

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve.engine.shared_pipeline import Plan
+from ppcl.replacements import Plan
 
 
 @dataclass(eq=False)

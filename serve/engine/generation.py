@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ppcl.replacements import Plan
 from serve.engine.batcher import Ticket
-from serve.engine.shared_pipeline import Plan, SharedPipeline, WorkloadKey
+from serve.engine.shared_pipeline import SharedPipeline, WorkloadKey
 
 
 @dataclass(frozen=True)

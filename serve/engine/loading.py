@@ -11,7 +11,7 @@ import torch
 
 from ppcl.config.location import LocationLike
 from ppcl.errors import UserError
-from ppcl.replacements.plan import Interval, Replacement
+from ppcl.replacements import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.result import Result
 from ppcl.search.variants import Variant
@@ -95,7 +95,7 @@ def load(result: Path, teacher: Path | None, names: Sequence[str] | None, device
 
 def _kept(plan: Iterable[Replacement], count: int) -> set[int]:
     """Return the teacher's blocks that a plan does not replace completely."""
-    return set(range(count)) - {block for item in plan if isinstance(item, Interval) for block in item.blocks}
+    return set(range(count)) - {block for item in plan if item.removed for block in item.blocks}
 
 
 def qualities(result: LocationLike, variants: Iterable[str]) -> dict[str, float | None]:

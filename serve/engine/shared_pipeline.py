@@ -18,12 +18,10 @@ import torch
 from torch import nn
 
 from ppcl.models import adapter_of
-from ppcl.replacements.plan import Replacement
+from ppcl.replacements import Plan
 from serve.engine.batch_collation import Digests, group_of, join, rows_of
 from serve.engine.batcher import Batcher, BatchObserver, Ticket
 from serve.engine.compute_thread import ComputeThread
-
-Plan = tuple[Replacement, ...]
 
 
 class WorkloadKey(NamedTuple):

@@ -10,7 +10,7 @@ from ray.train.v2._internal.util import construct_user_exception_with_traceback
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from jobs.failures import WorkerLost, describe_failure
-from ppcl.replacements.plan import parse_replacement
+from ppcl.replacements import parse_replacement
 
 
 def look_up(key):
@@ -43,7 +43,7 @@ def test_an_error_of_this_process_is_named_by_its_class():
 
 def test_the_place_is_the_innermost_in_this_programs_own_code():
     error = raised(parse_replacement, 7)
-    assert re.search(r" \(ppcl/replacements/plan\.py, line \d+\)$", describe_failure(error))
+    assert re.search(r" \(ppcl/replacements/registry\.py, line \d+\)$", describe_failure(error))
 
 
 def test_an_error_that_was_raised_from_another_is_told_by_its_cause():
@@ -91,3 +91,8 @@ def test_a_lost_worker_is_told_in_its_own_words():
 def test_a_long_message_is_cut_and_of_several_lines_the_first_is_taken():
     assert len(describe_failure(ValueError("x" * 5000))) < 400
     assert describe_failure(ValueError("\nshapes differ\n  (3, 4)")) == "ValueError: shapes differ"
+
+
+def test_a_package_of_the_users_on_the_workers_path_is_named():
+    error = RuntimeError("The actor died: ModuleNotFoundError: No module named 'jobs.stages'")
+    assert describe_failure(error).startswith("the workers find another module 'jobs' before ppcl's own; take")

@@ -7,7 +7,8 @@ from rich.console import Console
 
 from jobs.pipeline import Job
 from ppcl.config.schema import Config
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun
+from ppcl.replacements import Interval, LowRankModulation, TextRun
+from ppcl.replacements.ffn import Ffn
 from ppcl.result import Result
 from tests import tiny
 

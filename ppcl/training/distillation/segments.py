@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ppcl.replacements.plan import Ffn, Interval, Replacement
+from ppcl.replacements import Interval, LinearFfn, Replacement, TextRun
 from ppcl.training.pipeline import balanced_segments
 
 # `distillation.train` of the configuration.
@@ -34,8 +34,8 @@ def training_costs(replacement: Replacement, train: Train) -> dict[int, float]:
     """By block, what training a replacement adds to a step; empty for one that stays at its closed form."""
     if isinstance(replacement, Interval):
         return {replacement.last: STUDENT_COST}
-    if train == "students" or (isinstance(replacement, Ffn) and replacement.keep_percent):
-        return {}
-    if isinstance(replacement, Ffn):
+    if train == "all" and isinstance(replacement, LinearFfn):
         return {replacement.block: FFN_COST}
-    return dict.fromkeys(replacement.blocks[1:], STUDENT_COST)
+    if train == "all" and isinstance(replacement, TextRun):
+        return dict.fromkeys(replacement.blocks[1:], STUDENT_COST)
+    return {}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ppcl.config.schema import Distillation
-from ppcl.replacements.io import ReplacementModule
 from ppcl.storage.tensor_files import load_tensors, save_tensors
 from ppcl.training.captured import CapturedActivations
 from ppcl.training.distillation.objectives import GradientObjective
@@ -32,7 +32,7 @@ class Trainee:
             terms = self.objective.losses(captured, self.loss)
         return self.state.train_step(terms)
 
-    def export(self) -> ReplacementModule:
+    def export(self) -> nn.Module:
         """What to keep: the average where one is kept."""
         self.state.use_ema()
         return self.module

@@ -22,14 +22,20 @@ import torch
 
 from ppcl.config.schema import Distillation
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval, LowRankModulation, Replacement
 from ppcl.replacements.io import save_replacement
 from ppcl.replacements.low_rank_modulation import fit_basis
-from ppcl.replacements.plan import Interval, LowRankModulation, Replacement
 from ppcl.storage.manifest import write_atomically
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples, batch_of
 from ppcl.training.distillation.closed_form import fit_closed_form
-from ppcl.training.distillation.objectives import DistillationObjective, Gradient, GradientObjective, new_objective
+from ppcl.training.distillation.objectives import (
+    DistillationObjective,
+    Gradient,
+    GradientObjective,
+    TeacherBlocks,
+    new_objective,
+)
 from ppcl.training.distillation.segments import segment_of
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.parallel_dims import ParallelDims
@@ -92,10 +98,8 @@ class _Rank:
         self.has_checkpoint = {r: _file(run.checkpoints, r).exists() for r in self.plan}
         self.dims.barrier()
         transformer = self.segment.transformer
-        self.objectives = {
-            r: new_objective(self.adapter, transformer, self.segment.blocks, r, settings, count)
-            for r in self.segment.plan
-        }
+        blocks_here = TeacherBlocks(self.adapter, transformer, self.segment.blocks, count)
+        self.objectives = {r: new_objective(blocks_here, r, settings) for r in self.segment.plan}
         for objective in self.objectives.values():
             objective.module.to(run.device)
         self.closed_form = {r: o for r, o in self.objectives.items() if not is_trained(o, settings)}

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ppcl.replacements import Replacement
 from ppcl.replacements.finetuned_selection import FinetunedSelection, ratios_of
-from ppcl.replacements.plan import Replacement
 from ppcl.training.data import Samples
 from ppcl.training.finetuning.plan_sampler import FixedPlan, PlanSampler, VariantParts, random_plans, trainable
 from ppcl.training.finetuning.variant_model import VariantModel

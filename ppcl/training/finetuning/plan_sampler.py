@@ -9,12 +9,12 @@ import numpy as np
 
 from ppcl.config.schema import Finetuning
 from ppcl.errors import UserError
-from ppcl.replacements.plan import (
+from ppcl.replacements import (
     LowRankModulation,
+    Plan,
     Replacement,
     checked_plan,
     conflicts,
-    parse_replacement,
     parse_text,
     sort_key,
 )
@@ -76,14 +76,14 @@ class AnyPlan:
         There are far more FFNs than intervals: drawn all together, an interval would hardly ever find its place free.
         Each kind is left out, or each of its replacements taken with a probability that is itself drawn.
         """
-        kinds = sorted({type(replacement) for replacement in self.replacements}, key=lambda kind: kind.__name__)
+        kinds = sorted({replacement.label for replacement in self.replacements})
         plan: list[Replacement] = []
         while not plan:
             for kind in rng.permutation(len(kinds)):
                 share = rng.random() if rng.random() >= _WITHOUT else 0.0
                 for index in rng.permutation(len(self.replacements)):
                     replacement = self.replacements[index]
-                    taken = type(replacement) is kinds[kind] and rng.random() < share
+                    taken = replacement.label == kinds[kind] and rng.random() < share
                     if taken and not any(conflicts(replacement, other) for other in plan):
                         plan.append(replacement)
         return sorted(plan, key=sort_key)
@@ -134,19 +134,17 @@ def plan_sampler(
         return VariantParts(named[name] for name in settings.variants or named)
     if settings.plan in named:
         return FixedPlan(named[settings.plan])
-    return FixedPlan(_written(settings.plan, known, named, block_ranges))
+    return FixedPlan(_plan_of_text(settings.plan, list(known), named, block_ranges))
 
 
-def _written(
-    text: str, known: Iterable[Replacement], named: Iterable[str], block_ranges: list[range]
-) -> list[Replacement]:
-    plan = parse_text(text)
-    if plan is None:
+def _plan_of_text(text: str, known: Sequence[Replacement], named: Iterable[str], block_ranges: Sequence[range]) -> Plan:
+    replacements = parse_text(text)
+    if replacements is None:
         raise UserError(
             f"finetuning.plan: {text!r} is neither {VARIANTS} nor {ANY}, no variant ({', '.join(named)}) and no plan; "
             "write a plan as 3-5,text:6-8,ffn:1"
         )
-    plan, known = checked_plan(map(parse_replacement, plan), block_ranges), list(known)
+    plan = checked_plan(replacements, block_ranges)
     for replacement in plan:
         if replacement not in known:
             raise UserError(

@@ -19,8 +19,8 @@ import torch
 
 from ppcl.config.schema import Finetuning
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Replacement
 from ppcl.replacements.io import save_replacement
-from ppcl.replacements.plan import Replacement
 from ppcl.storage.manifest import write_atomically
 from ppcl.storage.tensor_files import load_tensors, save_tensors
 from ppcl.training.data import Samples

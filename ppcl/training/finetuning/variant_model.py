@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ppcl.models import swap
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Replacement
+from ppcl.replacements import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 
 

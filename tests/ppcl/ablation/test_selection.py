@@ -9,7 +9,7 @@ from ppcl.ablation.summary import interval
 from ppcl.detection.intervals import differences
 from ppcl.errors import UserError
 from ppcl.models import adapter_of
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from tests import tiny
 from tests.samples import MemorySamples
 

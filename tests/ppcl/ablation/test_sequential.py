@@ -1,10 +1,10 @@
 import torch
 from safetensors.torch import load_file
 
-from ppcl.ablation.sequential import distil_in_sequence
+from ppcl.ablation.sequential import SequentialRun
 from ppcl.config.schema import Distillation
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.run_context import RunContext
 from tests.samples import MemorySamples
@@ -19,7 +19,7 @@ def test_only_what_stands_before_a_student_differs_in_sequence(teacher_folder, t
     for name in ("apart", "sequence"):
         (tmp_path / name).mkdir()
     distil(teacher, samples, INTERVALS, SETTINGS, RunContext(tmp_path / "apart", tmp_path / "c"))
-    distil_in_sequence(teacher, samples, INTERVALS, SETTINGS, tmp_path / "sequence", 0, "cpu", lambda done: None)
+    SequentialRun(teacher, samples, SETTINGS, 0, "cpu").distil(INTERVALS, tmp_path / "sequence", lambda done: None)
     first, second = (
         [load_file(tmp_path / name / f"{i.name}.safetensors") for name in ("apart", "sequence")] for i in INTERVALS
     )

@@ -40,7 +40,7 @@ def delta_of(rows):
     ],
 )
 def test_algorithm_1(rows, block_ranges, intervals):
-    assert [tuple(i) for i in first_difference(delta_of(rows), block_ranges)] == intervals
+    assert [(i.first, i.last) for i in first_difference(delta_of(rows), block_ranges)] == intervals
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_algorithm_1(rows, block_ranges, intervals):
     ],
 )
 def test_from_similarities_to_intervals(rows, intervals):
-    assert [tuple(i) for i in first_difference(differences(table(rows)), [range(len(rows))])] == intervals
+    assert [(i.first, i.last) for i in first_difference(differences(table(rows)), [range(len(rows))])] == intervals
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -83,7 +83,7 @@ def test_every_interval_is_what_the_definition_says(seed):
     found = first_difference(delta, block_ranges)
     # They do not overlap, and leave no block out.
     assert [block for i in found for block in i.blocks] == list(range(24))
-    for first, last in found:
+    for first, last in ((interval.first, interval.last) for interval in found):
         (span,) = (s for s in block_ranges if first in s)
         assert last in span
         inside = [cka[first][k - 1] - cka[first][k] for k in range(first + 1, last + 1)]

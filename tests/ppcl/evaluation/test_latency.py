@@ -6,8 +6,8 @@ from torch import nn
 
 from ppcl.evaluation import latency as timing
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import LinearFfn
-from ppcl.replacements.plan import Ffn, Interval
+from ppcl.replacements import Interval, LinearFfn
+from ppcl.replacements.linear_ffn import LinearFfnMaps
 from ppcl.replacements.switcher import VariantSwitcher
 from tests import made_result
 from tests.samples import MemorySamples
@@ -34,7 +34,7 @@ def switch(teacher_folder):
     modules = {i: made_result.student(teacher, i, affine=False) for i in (Interval(0, 1), Interval(2, 4))}
     block = teacher.adapter.blocks(teacher.transformer())[5]
     parts = teacher.adapter.parts_of(teacher.transformer(), 5, block)
-    modules |= {Ffn(number): LinearFfn.new(parts, 32) for number in (2, 5)}
+    modules |= {LinearFfn(number): LinearFfnMaps.new(parts, 32) for number in (2, 5)}
     switch = VariantSwitcher(teacher, dict.fromkeys(modules))
     switch._loaded = {(entry, False, "cpu", torch.float32): module for entry, module in modules.items()}
     return switch
@@ -54,8 +54,8 @@ def test_an_interval_saves_its_blocks_but_one_and_an_ffn_what_its_maps_do_not_ta
     assert times.alone[Interval(2, 4)] == pytest.approx(2 * block, abs=2)
     # Its modulation is three chunks of six, its FFNs one map each.
     saved = ffn * 7 / 8 + 2 * 4 * 3 * width * width
-    assert times.alone[Ffn(2)] == times.alone[Ffn(5)] == pytest.approx(saved, abs=2)
-    assert times.speedup([Interval(0, 1), Ffn(5)]) == pytest.approx(
+    assert times.alone[LinearFfn(2)] == times.alone[LinearFfn(5)] == pytest.approx(saved, abs=2)
+    assert times.speedup([Interval(0, 1), LinearFfn(5)]) == pytest.approx(
         times.total / (times.total - block - saved), rel=1e-6
     )
 
@@ -64,7 +64,7 @@ def test_whole_plans_are_timed_and_the_teacher_is_left(products, switch):
     model, inputs = switch.teacher.transformer(), MemorySamples(4).batch(range(4))
     blocks = list(model.transformer_blocks)
     times = timing.measure_latencies(model, switch, inputs)
-    plan = [Interval(2, 4), Ffn(5)]
+    plan = [Interval(2, 4), LinearFfn(5)]
     alone, on = timing.forward_seconds(model, switch, [[], plan], inputs)
     assert alone / on == pytest.approx(times.speedup(plan), rel=1e-6)
     assert all(a is b for a, b in zip(model.transformer_blocks, blocks, strict=True))

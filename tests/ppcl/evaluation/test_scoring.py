@@ -12,7 +12,7 @@ from ppcl.evaluation.image_metrics import psnr, ssim
 from ppcl.evaluation.scoring import checker_scores, relative_drop
 from ppcl.evaluation.velocity_error import ErrorSums, sensitivities, variant_errors
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.replacements.switcher import VariantSwitcher
 from tests import made_result
 from tests.samples import MemorySamples

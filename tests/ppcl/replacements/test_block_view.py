@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from ppcl.models import Streams, adapter_of, embed, run_blocks
-from ppcl.replacements import LinearFfn, TextProjectors, text_run, with_ffn
-from ppcl.replacements.plan import TextRun
+from ppcl.replacements import TextRun
+from ppcl.replacements.ffn import with_ffn
+from ppcl.replacements.linear_ffn import LinearFfnMaps
+from ppcl.replacements.text_projectors import TextProjectors, text_run
 from tests import tiny
 
 MODELS = {"qwen": tiny.qwen_transformer, "flux": tiny.flux_transformer, "sd3": tiny.sd3_transformer}
@@ -43,7 +45,7 @@ def test_a_replaced_ffn_is_the_residual_map_behind_the_attention(model):
     adapter = adapter_of(model)
     block = adapter.blocks(model)[1]
     parts = adapter.parts_of(model, 1, block)
-    maps = randomised(LinearFfn.new(parts, WIDTH))
+    maps = randomised(LinearFfnMaps.new(parts, WIDTH))
     streams, context = embed(model, tiny.inputs(model))
     made = run_blocks(adapter, [with_ffn(adapter, block, parts, maps)], streams, context)
     for stream in Streams._fields:
@@ -90,7 +92,7 @@ def test_an_ffn_replaced_within_a_text_run_is_the_images(model):
     adapter = adapter_of(model)
     blocks, run = adapter.blocks(model), TextRun(0, 1)
     parts = adapter.parts_of(model, 0, blocks[0])
-    projectors, maps = randomised(TextProjectors(run, WIDTH, True)), randomised(LinearFfn.new(parts, WIDTH), 1)
+    projectors, maps = randomised(TextProjectors(run, WIDTH, True)), randomised(LinearFfnMaps.new(parts, WIDTH), 1)
     streams, context = embed(model, tiny.inputs(model))
     both = text_run(adapter, {b: blocks[b] for b in run.blocks}, parts, projectors, {0: maps, 1: maps})
     made = run_blocks(adapter, [both[0], both[1]], streams, context)
@@ -113,7 +115,7 @@ def test_views_leave_the_teachers_block_as_it_was(model):
     streams, context = embed(model, tiny.inputs(model))
     before = run_blocks(adapter, blocks, streams, context)
     modules = dict(model.named_modules())
-    maps = randomised(LinearFfn.new(parts, WIDTH))
+    maps = randomised(LinearFfnMaps.new(parts, WIDTH))
     projectors = randomised(TextProjectors(TextRun(0, 1), WIDTH, True))
     placed = text_run(adapter, {0: blocks[0], 1: blocks[1]}, parts, projectors, {1: maps})
     run_blocks(adapter, [*placed.values()], streams, context)

@@ -7,14 +7,14 @@ import torch
 
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation
 from ppcl.replacements.finetuned_selection import FinetunedSelection, ratios_of
 from ppcl.replacements.io import load_replacement, save_replacement
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation
 from ppcl.result import Result
 from ppcl.storage.manifest import Artifacts
 from tests import made_result, tiny
 
-A, B, C, D = Interval(0, 1), Interval(2, 3), Interval(4, 5), Ffn(6)
+A, B, C, D = Interval(0, 1), Interval(2, 3), Interval(4, 5), LinearFfn(6)
 SENSITIVITY = {A: 0.5, B: 0.3, C: 0.1, D: 0.05, LowRankModulation(): 1e-6}
 RATIOS = {
     frozenset({A, B, C}): 0.5,

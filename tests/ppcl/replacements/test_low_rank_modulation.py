@@ -7,10 +7,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ppcl.models import adapter_of
-from ppcl.replacements import LinearFfn, ModulationBasis, TextProjectors
-from ppcl.replacements.io import block_map
-from ppcl.replacements.low_rank_modulation import InBasis, fit_basis
-from ppcl.replacements.plan import Ffn, LowRankModulation, TextRun
+from ppcl.replacements import LinearFfn, LowRankModulation, TextRun
+from ppcl.replacements.assembly import block_map
+from ppcl.replacements.linear_ffn import LinearFfnMaps
+from ppcl.replacements.low_rank_modulation import InBasis, ModulationBasis, fit_basis
+from ppcl.replacements.text_projectors import TextProjectors
 from tests import tiny
 from tests.ppcl.replacements.test_block_view import MODELS, WIDTH, randomised
 from tests.samples import MemorySamples
@@ -59,14 +60,14 @@ def test_the_rank_is_the_least_that_keeps_the_curve():
 
 @torch.no_grad()
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("others", [(), (Ffn(1),), (TextRun(0, 1), Ffn(1))])
+@pytest.mark.parametrize("others", [(), (LinearFfn(1),), (TextRun(0, 1), LinearFfn(1))])
 def test_a_basis_of_all_directions_changes_nothing(model, others, training):
     model.requires_grad_(training)
     adapter = adapter_of(model)
     blocks = list(adapter.blocks(model))
     parts = adapter.parts_of(model, 1, blocks[1])
     modules = {
-        Ffn(1): randomised(LinearFfn.new(parts, WIDTH)),
+        LinearFfn(1): randomised(LinearFfnMaps.new(parts, WIDTH)),
         TextRun(0, 1): randomised(TextProjectors(TextRun(0, 1), WIDTH, True)),
         LowRankModulation(): fit_basis(model, Samples(model), np.arange(4), 64, 1e-30),
     }

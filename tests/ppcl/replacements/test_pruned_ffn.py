@@ -10,11 +10,13 @@ from accelerate import init_empty_weights
 from ppcl.config.schema import Distillation
 from ppcl.linalg import Moments
 from ppcl.models import Streams, adapter_of, embed, run_blocks
-from ppcl.replacements import PrunedFfn, TextProjectors, eliminate_units, text_run, with_ffn
-from ppcl.replacements.block_view import submodule
+from ppcl.replacements import Interval, TextRun
+from ppcl.replacements.block_view import linear_at
+from ppcl.replacements.ffn import with_ffn
 from ppcl.replacements.io import load_replacement, save_replacement
-from ppcl.replacements.plan import Interval, TextRun
-from ppcl.training.distillation.objectives import StudentObjective
+from ppcl.replacements.pruned_ffn import PrunedFfnMaps, eliminate_units
+from ppcl.replacements.text_projectors import TextProjectors, text_run
+from ppcl.training.distillation.objectives import StudentObjective, TeacherBlocks
 from tests import tiny
 from tests.ppcl.replacements.test_block_view import MODELS, WIDTH, randomised
 
@@ -91,7 +93,7 @@ def test_a_narrow_ffn_in_a_block(model):
     parts = adapter.parts_of(model, 1, block)
     streams, context = embed(model, tiny.inputs(model))
     whole = run_blocks(adapter, [block], streams, context)
-    halves = PrunedFfn.new(adapter, block, parts, 50)
+    halves = PrunedFfnMaps.new(adapter, block, parts, 50)
     made = run_blocks(adapter, [with_ffn(adapter, block, parts, halves)], streams, context)
     # The units that went say nothing any more: the same as with their columns set to 0.
     kept = halves.up["img"].out_features
@@ -117,7 +119,7 @@ def test_a_narrow_ffn_within_a_text_run_is_the_images(model):
     run = TextRun(0, 1)
     projectors = randomised(TextProjectors(run, WIDTH, text_goes_on=True))
     parts = adapter.parts_of(model, 0, blocks[0])
-    narrow = randomised(PrunedFfn.new(adapter, blocks[1], parts, 25))
+    narrow = randomised(PrunedFfnMaps.new(adapter, blocks[1], parts, 25))
     streams, context = embed(model, tiny.inputs(model))
     standing = text_run(adapter, blocks, parts, projectors, {1: narrow})
     made = run_blocks(adapter, list(standing.values()), streams, context)
@@ -144,12 +146,16 @@ def test_students_of_every_family_are_narrow_where_blocks_have_ffns(tmp_path, mo
     model = model()
     adapter = adapter_of(model)
     blocks = dict(enumerate(adapter.blocks(model)))
-    objective = StudentObjective(adapter, model, blocks, interval, Distillation(student_keep_percent=50, init="first"))
+    objective = StudentObjective(
+        TeacherBlocks(adapter, model, blocks, len(blocks)),
+        interval,
+        Distillation(student_keep_percent=50, init="first"),
+    )
     parts = adapter.parts_of(model, interval.first, blocks[interval.first])
     assert set(parts) == streams == {name.split("-")[-1] for name in objective.moments()}
     for stream, where in parts.items():
         whole, narrow = (
-            submodule(block, f"{where.ffn}.{adapter.ffn_up}")
+            linear_at(block, f"{where.ffn}.{adapter.ffn_up}")
             for block in (blocks[interval.first], objective.module.block)
         )
         assert narrow.out_features == whole.out_features // 2, stream

@@ -4,7 +4,8 @@ import pytest
 
 from ppcl.config.schema import Target
 from ppcl.errors import UserError
-from ppcl.replacements.plan import Ffn, TextRun
+from ppcl.replacements import TextRun
+from ppcl.replacements.ffn import Ffn
 from ppcl.search import candidates
 from ppcl.search.candidates import CandidateSearch
 from ppcl.search.pareto import choose, pareto_front

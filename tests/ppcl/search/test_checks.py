@@ -5,13 +5,13 @@ import pytest
 from ppcl.config.schema import Variants
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, TextRun
 from ppcl.replacements.io import files_in
 from ppcl.replacements.parameter_counts import parameter_counts
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun
 from ppcl.search.checks import check_reachable, check_variants, optimistic_counts
 from tests import made_result
 
-PLAN = [Interval(1, 2), TextRun(3, 5), Ffn(0), Ffn(0, 50), Ffn(4), LowRankModulation()]
+PLAN = [Interval(1, 2), TextRun(3, 5), LinearFfn(0), PrunedFfn(0, 50), LinearFfn(4), LowRankModulation()]
 BLOCKS = [range(6)]
 
 

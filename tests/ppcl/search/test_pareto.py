@@ -7,8 +7,9 @@ import random
 import pytest
 
 from ppcl.errors import UserError
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, Plan, PrunedFfn, TextRun, checked_plan, sort_key
+from ppcl.replacements.ffn import Ffn
 from ppcl.replacements.parameter_counts import ParameterCounts
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun, checked_plan, sort_key
 from ppcl.search.pareto import choose, choose_blocks, pareto_front
 from tests.ppcl.search.wide import WIDE, WIDE_LATENCIES, WIDE_SENSITIVITY, wide_plans
 
@@ -58,7 +59,7 @@ def test_a_number_of_blocks_is_met_with_the_least_damage(most):
     def left(plan):
         return 14 - sum(i.removed for i in plan)
 
-    plan = choose_blocks(most, SIZES.blocks, SENSITIVITY | {Ffn(1): 0.0})
+    plan = choose_blocks(most, SIZES.blocks, SENSITIVITY | {LinearFfn(1): 0.0})
     assert left(plan) <= most
     assert worth(plan)[1] == pytest.approx(min(worth(s)[1] for s in subsets() if left(s) <= most))
 
@@ -99,13 +100,13 @@ def test_the_front_with_folding_holds_what_no_plan_beats(cost):
 
 
 def test_an_ffn_within_a_text_run_saves_its_image_part_alone():
-    assert WIDE.saved(Ffn(3)) == 30 + 25 - 9
-    assert WIDE.saved(Ffn(3), TextRun(1, 3)) == 30 - 5
-    assert WIDE.parameters([TextRun(1, 3), Ffn(3)]) == 1000 - (80 - 15) - 25
+    assert WIDE.saved(LinearFfn(3)) == 30 + 25 - 9
+    assert WIDE.saved(LinearFfn(3), TextRun(1, 3)) == 30 - 5
+    assert WIDE.parameters([TextRun(1, 3), LinearFfn(3)]) == 1000 - (80 - 15) - 25
     # With half of its units the modulation stays.
-    assert WIDE.saved(Ffn(3, 50)) == 24 + 19 - 22
-    assert WIDE.saved(Ffn(3, 50), TextRun(1, 3)) == 24 - 12
-    assert FOLDED.saved(Ffn(3, 50), folded=True) == 24 + 19 - 22
+    assert WIDE.saved(PrunedFfn(3, 50)) == 24 + 19 - 22
+    assert WIDE.saved(PrunedFfn(3, 50), TextRun(1, 3)) == 24 - 12
+    assert FOLDED.saved(PrunedFfn(3, 50), low_rank=True) == 24 + 19 - 22
 
 
 def test_tracked_quantities_are_summed_along_each_plan():
@@ -155,8 +156,8 @@ def test_the_front_holds_the_same_plans_as_a_plain_computation(seed, low_rank):
         interval: {"w": block_parameters - rng.randrange(200)} for interval in (Interval(1, 3), Interval(6, 9))
     }
     replacements |= {TextRun(2, 5): {"h.w": 60}, TextRun(8, 11): {"h.w": 60}, LowRankModulation(): {"directions": 8}}
-    replacements |= {Ffn(block): {"img.w": 20, "txt.w": 20} for block in range(blocks)}
-    replacements |= {Ffn(block, 50): {"img.w": 150, "txt.w": 150} for block in range(blocks)}
+    replacements |= {LinearFfn(block): {"img.w": 20, "txt.w": 20} for block in range(blocks)}
+    replacements |= {PrunedFfn(block, 50): {"img.w": 150, "txt.w": 150} for block in range(blocks)}
     streams = {block: {"img": ffn, "txt": ffn} for block in range(blocks)}
     chunks = {block: {"img": modulation // 2, "txt": modulation // 2} for block in range(blocks)}
     rows = {block: {"img": 24, "txt": 24} for block in range(blocks)}
@@ -177,5 +178,5 @@ def test_the_front_holds_the_same_plans_as_a_plain_computation(seed, low_rank):
             if not any(other[:2] != row[:2] and other[0] >= row[0] and other[1] <= row[1] for other in wanted + folded)
         ]
     front = pareto_front(sizes, sensitivity | folds if low_rank else sensitivity)
-    assert [(saved, plan) for saved, _, plan in front] == [(saved, plan) for saved, _, plan in wanted]
+    assert [(saved, plan) for saved, _, plan in front] == [(saved, Plan(plan)) for saved, _, plan in wanted]
     assert [cost for _, cost, _ in front] == pytest.approx([cost for _, cost, _ in wanted])

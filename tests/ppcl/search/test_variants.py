@@ -4,8 +4,8 @@ import pytest
 
 from ppcl.config.schema import Variants
 from ppcl.errors import UserError
+from ppcl.replacements import Interval
 from ppcl.replacements.parameter_counts import ParameterCounts
-from ppcl.replacements.plan import Interval
 from ppcl.search.variants import VariantCatalog, best_plans, make_variants, names_of
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]

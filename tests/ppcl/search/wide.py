@@ -3,8 +3,9 @@
 import itertools
 from collections.abc import Iterator
 
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, Replacement, TextRun, conflicts
+from ppcl.replacements.ffn import Ffn
 from ppcl.replacements.parameter_counts import ParameterCounts
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, Replacement, TextRun, conflicts
 from ppcl.search.latency_table import LatencyTable
 
 WIDE = ParameterCounts(
@@ -15,8 +16,8 @@ WIDE = ParameterCounts(
         Interval(4, 5): {"w": 110},
         TextRun(1, 3): {"z.2.w": 5, "z.3.w": 5, "h.w": 5},
         TextRun(6, 7): {"z.7.w": 5},
-        **{Ffn(b): {"img.w": 5, "txt.w": 4} for b in (0, 2, 3, 5, 7)},
-        **{Ffn(b, 50): {"up.img.w": 6, "up.txt.w": 5, "down.img.w": 6, "down.txt.w": 5} for b in (3, 5)},
+        **{LinearFfn(b): {"img.w": 5, "txt.w": 4} for b in (0, 2, 3, 5, 7)},
+        **{PrunedFfn(b, 50): {"up.img.w": 6, "up.txt.w": 5, "down.img.w": 6, "down.txt.w": 5} for b in (3, 5)},
     },
     {b: {"img": 24, "txt": 19} for b in range(8)},
     {b: {"img": 6, "txt": 6} for b in range(8)},
@@ -46,7 +47,7 @@ WIDE_LATENCIES = LatencyTable(
         TextRun(1, 3): 700,
         TextRun(6, 7): 350,
         LowRankModulation(): 40,
-        **{e: 300 if not e.keep_percent else 60 for e in WIDE_SENSITIVITY if isinstance(e, Ffn)},
+        **{e: 300 if isinstance(e, LinearFfn) else 60 for e in WIDE_SENSITIVITY if isinstance(e, Ffn)},
     },
     {e: 120 for e in WIDE_SENSITIVITY if isinstance(e, Ffn)},
 )

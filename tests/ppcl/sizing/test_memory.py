@@ -15,7 +15,7 @@ from ppcl.sizing.memory import intervals
 from ppcl.sizing.model import model_of
 from ppcl.sizing.table import gigabytes, rows_of
 from ppcl.training.captured import CaptureSpec
-from ppcl.training.distillation.objectives import new_objective
+from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
 from ppcl.training.distillation.segments import segment_of
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.parallel_dims import ParallelDims
@@ -67,7 +67,7 @@ def _measure(folder, out):
     segment = TeacherSegment(teacher, blocks, plan, "cpu", torch.bfloat16)
     pipeline_stage = PipelineStage(mesh.pp_rank, 2, mesh.rank)
     objectives = [
-        new_objective(segment.adapter, segment.transformer, segment.blocks, e, Distillation(), count)
+        new_objective(TeacherBlocks(segment.adapter, segment.transformer, segment.blocks, count), e, Distillation())
         for e in segment.plan
     ]
     trainees = [Trainee(objective, Distillation(precision="bfloat16"), mesh) for objective in objectives]

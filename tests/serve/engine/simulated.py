@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.search.variants import Variant
 from serve.config import Elastic
 from serve.engine.admission import Admission

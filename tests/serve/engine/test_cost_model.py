@@ -2,7 +2,7 @@
 
 import pytest
 
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from serve.engine.cost_model import CostModel, Profile
 from serve.engine.shared_pipeline import WorkloadKey
 

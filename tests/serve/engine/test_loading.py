@@ -7,7 +7,7 @@ import torch
 
 from ppcl.errors import UserError
 from ppcl.models import IdentityBlock
-from ppcl.replacements.plan import Interval
+from ppcl.replacements import Interval
 from ppcl.storage.manifest import Artifacts
 from serve.engine.loading import load, qualities
 

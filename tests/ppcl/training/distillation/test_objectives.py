@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from ppcl.config.schema import Distillation
 from ppcl.models import adapter_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, TextRun
+from ppcl.replacements.ffn import Ffn
 from ppcl.replacements.io import files_in, load_replacement
 from ppcl.replacements.parameter_counts import parameter_counts
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun
 from ppcl.replacements.switcher import VariantSwitcher
-from ppcl.training.distillation.objectives import new_objective
+from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
 from ppcl.training.distillation.segments import segment_of
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.losses import normalized, relative
@@ -27,7 +28,16 @@ from tests import ranks, tiny
 from tests.samples import MemorySamples
 
 # The plan's entries overlap: nothing of one objective enters another.
-PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), TextRun(4, 5), Ffn(0), Ffn(2), Ffn(5), LowRankModulation()]
+PLAN = [
+    Interval(0, 1),
+    Interval(3, 5),
+    TextRun(1, 3),
+    TextRun(4, 5),
+    LinearFfn(0),
+    LinearFfn(2),
+    LinearFfn(5),
+    LowRankModulation(),
+]
 SETTINGS = Distillation(steps=4, batch_size=8, learning_rate=1e-3, warmup=1, ridge=1e-9, train="all")
 
 
@@ -113,7 +123,7 @@ def test_behind_the_last_block_no_text_stream_is_made(folder, started):
 @pytest.mark.parametrize(("pp", "dp"), [(2, 1), (1, 2)])
 def test_the_mesh_does_not_change_the_replacements(folder, trained, tmp_path, pp, dp, monkeypatch):
     # The plan of the other tests overlaps everywhere and leaves no place to cut.
-    plan = [Interval(0, 1), TextRun(1, 2), TextRun(3, 5), Ffn(0), Ffn(5), LowRankModulation()]
+    plan = [Interval(0, 1), TextRun(1, 2), TextRun(3, 5), LinearFfn(0), LinearFfn(5), LowRankModulation()]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     monkeypatch.setattr("tests.ppcl.training.distillation.test_objectives.PLAN", plan)
     train(folder, alone)
@@ -152,7 +162,7 @@ def test_the_losses_are_those_written_out(folder, started):
     teacher = Teacher(folder)
     segment = TeacherSegment(teacher, range(6), PLAN, "cpu", torch.float32)
     objective = new_objective(
-        segment.adapter, segment.transformer, segment.blocks, Ffn(2), Distillation(init="first"), 6
+        TeacherBlocks(segment.adapter, segment.transformer, segment.blocks, 6), LinearFfn(2), Distillation(init="first")
     )
     objective.module.load_state_dict(load_replacement(started / "ffn-02.safetensors", teacher).state_dict())
     samples = MemorySamples()
@@ -173,7 +183,9 @@ def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(fold
     teacher = Teacher(folder)
     segment = TeacherSegment(teacher, range(6), [], "cpu", torch.float32)
     objective = new_objective(
-        segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(init="first"), 6
+        TeacherBlocks(segment.adapter, segment.transformer, segment.blocks, 6),
+        TextRun(1, 3),
+        Distillation(init="first"),
     )
     captured = segment.run(MemorySamples().batch([3]), PipelineStage(0, 1), objective.capture)
     for number, linear in objective.module.z.items():
@@ -196,15 +208,15 @@ def test_a_run_of_text_streams_replaced_by_their_own_values_changes_nothing(fold
 @pytest.mark.parametrize(
     "plan",
     [
-        [Ffn(2)],
+        [LinearFfn(2)],
         [TextRun(1, 3)],
         [TextRun(4, 5)],
-        [Interval(0, 1), Ffn(2)],
-        [TextRun(1, 3), Ffn(2), Ffn(0), Ffn(5)],
-        [TextRun(1, 3), TextRun(4, 5), Ffn(2), Ffn(5)],
+        [Interval(0, 1), LinearFfn(2)],
+        [TextRun(1, 3), LinearFfn(2), LinearFfn(0), LinearFfn(5)],
+        [TextRun(1, 3), TextRun(4, 5), LinearFfn(2), LinearFfn(5)],
         [LowRankModulation()],
-        [LowRankModulation(), Interval(0, 1), Interval(3, 5), Ffn(2)],
-        [LowRankModulation(), TextRun(1, 3), Ffn(0), Ffn(2), Ffn(5)],
+        [LowRankModulation(), Interval(0, 1), Interval(3, 5), LinearFfn(2)],
+        [LowRankModulation(), TextRun(1, 3), LinearFfn(0), LinearFfn(2), LinearFfn(5)],
     ],
 )
 def test_a_plan_counts_what_the_plugged_transformer_holds(folder, trained, plan):
@@ -226,7 +238,7 @@ def test_a_target_that_is_nothing_leaves_the_loss_finite():
 
 
 def test_a_cut_never_falls_into_a_text_run():
-    plan = [TextRun(1, 3), Ffn(0), Ffn(5)]
+    plan = [TextRun(1, 3), LinearFfn(0), LinearFfn(5)]
     for stage in range(2):
         part = segment_of(stage, 2, 6, plan, "all")
         assert all((entry.first in part) == (entry.last in part) for entry in plan)
@@ -236,7 +248,9 @@ def test_a_cut_never_falls_into_a_text_run():
 def test_the_teachers_own_streams_are_what_is_seen(folder):
     segment = TeacherSegment(Teacher(folder), range(6), PLAN, "cpu", torch.float32)
     objective = new_objective(
-        segment.adapter, segment.transformer, segment.blocks, TextRun(1, 3), Distillation(init="first"), 6
+        TeacherBlocks(segment.adapter, segment.transformer, segment.blocks, 6),
+        TextRun(1, 3),
+        Distillation(init="first"),
     )
     inputs = MemorySamples().batch([0, 1])
     captured = segment.run(inputs, PipelineStage(0, 1), objective.capture)
@@ -249,7 +263,7 @@ def test_the_teachers_own_streams_are_what_is_seen(folder):
 
 
 def test_linear_maps_stay_at_their_least_squares_optimum_by_default_and_students_are_the_same(teacher_folder, tmp_path):
-    plan = [Interval(4, 5), TextRun(0, 2), Ffn(3)]
+    plan = [Interval(4, 5), TextRun(0, 2), LinearFfn(3)]
     made = {}
     for train in ("students", "all"):
         settings = SETTINGS.model_copy(update={"train": train, "steps": 2})
@@ -257,7 +271,7 @@ def test_linear_maps_stay_at_their_least_squares_optimum_by_default_and_students
         with torch.enable_grad():
             distil(Teacher(teacher_folder), MemorySamples(), plan, settings, RunContext(folder, folder / "checkpoints"))
         made[train] = {replacement: load_file(folder / f"{replacement.name}.safetensors") for replacement in plan}
-        start = json.loads((folder / f"{Ffn(3).name}.json").read_text())
+        start = json.loads((folder / f"{LinearFfn(3).name}.json").read_text())
         assert (start["curve"] == []) == (train == "students")
     student, *linear = plan
     for name, tensor in made["all"][student].items():

@@ -3,7 +3,7 @@
 import pytest
 
 from ppcl.config.schema import Distillation
-from ppcl.replacements.plan import Ffn, Interval, TextRun
+from ppcl.replacements import Interval, LinearFfn, PrunedFfn, TextRun
 from ppcl.training.distillation import objectives
 from ppcl.training.distillation.segments import segment_of, training_costs
 from ppcl.training.distillation.trainer import is_trained
@@ -11,8 +11,8 @@ from ppcl.training.distillation.trainer import is_trained
 KINDS = {
     Interval(1, 2): objectives.StudentObjective,
     TextRun(0, 2): objectives.TextProjectorsObjective,
-    Ffn(1): objectives.LinearFfnObjective,
-    Ffn(1, 50): objectives.PrunedFfnObjective,
+    LinearFfn(1): objectives.LinearFfnObjective,
+    PrunedFfn(1, 50): objectives.PrunedFfnObjective,
 }
 
 
@@ -28,7 +28,7 @@ def test_what_is_trained_costs_its_rank_and_nothing_else_does(replacement, train
 
 
 def test_text_runs_and_linear_ffns_do_not_count_where_they_stay_at_their_optimum():
-    maps = [TextRun(0, 2), Ffn(1), Ffn(3)]
+    maps = [TextRun(0, 2), LinearFfn(1), LinearFfn(3)]
     assert segments(maps, "students") == segments([], "students") == [range(0, 4), range(4, 8)]
     assert segments(maps, "all") == [range(0, 3), range(3, 8)]
 

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from ppcl.config.schema import Distillation
 from ppcl.models import adapter_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval, PrunedFfn
 from ppcl.replacements.io import files_in, load_replacement
-from ppcl.replacements.plan import Ffn, Interval
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.closed_form import fit_closed_form
-from ppcl.training.distillation.objectives import new_objective
+from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
 from ppcl.training.distillation.segments import segment_of
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.losses import normalized, relative
@@ -139,7 +139,9 @@ def test_a_rank_holds_its_own_blocks_only(folder):
 
 def test_a_student_in_training_keeps_what_goes_into_its_interval_and_what_comes_out(folder):
     segment = TeacherSegment(Teacher(folder), range(6), INTERVALS, "cpu", torch.float32)
-    objective = new_objective(segment.adapter, segment.transformer, segment.blocks, Interval(3, 5), Distillation(), 6)
+    objective = new_objective(
+        TeacherBlocks(segment.adapter, segment.transformer, segment.blocks, 6), Interval(3, 5), Distillation()
+    )
     inputs = MemorySamples().batch([0, 1])
     # The first block's own output is needed for the fit of the affine start, and no longer.
     assert segment.run(inputs, PipelineStage(0, 1), objective.init_capture).boundaries.keys() == {4, 6}
@@ -188,7 +190,7 @@ def test_a_narrow_student_starts_as_its_block_with_the_ffns_of_the_narrow_block(
     source = {"first": 3, "affine": 3, "middle": 4}[start]
     train(folder, tmp_path / "one", settings, [Interval(3, 5)])
     # What the block itself is with half of its hidden units, a replacement of its own.
-    train(folder, tmp_path / "two", settings, [Ffn(source, 50)])
+    train(folder, tmp_path / "two", settings, [PrunedFfn(source, 50)])
     teacher = Teacher(folder)
     student = load_replacement(tmp_path / "one" / "03-05.safetensors", teacher)
     assert student.block.img_mlp.net[0].proj.out_features == 64 and (start == "affine") == bool(student.affine)
@@ -196,7 +198,7 @@ def test_a_narrow_student_starts_as_its_block_with_the_ffns_of_the_narrow_block(
     model = teacher.transformer()
     adapter = adapter_of(model)
     streams, context = embed(model, MemorySamples().batch([0, 1]))
-    VariantSwitcher(teacher, files_in(tmp_path / "two"))(model, [Ffn(source, 50)])
+    VariantSwitcher(teacher, files_in(tmp_path / "two"))(model, [PrunedFfn(source, 50)])
     expected = run_blocks(adapter, [adapter.blocks(model)[source]], streams, context)
     made = student.streams(streams, context)
     assert torch.allclose(made.img, expected.img, atol=1e-5) and torch.allclose(made.txt, expected.txt, atol=1e-5)

@@ -10,8 +10,8 @@ from ppcl.config.schema import Distillation, Finetuning
 from ppcl.errors import UserError
 from ppcl.evaluation.velocity_error import variant_errors
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, TextRun, conflicts, sort_key
 from ppcl.replacements.io import files_in, load_replacement
-from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun, conflicts, sort_key
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.trainer import distil
@@ -23,15 +23,19 @@ from ppcl.training.run_context import RunContext
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 
-PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), Ffn(0), Ffn(2), Ffn(2, 50)]
-VARIANTS = {"teacher": [], "small": [Interval(0, 1), Ffn(2)], "half": [Interval(3, 5), Ffn(0), Ffn(2, 50)]}
+PLAN = [Interval(0, 1), Interval(3, 5), TextRun(1, 3), LinearFfn(0), LinearFfn(2), PrunedFfn(2, 50)]
+VARIANTS = {
+    "teacher": [],
+    "small": [Interval(0, 1), LinearFfn(2)],
+    "half": [Interval(3, 5), LinearFfn(0), PrunedFfn(2, 50)],
+}
 SENSITIVITY = {
     Interval(0, 1): 0.2,
     Interval(3, 5): 0.3,
     TextRun(1, 3): 0.05,
-    Ffn(0): 0.02,
-    Ffn(2): 0.01,
-    Ffn(2, 50): 0.002,
+    LinearFfn(0): 0.02,
+    LinearFfn(2): 0.01,
+    PrunedFfn(2, 50): 0.002,
 }
 SETTINGS = Finetuning(
     steps=120,
@@ -129,8 +133,8 @@ def test_some_of_the_variants_can_be_all_that_is_trained():
 
 
 def test_folded_modulations_are_never_all_that_is_trained():
-    draws = VariantParts([[LowRankModulation(), Ffn(0)]])
-    assert all(Ffn(0) in plan for plan in random_plans(draws, 2, 0))
+    draws = VariantParts([[LowRankModulation(), LinearFfn(0)]])
+    assert all(LinearFfn(0) in plan for plan in random_plans(draws, 2, 0))
     with pytest.raises(UserError, match="no variant has anything to train"):
         plan_sampler(Finetuning(), [LowRankModulation()], {"p70": [LowRankModulation()]}, [range(6)])
     with pytest.raises(UserError, match="has nothing to train"):
@@ -213,7 +217,11 @@ def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
 
 def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
     """With low-rank modulations too, with and without which a student learns: nothing multiplied out may be stale."""
-    plan, samples, teacher = [Interval(3, 5), Ffn(2, 50), LowRankModulation()], MemorySamples(256), Teacher(folder)
+    plan, samples, teacher = (
+        [Interval(3, 5), PrunedFfn(2, 50), LowRankModulation()],
+        MemorySamples(256),
+        Teacher(folder),
+    )
     settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, init="first", ridge=1.0, train="all")
     with torch.enable_grad():
         distil(teacher, samples, plan, settings, RunContext(tmp_path / "s", tmp_path / "c"), 1e-2)

@@ -1,0 +1,53 @@
+"""The kinds of replacement there are. A new kind is a file of its own, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ppcl.config.plan_syntax import PLAN_SYNTAX
+from ppcl.errors import UserError
+from ppcl.replacements.linear_ffn import LinearFfn
+from ppcl.replacements.low_rank_modulation import LowRankModulation
+from ppcl.replacements.pruned_ffn import PrunedFfn
+from ppcl.replacements.replacement import Replacement
+from ppcl.replacements.student_block import Interval
+from ppcl.replacements.text_projectors import TextRun
+
+# In the order in which plans list replacements that begin at the same block.
+KINDS: tuple[type[Replacement], ...] = (Interval, TextRun, LinearFfn, PrunedFfn, LowRankModulation)
+
+
+def sort_key(replacement: Replacement) -> tuple[int, int, int]:
+    """The key plans are sorted by: the first block, then the kind, then what tells replacements of one kind apart."""
+    return replacement.first, KINDS.index(type(replacement)), replacement.detail
+
+
+def parse_name(name: str) -> Replacement | None:
+    """The replacement whose `name` this is; None where it is none."""
+    matches = ((kind, kind.file_form.fullmatch(name)) for kind in KINDS)
+    return next((kind.from_match(match) for kind, match in matches if match), None)
+
+
+def parse_text(text: str) -> list[Replacement] | None:
+    """The replacements of a text such as `3-5,text:6-8,ffn:9`, as people write them; None where it is none."""
+    replacements = []
+    for part in text.split(","):
+        matches = ((kind, kind.text_form.fullmatch(part)) for kind in KINDS)
+        replacement = next((kind.from_match(match) for kind, match in matches if match), None)
+        if replacement is None:
+            return None
+        replacements.append(replacement)
+    return replacements
+
+
+def parse_replacement(value: Replacement | str | Sequence[int]) -> Replacement:
+    """A replacement from what configurations and callers give: itself, `[u, v]` for an interval, or a text."""
+    if isinstance(value, Replacement):
+        return value
+    if isinstance(value, str):
+        replacements = parse_text(value)
+        if replacements is None or len(replacements) != 1:
+            raise UserError(f"{value!r} names no replacement; write {PLAN_SYNTAX}")
+        return replacements[0]
+    first, last = map(int, value)
+    return Interval(first, last)

@@ -1,0 +1,53 @@
+"""Fewer hidden units for a block's FFNs, in closed form alone: the least-squares choice of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from ppcl.config.schema import Distillation
+from ppcl.linalg import Moments
+from ppcl.replacements.block_view import linear_at
+from ppcl.replacements.pruned_ffn import PrunedFfn, PrunedFfnMaps, eliminate_units
+from ppcl.training.captured import CapturedActivations, CaptureSpec
+from ppcl.training.distillation.objectives.base import DistillationObjective, Gradient, MomentUpdate, TeacherBlocks
+
+
+class PrunedFfnObjective(DistillationObjective):
+    """See `ppcl.replacements.pruned_ffn`. What is gained by training them is gained end to end, in fine-tuning."""
+
+    gradient = Gradient.NONE
+    replacement: PrunedFfn
+    module: PrunedFfnMaps
+
+    def __init__(self, teacher: TeacherBlocks, replacement: PrunedFfn, settings: Distillation):
+        self.replacement, self.adapter = replacement, teacher.adapter
+        self.block, self.parts = teacher.blocks[replacement.block], teacher.parts(replacement.block)
+        self.module = PrunedFfnMaps.new(teacher.adapter, self.block, self.parts, replacement.keep_percent)
+        self.capture = CaptureSpec()
+        self.init_capture = CaptureSpec(hidden=frozenset({replacement.block}))
+
+    def moments(self) -> dict[str, tuple[int, int]]:
+        return {self._moment(stream): (self._maps(stream)[1].in_features, 0) for stream in self.parts}
+
+    def updates(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+        for stream in self.parts:
+            x = captured.tokens(captured.hidden[self.replacement.block, stream], stream)
+            yield self._moment(stream), x, x[:, :0]
+
+    def initialize(self, moments: Mapping[str, Moments], ridge: float) -> None:
+        for stream in self.parts:
+            up, down = self._maps(stream)
+            width = self.module.maps(stream)[0].out_features
+            pruned = eliminate_units(moments[self._moment(stream)], down.weight, down.bias, [width], ridge)
+            self.module.set(stream, up, pruned[width])
+
+    def _moment(self, stream: str) -> str:
+        # One Gram matrix for all widths of the block.
+        return f"hidden-{self.replacement.block}-{stream}"
+
+    def _maps(self, stream: str) -> tuple[nn.Linear, nn.Linear]:
+        """The teacher's own two maps."""
+        ffn = self.block.get_submodule(self.parts[stream].ffn)
+        return linear_at(ffn, self.adapter.ffn_up), linear_at(ffn, self.adapter.ffn_down)
