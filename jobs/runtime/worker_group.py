@@ -101,10 +101,30 @@ def run_worker_group(
     it.
     """
     places.wait()
-    workers, device, _ = places.asked
     # On this node: another's loss must not take it away while the ranks go on.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = _ProgressActor.options(scheduling_strategy=here).remote()
+    training = _Training(name, _trainer(name, function, arguments, places, scratch, board))
+    try:
+        refusal = _follow(training, board, places, progress)
+        if training.failure is not None:
+            free_resources()
+            raise UserError(refusal) if refusal else _told(training.failure, places.worker_timeout_s)
+        return ray.get(board.noted.remote())
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _trainer(
+    name: str,
+    function: Callable[[dict[str, Any], RankReporter], None],
+    arguments: dict[str, Any],
+    places: Resources,
+    scratch: Path,
+    board: Any,
+) -> TorchTrainer:
+    """The worker group of Ray Train, not yet started. A rank's `UserError` is left on the board."""
+    workers, device, _ = places.asked
 
     def loop(config: dict[str, Any]) -> None:
         import torch
@@ -118,7 +138,7 @@ def run_worker_group(
             ray.get(board.refuse.remote(str(error)))
             raise
 
-    trainer = TorchTrainer(
+    return TorchTrainer(
         loop,
         train_loop_config=arguments | {"attempt": uuid.uuid4().hex},
         scaling_config=ScalingConfig(
@@ -131,35 +151,44 @@ def run_worker_group(
         ),
         run_config=RunConfig(name=name, storage_path=str(scratch), failure_config=FailureConfig(max_failures=0)),
     )
-    failures: list[BaseException] = []
 
-    def fit() -> None:
+
+class _Training(threading.Thread):
+    """Runs a trainer to its end; `failure`: what it raised.
+
+    In a thread of its own: in the main thread `fit` would replace the handler of Ctrl-C for good, by one that ends the
+    program as if it had succeeded.
+    """
+
+    def __init__(self, name: str, trainer: TorchTrainer):
+        super().__init__(name=name, daemon=True)
+        self.trainer = trainer
+        self.failure: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
         try:
-            trainer.fit()
+            self.trainer.fit()
         except BaseException as error:
-            failures.append(error)
+            self.failure = error
 
-    # In a thread of its own: in the main thread `fit` would replace the handler of Ctrl-C for good, by one that ends
-    # the program as if it had succeeded.
-    thread = threading.Thread(target=fit, name=name, daemon=True)
-    thread.start()
-    looked = time.monotonic()
-    try:
-        while thread.is_alive():
-            thread.join(0.5)
-            done, total, values, phase, refusal = ray.get(board.read.remote())
-            if total:
-                progress(done, total, values, phase=phase)
-            elif time.monotonic() - looked > _LOOK_EVERY:
-                # A node whose loss was not known yet may be missing now, and Ray Train would wait for ever.
-                looked = time.monotonic()
-                places.enough()
-        if failures:
-            free_resources()
-            raise UserError(refusal) if refusal else _told(failures[0], places.worker_timeout_s)
-        return ray.get(board.noted.remote())
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+
+def _follow(training: _Training, board: Any, places: Resources, progress: ProgressReport) -> str | None:
+    """Pass progress on until the training has ended; gives the sentence of a rank that refused its input.
+
+    Raises `UserError` where a node is lost before the ranks have begun.
+    """
+    refusal, looked = None, time.monotonic()
+    while training.is_alive():
+        training.join(0.5)
+        done, total, values, phase, refusal = ray.get(board.read.remote())
+        if total:
+            progress(done, total, values, phase=phase)
+        elif time.monotonic() - looked > _LOOK_EVERY:
+            # A node whose loss was not known yet may be missing now, and Ray Train would wait for ever.
+            looked = time.monotonic()
+            places.enough()
+    return refusal
 
 
 def _told(failure: BaseException, worker_timeout_s: float) -> BaseException:

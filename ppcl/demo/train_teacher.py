@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ppcl.demo import text, world
@@ -33,7 +35,7 @@ BLOCKS, HEADS, HEAD_DIM = 16, 4, 24
 TEXT_LENGTH = 15  # tokens of the longest caption, template included
 UNCONDITIONAL_SHARE = 0.05
 EMA_DECAY = 0.999
-SHIFT = 2.0  # what a picture shows is settled at high noise: sample there more closely
+SHIFT = 2.0  # what an image shows is settled at high noise: sample there more closely
 # Scenes of these come more often: they are learnt last.
 CATEGORY_WEIGHT = {"position": 3.0, "counting": 2.0}
 GRID = [(1, 4, 4)]  # the latent 8 × 8 in patches of 2
@@ -89,110 +91,162 @@ def encode_scenes(vae: AutoencoderKLQwenImage, count: int, seed: int, device: st
     return torch.cat(packed), texts
 
 
-def _save(folder: Path, step: int, tensors: dict[str, torch.Tensor], curve: list[dict]) -> None:
-    """Write a checkpoint beside the old one, then take its place in one rename."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "checkpoint.partial"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata={"step": str(step)})
-    (folder / "curve.json").write_text(json.dumps(curve))
-    os.replace(partial, folder / "checkpoint.safetensors")
+@dataclass(frozen=True)
+class Scenes:
+    """The training set on the device: latents `(n, 16, 32)`, the number of each caption, and how often it is drawn.
+
+    `embeddings (v, L, text width)` and `masks (v, L)`: the encoded captions by number; the last one is the empty one.
+    """
+
+    latents: torch.Tensor
+    captions: torch.Tensor
+    weights: torch.Tensor
+    embeddings: torch.Tensor
+    masks: torch.Tensor
+
+    @classmethod
+    def of(cls, pipeline: QwenImagePipeline, options: argparse.Namespace) -> Scenes:
+        """Encoded once, and kept in the work folder."""
+        cache = options.work / "latents.safetensors"
+        if not cache.exists():
+            options.work.mkdir(parents=True, exist_ok=True)
+            latents, texts = encode_scenes(pipeline.vae, options.scenes, options.seed, options.device)
+            save_file({"latents": latents}, cache, metadata={"texts": json.dumps(texts)})
+        with safe_open(cache, "pt") as file:
+            latents, texts = file.get_tensor("latents"), json.loads(file.metadata()["texts"])
+        vocabulary = [*sorted(set(texts)), " "]
+        number = {caption: index for index, caption in enumerate(vocabulary)}
+        category = {caption.text: caption.category for caption in world.captions()}
+        pipeline.text_encoder.to(options.device)
+        embeddings, masks = text.encode(pipeline, vocabulary, TEXT_LENGTH)
+        return cls(
+            latents.to(options.device),
+            torch.tensor([number[caption] for caption in texts], device=options.device),
+            torch.tensor([CATEGORY_WEIGHT.get(category[caption], 1.0) for caption in texts]),
+            embeddings.to(options.device),
+            masks.to(options.device),
+        )
+
+
+class TeacherTraining:
+    """The transformer in training: optimizer, average of the weights, loss curve, and their checkpoint."""
+
+    def __init__(self, model: QwenImageTransformer2DModel, options: argparse.Namespace):
+        self.model, self.options, self.work = model, options, options.work
+        self.parameters = dict(model.named_parameters())
+        self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        )
+        self.step = 0
+        self.curve: list[dict] = []
+
+    def train_step(self, scenes: Scenes) -> float:
+        """One step on a batch that the step's number alone decides; gives the loss."""
+        self._set_rate()
+        loss = self._loss(scenes)
+        self.model.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            weight = 1 - min(EMA_DECAY, (self.step + 1) / (self.step + 10))
+            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], weight)
+        self.step += 1
+        return loss.item()
+
+    def _set_rate(self) -> None:
+        # Constant, then to zero in the last third (warmup-stable-decay).
+        steps = self.options.steps
+        share = min(1.0, (self.step + 1) / 200, 3 * (steps - self.step) / steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.options.learning_rate * share
+
+    def _loss(self, scenes: Scenes) -> torch.Tensor:
+        options, device, batch = self.options, self.options.device, self.options.batch
+        # Seeded by the step: a continued run sees the batches an undisturbed one would have seen.
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
+        rows = torch.multinomial(scenes.weights, batch, replacement=True, generator=generator).to(device)
+        noise = torch.randn(batch, *scenes.latents.shape[1:], generator=generator).to(device)
+        t = torch.sigmoid(0.6 + 1.2 * torch.randn(batch, generator=generator)).to(device)
+        drop = torch.rand(batch, generator=generator).to(device) < UNCONDITIONAL_SHARE
+        index = torch.where(drop, len(scenes.embeddings) - 1, scenes.captions[rows])
+        clean = scenes.latents[rows]
+        noisy = (1 - t)[:, None, None] * clean + t[:, None, None] * noise
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            velocity = self.model(
+                hidden_states=noisy,
+                timestep=t,
+                encoder_hidden_states=scenes.embeddings[index],
+                encoder_hidden_states_mask=scenes.masks[index],
+                img_shapes=[GRID] * batch,
+                return_dict=False,
+            )[0]
+        return (velocity.float() - (noise - clean)).square().mean()
+
+    def save(self) -> None:
+        """Write a checkpoint beside the old one, then take its place in one rename."""
+        tensors = {f"ema.{name}": value for name, value in self.ema.items()}
+        tensors |= {f"model.{name}": p.data for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            state = self.optimizer.state.get(p, {})
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items() if key != "step"}
+        self.work.mkdir(parents=True, exist_ok=True)
+        partial = self.work / "checkpoint.partial"
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, partial, metadata={"step": str(self.step)})
+        (self.work / "curve.json").write_text(json.dumps(self.curve))
+        os.replace(partial, self.work / "checkpoint.safetensors")
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Go on from the work folder's checkpoint; does nothing where there is none."""
+        path = self.work / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        state = load_file(path, device=self.options.device)
+        with safe_open(path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+        self.curve = [c for c in json.loads((self.work / "curve.json").read_text()) if c["step"] < self.step]
+        for name, p in self.parameters.items():
+            p.copy_(state[f"model.{name}"])
+            self.ema[name].copy_(state[f"ema.{name}"])
+            if f"optimizer.{name}.exp_avg" in state:
+                moments = {key: state[f"optimizer.{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+        print(f"continuing from step {self.step}", flush=True)
+
+    @torch.no_grad()
+    def use_ema(self) -> None:
+        """Put the average of the weights in their place."""
+        for name, p in self.parameters.items():
+            p.copy_(self.ema[name])
 
 
 def train(options: argparse.Namespace) -> tuple[QwenImagePipeline, list[dict]]:
-    device, work = options.device, options.work
+    """Train the transformer; gives the whole pipeline and the loss curve."""
     torch.manual_seed(options.seed)
-    vae = AutoencoderKLQwenImage.from_pretrained(options.vae).to(device).eval()
-    model = new_transformer().to(device)
+    vae = AutoencoderKLQwenImage.from_pretrained(options.vae).to(options.device).eval()
+    model = new_transformer().to(options.device)
     pipeline = new_pipeline(vae, model, options.seed)
-
-    cache = work / "latents.safetensors"
-    if not cache.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        latents, texts = encode_scenes(vae, options.scenes, options.seed, device)
-        save_file({"latents": latents}, cache, metadata={"texts": json.dumps(texts)})
-    from safetensors import safe_open
-
-    with safe_open(cache, "pt") as file:
-        latents, texts = file.get_tensor("latents").to(device), json.loads(file.metadata()["texts"])
-
-    vocabulary = sorted(set(texts)) + [" "]
-    pipeline.text_encoder.to(device)
-    embeddings, masks = (x.to(device) for x in text.encode(pipeline, vocabulary, TEXT_LENGTH))
-    number = {t: i for i, t in enumerate(vocabulary)}
-    caption = torch.tensor([number[t] for t in texts], device=device)
-    category = {c.text: c.category for c in world.captions()}
-    weights = torch.tensor([CATEGORY_WEIGHT.get(category[t], 1.0) for t in texts])
-
-    parameters = dict(model.named_parameters())
-    ema = {k: p.detach().clone() for k, p in parameters.items()}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
-    first, curve = 0, []
-    if (work / "checkpoint.safetensors").exists():
-        state = load_file(work / "checkpoint.safetensors", device=device)
-        with safe_open(work / "checkpoint.safetensors", "pt") as file:
-            first = int(file.metadata()["step"])
-        curve = [c for c in json.loads((work / "curve.json").read_text()) if c["step"] < first]
-        with torch.no_grad():
-            for k, p in parameters.items():
-                p.copy_(state[f"model.{k}"])
-                ema[k].copy_(state[f"ema.{k}"])
-            for k, p in parameters.items():
-                if f"optimizer.{k}.exp_avg" in state:
-                    moments = {name: state[f"optimizer.{k}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
-                    optimizer.state[p] = {"step": torch.tensor(float(first)), **moments}
-        print(f"continuing from step {first}", flush=True)
-
+    scenes = Scenes.of(pipeline, options)
+    training = TeacherTraining(model, options)
+    training.load()
     if options.compile:
         model.compile_repeated_blocks()
-    begun, running = time.monotonic(), None
+    first, started_at, running = training.step, time.monotonic(), None
     for step in range(first, options.steps):
-        # Constant, then to zero in the last third (warmup-stable-decay).
-        rate = options.learning_rate * min(1.0, (step + 1) / 200, 3 * (options.steps - step) / options.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        # Seeded by the step: a continued run sees the batches an undisturbed one would have seen.
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
-        rows = torch.multinomial(weights, options.batch, replacement=True, generator=generator).to(device)
-        noise = torch.randn(options.batch, *latents.shape[1:], generator=generator).to(device)
-        t = torch.sigmoid(0.6 + 1.2 * torch.randn(options.batch, generator=generator)).to(device)
-        drop = torch.rand(options.batch, generator=generator).to(device) < UNCONDITIONAL_SHARE
-        index = torch.where(drop, len(vocabulary) - 1, caption[rows])
-        clean = latents[rows]
-        noisy = (1 - t)[:, None, None] * clean + t[:, None, None] * noise
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            velocity = model(
-                hidden_states=noisy,
-                timestep=t,
-                encoder_hidden_states=embeddings[index],
-                encoder_hidden_states_mask=masks[index],
-                img_shapes=[GRID] * options.batch,
-                return_dict=False,
-            )[0]
-        loss = (velocity.float() - (noise - clean)).square().mean()
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            weight = 1 - min(EMA_DECAY, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in parameters.values()], weight)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 0 or step == options.steps - 1:
-            curve.append({"step": step, "loss": round(running, 5)})
-            pace = (time.monotonic() - begun) / (step + 1 - first)
+        loss, last = training.train_step(scenes), step == options.steps - 1
+        running = loss if running is None else 0.98 * running + 0.02 * loss
+        if step % 50 == 0 or last:
+            training.curve.append({"step": step, "loss": round(running, 5)})
+            pace = (time.monotonic() - started_at) / (step + 1 - first)
             left = pace * (options.steps - step - 1) / 60
             print(f"step {step}/{options.steps} loss {running:.4f} {pace:.2f} s/step, {left:.0f} min left", flush=True)
-        if (step + 1) % options.checkpoint_every == 0 or step == options.steps - 1:
-            tensors = {f"ema.{k}": v for k, v in ema.items()} | {f"model.{k}": p.data for k, p in parameters.items()}
-            for k, p in parameters.items():
-                tensors |= {f"optimizer.{k}.{n}": v for n, v in optimizer.state.get(p, {}).items() if n != "step"}
-            _save(work, step + 1, tensors, curve)
-    with torch.no_grad():
-        for k, p in parameters.items():
-            p.copy_(ema[k])
-    return pipeline, curve
+        if (step + 1) % options.checkpoint_every == 0 or last:
+            training.save()
+    training.use_ema()
+    return pipeline, training.curve
 
 
 def main() -> None:
