@@ -74,7 +74,7 @@ def s3_server():
 
 @pytest.fixture
 def s3(s3_server, monkeypatch, tmp_path):
-    """That server in the environment, a URL in its bucket that nothing else uses, and a scratch folder of the test's own."""
+    """That server in the environment, with a URL in its bucket and a scratch folder that no other test uses."""
     from tests import bucket
 
     for name, value in {**bucket.CREDENTIALS, "AWS_ENDPOINT_URL": s3_server.url, "AWS_MAX_ATTEMPTS": "3"}.items():

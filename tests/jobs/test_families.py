@@ -55,6 +55,6 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
 
 
 def _running(result, variant):
-    """The parameters that a pipeline of the variant has, each once; those of folded modulations as they are multiplied out."""
+    """The parameters that a pipeline of the variant has, each once; low-rank modulations are multiplied out."""
     transformer = result.pipeline(variant).transformer
     return {id(p): p for p in transformer.parameters()}.values()

@@ -1,4 +1,4 @@
-"""Ways to choose the blocks that go, on small tables worked out by hand, and on a stack whose useless blocks are known."""
+"""Ways to choose the blocks that go, on small tables worked out by hand, and on a stack with known useless blocks."""
 
 import pytest
 import torch

@@ -229,7 +229,7 @@ def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
 
 
 def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
-    """With folded modulations too: a student learns with and without them, and what was multiplied out once would be old."""
+    """With low-rank modulations too: a student is trained with and without them, and must not use an old product."""
     plan, samples, teacher = [Interval(3, 5), Ffn(2, 50), LowRankModulation()], MemorySamples(256), Teacher(folder)
     settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, init="first", ridge=1.0, train="all")
     with torch.enable_grad():
