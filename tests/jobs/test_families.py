@@ -1,4 +1,7 @@
-"""A whole job on a tiny pipeline of every family, with the default stages and all kinds of replacements."""
+"""A whole job on a tiny pipeline of every family, with the default stages and all kinds of replacements.
+
+What the families differ in is not what crosses between processes, so it all runs in this one.
+"""
 
 import io
 
@@ -10,6 +13,7 @@ from ppcl.config.schema import Config
 from ppcl.replacements.plan import Ffn, Interval, LowRankModulation, TextRun
 from ppcl.result import Result
 from tests import tiny
+from tests.one_process import stages_in_this_process
 
 ARGUMENTS = {
     "flux": {"guidance_scale": 2.5, "max_sequence_length": 12},
@@ -37,7 +41,8 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
         variants={"budgets": [0.7], "custom": {"folded": ["modulations"]}},
         evaluation={"max_prompts": 2},
     )
-    Job(config, Console(file=io.StringIO())).run("cpu")
+    with stages_in_this_process():
+        Job(config, Console(file=io.StringIO())).run("cpu")
     result = Result(tmp_path / "result")
     kinds = {type(entry) for entry in result.replacements}
     assert kinds == {Interval, TextRun, Ffn, LowRankModulation}

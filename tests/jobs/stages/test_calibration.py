@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +16,7 @@ from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from tests import tiny
+from tests.one_process import calibrate_in_this_process
 from tests.stage_context import context
 
 PROMPTS = [
@@ -52,14 +52,8 @@ def run(made, folder, progress=lambda done, total: None):
 
 @pytest.fixture
 def here(ray_cluster, monkeypatch):
-    """The actors run in this process, one batch after the other: for what does not need Ray to be captured."""
-
-    def rows(actor, work, numbers, heartbeat):
-        made = actor(work, SimpleNamespace(start=lambda: None))
-        for number in numbers:
-            yield {name: values[0] for name, values in made({"number": [number]}).items()}
-
-    monkeypatch.setattr(calibration, "_rows", rows)
+    """The actors run in this process, one batch after the other: for what does not need Ray."""
+    calibrate_in_this_process(monkeypatch)
 
 
 @pytest.fixture(scope="module")
