@@ -26,6 +26,8 @@ os.environ |= {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Ray's workers get their share of a machine that is busy with other tests, too.
+    "RAY_worker_niceness": "0",
 }
 
 # In the background of a shell Ctrl-C is ignored, and would be by the commands that tests interrupt.
