@@ -49,12 +49,30 @@ _INTEGRATION_FIXTURES = {"ray_cluster", "s3_server", "server", "client", "browse
 _INTEGRATION_FOLDERS = ("tests/jobs/", "tests/serve/test_", "tests/packaging/", "tests/docs/")
 
 
+# The files that take longest, from a minute down.
+_LONGEST = (
+    "tests/jobs/test_whole_job.py",
+    "tests/serve/test_ray_app.py",
+    "tests/jobs/test_submission.py",
+    "tests/jobs/test_families.py",
+    "tests/serve/test_local_server.py",
+    "tests/jobs/stages/test_calibration.py",
+    "tests/jobs/stages/test_probes.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Mark the integration tests, so that the unit tests can be run alone."""
+    """Mark the integration tests, so that the unit tests can be run alone, and run them first, the longest files ahead.
+
+    Files go whole to the processes of pytest-xdist, in this order: one that takes long must not be the last.
+    """
     for item in items:
         path = item.path.relative_to(REPOSITORY).as_posix()
         if path.startswith(_INTEGRATION_FOLDERS) or _INTEGRATION_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.integration)
+    integration = {item.path for item in items if item.get_closest_marker("integration")}
+    longest = {REPOSITORY / path: place for place, path in enumerate(_LONGEST)}
+    items.sort(key=lambda item: (longest.get(item.path, len(longest)), item.path not in integration))
 
 
 @pytest.fixture(scope="session")
