@@ -104,3 +104,12 @@ def s3(s3_server, monkeypatch, tmp_path):
     s3_server.requests.clear()
     s3_server.bucket = f"s3://{bucket.BUCKET}/{tmp_path.name}"
     return s3_server
+
+
+@pytest.fixture
+def store(s3):
+    """The objects under that URL."""
+    from ppcl.storage import object_store
+
+    object_store._files.cache_clear()
+    return object_store.Store(s3.bucket)
