@@ -68,7 +68,8 @@ def pytest_collection_modifyitems(items):
     """
     for item in items:
         path = item.path.relative_to(REPOSITORY).as_posix()
-        if path.startswith(_INTEGRATION_FOLDERS) or _INTEGRATION_FIXTURES & set(item.fixturenames):
+        uses_one = _INTEGRATION_FIXTURES & set(item.fixturenames) or item.get_closest_marker("browser")
+        if path.startswith(_INTEGRATION_FOLDERS) or uses_one:
             item.add_marker(pytest.mark.integration)
     integration = {item.path for item in items if item.get_closest_marker("integration")}
     longest = {REPOSITORY / path: place for place, path in enumerate(_LONGEST)}
