@@ -20,13 +20,14 @@ _NO_HEARTBEAT = SimpleNamespace(start=lambda: None)
 @contextlib.contextmanager
 def stages_in_this_process() -> Iterator[None]:
     """One worker of each kind, here. Ray must be connected; it is asked for its nodes and for nothing else."""
-    from jobs.stages import distillation, evaluation, finetuning, probes, variants
+    from jobs.stages import ablation, distillation, evaluation, finetuning, probes, variants
 
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, torch.enable_grad():
         calibrate_in_this_process(patch)
-        for stage in (probes, distillation, finetuning):
+        for stage in (probes, distillation, finetuning, ablation):
             patch.setattr(stage, "run_worker_group", _run_rank)
+        patch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
         for stage in (variants, evaluation):
             patch.setattr(stage, "EvaluatorPool", _EvaluatorHere)
         yield

@@ -58,9 +58,12 @@ def here(ray_cluster, monkeypatch):
 
 @pytest.fixture(scope="module")
 def reference(ray_cluster, teacher_folder, prompts, tmp_path_factory):
+    """A calibration set made in this process: its folder, what the stage said of it, and of its progress."""
     folder = tmp_path_factory.mktemp("reference")
     captured = []
-    info = run(config(teacher_folder, prompts), folder, lambda done, total: captured.append((done, total)))
+    with pytest.MonkeyPatch.context() as patch:
+        calibrate_in_this_process(patch)
+        info = run(config(teacher_folder, prompts), folder, lambda done, total: captured.append((done, total)))
     return folder, info, captured
 
 
@@ -74,8 +77,11 @@ def test_twelve_prompts_become_a_calibration_set(reference):
     assert captured[-1] == (24, 24) and [d for d, _ in captured] == sorted(d for d, _ in captured)
 
 
-def test_the_result_does_not_depend_on_workers_or_batches(reference, teacher_folder, prompts, tmp_path):
-    run(config(teacher_folder, prompts, batch_size=2, workers=2), tmp_path)
+def test_two_workers_on_ray_make_what_one_makes_here_whatever_the_batches(reference, teacher_folder, prompts, tmp_path):
+    captured, two = [], config(teacher_folder, prompts, batch_size=2, workers=2)
+    info = run(two, tmp_path, lambda done, total: captured.append((done, total)))
+    assert info == reference[1]
+    assert captured[-1] == (24, 24) and [d for d, _ in captured] == sorted(d for d, _ in captured)
     first, second = CalibrationSet(reference[0] / "calibration"), CalibrationSet(tmp_path / "calibration")
     for side in (True, False):
         assert first.ids(side).tolist() == second.ids(side).tolist()
