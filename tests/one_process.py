@@ -18,18 +18,25 @@ _NO_HEARTBEAT = SimpleNamespace(start=lambda: None)
 
 
 @contextlib.contextmanager
-def stages_in_this_process() -> Iterator[None]:
-    """One worker of each kind, here. Ray must be connected; it is asked for its nodes and for nothing else."""
+def stages_in_this_process(*names: str) -> Iterator[None]:
+    """Let one worker of each kind be here, in all stages or in those that are named.
+
+    Ray must be connected; it is asked for its nodes and for nothing else.
+    """
     from jobs.stages import ablation, distillation, evaluation, finetuning, probes, variants
 
+    in_groups = {"probes": probes, "students": distillation, "finetuning": finetuning, "ablation": ablation}
+    in_pools = {"variants": variants, "evaluation": evaluation}
+    chosen = set(names) or {"calibration", *in_groups, *in_pools}
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, torch.enable_grad():
-        calibrate_in_this_process(patch)
-        for stage in (probes, distillation, finetuning, ablation):
-            patch.setattr(stage, "run_worker_group", _run_rank)
+        if "calibration" in chosen:
+            calibrate_in_this_process(patch)
+        for name in chosen & in_groups.keys():
+            patch.setattr(in_groups[name], "run_worker_group", _run_rank)
+        for name in chosen & in_pools.keys():
+            patch.setattr(in_pools[name], "EvaluatorPool", _EvaluatorHere)
         patch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
-        for stage in (variants, evaluation):
-            patch.setattr(stage, "EvaluatorPool", _EvaluatorHere)
         yield
     torch.set_num_threads(threads)
 

@@ -8,6 +8,7 @@ import json
 import signal
 import socket
 import subprocess
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load
 
+from jobs.runtime.evaluator_pool import _Evaluator
 from tests.commands import as_process, stopped_cleanly
 from tests.commands import in_process as ppcl
 from tests.one_process import stages_in_this_process
@@ -94,13 +96,38 @@ def test_a_damaged_artifact_is_found_by_its_hash_and_made_again(finished, job):
     content = student.read_bytes()
     tensors = load(content)
     student.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    code, said, error = ppcl("compress", job)
+    with stages_in_this_process("variants", "finetuning", "evaluation"):
+        code, said, error = ppcl("compress", job)
     assert code == 0, said + error
     assert f"students: students/{student.name} is damaged or gone" in said
     assert "students: done" in said and "probes: complete, skipped" in said
     again = load(student.read_bytes())
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+
+
+def test_later_stages_are_run_anew_where_lost_variants_are_made_again_and_differ(finished, job, monkeypatch):
+    """As on another machine, which rounds otherwise."""
+    result, _ = finished
+    catalog = result / "variants" / "variants.json"
+    before, measure = json.loads(catalog.read_text()), _Evaluator.sensitivities
+
+    def rounded_otherwise(*arguments):
+        return {r: replace(sums, error=sums.error * (1 + 1e-9)) for r, sums in measure(*arguments).items()}
+
+    catalog.unlink()
+    monkeypatch.setattr(_Evaluator, "sensitivities", rounded_otherwise)
+    with stages_in_this_process("variants", "finetuning", "evaluation"):
+        code, said, error = ppcl("compress", job)
+    assert code == 0, said + error
+    assert "variants: variants/variants.json is damaged or gone" in said
+    for stage in STAGES[: STAGES.index("variants")]:
+        assert f"{stage}: complete, skipped" in said
+    for stage in STAGES[STAGES.index("variants") :]:
+        assert f"{stage}: done" in said
+    again = json.loads(catalog.read_text())
+    assert again["variants"] == before["variants"]
+    assert again["damage"] == pytest.approx(before["damage"], rel=1e-3) and again["damage"] != before["damage"]
 
 
 def test_variants_and_generate_from_the_command_line(finished, tmp_path):
@@ -141,7 +168,8 @@ def test_a_disk_that_fills_up_is_told_and_the_job_goes_on_when_there_is_space(jo
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         # What follows is not of interest.
         monkeypatch.setattr("jobs.stages.probes.run_worker_group", Mock(side_effect=KeyboardInterrupt))
-        code, said, _ = ppcl("compress", job, "--output", disk / "result")
+        with stages_in_this_process("calibration"):
+            code, said, _ = ppcl("compress", job, "--output", disk / "result")
         assert code == 130 and "calibration: done" in said
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
@@ -153,7 +181,7 @@ def test_the_ablation_uses_what_the_job_has_and_ends_with_a_table(finished, job)
     # Variants that a job names are none of the ablation's plans.
     changes = [f"ablation.{key}={value}" for key, value in settings.items()] + ["finetuning.variants=[p90]"]
     overrides = [part for change in changes for part in ("--set", change)]
-    with stages_in_this_process():
+    with stages_in_this_process("ablation"):
         code, said, error = ppcl("ablate", job, *overrides)
     assert code == 0, said + error
     assert "detection: complete, skipped" in said and "Ablation: " in said and "2 seeds" in said
