@@ -53,13 +53,32 @@ def entries(job):
     return json.loads((job.parent / "result" / "manifest.json").read_text())["stages"]
 
 
+def run_up_to(stage, job, *here):
+    """Run the job in this process and interrupt it where the workers of a stage would start.
+
+    `here`: stages whose work is done in this process, too, by one worker.
+    """
+    module = {"students": "distillation"}.get(stage, stage)
+    with pytest.MonkeyPatch.context() as patch, stages_in_this_process(*here):
+        patch.setattr(f"jobs.stages.{module}.run_worker_group", Mock(side_effect=KeyboardInterrupt))
+        code, said, error = ppcl("compress", job, "--set", "probes.workers=1")
+    assert code == 130, said + error
+
+
+def stop(job, stage, number):
+    """Run the job as a process of its own and stop it by a signal in a stage."""
+    stopped_cleanly(job, stage, number)
+    assert list(entries(job)) == STAGES[: STAGES.index(stage)]
+
+
 @pytest.fixture(scope="module")
 def finished(job, ray_cluster):
     """The job's result, interrupted in three stages on the way: in Ray Data's and in both of Ray Train's."""
-    signals = {"calibration": signal.SIGINT, "students": signal.SIGINT, "finetuning": signal.SIGTERM}
-    for stage, number in signals.items():
-        stopped_cleanly(job, stage, number)
-        assert list(entries(job)) == STAGES[: STAGES.index(stage)]
+    stop(job, "calibration", signal.SIGINT)
+    run_up_to("students", job, "calibration", "probes")
+    stop(job, "students", signal.SIGINT)
+    run_up_to("finetuning", job, "variants")
+    stop(job, "finetuning", signal.SIGTERM)
     code, said, error = ppcl("compress", job)
     assert code == 0, said + error
     return job.parent / "result", said
