@@ -107,6 +107,12 @@ class Detection(Section):
     standardize: bool = Field(
         False, description="z-score every channel before CKA, which removes the effect of shared outlier channels"
     )
+    compare_standardized: bool = Field(
+        False, description="compute CKA both with and without z-scored channels, for the report; costs as much again"
+    )
+    tokens: int = Field(
+        4096, ge=4, description="most held-out tokens of a stream that CKA compares; its standard error is reported"
+    )
 
 
 class Width(Section):
