@@ -45,6 +45,7 @@ from ppcl.training.data import batch_of
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.losses import LOSSES
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 
 CHANNELS, TEXT, SIDE, TEXT_TOKENS = 16, 64, 8, 32
 WARM_STEPS = 3
@@ -113,18 +114,13 @@ def ours(options: argparse.Namespace, folder: Path, intervals: list[Interval], p
     )
     times = []
     with tempfile.TemporaryDirectory() as out:
-        distil(
-            Teacher(folder),
-            RandomSamples(256),
-            intervals,
-            settings,
-            ParallelDims.join(pp, dp),
+        run = RunContext(
             Path(out),
             Path(out) / "c",
-            0,
-            "cpu",
-            lambda done, total, losses: times.append(time.monotonic()),
+            dims=ParallelDims.join(pp, dp),
+            report=lambda *_, phase=None: times.append(time.monotonic()),
         )
+        distil(Teacher(folder), RandomSamples(256), intervals, settings, run)
     return times
 
 

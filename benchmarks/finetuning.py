@@ -35,8 +35,8 @@ from ppcl.replacements.io import files_in
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.search.variants import read_catalog
 from ppcl.storage.manifest import CONFIG
-from ppcl.training.finetuning.trainer import finetune
-from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
+from ppcl.training.run_context import RunContext
 
 
 class Judge:
@@ -99,18 +99,11 @@ def main() -> None:
             with torch.enable_grad():
                 finetune(
                     teacher,
-                    files,
-                    {options.variant: plan},
-                    {},
                     samples,
+                    DistilledReplacements(files, {options.variant: plan}, {}),
                     settings,
+                    RunContext(Path(out), Path(out) / "checkpoints", config.seed),
                     config.sampling.steps,
-                    ParallelDims(),
-                    Path(out),
-                    Path(out) / "checkpoints",
-                    config.seed,
-                    "cpu",
-                    lambda *_, phase=None: None,
                 )
             (told,) = json.loads((Path(out) / "finetuning.json").read_text())["plans"]
             row = {"steps": steps, "rollout_share": own, "velocity_error": told["after"]}

@@ -26,8 +26,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ppcl.calibration.encoding import collate, encode
-from ppcl.calibration.trajectory_recorder import record
+from ppcl.calibration.encoding import EncodedPrompts, collate, encode
+from ppcl.calibration.trajectory_recorder import StateSettings, record
 from ppcl.config.schema import Probes, Sampling
 from ppcl.linalg import Moments, Probe
 from ppcl.models import Streams, embed, run_blocks
@@ -49,7 +49,8 @@ def pairs(options: argparse.Namespace, prompts: list[str], first_id: int) -> dic
         texts = prompts[start : start + CHUNK]
         ids = [first_id + start + i for i in range(len(texts))]
         embeddings = encode(pipeline, adapter, texts, sampling)
-        states, call = record(pipeline, adapter, ids, embeddings, None, sampling, options.states, options.seed)
+        settings = StateSettings(sampling, options.states, options.seed)
+        states, call = record(pipeline, adapter, EncodedPrompts(ids, embeddings), settings)
         text = collate([embeddings[ids.index(s.embedding_id)] for s in states], adapter)
         inputs = {
             adapter.latents: torch.stack([s.latents for s in states]),

@@ -43,6 +43,7 @@ from ppcl.training.distillation.objectives import MomentUpdate, StudentObjective
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.losses import relative
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 
 _MASSIVE = 20.0
 
@@ -149,18 +150,7 @@ def main() -> None:
             for name, value in way.items():
                 if name != "loss":
                     patches.enter_context(patch.object(run, name, value))
-            run.distil(
-                teacher,
-                watched,
-                intervals,
-                settings,
-                ParallelDims(),
-                Path(out),
-                Path(out) / "c",
-                seed,
-                "cpu",
-                lambda *_: None,
-            )
+            run.distil(teacher, watched, intervals, settings, RunContext(Path(out), Path(out) / "c", seed))
             return velocity_errors(teacher, Path(out), intervals, watched)
 
     table = Table(

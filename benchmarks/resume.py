@@ -39,6 +39,7 @@ from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 
 RANKS = 2
 
@@ -75,12 +76,7 @@ def _rank(rank: int, port: int, options: argparse.Namespace, teacher: Path, out:
         samples,
         plan,
         settings,
-        ParallelDims.join(RANKS, 1),
-        out / "students",
-        out / "checkpoints",
-        0,
-        "cpu",
-        lambda done, total, losses: None,
+        RunContext(out / "students", out / "checkpoints", dims=ParallelDims.join(RANKS, 1)),
     )
     dist.destroy_process_group()
 

@@ -63,6 +63,7 @@ from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 from ppcl.training.teacher_segment import TeacherSegment
 
 WARM = 3
@@ -136,12 +137,12 @@ def _distil(
             RandomSamples(256),
             plan_of(kind, options.blocks),
             settings,
-            ParallelDims.join(pp, dp),
-            Path(out),
-            Path(out) / "c",
-            0,
-            "cpu",
-            lambda *told: step_done(),
+            RunContext(
+                Path(out),
+                Path(out) / "c",
+                dims=ParallelDims.join(pp, dp),
+                report=lambda *_, phase=None: step_done(),
+            ),
         )
 
 

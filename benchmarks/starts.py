@@ -30,7 +30,7 @@ from ppcl.replacements.io import files_in
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.storage.manifest import CONFIG
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 
 
 def velocity_error(teacher: Teacher, students: Path, intervals: list[Interval], samples: CalibrationSet) -> float:
@@ -78,18 +78,7 @@ def main() -> None:
                 }
             )
             with tempfile.TemporaryDirectory() as out:
-                distil(
-                    teacher,
-                    samples,
-                    intervals,
-                    settings,
-                    ParallelDims.join(1, 1),
-                    Path(out),
-                    Path(out) / "c",
-                    seed,
-                    "cpu",
-                    lambda done, total, losses: None,
-                )
+                distil(teacher, samples, intervals, settings, RunContext(Path(out), Path(out) / "c", seed))
                 errors.append(velocity_error(teacher, Path(out), intervals, samples))
             print(f"{start}, {loss}, {rate:g}, seed {seed}: {errors[-1]:.5f}", flush=True)
         rows.append({"start": start, "loss": loss, "learning_rate": rate, "velocity_errors": errors})

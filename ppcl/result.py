@@ -1,4 +1,4 @@
-"""A finished job, opened: the teacher by reference, its replacements, and every variant of them as a stock pipeline."""
+"""A finished job: its teacher, its replacements, and every variant of them as a stock pipeline."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Choice = str | Sequence[Replacement | str | Sequence[int]]
 
 
 class Result:
-    """What `ppcl compress` wrote, in a folder or at an `s3://` URL. Its students and variants are complete and intact, its teacher the same.
+    """A compressed model: what `ppcl compress` wrote to a folder or an `s3://` URL, with its teacher.
 
     `teacher`: where the teacher's folder is now, if it has moved. Raises `UserError` where a stage is missing, a file
-    is damaged, or the teacher is gone or another one.
+    is damaged, or the teacher is gone or not the one that was compressed.
     """
 
     def __init__(self, folder: LocationLike, teacher: LocationLike | None = None):
@@ -85,9 +85,9 @@ class Result:
             ) from None
 
     def variant(self, choice: Choice) -> Variant:
-        """A named variant, or any plan of what was trained: a text such as `"3-5,text:8-9,ffn:1"`, or a list of entries.
+        """A named variant, or any plan of trained replacements: a text such as `"3-5,text:8-9,ffn:1"`, or a list.
 
-        Raises `UserError` with what there is to choose from.
+        Raises `UserError`, which names the variants and replacements that exist, for any other choice.
         """
         if isinstance(choice, str) and choice in self.variants:
             return self.variants[choice]
@@ -108,8 +108,8 @@ class Result:
         plan = parse_text(choice)
         if plan is None:
             raise UserError(
-                f"there is no variant {choice!r}; there are {', '.join(self.variants)}, and plans written as {PLAN_SYNTAX}, "
-                f"of {', '.join(map(str, self.replacements))}"
+                f"there is no variant {choice!r}; there are {', '.join(self.variants)}, and plans written as "
+                f"{PLAN_SYNTAX}, of {', '.join(map(str, self.replacements))}"
             )
         return plan
 
@@ -119,16 +119,17 @@ class Result:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Any:
-        """A stock diffusers pipeline with the variant plugged in."""
+        """A stock diffusers pipeline with the variant plugged in. Raises `UserError` for an unknown variant."""
         plan = self.variant(variant).plan
         pipeline = self.teacher.pipeline(device, dtype)
         self._switch(pipeline.transformer, plan)
         return pipeline
 
     def switch(self, pipeline: Any, variant: Choice) -> None:
-        """Turn a pipeline of `pipeline()` into another variant. Moves references only; students load when first used.
+        """Switch a pipeline that `pipeline()` made to another variant.
 
-        Not while the pipeline is running. `UserError` leaves it as it was.
+        Moves references only; replacements load when first used. Call it while the pipeline is not running. Raises
+        `UserError` for an unknown variant, and then leaves the pipeline as it was.
         """
         self._switch(pipeline.transformer, self.variant(variant).plan)
 

@@ -1,4 +1,4 @@
-"""The method on the tiny teacher from probes to fine-tuning, without Ray and in seconds: what proves that numbers did not change."""
+"""The method on the tiny teacher, probes to fine-tuning, without Ray and in seconds: proof of unchanged numbers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from ppcl.models.teacher import Teacher
 from ppcl.replacements import parse_replacement
 from ppcl.replacements.io import files_in
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.finetuning.trainer import finetune
+from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 from tests import tiny
 from tests.samples import MemorySamples
 
@@ -61,29 +62,17 @@ def run(folder: Path) -> dict[str, Path]:
             samples,
             plan,
             settings,
-            dims,
-            made["students"],
-            folder / "checkpoints",
-            0,
-            "cpu",
-            _silent,
+            RunContext(made["students"], folder / "checkpoints"),
             1e-4,
         )
         tuning = Finetuning(steps=8, batch_size=4, warmup=2, measured_plans=3, learning_rate=1e-3, plan="any")
         finetune(
             teacher,
-            files_in(made["students"]),
-            {"none": []},
-            dict.fromkeys(plan, 0.1),
             samples,
+            DistilledReplacements(files_in(made["students"]), {"none": []}, dict.fromkeys(plan, 0.1)),
             tuning,
+            RunContext(made["finetuning"], folder / "finetuning-checkpoints"),
             4,
-            dims,
-            made["finetuning"],
-            folder / "finetuning-checkpoints",
-            0,
-            "cpu",
-            _silent,
         )
     return made
 

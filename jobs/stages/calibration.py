@@ -32,11 +32,11 @@ from jobs.runtime.resources import Resources
 from jobs.runtime.watchdog import Heartbeat, Watchdog
 from jobs.stage import Stage, StageContext, Workers
 from ppcl.calibration import dataset
-from ppcl.calibration.encoding import encode, negative_prompt
+from ppcl.calibration.encoding import EncodedPrompts, encode, negative_prompt
 from ppcl.calibration.noised_images import noise_images
 from ppcl.calibration.prompts import read_prompts
 from ppcl.calibration.seeding import hashes, held_out
-from ppcl.calibration.trajectory_recorder import NEGATIVE, check_arguments, record
+from ppcl.calibration.trajectory_recorder import NEGATIVE, StateSettings, check_arguments, record
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
@@ -234,32 +234,15 @@ class _Sampler(_Actor):
     def _states(self, number: int, ids: list[int], embeddings: list[Any], rows: list[int]) -> Any:
         work, adapter = self.work, self.teacher.adapter
         sampling, settings = work.config.sampling, work.config.calibration
+        state_settings = StateSettings(sampling, settings.states_per_prompt, work.config.seed)
         if settings.source == "images":
             images = [_texts(work, number)[row]["image"] for row in rows]
-            return noise_images(
-                self.pipeline,
-                adapter,
-                ids,
-                embeddings,
-                images,
-                self.teacher.config(),
-                sampling,
-                settings.states_per_prompt,
-                work.config.seed,
-            )
+            prompts = EncodedPrompts(ids, embeddings)
+            return noise_images(self.pipeline, adapter, prompts, images, self.teacher.config(), state_settings)
         negative = None
         if negative_prompt(type(self.pipeline), sampling) is not None:
             _, _, (negative,) = dataset.read_embeddings(local_file(work.embeddings / _NEGATIVE))
-        return record(
-            self.pipeline,
-            adapter,
-            ids,
-            embeddings,
-            negative,
-            sampling,
-            settings.states_per_prompt,
-            work.config.seed,
-        )
+        return record(self.pipeline, adapter, EncodedPrompts(ids, embeddings, negative), state_settings)
 
 
 class _Cache:

@@ -23,6 +23,7 @@ from ppcl.storage.mirror import download, remove, upload_on_exit
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.finetuning.plan_sampler import plan_sampler
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 
 NAME = "students"
 
@@ -126,16 +127,18 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
     resumed = open_checkpoints(NAME, str(context.checkpoints), arguments["attempt"], report)
     with resumed as checkpoints, upload_on_exit(context.folder) as folder:
         distil(
-            teacher=Teacher(context.teacher),
-            samples=CalibrationSet.of(context.inputs["calibration"]),
-            plan=[parse_replacement(text) for text in arguments["plan"]],
-            settings=settings,
-            dims=ParallelDims.join(settings.pipeline_parallel, settings.data_parallel),
-            folder=folder,
-            checkpoints=checkpoints,
-            seed=config.seed,
-            device=context.device,
-            report=report,
+            Teacher(context.teacher),
+            CalibrationSet.of(context.inputs["calibration"]),
+            [parse_replacement(text) for text in arguments["plan"]],
+            settings,
+            RunContext(
+                folder=folder,
+                checkpoints=checkpoints,
+                seed=config.seed,
+                device=context.device,
+                dims=ParallelDims.join(settings.pipeline_parallel, settings.data_parallel),
+                report=report,
+            ),
             modulation_error=config.width.modulation_error,
         )
 

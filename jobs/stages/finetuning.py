@@ -16,8 +16,9 @@ from ppcl.replacements.io import replacement_files
 from ppcl.search.variants import read_catalog
 from ppcl.storage.manifest import CHECKPOINTS
 from ppcl.storage.mirror import download, remove, upload_on_exit
-from ppcl.training.finetuning.trainer import finetune
+from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 
 NAME = "finetuning"
 
@@ -27,7 +28,7 @@ def workers(config: Config) -> Workers:
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Fine-tune the students for the variants; `variants`, in the info, is the digest of those.
+    """Fine-tune the replacements for the variants; `variants`, in the info, is the digest of those.
 
     Checkpoints lie under `folder/checkpoints/<key>` until all is written.
     """
@@ -55,19 +56,23 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
     resumed = open_checkpoints(NAME, str(context.checkpoints), arguments["attempt"], report)
     with resumed as checkpoints, upload_on_exit(context.folder) as folder:
         finetune(
-            teacher=Teacher(context.teacher),
-            files=replacement_files(inputs["students"].fetch().paths()),
-            variants={name: variant.plan for name, variant in catalog.variants.items()},
-            sensitivity=catalog.sensitivity,
-            samples=CalibrationSet.of(inputs["calibration"]),
-            settings=config.finetuning,
+            Teacher(context.teacher),
+            CalibrationSet.of(inputs["calibration"]),
+            DistilledReplacements(
+                files=replacement_files(inputs["students"].fetch().paths()),
+                variants={name: variant.plan for name, variant in catalog.variants.items()},
+                sensitivity=catalog.sensitivity,
+            ),
+            config.finetuning,
+            RunContext(
+                folder=folder,
+                checkpoints=checkpoints,
+                seed=config.seed,
+                device=context.device,
+                dims=ParallelDims.join(1, config.finetuning.data_parallel),
+                report=report,
+            ),
             sampling_steps=config.sampling.steps,
-            dims=ParallelDims.join(1, config.finetuning.data_parallel),
-            folder=folder,
-            checkpoints=checkpoints,
-            seed=config.seed,
-            device=context.device,
-            report=report,
         )
 
 

@@ -38,8 +38,8 @@ from ppcl.replacements import (
 )
 from ppcl.replacements.io import files_in
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.finetuning.trainer import finetune
-from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
+from ppcl.training.run_context import RunContext
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -221,12 +221,7 @@ def run_seed(inputs: AblationInputs, work: Path, seed: int, report: Callable[[in
         samples,
         library,
         steps,
-        ParallelDims(),
-        work / "library",
-        work / "checkpoints",
-        seed,
-        device,
-        progress.of(1),
+        RunContext(work / "library", work / "checkpoints", seed, device, report=progress.of(1)),
         config.width.modulation_error,
     )
     for part, (name, choice) in enumerate(_IN_SEQUENCE.items(), 2):
@@ -238,18 +233,11 @@ def run_seed(inputs: AblationInputs, work: Path, seed: int, report: Callable[[in
         files = {replacement: path for replacement, path in files_in(work / "library").items() if replacement in plan}
         finetune(
             teacher,
-            files,
-            {_PLAN: plan},
-            {},
             samples,
+            DistilledReplacements(files, {_PLAN: plan}, {}),
             tuning,
+            RunContext(work / name, work / name / "checkpoints", seed, device, report=progress.of(part)),
             config.sampling.steps,
-            ParallelDims(),
-            work / name,
-            work / name / "checkpoints",
-            seed,
-            device,
-            progress.of(part),
         )
     folders = {row.name: work / (row.name if (work / row.name).is_dir() else "library") for row in ROWS}
     rows = RowMeasurer(config, teacher, samples, device, seed)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ppcl.config.schema import Sampling
 from ppcl.models import ModelAdapter
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 Embedding = dict[str, torch.Tensor]
 """One prompt's arguments of the transformer: `encoder_hidden_states` `(T, d)`, `pooled_projections` `(d',)`."""
@@ -21,9 +26,21 @@ _PIPELINE_ARGUMENTS = {
 }
 
 
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """A batch of prompts: the id and the embedding of each.
+
+    `negative`: the embedding of the negative prompt, where the pipeline makes unconditional calls.
+    """
+
+    ids: Sequence[int]
+    embeddings: list[Embedding]
+    negative: Embedding | None = None
+
+
 @torch.no_grad()
 def encode(pipeline: Any, adapter: ModelAdapter, texts: list[str], sampling: Sampling) -> list[Embedding]:
-    """Embeddings of a batch of prompts, on the CPU, padding cut off: what is left is all valid, the mask is implied."""
+    """Embeddings of a batch of prompts, on the CPU. Padding is cut off, so no mask is needed."""
     accepted = inspect.signature(pipeline.encode_prompt).parameters
     # Families with several text encoders give each the same prompt by default, but some require the argument.
     arguments: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in accepted}
@@ -47,12 +64,11 @@ def longest_prompt(pipeline_class: type, sampling: Sampling) -> int:
     return sampling.arguments.get("max_sequence_length", default)
 
 
-def negative_prompt(pipeline_class: type, sampling: Sampling) -> str | None:
+def negative_prompt(pipeline_class: type[DiffusionPipeline], sampling: Sampling) -> str | None:
     """The prompt of the unconditional calls; None where the pipeline makes none."""
     given = sampling.arguments.get("negative_prompt")
     # A pipeline that decides by guidance_scale alone encodes an empty one where none is given.
-    encode_prompt: Any = pipeline_class.encode_prompt  # type: ignore[attr-defined]
-    by_scale = "do_classifier_free_guidance" in inspect.signature(encode_prompt).parameters
+    by_scale = "do_classifier_free_guidance" in inspect.signature(pipeline_class.encode_prompt).parameters
     return "" if given is None and by_scale else given
 
 

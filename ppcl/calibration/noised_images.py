@@ -10,9 +10,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from ppcl.calibration.encoding import Embedding, collate, pipeline_arguments
+from ppcl.calibration.encoding import Embedding, EncodedPrompts, collate, pipeline_arguments
 from ppcl.calibration.seeding import generator, strata
-from ppcl.calibration.trajectory_recorder import Call, State, call_of, check_arguments
+from ppcl.calibration.trajectory_recorder import Call, State, StateSettings, call_of, check_arguments
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models import ModelAdapter
@@ -54,19 +54,19 @@ def image_latents(pipeline: Any, adapter: ModelAdapter, images: Sequence[str], s
 def noise_images(
     pipeline: Any,
     adapter: ModelAdapter,
-    prompt_ids: Sequence[int],
-    embeddings: list[Embedding],
+    prompts: EncodedPrompts,
     images: Sequence[str],
     transformer_config: Mapping[str, Any],
-    sampling: Sampling,
-    states_per_prompt: int,
-    seed: int,
+    settings: StateSettings,
 ) -> tuple[list[State], Call]:
     """`states_per_prompt` noised latents of each image; noise and timestep depend on (seed, prompt id, slot) alone.
 
-    `pipeline` needs no transformer, only its configuration: a stand-in receives the pipeline's call.
+    `images`: their paths or URLs, one per prompt. `pipeline` needs no transformer, only `transformer_config`: a
+    stand-in receives the pipeline's call. Raises `UserError` for an image that cannot be read or a size that does not
+    fit the pipeline.
     """
-    call, shape = _first_call(pipeline, adapter, embeddings[0], transformer_config, sampling)
+    sampling, seed = settings.sampling, settings.seed
+    call, shape = _first_call(pipeline, adapter, prompts.embeddings[0], transformer_config, sampling)
     latents = image_latents(pipeline, adapter, images, sampling).cpu()
     if latents.shape[1:] != shape:
         raise UserError(
@@ -75,12 +75,12 @@ def noise_images(
             "need"
         )
     states = []
-    for prompt_id, picture in zip(prompt_ids, latents, strict=True):
-        for slot, t in enumerate(strata(seed, prompt_id, states_per_prompt)):
+    for prompt_id, picture in zip(prompts.ids, latents, strict=True):
+        for slot, t in enumerate(strata(seed, prompt_id, settings.states_per_prompt)):
             noise = torch.randn(shape, generator=generator("noise", seed, prompt_id, slot)).to(picture)
             states.append(
                 State(
-                    sample_id=2 * (states_per_prompt * prompt_id + slot),
+                    sample_id=settings.sample_id(prompt_id, slot),
                     prompt_id=prompt_id,
                     embedding_id=prompt_id,
                     timestep=float(t) * adapter.timestep_scale,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ppcl.calibration.encoding import TEXT, Embedding, collate, pipeline_arguments
+from ppcl.calibration.encoding import TEXT, EncodedPrompts, collate, pipeline_arguments
 from ppcl.calibration.seeding import chosen_steps, generator
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
@@ -49,7 +49,7 @@ _RESERVED = {
 class State:
     """One row of one transformer call. `timestep` is as the transformer is given it; `latents` are on the CPU.
 
-    `sample_id` is `2 * (states_per_prompt * prompt_id + slot)`, plus 1 for the unconditional side of guidance.
+    `sample_id`: see `StateSettings.sample_id`.
     """
 
     sample_id: int
@@ -60,10 +60,23 @@ class State:
 
 
 @dataclass(frozen=True)
-class Call:
-    """What all samples share: the transformer's arguments that depend on nothing but the picture's size.
+class StateSettings:
+    """How the states of a prompt are made: the pipeline's call, how many, and the seed of their noise and timesteps."""
 
-    `each`: one value a sample, the same for all; `whole`: a tensor without a batch axis, as nested lists.
+    sampling: Sampling
+    states_per_prompt: int
+    seed: int
+
+    def sample_id(self, prompt_id: int, slot: int, conditional: bool = True) -> int:
+        """The id of a prompt's state number `slot`: even on the conditional side of guidance, one more on the other."""
+        return 2 * (self.states_per_prompt * prompt_id + slot) + (not conditional)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The transformer's arguments that all samples share: those that depend on nothing but the image's size.
+
+    `each`: one value per sample, the same for all. `whole`: a tensor without a batch axis, as nested lists.
     """
 
     each: dict[str, Any]
@@ -71,7 +84,7 @@ class Call:
 
 
 def check_arguments(pipeline_class: type, sampling: Sampling) -> None:
-    """Raises `UserError` for an argument that the pipeline's call does not have, or that is not the user's to set."""
+    """Raise `UserError` for an argument that the pipeline's call does not have, or that is not the user's to set."""
     free = [name for name in inspect.signature(pipeline_class.__call__).parameters if name not in _RESERVED]
     for name in sampling.arguments:
         if name not in free:
@@ -82,7 +95,7 @@ def check_arguments(pipeline_class: type, sampling: Sampling) -> None:
 
 
 def call_of(adapter: ModelAdapter, arguments: dict[str, Any]) -> Call:
-    """The shared part of a transformer call. Vectors and lists hold one value a sample, matrices none of the batch."""
+    """The shared part of a transformer call: vectors and lists have one value per sample, matrices no batch axis."""
     each, whole = {}, {}
     for name in adapter.shared_arguments:
         value = arguments.get(name)
@@ -98,10 +111,13 @@ def call_of(adapter: ModelAdapter, arguments: dict[str, Any]) -> Call:
 class _Recorder:
     """A forward pre-hook that keeps chosen rows of the transformer's calls.
 
-    `kept`: (row of the prompt in the batch, denoising step, conditional) to (timestep, latents).
+    `text`: the prompts' embeddings as the pipeline is given them. `choose(row, steps)`: the denoising steps to keep of
+    a prompt, by its row in the batch. `kept`: by row, denoising step and side of guidance, the timestep and latents.
     """
 
-    def __init__(self, pipeline: Any, adapter: ModelAdapter, text: torch.Tensor, choose: Any):
+    def __init__(
+        self, pipeline: Any, adapter: ModelAdapter, text: torch.Tensor, choose: Callable[[int, int], list[int]]
+    ):
         self.pipeline, self.adapter, self.text, self.choose = pipeline, adapter, text, choose
         self.steps: list[list[int]] = []
         self.kept: dict[tuple[int, int, bool], tuple[float, torch.Tensor]] = {}
@@ -128,33 +144,28 @@ class _Recorder:
 
 
 def record(
-    pipeline: Any,
-    adapter: ModelAdapter,
-    prompt_ids: Sequence[int],
-    embeddings: list[Embedding],
-    negative: Embedding | None,
-    sampling: Sampling,
-    states_per_prompt: int,
-    seed: int,
+    pipeline: Any, adapter: ModelAdapter, prompts: EncodedPrompts, settings: StateSettings
 ) -> tuple[list[State], Call]:
     """Sample an image's latents for each prompt and keep `states_per_prompt` timesteps of each trajectory.
 
     Noise comes from (seed, prompt id) alone: up to rounding the states do not depend on which prompts share a batch.
-    With guidance, both sides of each kept timestep are states.
+    With guidance, both sides of each kept timestep are states. Raises `UserError` for an argument of the sampling that
+    cannot be set.
     """
+    sampling, seed = settings.sampling, settings.seed
     check_arguments(type(pipeline), sampling)
     device = str(pipeline._execution_device)
-    arguments = pipeline_arguments(collate(embeddings, adapter), device)
+    arguments = pipeline_arguments(collate(prompts.embeddings, adapter), device)
     # The pipeline may reshape the embeddings it is given; their values are what the transformer sees.
     text = arguments["prompt_embeds"]
-    if negative is not None:
-        arguments |= pipeline_arguments(collate([negative] * len(embeddings), adapter), device, negative=True)
-    recorder = _Recorder(
-        pipeline,
-        adapter,
-        text,
-        lambda row, steps: chosen_steps(seed, prompt_ids[row], states_per_prompt, steps),
-    )
+    if prompts.negative is not None:
+        negative = collate([prompts.negative] * len(prompts.ids), adapter)
+        arguments |= pipeline_arguments(negative, device, negative=True)
+
+    def choose(row: int, steps: int) -> list[int]:
+        return chosen_steps(seed, prompts.ids[row], settings.states_per_prompt, steps)
+
+    recorder = _Recorder(pipeline, adapter, text, choose)
     hook = pipeline.transformer.register_forward_pre_hook(recorder, with_kwargs=True)
     try:
         pipeline(
@@ -163,24 +174,26 @@ def record(
             height=sampling.height,
             width=sampling.width,
             num_inference_steps=sampling.steps,
-            generator=[generator("trajectory", seed, prompt_id) for prompt_id in prompt_ids],
+            generator=[generator("trajectory", seed, prompt_id) for prompt_id in prompts.ids],
             output_type="latent",
         )
     finally:
         hook.remove()
-    states = [
-        State(
-            sample_id=2 * (states_per_prompt * prompt_ids[row] + slot) + (not conditional),
-            prompt_id=prompt_ids[row],
-            embedding_id=prompt_ids[row] if conditional else NEGATIVE,
-            timestep=recorder.kept[row, step, conditional][0],
-            latents=recorder.kept[row, step, conditional][1],
-        )
-        for row, steps in enumerate(recorder.steps)
-        for slot, step in enumerate(steps)
-        for conditional in (True, False)
-        if (row, step, conditional) in recorder.kept
-    ]
     if recorder.call is None:
         raise RuntimeError(f"{type(pipeline).__name__} did not call its transformer")
-    return states, recorder.call
+    return _states(recorder, prompts.ids, settings), recorder.call
+
+
+def _states(recorder: _Recorder, prompt_ids: Sequence[int], settings: StateSettings) -> list[State]:
+    """The recorded states, by prompt, timestep and side of guidance."""
+    states = []
+    for row, steps in enumerate(recorder.steps):
+        prompt_id = prompt_ids[row]
+        for slot, step in enumerate(steps):
+            for conditional in (True, False):
+                if (row, step, conditional) in recorder.kept:
+                    timestep, latents = recorder.kept[row, step, conditional]
+                    sample_id = settings.sample_id(prompt_id, slot, conditional)
+                    embedding_id = prompt_id if conditional else NEGATIVE
+                    states.append(State(sample_id, prompt_id, embedding_id, timestep, latents))
+    return states

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 
 from ppcl.config.schema import Probes
 from ppcl.errors import UserError
@@ -23,6 +22,7 @@ from ppcl.linalg.moments import Moments
 from ppcl.models import Streams, embed, run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import write_atomically
+from ppcl.storage.tensor_files import to_bytes
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples
 from ppcl.training.parallel_dims import ParallelDims
@@ -167,7 +167,7 @@ def _write_probe(folder: Path, block: int, moments_of: dict[str, Moments], ridge
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    write_atomically(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}, metadata))
+    write_atomically(path, to_bytes(tensors, metadata))
 
 
 def ffn_error(path: Path) -> float | None:

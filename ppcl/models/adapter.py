@@ -1,4 +1,4 @@
-"""What ppcl knows of an adapter: one short declarative record, and nothing else anywhere.
+"""What ppcl knows of a family of models: one short declarative record, and nothing else anywhere.
 
 A record names the block lists in the order the stock forward runs them, which argument and which return value of a
 block is which stream, and which arguments of the transformer belong to the prompt, the latents and the timestep.
@@ -6,6 +6,7 @@ block is which stream, and which arguments of the transformer belong to the prom
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from ppcl.errors import UserError
 
 
 class Streams(NamedTuple):
-    """The pair of streams between two blocks: image `(B, S, d)` and text `(B, T, d)`, or None where a model drops it."""
+    """The two streams between blocks: image `(B, S, d)` and text `(B, T, d)`, None where a model drops it."""
 
     img: torch.Tensor
     txt: torch.Tensor | None
@@ -49,16 +50,15 @@ class ModelAdapter:
     """How one family of MMDiTs is laid out.
 
     `block_lists`: attributes of the transformer that hold its blocks, in running order; an interval never crosses from
-    one list to the next, since their blocks differ in kind. `returns`: the streams a block gives back, in order.
+    one list to the next, since their blocks differ in kind. `returns`: the streams a block returns, in order.
     `prompt_arguments`, `shared_arguments`: arguments of the transformer's forward that depend on the prompt, or on
-    nothing but the size of the picture. `encoded`: what the pipeline's `encode_prompt` gives back, named as the
-    transformer's arguments, None for what it does not take. `timestep_scale`: what the forward calls the timestep of
-    pure noise.
+    nothing but the image's size. `encoded`: what the pipeline's `encode_prompt` returns, named as the transformer's
+    arguments, None for what it does not take. `timestep_scale`: what the forward calls the timestep of pure noise.
     `parts`: by block list and stream, where the parts of a block are that width pruning replaces; a list that is not
     named has none (a single-stream block's FFN shares its output projection with the attention). `attention`: the joint
     attention inside a block, which is called with the two streams by the arguments `img` and `txt`.
-    `temb`: the argument of a block that its modulations are computed from, by a SiLU and a linear map. `ffn_up`, `ffn_down`:
-    the two linear maps inside of an FFN, with its hidden units between them.
+    `temb`: the argument of a block that its modulations are computed from, by a SiLU and a linear map. `ffn_up`,
+    `ffn_down`: the two linear maps of an FFN, with its hidden units between them.
     """
 
     name: str
@@ -122,7 +122,7 @@ class ModelAdapter:
         context = {k: v for k, v in arguments.items() if k not in (self.img, self.txt)}
         return Streams(arguments[self.img], arguments[self.txt]), context
 
-    def join(self, streams: Streams, context: dict[str, Any]) -> dict[str, Any]:
+    def join(self, streams: Streams, context: Mapping[str, Any]) -> dict[str, Any]:
         return {self.img: streams.img, self.txt: streams.txt, **context}
 
     def from_returned(self, returned: tuple) -> Streams:

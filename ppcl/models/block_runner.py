@@ -17,7 +17,7 @@ from ppcl.models.adapter import ModelAdapter, Streams, adapter_of
 
 
 class IdentityBlock(nn.Module):
-    """A block that gives back the streams it is given. Stands at a removed block's place, so the lists keep their length."""
+    """A block that returns its input streams. Stands in for a removed block, so the block lists keep their length."""
 
     # Read by the stock SD3 forward between blocks.
     context_pre_only = False
@@ -31,20 +31,22 @@ class IdentityBlock(nn.Module):
 
 
 class _Tap(IdentityBlock):
-    """Keeps what the first block is given; gives back `answer` where there is one."""
+    """Keeps the first block's input streams and context; returns `answer` in place of the streams if it is given."""
+
+    streams: Streams
+    context: dict[str, Any]
 
     def __init__(self, adapter: ModelAdapter, answer: Streams | None = None):
         super().__init__(adapter)
         self.answer = answer
-        self.seen: tuple[Streams, dict[str, Any]] | None = None
 
     def forward(self, **arguments: Any) -> tuple:
-        self.seen = self.adapter.split(arguments)
-        return self.adapter.to_returned(self.answer or self.seen[0])
+        self.streams, self.context = self.adapter.split(arguments)
+        return self.adapter.to_returned(self.answer or self.streams)
 
 
 def swap(transformer: nn.Module, entries: Mapping[int, nn.Module]) -> dict[int, nn.Module]:
-    """Put modules at block numbers; gives back what stood there. Moves references only.
+    """Put modules at block numbers and return those that stood there. Moves references only.
 
     Raises `UserError` for a block that does not exist, before anything is changed.
     """
@@ -76,18 +78,18 @@ def _tapped(transformer: nn.Module, tap: _Tap) -> contextlib.AbstractContextMana
 
 @torch.no_grad()
 def embed(transformer: nn.Module, inputs: Mapping[str, Any]) -> tuple[Streams, dict[str, Any]]:
-    """`X_0` and the context every block is given, for one call of the transformer.
+    """`X_0`, the streams before the first block, and the context: the other arguments of every block.
 
-    `inputs` are the stock forward's arguments. No block needs to be loaded.
+    `inputs`: arguments of the stock forward. No block needs to be loaded.
     """
     tap = _Tap(adapter_of(transformer))
     with _tapped(transformer, tap):
         transformer(**inputs)
-    return tap.seen
+    return tap.streams, tap.context
 
 
 def head(transformer: nn.Module, streams: Streams, inputs: Mapping[str, Any]) -> torch.Tensor:
-    """The velocity that the stock head makes of the streams after the last block; the shape is the stock output's."""
+    """The velocity that the stock head makes of the streams after the last block, shaped like the stock output."""
     with _tapped(transformer, _Tap(adapter_of(transformer), streams)):
         return transformer(**{**inputs, "return_dict": False})[0]
 
@@ -95,7 +97,7 @@ def head(transformer: nn.Module, streams: Streams, inputs: Mapping[str, Any]) ->
 def run_blocks(
     adapter: ModelAdapter, blocks: Iterable[nn.Module], streams: Streams, context: Mapping[str, Any]
 ) -> Streams:
-    """`X_v` from `X_{u-1}`: any run of blocks alone."""
+    """Run some blocks alone: with those of `u..v`, `X_{u-1}` becomes `X_v`."""
     for block in blocks:
         streams = adapter.from_returned(block(**adapter.join(streams, context)))
     return streams

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -20,6 +20,9 @@ from ppcl.models import IdentityBlock, ModelAdapter, adapter_of, swap
 from ppcl.models.remote_safetensors import RemoteWeights
 from ppcl.storage.node_cache import file_sha256, parallel_map
 from ppcl.storage.object_store import Store
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _WEIGHTS = ".safetensors"
@@ -200,7 +203,7 @@ class Teacher:
     def config(self) -> dict[str, Any]:
         return self._json("transformer/config.json")
 
-    def empty_transformer(self) -> nn.Module:
+    def empty_transformer(self) -> ModelMixin:
         """The transformer with all its parameters on the meta device: structure without memory."""
         import diffusers
 
@@ -209,7 +212,7 @@ class Teacher:
 
     def transformer(
         self, keep: Collection[int] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> nn.Module:
+    ) -> ModelMixin:
         """The transformer with embedders, head and the blocks `keep` (all by default).
 
         Only their tensors are read from the safetensors files; identity blocks take the places of the others, so a rank

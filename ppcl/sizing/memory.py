@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ppcl.errors import UserError
 from ppcl.replacements import Interval
 from ppcl.sizing.model import Model
-from ppcl.training.distillation.trainer import segment_of
+from ppcl.training.distillation.segments import segment_of
 from ppcl.training.pipeline import IN_FLIGHT
 
 # A parameter of the frozen teacher in bfloat16; of a student its float32 weight and gradient, and AdamW's two moments.
@@ -103,9 +103,14 @@ def meshes(model: Model, plan: Sequence[Interval], batch: int, gpus: int) -> lis
     return found
 
 
+def segment(model: Model, plan: Sequence[Interval], stage: int, pp: int) -> range:
+    """The blocks of one rank, dealt out as in a job. Intervals are trained whatever `distillation.train` says."""
+    return segment_of(stage, pp, len(model.blocks), list(plan), "students")
+
+
 def rank_of(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: int, dp: int) -> Rank:
     """Estimate what one rank holds and sends; `samples`: of its replica in a step."""
-    part = segment_of(stage, pp, len(model.blocks), list(plan))
+    part = segment(model, plan, stage, pp)
     mine = [interval for interval in plan if interval.first in part]
     students = sum(model.blocks[interval.first] + model.affine for interval in mine)
     boundaries = {b for interval in mine for b in (interval.first, interval.last + 1)}

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from ppcl.errors import UserError
 from ppcl.replacements import Interval
 from ppcl.sizing.device import Device
-from ppcl.sizing.memory import GRADIENT_BYTES, TEACHER_BYTES, meshes, rank_of
+from ppcl.sizing.memory import GRADIENT_BYTES, TEACHER_BYTES, meshes, rank_of, segment
 from ppcl.sizing.model import Model
-from ppcl.training.distillation.trainer import segment_of
 from ppcl.training.pipeline import IN_FLIGHT, balanced_segments
 
 # Bytes that a step moves a parameter of a student: its cast (6) and two reads in bfloat16 (4), its gradient (2) cast to
@@ -152,10 +151,7 @@ def distillation_on(model: Model, plan: Sequence[Interval], batch: int, pp: int,
     samples = -(-batch // dp)
     works = [distillation_work(model, plan, samples, stage, pp, dp, device) for stage in range(pp)]
     alone = distillation_work(model, plan, batch, 0, 1, 1, device)
-    held = [
-        sum(model.blocks[b] for b in segment_of(stage, pp, len(model.blocks), list(plan))) + model.rest
-        for stage in range(pp)
-    ]
+    held = [sum(model.blocks[b] for b in segment(model, plan, stage, pp)) + model.rest for stage in range(pp)]
     return _step(model, works, alone, held, batch, samples, pp * dp, dp, device)
 
 
@@ -224,7 +220,7 @@ def distillation_work(
     model: Model, plan: Sequence[Interval], samples: int, stage: int, pp: int, dp: int, device: Device
 ) -> Work:
     """Of one rank, a step of `samples` samples."""
-    part = segment_of(stage, pp, len(model.blocks), list(plan))
+    part = segment(model, plan, stage, pp)
     mine = [interval for interval in plan if interval.first in part]
     rate, memory = device.flops * device.utilisation, device.memory * device.reached
     before = device.overhead * samples * model.rest_flops / rate

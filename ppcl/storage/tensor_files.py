@@ -1,16 +1,17 @@
-"""Safetensors files that are written atomically and hold a sha256 of their content, so that damage is found."""
+"""Safetensors files whose bytes depend on their content alone, written atomically and with a sha256 to find damage."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 _SHA256 = "sha256"  # in a file's metadata
 
@@ -20,15 +21,35 @@ class DamagedError(Exception):
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata as one file, whole or not at all."""
+    """Write tensors and metadata as one file, whole or not at all; the same content gives the same bytes."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, {**metadata, _SHA256: _sha256(tensors, metadata)})
-    # Else a power failure could leave the name without the content.
-    with open(partial, "rb") as file:
+    with open(partial, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = file.read(length)
+        file.seek(8)
+        file.write(_with_sorted_metadata(header))
+        # Else a power failure could leave the name without the content.
+        file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file in memory, without a sha256 of its own; the same content gives the same bytes."""
+    data = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, dict(metadata))
+    (length,) = struct.unpack("<Q", data[:8])
+    return data[:8] + _with_sorted_metadata(data[8 : 8 + length]) + data[8 + length :]
+
+
+def _with_sorted_metadata(header: bytes) -> bytes:
+    """The header, equally long, with its metadata sorted: safetensors writes them in another order in every process."""
+    content = json.loads(header)
+    if "__metadata__" in content:
+        content["__metadata__"] = dict(sorted(content["__metadata__"].items()))
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode().ljust(len(header))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -64,7 +85,7 @@ def drop_damaged(folder: Path) -> list[Path]:
 
 
 def _sha256(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """Hash all tensors and metadata, in sorted order: safetensors has no checksum and writes metadata in any order."""
+    """Hash all tensors and metadata, in sorted order; safetensors has no checksum of its own."""
     sha256 = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):
         sha256.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

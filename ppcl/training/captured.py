@@ -1,4 +1,4 @@
-"""What one batch leaves of the teacher, and what of it somebody needs."""
+"""Activations of the teacher that are captured from one batch, and the specification of what to capture."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ppcl.models import Streams
 
 @dataclass
 class CapturedActivations:
-    """What one batch left of the teacher: streams by boundary, and what its blocks were doing inside.
+    """Activations of the teacher on one batch: streams by boundary, and inner tensors of its blocks.
 
-    Boundary `b` is the input of block `b`. `text_inputs`: by block, the modulated text input of its attention. `residuals`:
-    by block and stream, the stream after the attention's residual. `hidden`: by block and stream, the FFN's hidden units
-    `(B, T, h)`. `text_mask`: `(B, T)`, true where a token is no padding.
+    Boundary `b` is the input of block `b`, both streams `(B, S, d)` and `(B, T, d)`. `text_inputs`: by block, the
+    modulated text input of its attention `(B, T, d)`. `residuals`: by block and stream, the stream after the
+    attention's residual. `hidden`: by block and stream, the FFN's hidden units `(B, T, h)`. `context`: the block's
+    other arguments. `text_mask`: `(B, T)`, true where a token is not padding.
     """
 
     boundaries: dict[int, Streams] = field(default_factory=dict)
@@ -30,14 +31,14 @@ class CapturedActivations:
         return self.text_mask if stream == "txt" else None
 
     def tokens(self, x: torch.Tensor, stream: str) -> torch.Tensor:
-        """A stream's tokens `(n, d)` that are no padding, float32."""
+        """A stream's tokens `(n, d)` that are not padding, float32."""
         mask = self.mask(stream)
         return (x[mask] if mask is not None else x.flatten(0, 1)).float()
 
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """What must be captured of the teacher; see `CapturedActivations`."""
+    """What to capture of the teacher; see `CapturedActivations`."""
 
     boundaries: frozenset[int] = frozenset()
     text_inputs: frozenset[int] = frozenset()

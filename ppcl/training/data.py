@@ -1,4 +1,4 @@
-"""Which samples a step takes."""
+"""The samples of training, and which of them a step takes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import torch
 
 
 class Samples(Protocol):
-    """The calibration set, as far as it is needed here."""
+    """The part of the calibration set that training needs; see `ppcl.calibration.dataset.CalibrationSet`."""
 
-    def ids(self, held_out: bool) -> np.ndarray: ...
+    def ids(self, held_out: bool) -> np.ndarray:
+        """Sample ids of one side of the split, ascending."""
+        ...
 
-    def batch(self, ids: Sequence[int] | np.ndarray, device: str, dtype: torch.dtype) -> dict[str, Any]: ...
+    def batch(self, ids: Sequence[int] | np.ndarray, device: str, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of the transformer's call, one row per id."""
+        ...
 
 
 def batch_of(step: int, ids: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The sample ids of a step: consecutive pieces of one endless run of seeded shuffles, whatever ranks there are."""
-    wanted = range(step * size, (step + 1) * size)
+    """The `size` sample ids of a step: consecutive pieces of an endless series of seeded shuffles, for all ranks."""
+    positions = range(step * size, (step + 1) * size)
     orders = {
         epoch: np.random.default_rng([seed, epoch]).permutation(ids)
-        for epoch in {position // len(ids) for position in wanted}
+        for epoch in {position // len(ids) for position in positions}
     }
-    return np.array([orders[position // len(ids)][position % len(ids)] for position in wanted])
+    return np.array([orders[position // len(ids)][position % len(ids)] for position in positions])

@@ -7,7 +7,7 @@ from typing import Protocol
 
 
 class RateSettings(Protocol):
-    """The part of a configuration section that the rate follows."""
+    """The part of a configuration section that decides the learning rate."""
 
     @property
     def steps(self) -> int: ...

@@ -1,4 +1,4 @@
-"""The `(dp, pp)` mesh of ranks, `pp` innermost, so that pipeline neighbours are neighbouring ranks."""
+"""The `(dp, pp)` mesh of ranks, `pp` innermost: ranks that are neighbours in a pipeline have consecutive numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 @dataclass
 class ParallelDims:
-    """One rank's place. Without a process group it is the whole mesh, `dp = pp = 1`."""
+    """One rank's position in the mesh. Without a process group it is the whole mesh, `dp = pp = 1`."""
 
     pp: int = 1
     dp: int = 1
@@ -19,7 +19,7 @@ class ParallelDims:
 
     @classmethod
     def join(cls, pp: int, dp: int) -> ParallelDims:
-        """Take this process's place in a mesh over the default process group; collective."""
+        """This process's position in a mesh over the default process group; a collective call."""
         if pp * dp == 1:
             return cls()
         dims = cls(pp, dp, dist.get_rank())

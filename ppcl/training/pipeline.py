@@ -7,37 +7,38 @@ blocks, sends on at once, and works on what it saw. No gradient crosses a bounda
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 
 from ppcl.errors import UserError
 from ppcl.models import Streams
-from ppcl.replacements import Interval
 
 # Sends under way before the oldest is waited for: enough to overlap, and a bound on memory.
 IN_FLIGHT = 2
 
 
-def balanced_segments(costs: Sequence[float], pp: int, uncuttable: Sequence[Interval] = ()) -> list[range]:
-    """`pp` contiguous, non-empty ranges of blocks that minimise the dearest one's cost; no cut falls inside an interval.
+def balanced_segments(costs: Sequence[float], pp: int, indivisible: Iterable[range] = ()) -> list[range]:
+    """Cut the blocks into `pp` contiguous, non-empty ranges whose most expensive one costs as little as possible.
 
-    `costs`: one number a block. Raises `UserError` where there are fewer places to cut than cuts.
+    `costs`: one number per block. `indivisible`: runs of blocks that no cut may fall into. Raises `UserError` where
+    there are too few places to cut.
     """
     count = len(costs)
-    inside = {block for interval in uncuttable for block in interval.blocks[1:]}
+    inside = {block for blocks in indivisible for block in blocks[1:]}
     cuts = [block for block in range(1, count) if block not in inside]
-    if pp > len(cuts) + 1:
+    most = len(cuts) + 1
+    if pp > most:
         raise UserError(
-            f"pipeline is {pp}, but {count} blocks with these intervals can be cut into {len(cuts) + 1} segments at most; "
-            f"set distillation.pipeline_parallel to {len(cuts) + 1} or less"
+            f"pipeline is {pp}, but {count} blocks with these intervals can be cut into {most} segments at most; "
+            f"set distillation.pipeline_parallel to {most} or less"
         )
     places = [0, *cuts, count]
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # best[n][j]: the least dearest segment when the first n segments end at places[j].
+    # best[n][j]: the first n segments end at places[j]; the cost of the most expensive, and where the last begins.
     best = [{0: (0.0, 0)}]
     for n in range(1, pp + 1):
         row = {}
@@ -55,7 +56,7 @@ def balanced_segments(costs: Sequence[float], pp: int, uncuttable: Sequence[Inte
 
 
 class PipelineStage:
-    """One rank's ends of the pipeline: streams come from the rank before and go to the rank after.
+    """One rank's ends of the pipeline: receives streams from the rank before and sends them to the rank after.
 
     `pp_rank` counts from 0 to `pp - 1`; in a `(dp, pp)` mesh neighbours have neighbouring global ranks, `rank` being
     this one's. With `pp = 1` nothing is sent, and no process group is needed.
@@ -70,19 +71,18 @@ class PipelineStage:
         """The streams of the rank before, shaped like `like`; on the first rank `like` itself, which is `X_0`."""
         if self.pp_rank == 0:
             return like
-        received = Streams(*(None if x is None else torch.empty_like(x) for x in like))
-        for x in received:
-            if x is not None:
-                dist.recv(x, src=self.rank - 1)
+        received = _mapped(torch.empty_like, like)
+        for x in _tensors(received):
+            dist.recv(x, src=self.rank - 1)
         return received
 
     def send(self, streams: Streams) -> None:
         """Send on without waiting for the next rank to take it."""
         if self.pp_rank == self.pp - 1:
             return
-        streams = Streams(*(None if x is None else x.contiguous() for x in streams))
-        works = [dist.isend(x, dst=self.rank + 1) for x in streams if x is not None]
-        self.bytes_sent += sum(x.nbytes for x in streams if x is not None)
+        streams = _mapped(torch.Tensor.contiguous, streams)
+        works = [dist.isend(x, dst=self.rank + 1) for x in _tensors(streams)]
+        self.bytes_sent += sum(x.nbytes for x in _tensors(streams))
         # The tensors live until their sends are done.
         self._under_way.append((works, streams))
         while len(self._under_way) > IN_FLIGHT:
@@ -97,3 +97,11 @@ class PipelineStage:
         works, _ = self._under_way.popleft()
         for work in works:
             work.wait()
+
+
+def _tensors(streams: Streams) -> list[torch.Tensor]:
+    return [x for x in streams if x is not None]
+
+
+def _mapped(function: Callable[[torch.Tensor], torch.Tensor], streams: Streams) -> Streams:
+    return Streams(function(streams.img), None if streams.txt is None else function(streams.txt))

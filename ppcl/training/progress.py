@@ -1,4 +1,4 @@
-"""How training tells how far it is."""
+"""How training reports its progress."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Protocol
 
 
 class ProgressReport(Protocol):
-    """Called as often as something is done; who takes it decides what is shown."""
+    """Called after every step; the receiver decides what is shown."""
 
     def __call__(self, done: int, total: int, values: Mapping[str, float], /, phase: str | None = None) -> None:
-        """`done` of `total` steps, or of what the phase counts; `values`: the last losses by name."""
+        """`done` of `total` steps, or of the units that `phase` counts; `values`: the last losses by name."""
         ...
+
+
+def no_report(done: int, total: int, values: Mapping[str, float], /, phase: str | None = None) -> None:
+    """Ignore the progress."""

@@ -1,4 +1,4 @@
-"""One rank's blocks of the teacher, run on a batch, with what goes on inside of them captured."""
+"""One rank's blocks of the teacher, run on a batch while their activations are captured."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from ppcl.training.pipeline import PipelineStage
 
 
 def text_mask(adapter: ModelAdapter, context: dict[str, Any]) -> torch.Tensor | None:
-    """`(B, T)`, true where a text token is no padding; None where all count."""
+    """`(B, T)`, true where a text token is not padding; None where none is."""
     mask = context.get(adapter.text_mask) if adapter.text_mask else None
     return None if mask is None else mask.bool()
 
 
 class TeacherSegment:
-    """One rank's blocks, and what its objectives must see of them."""
+    """One rank's blocks of the teacher, frozen, and the replacements of `plan` that begin in them.
+
+    `blocks`: their numbers. The embedders and the head are loaded too, no other block is.
+    """
 
     def __init__(self, teacher: Teacher, blocks: range, plan: Sequence[Replacement], device: str, dtype: torch.dtype):
         self.adapter = teacher.adapter
@@ -34,7 +37,10 @@ class TeacherSegment:
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Any], pipeline_stage: PipelineStage, wanted: CaptureSpec) -> CapturedActivations:
-        """One batch through the segment. The last block's output is boundary `stop`."""
+        """Run one batch through the segment, between its pipeline neighbours; gives what `wanted` names.
+
+        `inputs`: arguments of the transformer's call. The last block's output is boundary `stop`.
+        """
         start, context = embed(self.transformer, inputs)
         streams = pipeline_stage.receive(start)
         captured = CapturedActivations(context=context, text_mask=text_mask(self.adapter, context))
@@ -50,7 +56,7 @@ class TeacherSegment:
 
     @contextmanager
     def listening(self, captured: CapturedActivations, wanted: CaptureSpec) -> Iterator[None]:
-        """Hooks that keep what goes on inside of blocks."""
+        """Capture inner activations of the blocks that run inside the `with` block."""
         handles = []
 
         def listen(module: torch.nn.Module, keep: Callable[[tuple, dict], None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class OptimizerSettings(RateSettings, Protocol):
-    """The part of a configuration section that an optimizer is made from."""
+    """The part of a configuration section that makes an optimizer."""
 
     @property
     def betas(self) -> tuple[float, float]: ...
@@ -57,18 +58,18 @@ class TrainState:
     def train_step(self, terms: Mapping[str, LossTerm], logarithm: bool = False) -> dict[str, float]:
         """One optimizer step on loss terms that add up; gives `loss` and every term, over all replicas.
 
-        A term is a sum over this replica's tokens and its divisor; both are summed over the replicas before the division, so
-        splitting a batch does not change the loss. `logarithm`: take the gradient of the loss's logarithm.
+        A term is a sum over this replica's tokens and its divisor; both are summed over the replicas before the
+        division, so splitting a batch does not change the loss. `logarithm`: take the gradient of the loss's logarithm.
 
-        A step whose gradient is not finite is left out and counted: one bad batch must not end a run. Losses stay on the
-        device: one reduction of them, one of the gradients, and one transfer to the host.
+        A step whose gradient is not finite is left out and counted: one bad batch must not end a run. Losses stay on
+        the device: one reduction of them, one of the gradients, and one transfer to the host.
         """
         sums = torch.stack([term_sum for term_sum, _ in terms.values()])
         divisors = torch.stack([divisor.to(sums) for _, divisor in terms.values()])
         totals = self.dims.all_reduce(torch.stack([sums.detach(), divisors]).double())
         weights = torch.maximum(totals[0], _LEAST_SHARE * totals[1]) if logarithm else totals[1]
         # In the terms' own order and precision, one by one: a different order of additions would round differently.
-        loss = sum(sums[i] / weights[i].to(sums) for i in range(len(terms)))
+        loss = reduce(torch.add, (sums[i] / weights[i].to(sums) for i in range(len(terms))))
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self._reduce_gradients()
@@ -106,7 +107,7 @@ class TrainState:
             self.parameters[name].copy_(value)
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Everything needed to go on: tensors, and metadata as safetensors takes it."""
+        """Everything that a stopped run needs to go on: tensors, and metadata as safetensors takes it."""
         tensors: dict[str, torch.Tensor] = {f"parameter.{name}": p for name, p in self.parameters.items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
         for name, parameter in self.parameters.items():
@@ -121,7 +122,7 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` gave."""
         self.step, self.skipped_steps = int(metadata["step"]), int(metadata["skipped_steps"])
         self.loss_history = json.loads(metadata["loss_history"])
         for name, parameter in self.parameters.items():
@@ -134,7 +135,7 @@ class TrainState:
                 self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **state}
 
     def record(self, losses: Mapping[str, float], every: int) -> None:
-        """Keep the last step's losses in the history, at the first of every so many steps and at the end."""
+        """Keep the last step's losses in the history: one step in `every`, and the last of all."""
         step = self.step - 1
         if step % every == 0 or self.step == self.settings.steps:
             self.loss_history.append({"step": step, **{name: round(value, 6) for name, value in losses.items()}})

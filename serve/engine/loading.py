@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ppcl.config.location import LocationLike
 from ppcl.errors import UserError
 from ppcl.replacements import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
@@ -97,7 +98,7 @@ def _kept(plan: Iterable[Replacement], count: int) -> set[int]:
     return set(range(count)) - {block for item in plan if item.removed for block in item.blocks}
 
 
-def qualities(result: Path, variants: Iterable[str]) -> dict[str, float | None]:
+def qualities(result: LocationLike, variants: Iterable[str]) -> dict[str, float | None]:
     """Return each variant's score in [0, 1] from the result's evaluation, None where it was not evaluated.
 
     The score is the prompt checker's share of correct images, else one minus the velocity's relative squared error.

@@ -11,10 +11,10 @@ from ppcl.config.schema import Finetuning
 from ppcl.errors import UserError
 from ppcl.replacements import (
     LowRankModulation,
+    Plan,
     Replacement,
     checked_plan,
     conflicts,
-    parse_replacement,
     parse_text,
     sort_key,
 )
@@ -28,7 +28,7 @@ _WHOLE = 0.5
 
 
 class PlanSampler(Protocol):
-    """What plans are drawn from. `replacements`: all that can be in one."""
+    """Draws a plan for each step. `replacements`: all that can be in one."""
 
     replacements: list[Replacement]
 
@@ -46,7 +46,7 @@ class FixedPlan:
 
 
 class VariantParts:
-    """A named variant, or some of what is in it: fewer plans than all there are, so that each gets its share of the steps."""
+    """A named variant or a part of one: fewer plans than there are at all, so that each gets its share of the steps."""
 
     def __init__(self, variants: Iterable[Sequence[Replacement]]):
         """`variants`: those with something to train in them."""
@@ -59,21 +59,23 @@ class VariantParts:
             return plan
         while True:
             share = rng.random()
-            some = [replacement for replacement in plan if rng.random() < share]
-            if trainable(some):
-                return some
+            part = [replacement for replacement in plan if rng.random() < share]
+            if trainable(part):
+                return part
 
 
 class AnyPlan:
-    """Any plan of what there is, small plans and nearly full ones as likely as any."""
+    """Any plan of the given replacements, small plans and nearly full ones as likely as any."""
 
     def __init__(self, replacements: Iterable[Replacement]):
-        self.replacements = sorted((e for e in replacements if trainable([e])), key=sort_key)
+        self.replacements = sorted(trainable(replacements), key=sort_key)
 
     def draw(self, rng: np.random.Generator) -> list[Replacement]:
-        """Kind after kind, in random order: there are far more FFNs than intervals, and taken all together an interval would
-        hardly ever find its place free. Each kind is left out, or each of its replacements taken with a probability that is itself
-        drawn."""
+        """Draw kind after kind, in random order.
+
+        There are far more FFNs than intervals: drawn all together, an interval would hardly ever find its place free.
+        Each kind is left out, or each of its replacements taken with a probability that is itself drawn.
+        """
         kinds = sorted({replacement.label for replacement in self.replacements})
         plan: list[Replacement] = []
         while not plan:
@@ -88,18 +90,18 @@ class AnyPlan:
 
 
 def trainable(plan: Iterable[Replacement]) -> list[Replacement]:
-    """What folding loses is not learnt: nothing of it could be told from rounding."""
+    """The replacements that can be trained: what low-rank modulations lose is no more than rounding."""
     return [replacement for replacement in plan if not isinstance(replacement, LowRankModulation)]
 
 
-def random_plans(draws: PlanSampler, count: int, seed: int) -> list[list[Replacement]]:
-    """Different plans, as many of `count` as can be found."""
+def random_plans(sampler: PlanSampler, count: int, seed: int) -> list[list[Replacement]]:
+    """At most `count` different plans; fewer where not so many are found."""
     rng = np.random.default_rng(seed)
     found: dict[tuple[Replacement, ...], None] = {}
     for _ in range(20 * count):
         if len(found) == count:
             break
-        found[tuple(draws.draw(rng))] = None
+        found[tuple(sampler.draw(rng))] = None
     return [list(plan) for plan in found]
 
 
@@ -109,12 +111,17 @@ def plan_sampler(
     variants: Mapping[str, Sequence[Replacement]],
     block_ranges: list[range],
 ) -> PlanSampler:
-    """What `finetuning.plan` says. `variants`: the named ones. Raises `UserError` where it cannot be."""
+    """The sampler that `finetuning.plan` asks for.
+
+    `known`: the replacements that were distilled. `variants`: the named plans. Raises `UserError` for a plan or a
+    variant that does not exist or has nothing to train.
+    """
     named = {name: plan for name, plan in variants.items() if trainable(plan)}
     for name in settings.variants:
         if name not in named:
             raise UserError(
-                f"finetuning.variants: there is no variant {name!r} with anything to train; there are {', '.join(named) or 'none'}"
+                f"finetuning.variants: there is no variant {name!r} with anything to train; "
+                f"there are {', '.join(named) or 'none'}"
             )
     if settings.plan == ANY:
         return AnyPlan(known)
@@ -127,19 +134,17 @@ def plan_sampler(
         return VariantParts(named[name] for name in settings.variants or named)
     if settings.plan in named:
         return FixedPlan(named[settings.plan])
-    return FixedPlan(_written(settings.plan, known, named, block_ranges))
+    return FixedPlan(_plan_of_text(settings.plan, list(known), named, block_ranges))
 
 
-def _written(
-    text: str, known: Iterable[Replacement], named: Iterable[str], block_ranges: list[range]
-) -> list[Replacement]:
-    plan = parse_text(text)
-    if plan is None:
+def _plan_of_text(text: str, known: Sequence[Replacement], named: Iterable[str], block_ranges: Sequence[range]) -> Plan:
+    replacements = parse_text(text)
+    if replacements is None:
         raise UserError(
-            f"finetuning.plan: {text!r} is neither {VARIANTS} nor {ANY}, no variant ({', '.join(named)}) and no plan; write a "
-            "plan as 3-5,text:6-8,ffn:1"
+            f"finetuning.plan: {text!r} is neither {VARIANTS} nor {ANY}, no variant ({', '.join(named)}) and no plan; "
+            "write a plan as 3-5,text:6-8,ffn:1"
         )
-    plan, known = checked_plan(map(parse_replacement, plan), block_ranges), list(known)
+    plan = checked_plan(replacements, block_ranges)
     for replacement in plan:
         if replacement not in known:
             raise UserError(

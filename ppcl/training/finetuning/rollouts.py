@@ -1,28 +1,30 @@
-"""States of the variants' own trajectories, for learning on what a variant itself runs into.
+"""Rollouts: states of the variants' own trajectories, so that a variant learns on what it runs into itself.
 
-A pool of trajectories runs beside the training. A step learns on some of them and moves those on by one Euler step of the
-velocity that it computed anyway; one that has reached its end begins again from fresh noise, with another prompt. So the
-states are as many as are wanted, they hold the errors a variant makes on its way, and they cost nothing beyond their memory.
+A pool of trajectories runs beside the training. A step learns on some of them and moves those on by one Euler step of
+the velocity that it computed anyway; one that has reached its end starts again from fresh noise, with another prompt.
+So the states never run out, they hold the errors a variant makes on its way, and they cost only their memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 
 class Rollouts:
-    """`ids (N,)`: the samples whose prompts they have; `timesteps (N,)`, as shares of noise in [0, 1]; `latents (N, …)`, float32.
+    """A pool of `N` trajectories.
 
-    `grid`: the timesteps a trajectory visits, ascending; `samples`: what new trajectories take their prompts from.
+    `ids (N,)`: the samples whose prompts they have. `timesteps (N,)`: shares of noise in [0, 1]. `latents (N, …)`,
+    float32. `grid`: the timesteps a trajectory visits, ascending. `samples`: what new trajectories take their prompts
+    from.
     """
 
     def __init__(
         self,
-        ids: Sequence[int],
-        timesteps: Sequence[float],
+        ids: Sequence[int] | np.ndarray,
+        timesteps: Sequence[float] | np.ndarray,
         latents: torch.Tensor,
         grid: np.ndarray,
         samples: np.ndarray,
@@ -42,7 +44,7 @@ class Rollouts:
     def advance(self, places: np.ndarray, velocity: torch.Tensor, rng: np.random.Generator) -> None:
         """Move trajectories on to the next timestep: `x_{t'} = x_t + (t' - t) v`, flow matching. `velocity`: `(B, …)`.
 
-        Begins again where there is no next one or where the velocity is not finite.
+        Starts again where there is no next one or where the velocity is not finite.
         """
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         for place, v in zip(places, velocity.float().cpu(), strict=True):
@@ -56,14 +58,15 @@ class Rollouts:
                 self.latents[place] = noise
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """For a checkpoint."""
+        """The state of all trajectories, for a checkpoint."""
         return {
             "trajectories.ids": torch.from_numpy(self.ids),
             "trajectories.timesteps": torch.from_numpy(self.timesteps),
             "trajectories.latents": self.latents,
         }
 
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from what `tensors` gave."""
         self.ids = tensors["trajectories.ids"].numpy()
         self.timesteps = tensors["trajectories.timesteps"].numpy()
         self.latents = tensors["trajectories.latents"]

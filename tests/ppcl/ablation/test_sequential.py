@@ -6,7 +6,7 @@ from ppcl.config.schema import Distillation
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 from tests.samples import MemorySamples
 
 INTERVALS = [Interval(0, 1), Interval(3, 5)]
@@ -18,18 +18,7 @@ def test_only_what_stands_before_a_student_differs_in_sequence(teacher_folder, t
     teacher, samples = Teacher(teacher_folder), MemorySamples()
     for name in ("apart", "sequence"):
         (tmp_path / name).mkdir()
-    distil(
-        teacher,
-        samples,
-        INTERVALS,
-        SETTINGS,
-        ParallelDims(),
-        tmp_path / "apart",
-        tmp_path / "c",
-        0,
-        "cpu",
-        lambda *told: None,
-    )
+    distil(teacher, samples, INTERVALS, SETTINGS, RunContext(tmp_path / "apart", tmp_path / "c"))
     SequentialRun(teacher, samples, SETTINGS, 0, "cpu").distil(INTERVALS, tmp_path / "sequence", lambda done: None)
     first, second = (
         [load_file(tmp_path / name / f"{i.name}.safetensors") for name in ("apart", "sequence")] for i in INTERVALS

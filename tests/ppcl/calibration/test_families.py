@@ -6,10 +6,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from PIL import Image
 
 from ppcl.calibration.dataset import CalibrationSet, write_call, write_embeddings, write_held_out, write_states
-from ppcl.calibration.encoding import encode
+from ppcl.calibration.encoding import EncodedPrompts, encode
 from ppcl.calibration.noised_images import noise_images
 from ppcl.calibration.seeding import generator, strata
-from ppcl.calibration.trajectory_recorder import NEGATIVE, record
+from ppcl.calibration.trajectory_recorder import NEGATIVE, StateSettings, record
 from ppcl.config.schema import Sampling
 from ppcl.models import adapter_of
 from tests import tiny
@@ -97,7 +97,9 @@ def test_stored_states_give_the_outputs_of_the_stock_calls(tmp_path, case):
 
     hook = pipeline.transformer.register_forward_hook(look, with_kwargs=True)
     sampling = Sampling(steps=4, height=16, width=16, arguments=arguments)
-    states, call = record(pipeline, adapter, [0, 1, 2], embeddings, negative, sampling, KEPT, seed=5)
+    states, call = record(
+        pipeline, adapter, EncodedPrompts([0, 1, 2], embeddings, negative), StateSettings(sampling, KEPT, seed=5)
+    )
     hook.remove()
     assert len({s.sample_id for s in states}) == len(states) == 3 * KEPT * (2 if guided else 1)
 
@@ -127,9 +129,8 @@ def test_pictures_are_normalised_and_packed_as_flux_unpacks_them(tmp_path):
     pipeline = flux_pipeline()
     adapter, config = adapter_of(pipeline.transformer), dict(pipeline.transformer.config)
     sampling = Sampling(steps=4, height=16, width=16)
-    states, call = noise_images(
-        pipeline, adapter, [0], [embedding(0)], [str(tmp_path / "a.png")], config, sampling, 1, seed=5
-    )
+    prompts, settings = EncodedPrompts([0], [embedding(0)]), StateSettings(sampling, 1, seed=5)
+    states, call = noise_images(pipeline, adapter, prompts, [str(tmp_path / "a.png")], config, settings)
     assert call.each == {"guidance": 3.5} and set(call.whole) == {"img_ids", "txt_ids"}
     pixels = torch.tensor([200, 30, 90]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
     x = (pipeline.vae.encode(pixels).latent_dist.mode() - 0.1) * 1.5

@@ -14,10 +14,10 @@ from ppcl.calibration.dataset import (
     write_held_out,
     write_states,
 )
-from ppcl.calibration.encoding import TEXT, collate, encode
+from ppcl.calibration.encoding import TEXT, EncodedPrompts, collate, encode
 from ppcl.calibration.noised_images import noise_images, noised
 from ppcl.calibration.seeding import chosen_steps, generator, strata
-from ppcl.calibration.trajectory_recorder import NEGATIVE, record
+from ppcl.calibration.trajectory_recorder import NEGATIVE, StateSettings, record
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
@@ -47,7 +47,8 @@ def embeddings(teacher, pipeline):
 
 def record_all(teacher, pipeline, embeddings, ids=(0, 1, 2), negative=None, how=None):
     chosen = [embeddings[i] for i in ids]
-    return record(pipeline, teacher.adapter, list(ids), chosen, negative, how or sampling(), KEPT, SEED)
+    prompts = EncodedPrompts(list(ids), chosen, negative)
+    return record(pipeline, teacher.adapter, prompts, StateSettings(how or sampling(), KEPT, SEED))
 
 
 def test_embeddings_are_those_of_each_prompt_alone(pipeline, embeddings):
@@ -208,13 +209,10 @@ def test_noised_pictures_are_those_computed_by_hand(tmp_path, teacher, pipeline,
     states, call = noise_images(
         reduced,
         teacher.adapter,
-        [0, 1, 2],
-        embeddings,
+        EncodedPrompts([0, 1, 2], embeddings),
         images,
         teacher.config(),
-        sampling(true_cfg_scale=3.0),
-        KEPT,
-        SEED,
+        StateSettings(sampling(true_cfg_scale=3.0), KEPT, SEED),
     )
     assert call.each == {"img_shapes": [(1, 4, 4)]}
     assert len(states) == 3 * KEPT
@@ -244,10 +242,9 @@ def test_noise_runs_from_the_picture_to_noise():
 def test_a_picture_that_cannot_be_read_is_named(tmp_path, teacher, pipeline, embeddings):
     path = tmp_path / "broken.png"
     path.write_bytes(b"no picture")
+    prompts, settings = EncodedPrompts([0], embeddings[:1]), StateSettings(sampling(), KEPT, SEED)
     with pytest.raises(UserError, match="broken.png cannot be read"):
-        noise_images(
-            pipeline, teacher.adapter, [0], embeddings[:1], [str(path)], teacher.config(), sampling(), KEPT, SEED
-        )
+        noise_images(pipeline, teacher.adapter, prompts, [str(path)], teacher.config(), settings)
 
 
 def test_texts_of_one_length_are_not_masked(teacher, embeddings):

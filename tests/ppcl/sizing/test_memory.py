@@ -16,8 +16,8 @@ from ppcl.sizing.model import model_of
 from ppcl.sizing.table import gigabytes, rows_of
 from ppcl.training.captured import CaptureSpec
 from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
+from ppcl.training.distillation.segments import segment_of
 from ppcl.training.distillation.trainee import Trainee
-from ppcl.training.distillation.trainer import segment_of
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage
 from ppcl.training.teacher_segment import TeacherSegment
@@ -63,7 +63,8 @@ def _measure(folder, out):
     teacher, mesh = Teacher(folder), ParallelDims.join(2, 1)
     plan = intervals(_model(folder), LENGTH)
     count = len(teacher.adapter.blocks(teacher.empty_transformer()))
-    segment = TeacherSegment(teacher, segment_of(mesh.pp_rank, 2, count, plan), plan, "cpu", torch.bfloat16)
+    blocks = segment_of(mesh.pp_rank, 2, count, plan, "students")
+    segment = TeacherSegment(teacher, blocks, plan, "cpu", torch.bfloat16)
     pipeline_stage = PipelineStage(mesh.pp_rank, 2, mesh.rank)
     objectives = [
         new_objective(TeacherBlocks(segment.adapter, segment.transformer, segment.blocks, count), e, Distillation())

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
-from ppcl.storage.tensor_files import DamagedError, drop_damaged, is_whole, load_tensors, save_tensors
+from ppcl.storage.tensor_files import DamagedError, drop_damaged, is_whole, load_tensors, save_tensors, to_bytes
 
 TENSORS = {
     "x": torch.arange(1000.0),
@@ -22,6 +22,18 @@ def test_what_was_written_is_read(tmp_path):
         torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
     )
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.safetensors"]
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    # safetensors alone gives each of these files another order of its metadata.
+    metadata = {name: f'{name} "\\ \n\x01ä' for name in "zyxwvuts"} | WORDS
+    orders = [metadata, dict(sorted(metadata.items()))]
+    for number, words in enumerate(orders):
+        save_tensors(tmp_path / f"{number}.safetensors", dict(sorted(TENSORS.items())) if number else TENSORS, words)
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1.safetensors").read_bytes()
+    assert load_tensors(tmp_path / "0.safetensors")[1] == metadata
+    assert to_bytes(TENSORS, orders[0]) == to_bytes(TENSORS, orders[1])
+    assert torch.equal(load(to_bytes(TENSORS, metadata))["half"], TENSORS["half"])
 
 
 def test_any_changed_bit_is_found(tmp_path):

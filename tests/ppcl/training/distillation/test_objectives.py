@@ -17,10 +17,12 @@ from ppcl.replacements.io import files_in, load_replacement
 from ppcl.replacements.parameter_counts import parameter_counts
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
-from ppcl.training.distillation.trainer import distil, segment_of
+from ppcl.training.distillation.segments import segment_of
+from ppcl.training.distillation.trainer import distil
 from ppcl.training.losses import normalized, relative
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage
+from ppcl.training.run_context import RunContext
 from ppcl.training.teacher_segment import TeacherSegment
 from tests import ranks, tiny
 from tests.samples import MemorySamples
@@ -47,19 +49,7 @@ def folder(tmp_path_factory):
 def train(folder, out, settings=SETTINGS):
     dims = ParallelDims.join(settings.pipeline_parallel, settings.data_parallel)
     with torch.enable_grad():
-        distil(
-            Teacher(folder),
-            MemorySamples(),
-            PLAN,
-            settings,
-            dims,
-            out,
-            out / "checkpoints",
-            0,
-            "cpu",
-            lambda *_: None,
-            0.05,
-        )
+        distil(Teacher(folder), MemorySamples(), PLAN, settings, RunContext(out, out / "checkpoints", dims=dims), 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +240,7 @@ def test_a_target_that_is_nothing_leaves_the_loss_finite():
 def test_a_cut_never_falls_into_a_text_run():
     plan = [TextRun(1, 3), LinearFfn(0), LinearFfn(5)]
     for stage in range(2):
-        part = segment_of(stage, 2, 6, plan)
+        part = segment_of(stage, 2, 6, plan, "all")
         assert all((entry.first in part) == (entry.last in part) for entry in plan)
 
 
@@ -279,18 +269,7 @@ def test_linear_maps_stay_at_their_least_squares_optimum_by_default_and_students
         settings = SETTINGS.model_copy(update={"train": train, "steps": 2})
         folder = tmp_path / train
         with torch.enable_grad():
-            distil(
-                Teacher(teacher_folder),
-                MemorySamples(),
-                plan,
-                settings,
-                ParallelDims(),
-                folder,
-                folder / "checkpoints",
-                0,
-                "cpu",
-                lambda *_: None,
-            )
+            distil(Teacher(teacher_folder), MemorySamples(), plan, settings, RunContext(folder, folder / "checkpoints"))
         made[train] = {replacement: load_file(folder / f"{replacement.name}.safetensors") for replacement in plan}
         start = json.loads((folder / f"{LinearFfn(3).name}.json").read_text())
         assert (start["curve"] == []) == (train == "students")

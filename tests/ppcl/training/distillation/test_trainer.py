@@ -16,10 +16,12 @@ from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.closed_form import fit_closed_form
 from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
-from ppcl.training.distillation.trainer import distil, segment_of
+from ppcl.training.distillation.segments import segment_of
+from ppcl.training.distillation.trainer import distil
 from ppcl.training.losses import normalized, relative
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage
+from ppcl.training.run_context import RunContext
 from ppcl.training.teacher_segment import TeacherSegment
 from tests import ranks, tiny
 from tests.samples import MemorySamples
@@ -42,7 +44,8 @@ def train(folder, out, settings=SETTINGS, intervals=INTERVALS, stop_after=None):
 
     dims = ParallelDims.join(settings.pipeline_parallel, settings.data_parallel)
     with torch.enable_grad():
-        distil(Teacher(folder), MemorySamples(), intervals, settings, dims, out, out / "checkpoints", 0, "cpu", report)
+        run = RunContext(out, out / "checkpoints", dims=dims, report=report)
+        distil(Teacher(folder), MemorySamples(), intervals, settings, run)
 
 
 def students(out):
@@ -126,7 +129,7 @@ def test_a_rank_holds_its_own_blocks_only(folder):
     whole = teacher.transformer()
     block = sum(p.numel() for p in adapter_of(whole).blocks(whole)[0].parameters())
     rest = sum(p.numel() for p in whole.parameters()) - 6 * block
-    parts = [segment_of(stage, 2, 6, INTERVALS) for stage in range(2)]
+    parts = [segment_of(stage, 2, 6, INTERVALS, "students") for stage in range(2)]
     assert [b for part in parts for b in part] == list(range(6))
     for part in parts:
         segment = TeacherSegment(teacher, part, INTERVALS, "cpu", torch.float32)

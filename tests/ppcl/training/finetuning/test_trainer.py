@@ -17,8 +17,9 @@ from ppcl.training.data import batch_of
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.finetuning.plan_sampler import AnyPlan, FixedPlan, VariantParts, plan_sampler, random_plans
 from ppcl.training.finetuning.rollouts import Rollouts, visited_timesteps
-from ppcl.training.finetuning.trainer import finetune
+from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 
@@ -59,18 +60,7 @@ def students(folder, tmp_path_factory):
     # Poor starts, so that there is something to improve.
     settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, init="first", ridge=1.0, train="all")
     with torch.enable_grad():
-        distil(
-            Teacher(folder),
-            MemorySamples(256),
-            PLAN,
-            settings,
-            ParallelDims.join(1, 1),
-            out,
-            out / "c",
-            0,
-            "cpu",
-            lambda *_, phase=None: None,
-        )
+        distil(Teacher(folder), MemorySamples(256), PLAN, settings, RunContext(out, out / "c"))
     return out
 
 
@@ -84,18 +74,11 @@ def tune(folder, students, out, settings=SETTINGS, stop_after=None, variants=VAR
     with torch.enable_grad():
         finetune(
             Teacher(folder),
-            files_in(students),
-            variants,
-            SENSITIVITY,
             MemorySamples(256),
+            DistilledReplacements(files_in(students), variants, SENSITIVITY),
             settings,
+            RunContext(out, out / "checkpoints", dims=dims, report=report),
             8,
-            dims,
-            out,
-            out / "checkpoints",
-            0,
-            "cpu",
-            report,
         )
     return json.loads((out / "finetuning.json").read_text()) if dims.dp_rank == 0 else None
 
@@ -233,7 +216,7 @@ def test_a_fixed_plan_trains_its_entries_alone(folder, students, tmp_path):
 
 
 def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
-    """With folded modulations too: a student learns with and without them, and what was multiplied out once would be old."""
+    """With low-rank modulations too, with and without which a student learns: nothing multiplied out may be stale."""
     plan, samples, teacher = (
         [Interval(3, 5), PrunedFfn(2, 50), LowRankModulation()],
         MemorySamples(256),
@@ -241,30 +224,15 @@ def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
     )
     settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, init="first", ridge=1.0, train="all")
     with torch.enable_grad():
-        distil(
-            teacher,
-            samples,
-            plan,
-            settings,
-            ParallelDims(),
-            tmp_path / "s",
-            tmp_path / "c",
-            0,
-            "cpu",
-            lambda *_, phase=None: None,
-            1e-2,
-        )
+        distil(teacher, samples, plan, settings, RunContext(tmp_path / "s", tmp_path / "c"), 1e-2)
     tuning = SETTINGS.model_copy(update={"steps": 60, "plan": "variants", "measured_plans": 0})
-    told = tune(folder, tmp_path / "s", tmp_path / "tuned", tuning, variants={"one": plan, "bare": plan[:1]})["plans"][
-        0
-    ]
-    switch, ids = (
-        VariantSwitcher(teacher, files_in(tmp_path / "s") | files_in(tmp_path / "tuned")),
-        samples.ids(held_out=True),
-    )
-    errors = variant_errors(teacher.transformer(), switch, {"one": plan}, samples.batch(ids))
-    assert told["after"] < 0.9 * told["before"]
-    assert told["after"] == pytest.approx(errors["one"].overall(), rel=1e-3)
+    variants = {"one": plan, "bare": plan[:1]}
+    row = tune(folder, tmp_path / "s", tmp_path / "tuned", tuning, variants=variants)["plans"][0]
+    switch = VariantSwitcher(teacher, files_in(tmp_path / "s") | files_in(tmp_path / "tuned"))
+    inputs = samples.batch(samples.ids(held_out=True))
+    errors = variant_errors(teacher.transformer(), switch, {"one": plan}, inputs)
+    assert row["after"] < 0.9 * row["before"]
+    assert row["after"] == pytest.approx(errors["one"].overall(), rel=1e-3)
 
 
 def test_the_loss_is_the_velocitys_relative_squared_error(folder, students, tmp_path):

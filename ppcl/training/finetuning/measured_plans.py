@@ -1,0 +1,82 @@
+"""The plans whose velocity error is measured before and after fine-tuning.
+
+From these a result decides which other plans take the fine-tuned replacements; see
+`ppcl.replacements.finetuned_selection`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppcl.replacements import Replacement
+from ppcl.replacements.finetuned_selection import FinetunedSelection, ratios_of
+from ppcl.training.data import Samples
+from ppcl.training.finetuning.plan_sampler import FixedPlan, PlanSampler, VariantParts, random_plans, trainable
+from ppcl.training.finetuning.variant_model import VariantModel
+from ppcl.training.progress import ProgressReport
+
+# Held-out samples on which plans are measured, at most, and how many at once.
+_SAMPLES, _BATCH = 192, 32
+
+Variants = Mapping[str, Sequence[Replacement]]
+
+
+def plans_to_measure(sampler: PlanSampler, variants: Variants, count: int, seed: int) -> list[list[Replacement]]:
+    """The variants with something to train, and up to `count` drawn plans; for a fixed plan, that one and its parts."""
+    drawn = []
+    if isinstance(sampler, FixedPlan):
+        # What was trained for the whole need not be better for its parts.
+        drawn, sampler = [sampler.replacements], VariantParts([sampler.replacements])
+    drawn += [plan for plan in random_plans(sampler, count, seed) if plan not in drawn]
+    named = dict.fromkeys(tuple(plan) for plan in variants.values() if trainable(plan))
+    return [*map(list, named), *(plan for plan in drawn if tuple(plan) not in named)]
+
+
+@torch.no_grad()
+def velocity_errors(
+    model: VariantModel, samples: Samples, plans: Sequence[Sequence[Replacement]], report: ProgressReport
+) -> list[float]:
+    """Each plan's relative squared velocity error on held-out samples, at most `_SAMPLES` of them, spread evenly."""
+    ids = samples.ids(held_out=True)
+    ids = ids[:: -(-len(ids) // _SAMPLES)]
+    batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
+    error, energy = torch.zeros(len(plans), dtype=torch.float64), 0.0
+    for number, batch in enumerate(batches):
+        inputs = samples.batch(batch, model.device, model.dtype)
+        target = model.velocity((), inputs).double()
+        energy += float(target.square().sum())
+        for index, plan in enumerate(plans):
+            error[index] += (model.velocity(plan, inputs).double() - target).square().sum().cpu()
+            done = number * len(plans) + index + 1
+            report(done, len(batches) * len(plans), {}, phase="measuring plans")
+    model.unplug()
+    return (error / energy).tolist()
+
+
+def plan_rows(
+    errors: Mapping[tuple[Replacement, ...], tuple[float, float]],
+    variants: Variants,
+    trained: Sequence[Replacement],
+    sensitivity: Mapping[Replacement, float],
+) -> list[dict[str, Any]]:
+    """The rows of `finetuning.json`: each plan's errors, and the replacements it would take fine-tuned.
+
+    `errors`: by plan, before and after. `trained`: the replacements that were. `sensitivity`: the velocity error of
+    each replacement alone.
+    """
+    named = {tuple(plan): name for name, plan in variants.items() if trainable(plan)}
+    rows: list[dict[str, Any]] = [
+        {"plan": [str(r) for r in plan], "variant": named.get(plan), "before": before, "after": after}
+        for plan, (before, after) in errors.items()
+    ]
+    ratios = ratios_of(rows)
+    for row, plan in zip(rows, errors, strict=True):
+        # A drawn plan stands for those that are not measured: what its row says must not come from its own ratio.
+        known = ratios if row["variant"] else {p: ratio for p, ratio in ratios.items() if p != frozenset(plan)}
+        selection = FinetunedSelection(dict.fromkeys(trained, Path()), sensitivity, known)
+        row["taken"] = selection.uses_finetuned(plan)
+    return rows

@@ -1,0 +1,92 @@
+"""The states that a step learns on: the teacher's own, and those of the variants' trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ppcl.config.schema import Finetuning
+from ppcl.models import ModelAdapter
+from ppcl.training.data import Samples, batch_of
+from ppcl.training.finetuning.rollouts import Rollouts, visited_timesteps
+from ppcl.training.run_context import RunContext
+
+# Trajectories that run at once, in batches: more than one step learns on, so that successive steps see different ones.
+_POOL = 8
+# Samples that the timesteps of trajectories are taken from, at most.
+_GRID_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class StateBatch:
+    """`inputs`: arguments of the transformer. `places (n,)`: the rollouts that the last `n` rows are taken from."""
+
+    inputs: dict[str, Any]
+    places: np.ndarray
+
+
+class StateBatches:
+    """One replica's share of each batch: the teacher's states first, the rollouts behind them.
+
+    `sampling_steps`: the steps of a trajectory.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        adapter: ModelAdapter,
+        settings: Finetuning,
+        sampling_steps: int,
+        run: RunContext,
+    ):
+        self.samples, self.adapter, self.settings, self.run = samples, adapter, settings, run
+        self.dtype = run.dtype(settings.precision)
+        self.ids = samples.ids(held_out=False)
+        self.rollouts = self._start_rollouts(sampling_steps) if settings.rollout_share else None
+
+    def _start_rollouts(self, steps: int) -> Rollouts:
+        """Trajectories that start on the teacher's states, and so at all timesteps from the first step on."""
+        inputs = self.samples.batch(self.ids[:: max(1, len(self.ids) // _GRID_SAMPLES)], "cpu", torch.float32)
+        grid = visited_timesteps(self._noise_shares(inputs), steps)
+        order = np.random.default_rng([self.run.seed, self.run.dims.dp_rank]).permutation(self.ids)
+        ids = order[: _POOL * self.settings.batch_size]
+        inputs = self.samples.batch(ids, "cpu", torch.float32)
+        return Rollouts(ids, self._noise_shares(inputs), inputs[self.adapter.latents], grid, self.ids)
+
+    def _noise_shares(self, inputs: dict[str, Any]) -> np.ndarray:
+        """The timesteps of a batch as shares of noise in [0, 1]."""
+        return inputs[self.adapter.timestep].double().cpu().numpy() / self.adapter.timestep_scale
+
+    def draw(self, step: int, rng: np.random.Generator) -> StateBatch:
+        """This replica's share of a step's batch."""
+        dims, device = self.run.dims, self.run.device
+        ids = batch_of(step, self.ids, self.settings.batch_size, self.run.seed)[dims.dp_rank :: dims.dp]
+        if self.rollouts is None:
+            return StateBatch(self.samples.batch(ids, device, self.dtype), np.array([], dtype=np.int64))
+        places = self.rollouts.draw(round(self.settings.rollout_share * len(ids)), rng)
+        first = len(ids) - len(places)
+        ids = np.array([*ids[:first], *self.rollouts.ids[places]])
+        inputs = self.samples.batch(ids, device, self.dtype)
+        latents, timestep = inputs[self.adapter.latents], inputs[self.adapter.timestep]
+        latents[first:] = self.rollouts.latents[places].to(latents)
+        shares = torch.from_numpy(self.rollouts.timesteps[places])
+        timestep[first:] = (shares * self.adapter.timestep_scale).to(timestep)
+        return StateBatch(inputs, places)
+
+    def advance(self, batch: StateBatch, velocity: torch.Tensor, rng: np.random.Generator) -> None:
+        """Move the rollouts of a batch on by one step along the variant's velocity `(B, …)`."""
+        if self.rollouts is not None and len(batch.places):
+            self.rollouts.advance(batch.places, velocity.detach()[-len(batch.places) :], rng)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state of the rollouts, for a checkpoint."""
+        return {} if self.rollouts is None else self.rollouts.tensors()
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Continue from what `tensors` gave."""
+        if self.rollouts is not None:
+            self.rollouts.restore(tensors)
