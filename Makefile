@@ -26,8 +26,8 @@ demo-full: setup
 # One process a core: files of tests go to them whole, since what is costly is shared within a file.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-# All but the fault tests: style and imports, then the unit and integration tests, the slowest twenty told.
-test: lint
+# All but the fault tests: style, imports and types, then the unit and integration tests, the slowest twenty told.
+test: lint types
 	$(PYTEST) --durations=20
 
 # The mathematics and whatever else needs no process, socket or browser.
@@ -39,7 +39,7 @@ lint: setup
 	$(BIN)/ruff format --check ppcl jobs serve tests benchmarks docs
 	$(BIN)/lint-imports
 
-# The type checker; ppcl/training, ppcl/ablation, ppcl/replacements and ppcl/report have errors left.
+# The type checker, over the whole program.
 types: setup
 	$(BIN)/mypy
 

@@ -26,8 +26,9 @@ def fit_closed_form(
 ) -> None:
     """Set `objectives` to their closed-form initialisation, from one pass of the whole pipeline over the samples `ids`.
 
-    `captured(rows)` runs the teacher on some of them. Every rank takes part, also one without objectives, since the streams
-    pass through it. Cost: `O(n p (p + q))` for `n` tokens and maps `p → q`; memory `O(p (p + q))` for each name.
+    `captured(rows)` runs the teacher on some of them. Every rank takes part, also one without objectives, since the
+    streams pass through it. Cost: `O(n p (p + q))` for `n` tokens and maps `p → q`; memory `O(p (p + q))` for each
+    name.
     """
     shapes = {name: shape for objective in objectives for name, shape in objective.moments().items()}
     moments = {name: Moments(*shape) for name, shape in shapes.items()}

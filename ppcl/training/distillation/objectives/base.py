@@ -1,4 +1,4 @@
-"""What an objective is: it says what of the teacher it needs, where it starts in closed form, and what its losses are."""
+"""What an objective is: what of the teacher it needs, where it starts in closed form, and what its losses are."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Gradient(Enum):
 class TeacherBlocks:
     """The teacher's own blocks that objectives are made from.
 
-    `blocks`: by number, those of the replacement at least. `count`: how many the whole teacher has. `transformer`: tells
-    where the parts of a block are; its weights are not read.
+    `blocks`: by number, those of the replacement at least. `count`: how many the whole teacher has. `transformer`:
+    tells where the parts of a block are; its weights are not read.
     """
 
     adapter: ModelAdapter
