@@ -202,6 +202,13 @@ class Distillation(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
+    moments_gb: float = Field(
+        16.0,
+        json_schema_extra=OPERATIONAL,
+        gt=0,
+        description="most memory of a rank, in GB, for the sums that closed-form maps are computed from; more take "
+        "several passes over the samples",
+    )
     pipeline_parallel: int = Field(
         1,
         json_schema_extra=OPERATIONAL,

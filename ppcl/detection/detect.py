@@ -117,7 +117,7 @@ class _Tables:
 
 
 def _dealt(blocks: int) -> list[tuple[int, ...]]:
-    """Rows dealt out to tasks: a long one with a short one, so that tasks take the same time and share what they read."""
+    """Rows dealt out to tasks: a long one with a short one, so that tasks take the same time."""
     return [tuple(sorted({u, blocks - 1 - u})) for u in range((blocks + 1) // 2)]
 
 

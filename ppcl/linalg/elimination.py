@@ -3,7 +3,8 @@
 The map is `y = W x + b`, where `x` are hidden units. Taking unit `j` away costs least when the other units' columns of
 `W` make up for it; with `G` the centred Gram matrix of the units, that least squared error is `‖w_j‖² / (G⁻¹)_jj`, and
 the other columns change by `-w_j (G⁻¹)_kj / (G⁻¹)_jj` (the optimal brain surgeon of Hassibi and Stork 1993, for whole
-units as in ZipLM, arXiv 2302.04089). Only `G` and the mean are needed: sums that add up exactly over batches and workers.
+units as in ZipLM, arXiv 2302.04089). Only `G` and the mean are needed: sums that add up exactly over batches and
+workers.
 
 Units leave in groups. Which ones is decided one unit at a time among a pool of the cheapest, which needs the pool's own
 rows alone; what their leaving does to all others is one exact update, a product of matrices.
@@ -33,8 +34,8 @@ _TRIES = 5
 class PrunedUnits:
     """A linear map on the hidden units that stay.
 
-    `units (k,)`: their numbers, ascending. `weight (q, k)`, `bias (q,)`: the map. `error`: its squared error a token, as
-    a share of the variance of the whole map's output.
+    `units (k,)`: their numbers, ascending. `weight (q, k)`, `bias (q,)`: the map. `error`: its squared error a token,
+    as a share of the variance of the whole map's output.
     """
 
     units: torch.Tensor
@@ -103,7 +104,7 @@ class _Problem:
 
 
 class _Elimination:
-    """The units left, `units (k,)` ascending, the inverse of their Gram matrix, and the columns as they make up so far."""
+    """The units left, `units (k,)` ascending, the inverse of their Gram matrix, and the columns as they now are."""
 
     def __init__(self, problem: _Problem, full: torch.Tensor):
         self.problem = problem
