@@ -113,7 +113,7 @@ class Jobs:
             logging.getLogger(name).setLevel(logging.ERROR)
         if not address.startswith(("http://", "https://")):
             raise UserError(
-                f"--address {address!r} is no address of Ray's job API; give http://HEAD:8265, the head's dashboard"
+                f"--address {address!r} is not an address of Ray's job API; give http://HEAD:8265, the head's dashboard"
             )
         self.address = address.rstrip("/")
         try:
@@ -237,7 +237,7 @@ class Jobs:
                 return job
         known = ", ".join(job.submission_id for job in jobs[-10:])
         if identity is None:
-            raise UserError(f"the cluster at {self.address} has no job of ppcl; send one with ppcl submit")
+            raise UserError(f"the cluster at {self.address} has no ppcl job; send one with ppcl submit")
         raise UserError(f"there is no job {identity!r} at {self.address}; there are {known or 'none'}")
 
     def status(self, identity: str | None = None) -> Status:
@@ -309,8 +309,8 @@ class Jobs:
                 wrong = error
             if wrong and in_vain >= _RECONNECTS:
                 raise UserError(
-                    f"the job {identity} cannot be followed: {wrong}; it may go on: `ppcl logs {identity} -f` follows "
-                    "it again"
+                    f"the job {identity} cannot be followed: {wrong}; it may still run: `ppcl logs {identity} -f` "
+                    "follows it again"
                 )
             time.sleep(1)
         try:

@@ -264,7 +264,7 @@ class Finetuning(Section):
 
 
 class Target(Section):
-    """What a variant must keep to; the plan of the smallest velocity error that does is chosen."""
+    """Limits of a variant; ppcl chooses the plan of the smallest velocity error that meets them."""
 
     parameters: Share | None = Field(None, description="largest share of the transformer's parameters")
     speedup: float | None = Field(
@@ -298,7 +298,7 @@ class Variants(Section):
     custom: dict[str, list[PlanItem]] = Field(
         default_factory=dict,
         description="name: list of replacements: intervals [u, v], blocks from 0, inclusive; text runs 'text:u-v'; "
-        "FFNs 'ffn:u'",
+        "FFNs 'ffn:u' (linear) or 'ffn:u/50' (half of the hidden units); 'modulations'",
     )
 
 
@@ -313,7 +313,7 @@ class Evaluation(Section):
     max_prompts: int | None = Field(64, ge=1, description="maximum number of test prompts to use; null: all")
     batch_size: int = Field(16, ge=1, description="images per batch")
     checker: Literal["shapes"] | None = Field(
-        None, description="prompt checker that scores images by category; shapes: the one of the demo teacher's shapes"
+        None, description="prompt checker that scores images by category; shapes: that of the demo"
     )
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the confidence intervals")
     workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="Ray actors that generate images")
@@ -331,7 +331,7 @@ class Ablation(Section):
     finetuning_steps: int = Field(300, ge=1, description="fine-tuning steps of the rows that have it")
     gate_steps: int = Field(200, ge=1, description="training steps of the learned gates")
     ffns: int = Field(3, ge=0, description="number of FFNs to replace by linear maps in the row that has them")
-    workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="seeds that run at once")
+    workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="seeds to run at once")
 
 
 class Config(Section):
@@ -341,7 +341,7 @@ class Config(Section):
 
     teacher: Location = Field(..., description="folder of a diffusers pipeline, or s3://bucket/key")
     prompts: Location = Field(
-        ..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key"
+        ..., description="calibration prompts: .txt (one per line), .jsonl, .csv or .parquet; a path or s3://bucket/key"
     )
     output: Location = Field(Location("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of all random numbers")

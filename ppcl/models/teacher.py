@@ -115,8 +115,8 @@ class Teacher:
         path = self.folder / name
         if not path.exists():
             raise UserError(
-                f"{self.place} is no diffusers pipeline folder: {path.name} is missing; point to a folder written by "
-                "save_pretrained"
+                f"{self.place} is not a diffusers pipeline folder: {path.name} is missing; point to a folder written "
+                "by save_pretrained"
             )
         try:
             return json.loads(path.read_text())

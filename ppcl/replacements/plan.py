@@ -27,7 +27,7 @@ class Plan(tuple[Replacement, ...]):
         """Raises `UserError` where the text names something else."""
         replacements = parse_text(text) if text else []
         if replacements is None:
-            raise UserError(f"{text!r} is no plan; write {PLAN_SYNTAX}")
+            raise UserError(f"{text!r} is not a plan; write {PLAN_SYNTAX}")
         return cls(replacements)
 
     def __str__(self) -> str:

@@ -47,7 +47,7 @@ def parse_replacement(value: Replacement | str | Sequence[int]) -> Replacement:
     if isinstance(value, str):
         replacements = parse_text(value)
         if replacements is None or len(replacements) != 1:
-            raise UserError(f"{value!r} names no replacement; write {PLAN_SYNTAX}")
+            raise UserError(f"{value!r} is not a replacement; write {PLAN_SYNTAX}")
         return replacements[0]
     first, last = map(int, value)
     return Interval(first, last)

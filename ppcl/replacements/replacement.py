@@ -156,7 +156,7 @@ class BlockRun(Replacement[ModuleT]):
 
     def check(self, block_lists: Sequence[range]) -> None:
         if self.first >= self.last:
-            raise UserError(f"{self.phrase} holds no two blocks; the first must be less than the last")
+            raise UserError(f"{self.phrase} has fewer than two blocks; the first must be less than the last")
         super().check(block_lists)
 
 

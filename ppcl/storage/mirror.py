@@ -54,7 +54,7 @@ def local_file(place: LocationLike) -> Path:
     with once_a_node(path):
         if not path.is_file() or not tag.is_file() or tag.read_text() != answer["ETag"]:
             if not store.download("", path):
-                raise UserError(f"{store.url} is damaged: its content is not what its sha256 says; upload it again")
+                raise UserError(f"{store.url} is damaged: its content does not match its sha256; upload it again")
             tag.write_text(answer["ETag"])
     return path
 

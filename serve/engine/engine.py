@@ -305,7 +305,7 @@ class Engine:
             message = "the server ran out of memory for these images; ask for smaller ones"
             return Refused(503, "server_error", message, "out_of_memory")
         log_failure(request.id, error)
-        message = "the images could not be generated; the server's log says why"
+        message = "the images could not be generated; see the server's log"
         return Refused(500, "server_error", message, "engine_error")
 
     def _idle_seconds(self, work: Work) -> float:

@@ -71,7 +71,16 @@ def test_an_interrupted_job_continues_from_what_is_complete(finished):
 
 def test_the_end_is_a_table_and_a_report(finished):
     result, said = finished
-    for heading in ("variant", "blocks", "parameters", "share", "seconds a step", "velocity error", "world score", "R"):
+    for heading in (
+        "variant",
+        "blocks",
+        "parameters",
+        "share",
+        "seconds per step",
+        "velocity error",
+        "checker score",
+        "R",
+    ):
         assert heading in said
     assert f"report: {result / 'report.html'}" in said
     assert "<svg" in (result / "report.html").read_text()
@@ -94,7 +103,7 @@ def test_a_damaged_artifact_is_found_by_its_hash_and_made_again(finished, job):
     student.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     code, said, error = ppcl("compress", job)
     assert code == 0, said + error
-    assert f"students: students/{student.name} is damaged or gone" in said
+    assert f"students: students/{student.name} is damaged or missing" in said
     assert "students: done" in said and "probes: complete, skipped" in said
     again = load(student.read_bytes())
     assert again.keys() == tensors.keys()
@@ -173,7 +182,7 @@ def test_an_address_where_no_ray_is(job):
         assert code == 2 and f"no Ray cluster could be reached at 127.0.0.1:{port}: Connection refused" in error
         assert error.count("\n") == 1
     code, _, error = as_process("compress", job, "--address", "somewhere")
-    assert code == 2 and error == "ppcl: --address 'somewhere' is no address; give host:port or auto\n"
+    assert code == 2 and error == "ppcl: --address 'somewhere' is not an address; give host:port or auto\n"
     code, _, error = as_process("compress", job, "--address", "ray://127.0.0.1:10001")
     assert code == 2 and "give host:port of the GCS" in error and error.count("\n") == 1
 

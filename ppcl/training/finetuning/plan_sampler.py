@@ -151,5 +151,5 @@ def _plan_of_text(text: str, known: Sequence[Replacement], named: Iterable[str],
                 f"finetuning.plan: there is no replacement {replacement}; there are {', '.join(map(str, known))}"
             )
     if not trainable(plan):
-        raise UserError(f"finetuning.plan: {text!r} has nothing to train; folded modulations stay as they are")
+        raise UserError(f"finetuning.plan: {text!r} has nothing to train; low-rank modulations are not fine-tuned")
     return plan

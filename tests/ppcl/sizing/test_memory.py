@@ -136,7 +136,7 @@ def test_two_real_ranks_hold_and_send_what_is_computed(teacher_folder, tmp_path)
 
 def test_what_cannot_be_sized_is_told(tmp_path):
     with pytest.raises(
-        UserError, match="no diffusers pipeline folder.*or name one of flux.1-dev, qwen-image, sd3.5-large"
+        UserError, match="not a diffusers pipeline folder.*or name one of flux.1-dev, qwen-image, sd3.5-large"
     ):
         model_of(str(tmp_path / "gpt"), 1024, 1024)
     with pytest.raises(UserError, match="1000 × 1024 pixels: both must be multiples of 16"):

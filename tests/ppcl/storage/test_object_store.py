@@ -180,8 +180,8 @@ def test_a_stage_is_uploaded_before_its_entry_and_verified_when_read(store, s3):
     store.write("probes/a", b"2")
     shutil.rmtree(artifacts.root)
     assert not Artifacts(store.url).is_complete("probes", "key", 1, said.append)
-    assert said == ["probes: probes/a is damaged or gone (its sha256 differs from the manifest's); making it again"]
-    with pytest.raises(UserError, match="probes/a is damaged or gone"):
+    assert said == ["probes: probes/a is damaged or missing (its sha256 differs from the manifest's); making it again"]
+    with pytest.raises(UserError, match="probes/a is damaged or missing"):
         fetch_stage(artifacts.path("probes"))
     artifacts.invalidate("probes")
     assert set(store.objects()) == {"manifest.json"}
@@ -189,7 +189,7 @@ def test_a_stage_is_uploaded_before_its_entry_and_verified_when_read(store, s3):
 
 def test_a_place_with_something_else_in_it_is_refused(store):
     store.write("thesis.tex", b"mine")
-    with pytest.raises(UserError, match="is not empty and no job of ppcl"):
+    with pytest.raises(UserError, match="is not empty and is not a ppcl job"):
         Artifacts(store.url).start({})
     assert set(store.objects()) == {"thesis.tex"}
 
@@ -252,7 +252,7 @@ def test_checkpoints_that_are_damaged_are_left_out_on_every_node_and_told(store,
 def test_a_second_job_is_refused_and_a_dead_ones_place_is_taken(store, monkeypatch):
     with hold_lease(store) as check:
         check()
-        with pytest.raises(UserError, match="another ppcl works in s3://"), hold_lease(store):
+        with pytest.raises(UserError, match="another ppcl job is writing to s3://"), hold_lease(store):
             pass
     assert LOCK not in store.objects()
     with hold_lease(store) as check:
@@ -261,7 +261,7 @@ def test_a_second_job_is_refused_and_a_dead_ones_place_is_taken(store, monkeypat
         with pytest.raises(UserError, match="another ppcl works"), hold_lease(store):
             pass
         monkeypatch.setattr("ppcl.storage.lease._DEAD_AFTER", -1.0)
-        with hold_lease(store), pytest.raises(UserError, match="another ppcl took over"):
+        with hold_lease(store), pytest.raises(UserError, match="another ppcl job took over"):
             check()
 
 
@@ -335,7 +335,7 @@ def test_a_pipeline_in_a_bucket_is_the_one_in_the_folder_and_another_version_is_
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("model_index.json", None, "is no diffusers pipeline folder"),
+        ("model_index.json", None, "is not a diffusers pipeline folder"),
         ("transformer/x.bin", b"", "x.bin is a pickle"),
         ("transformer/diffusion_pytorch_model.safetensors", b"\xff" * 64, "cannot be read as safetensors"),
         ("transformer/diffusion_pytorch_model.safetensors", None, "holds no diffusion_pytorch_model.safetensors"),
