@@ -23,8 +23,9 @@ demo: setup
 demo-full: setup
 	$(BIN)/ppcl compress demo/demo-full.yaml
 
-# One process a core: files of tests go to them whole, since what is costly is shared within a file.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two processes: files of tests go to them whole, since what is costly is shared within a file, and in the order of
+# tests/conftest.py, which has the longest first.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # All but the fault tests: style, imports and types, then the unit and integration tests, the slowest twenty told.
 test: lint types

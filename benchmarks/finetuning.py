@@ -2,8 +2,8 @@
 
     python benchmarks/finetuning.py runs/demo --variant half --steps 300,1000 --own 0,0.5
 
-Every run starts from the students of a finished job; nothing of the job is changed. R is the mean relative drop of the world
-score against the teacher, over pictures from the same seeds.
+Every run starts from the students of a finished job; nothing of the job is changed. R is the mean relative drop of the
+world score against the teacher, over images from the same seeds.
 """
 
 from __future__ import annotations

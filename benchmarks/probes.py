@@ -3,10 +3,10 @@
     python benchmarks/probes.py --teacher demo/teacher
 
 Both get the same tokens, which the teacher leaves on its own sampling trajectories and which lie in memory, so that the
-teacher's forwards, needed by either, are not in the times. Gradient training is Adam on minibatches of tokens from zero,
-as the block's identity start, with a cosine schedule; each ridge and learning rate is a row of its own. The loss is the share of
-the variance of `X_i - X_{i-1}` that the probe leaves, on the tokens fitted to and on those of held-out prompts, a mean
-over the blocks that change the stream.
+teacher's forwards, needed by either, are not in the times. Gradient training is Adam on minibatches of tokens from
+zero, as the block's identity start, with a cosine schedule; each ridge and learning rate is a row of its own. The loss
+is the share of the variance of `X_i - X_{i-1}` that the probe leaves, on the tokens fitted to and on those of held-out
+prompts, a mean over the blocks that change the stream.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def main() -> None:
 def velocity_errors(
     teacher: Teacher, students: Path, intervals: list[Interval], samples: Watched
 ) -> tuple[float, float]:
-    """The velocity error on held-out samples with all students on: of all, and of those with more noise than picture."""
+    """The velocity error on held-out samples with all students on: of all, and of those with more noise than image."""
     model, switch = teacher.transformer(), VariantSwitcher(teacher, files_in(students))
     ids = samples.ids(held_out=True)
     parts = [

@@ -2,10 +2,10 @@
 
     python benchmarks/resume.py --json benchmarks/results/resume.json
 
-Two ranks of a pipeline, a random Qwen-Image, the default closed-form start. For every seed all ranks are ended by SIGKILL at a
-moment drawn from the length of an undisturbed run, in the fit of the start, in mid-step or in mid-checkpoint, and the same
-command is given again. A step counts from its first sample read, so one that was cut off counts too. At the end the
-students are compared with those of the undisturbed run.
+Two ranks of a pipeline, a random Qwen-Image, the default closed-form start. For every seed all ranks are ended by
+SIGKILL at a moment drawn from the length of an undisturbed run, in the fit of the start, in mid-step or in
+mid-checkpoint, and the same command is given again. A step counts from its first sample read, so one that was cut off
+counts too. At the end the students are compared with those of the undisturbed run.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace, teacher: Path, out: Path, kill_after: float
 
 
 def read(out: Path, rank: int) -> tuple[int, int]:
-    """How many batches a rank has read for the closed-form start, which goes through the samples in order, and for steps."""
+    """How many batches a rank has read for the closed-form start, which reads all samples in order, and for steps."""
     path = out / f"read-{rank}.txt"
     batches = [[int(i) for i in line.split(",")] for line in (path.read_text().splitlines() if path.exists() else [])]
     start = sum(ids == list(range(ids[0], ids[0] + len(ids))) for ids in batches)
@@ -161,9 +161,8 @@ def main() -> None:
                 "difference": differ,
             }
             rows.append(row)
-    table = Table(
-        title=f"{options.steps} steps, a checkpoint every {options.checkpoint_every}, killed at a random moment of {seconds:.1f} s"
-    )
+    every = f"a checkpoint every {options.checkpoint_every}"
+    table = Table(title=f"{options.steps} steps, {every}, killed at a random moment of {seconds:.1f} s")
     for heading in (
         "seed",
         "killed after, s",
@@ -189,8 +188,8 @@ def main() -> None:
         )
     Console(width=120).print(table)
     most = max(row["steps_again"] for row in rows)
-    told = f"at most {most} steps done twice, mean {np.mean([row['steps_again'] for row in rows]):.1f}; a checkpoint every {options.checkpoint_every}"
-    Console(width=120).print(told)
+    mean = np.mean([row["steps_again"] for row in rows])
+    Console(width=120).print(f"at most {most} steps done twice, mean {mean:.1f}; {every}")
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k != "json"}
         figures = {"start_batches": once[0], "seconds": seconds, "most_steps_again": most, "runs": rows}

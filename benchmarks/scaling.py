@@ -2,19 +2,20 @@
 
     python benchmarks/scaling.py --json benchmarks/results/scaling.json
 
-A random Qwen-Image transformer whose products dominate, bfloat16, the same random samples for all. Efficiency is against as many
-cores as there are: 4 workers on 2 cores can be at most twice as fast as one.
+A random Qwen-Image transformer whose products dominate, bfloat16, the same random samples for all. Efficiency is
+against as many cores as there are: 4 workers on 2 cores can be at most twice as fast as one.
 
-- `distillation`, `probes`: pipelines of 1, 2 and 4 ranks; `1 × 2`, `2 × 2`: replicas; `uneven`: one student for half of the
-  blocks, so that two ranks cannot have equal shares.
-- `FSDP`: the scheme that holds everything everywhere, sharded by torch's FSDP2 (`fully_shard`), two ranks: a block of the
-  teacher is gathered for its forward, a student for its forward and its backward, its gradient is scattered.
+- `distillation`, `probes`: pipelines of 1, 2 and 4 ranks; `1 × 2`, `2 × 2`: replicas; `uneven`: one student for half of
+  the blocks, so that two ranks cannot have equal shares.
+- `FSDP`: the scheme that holds everything everywhere, sharded by torch's FSDP2 (`fully_shard`), two ranks: a block of
+  the teacher is gathered for its forward, a student for its forward and its backward, its gradient is scattered.
 
-Bytes are what a rank sends in a step, counted where torch.distributed is called; a gather of n ranks sends (n − 1) / n of
-what it makes, a reduction of n ranks twice that. `by formula` is what `ppcl plan` computes from the configuration alone.
+Bytes are what a rank sends in a step, counted where torch.distributed is called; a gather of n ranks sends (n − 1) / n
+of what it makes, a reduction of n ranks twice that. `by formula` is what `ppcl plan` computes from the configuration
+alone.
 
-The simulation gets this machine's rates (products of a block, memory, messages), measured with both cores busy on pieces of
-work alone; it does not see a pipeline. `predicted` and `measured` are steps a second against one rank's.
+The simulation gets this machine's rates (products of a block, memory, messages), measured with both cores busy on
+pieces of work alone; it does not see a pipeline. `predicted` and `measured` are steps a second against one rank's.
 """
 
 from __future__ import annotations
@@ -341,7 +342,7 @@ def main() -> None:
 
 
 def device_of(rate: dict[str, float], model: Model, blocks: int) -> Device:
-    """This machine: one rate for forward and backward, weighed as a step has them; reductions go at a rate of their own."""
+    """This machine: one rate for forward and backward, weighed as a step has them; another one for reductions."""
     flops = sum(model.flops), sum(model.trained_flops[i.first] for i in plan_of("even", blocks))
     mixed = sum(flops) / (flops[0] / rate["flops"] + flops[1] / rate["trained"])
     return Device(
@@ -384,9 +385,8 @@ def _told(
     cores: int,
 ) -> None:
     device = device_of(rate, model, options.blocks)
-    lines = Table(
-        title=f"{options.blocks} blocks of width {options.width}, batch {options.batch}, one thread a worker, {cores} cores"
-    )
+    teacher = f"{options.blocks} blocks of width {options.width}"
+    lines = Table(title=f"{teacher}, batch {options.batch}, one thread a worker, {cores} cores")
     for heading in (
         "",
         "workers",
@@ -433,10 +433,12 @@ def _told(
     Console(width=150).print(lines)
     alone = distillation_on(model, plan_of("even", options.blocks), options.batch, 1, 1, device)
     overhead = 1 / best["distillation 1"]["steps_per_second"] / alone.step
+    giga = {name: value / 1e9 for name, value in rate.items()}
     Console(width=150).print(
-        f"A step of one rank takes {overhead:.2f} times the sum of its parts. Rates: forward {rate['flops'] / 1e9:.1f} GFLOP/s, training "
-        f"{rate['trained'] / 1e9:.1f}, sums {rate['sums'] / 1e9:.1f}, memory {rate['memory'] / 1e9:.1f} GB/s, send {rate['send'] / 1e9:.2f}, "
-        f"all-reduce {rate['reduce'] / 1e9:.2f}, latency {rate['latency'] * 1e3:.2f} ms"
+        f"A step of one rank takes {overhead:.2f} times the sum of its parts. "
+        f"Rates: forward {giga['flops']:.1f} GFLOP/s, training {giga['trained']:.1f}, sums {giga['sums']:.1f}, "
+        f"memory {giga['memory']:.1f} GB/s, send {giga['send']:.2f}, all-reduce {giga['reduce']:.2f}, "
+        f"latency {rate['latency'] * 1e3:.2f} ms"
     )
     if options.json:
         settings = {k: v for k, v in vars(options).items() if k != "json"}

@@ -1,4 +1,4 @@
-"""What a student starts from, and the loss it is trained with: the velocity error of all students on, after equal steps.
+"""What a student starts from, and its training loss: the velocity error of all students on, after equal steps.
 
     python benchmarks/starts.py runs/demo --steps 200 --seeds 3
 

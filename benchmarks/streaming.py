@@ -2,14 +2,14 @@
 
     python benchmarks/streaming.py --json benchmarks/results/streaming.json
 
-The whole stage as a job runs it, on an embedded Ray: prompts are cut, encoded by one pool of actors, sampled by another,
-written, split. The teacher is a tiny random Qwen-Image (pictures of 32 × 32, two steps of sampling, one state a prompt), so
-that 100,000 prompts take minutes: what a batch of a large teacher holds is not in these figures, and does not depend on the number of
-prompts either. Batches have the same size whatever their number.
+The whole stage as a job runs it, on an embedded Ray: prompts are cut, encoded by one pool of actors, sampled by
+another, written, split. The teacher is a tiny random Qwen-Image (images of 32 × 32, two steps of sampling, one state a
+prompt), so that 100,000 prompts take minutes: what a batch of a large teacher holds is not in these figures, and does
+not depend on the number of prompts either. Batches have the same size whatever their number.
 
 Every process is read five times a second: its proportional share of anonymous memory (Pss_Anon), and of shared memory
-(Pss_Shmem), which of all processes together is the object store. Pages of program files are left out: they are shared by however
-many processes there are just then. Each number is the peak of its own kind over the run.
+(Pss_Shmem), which of all processes together is the object store. Pages of program files are left out: they are shared
+by however many processes there are just then. Each number is the peak of its own kind over the run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A cluster without workers whose autoscaler adds and removes nodes: Ray's own, over processes of this machine.
 
-`ray.cluster_utils.AutoscalingCluster` would stop every other Ray of the machine, and wants a file that Ray's wheel lacks.
+`ray.cluster_utils.AutoscalingCluster` would stop every other Ray of the machine, and wants a file that Ray's wheel does
+not have.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ _LISTS = (
 
 @contextlib.contextmanager
 def autoscaling(idle_minutes=1.0, env=None, **types):
-    """A head that does no work, and no nodes; gives the address. `types`: by name, the resources of a node and how many there may be."""
+    """A head that does no work, and no nodes; gives the address.
+
+    `types`: by name, the resources of a node and how many of them there may be.
+    """
     head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
     port = free_port()
     config = {
@@ -107,7 +111,10 @@ def autoscaling(idle_minutes=1.0, env=None, **types):
 
 
 def _end(head, folder):
-    """The head, and what was started for it: nodes of the autoscaler outlive it. The folder tells them from another Ray's."""
+    """End the head and what was started for it: nodes of the autoscaler outlive it.
+
+    The folder tells them from another Ray's.
+    """
     head.terminate()
     try:
         head.wait(30)

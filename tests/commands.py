@@ -8,12 +8,19 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import yaml
 
 from tests.conftest import REPOSITORY
+
+# In the environment of all processes of one command.
+_MARK = "PPCL_TEST_PROCESS_TREE"
 
 # Exit code, standard output, standard error.
 Ended = tuple[int, str, str]
@@ -60,3 +67,30 @@ def as_process(*arguments: Any, stop_at: str | None = None, by: int = signal.SIG
             stop_at = None
     error = process.stderr.read()
     return process.wait(timeout=120), "".join(printed), error
+
+
+def stopped_cleanly(configuration: Path, stage: str, by: int) -> None:
+    """Run `ppcl compress`, stop it by a signal in a stage: it says one sentence and leaves no process and no lock."""
+    from ppcl.storage.manifest import Artifacts
+
+    mark = uuid.uuid4().hex
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_MARK, mark)
+        code, said, error = as_process("compress", configuration, stop_at=f"{stage}: ", by=by)
+    assert code == 128 + by, said + error
+    assert error == "ppcl: stopped; the same command continues from what is complete\n"
+    assert _started_with(mark) == []
+    with Artifacts(Path(yaml.safe_load(configuration.read_text())["output"])).exclusive_lock():
+        pass
+
+
+def _started_with(mark: str) -> list[list[str]]:
+    """Command lines of the processes that have the mark in their environment."""
+    lines = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                lines.append(process.cmdline())
+        except psutil.Error:
+            continue
+    return lines

@@ -26,6 +26,8 @@ os.environ |= {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Ray's workers get their share of a machine that is busy with other tests, too.
+    "RAY_worker_niceness": "0",
 }
 
 # In the background of a shell Ctrl-C is ignored, and would be by the commands that tests interrupt.
@@ -47,12 +49,31 @@ _INTEGRATION_FIXTURES = {"ray_cluster", "s3_server", "server", "client", "browse
 _INTEGRATION_FOLDERS = ("tests/jobs/", "tests/serve/test_", "tests/packaging/", "tests/docs/")
 
 
+# The files that take longest, from a minute down.
+_LONGEST = (
+    "tests/jobs/test_whole_job.py",
+    "tests/serve/test_ray_app.py",
+    "tests/jobs/test_submission.py",
+    "tests/jobs/test_families.py",
+    "tests/serve/test_local_server.py",
+    "tests/jobs/stages/test_calibration.py",
+    "tests/jobs/stages/test_probes.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Mark the integration tests, so that the unit tests can be run alone."""
+    """Mark the integration tests, so that the unit tests can be run alone, and run them first, the longest files ahead.
+
+    Files go whole to the processes of pytest-xdist, in this order: one that takes long must not be the last.
+    """
     for item in items:
         path = item.path.relative_to(REPOSITORY).as_posix()
-        if path.startswith(_INTEGRATION_FOLDERS) or _INTEGRATION_FIXTURES & set(item.fixturenames):
+        uses_one = _INTEGRATION_FIXTURES & set(item.fixturenames) or item.get_closest_marker("browser")
+        if path.startswith(_INTEGRATION_FOLDERS) or uses_one:
             item.add_marker(pytest.mark.integration)
+    integration = {item.path for item in items if item.get_closest_marker("integration")}
+    longest = {REPOSITORY / path: place for place, path in enumerate(_LONGEST)}
+    items.sort(key=lambda item: (longest.get(item.path, len(longest)), item.path not in integration))
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +95,7 @@ def s3_server():
 
 @pytest.fixture
 def s3(s3_server, monkeypatch, tmp_path):
-    """That server in the environment, a URL in its bucket that nothing else uses, and a scratch folder of the test's own."""
+    """That server in the environment, with a URL in its bucket and a scratch folder that no other test uses."""
     from tests import bucket
 
     for name, value in {**bucket.CREDENTIALS, "AWS_ENDPOINT_URL": s3_server.url, "AWS_MAX_ATTEMPTS": "3"}.items():
@@ -84,3 +105,12 @@ def s3(s3_server, monkeypatch, tmp_path):
     s3_server.requests.clear()
     s3_server.bucket = f"s3://{bucket.BUCKET}/{tmp_path.name}"
     return s3_server
+
+
+@pytest.fixture
+def store(s3):
+    """The objects under that URL."""
+    from ppcl.storage import object_store
+
+    object_store._files.cache_clear()
+    return object_store.Store(s3.bucket)

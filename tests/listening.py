@@ -13,7 +13,7 @@ import uuid
 import psutil
 import pytest
 
-# Runs on the other host: prints "open" or "refused" for every port, and what an open one answers to a call without a token.
+# Runs on the other host: prints "refused" for a closed port, and what an open one answers to a call without a token.
 _CALLER = """
 import socket, sys
 import grpc
@@ -85,7 +85,7 @@ def other_host():
 
 
 def answers(namespace: str, address: str, ports: set[int]) -> dict[int, str]:
-    """By port, what somebody in a namespace gets: `refused`, `answered`, or the gRPC status of a call without a token."""
+    """By port, what somebody in a namespace gets: `refused`, `answered`, or the status of a call without a token."""
     command = ["ip", "netns", "exec", namespace, sys.executable, "-c", _CALLER, address, *map(str, sorted(ports))]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     return {int(port): answer for port, answer in (line.split() for line in said.splitlines())}

@@ -1,4 +1,4 @@
-"""The method on the tiny teacher, probes to fine-tuning, without Ray and in seconds: proof of unchanged numbers."""
+"""The method on the tiny teacher from probes to fine-tuning, without Ray and in seconds: did a number change?"""
 
 from __future__ import annotations
 

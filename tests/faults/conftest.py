@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tests.faults.jobs import EVERY, STEPS, Job, before, students
-from tests.jobs.test_submission import away, head, store  # noqa: F401  (fixtures)
+from tests.jobs.test_submission import cluster, head, store  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(scope="session")

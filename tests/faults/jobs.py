@@ -25,15 +25,18 @@ STEPS, EVERY = 60, 5  # of distillation, and between its checkpoints
 
 
 def environment(fault=None, mark=None, tally=None):
-    """The environment of processes that count their steps in `tally`, one of which makes a mark and lets the fault happen."""
+    """The environment of processes that count their steps in `tally`; one makes the mark and lets the fault happen."""
     names = {"PPCL_FAULT": fault, "PPCL_FAULT_MARK": mark, "PPCL_TALLY": tally}
     hook = {"PYTHONPATH": os.pathsep.join([str(HOOK), os.environ["PYTHONPATH"]])}
     return dict(os.environ) | hook | {name: str(value) for name, value in names.items() if value is not None}
 
 
 class Job:
-    """`ppcl compress` as a process of its own. `beside`: where its configuration, its words and its tally go, by default beside
-    `output`; jobs that continue each other share the tally."""
+    """`ppcl compress` as a process of its own.
+
+    `beside`: where its configuration, its words and its tally go, by default beside `output`; jobs that continue each
+    other share the tally.
+    """
 
     def __init__(self, values, output, fault=None, mark=None, address=None, beside=None, env=None, **overrides):
         beside = beside or output
@@ -137,9 +140,10 @@ def steps(tally):
 
 
 def trained_no_more_than_needed(tally, started_over=(), at_any_moment=False):
-    """Every step of every replacement was trained, and again those alone that no checkpoint had; gives the finished ones.
+    """Check that every step of every replacement was trained, and only those again that no checkpoint had.
 
-    `started_over`: those without a checkpoint. `at_any_moment`: the end may have come between a step and its checkpoint.
+    Gives the finished replacements. `started_over`: those without a checkpoint. `at_any_moment`: the end may have come
+    between a step and its checkpoint.
     """
     finished = set()
     trained = steps(tally)

@@ -23,7 +23,8 @@ def test_a_job_that_asks_for_more_than_there_can_be_ends_in_one_sentence(values,
     with autoscaling(cpu=({"CPU": 2}, 2)) as address:
         job = Job(values, tmp_path / "result", address=address, distillation__replicas=4).end(2)
     assert job.error == (
-        "ppcl: distillation.pipeline_parallel × distillation.data_parallel asks for 8 workers, but the cluster has 0 CPUs, of which 0 can be used by "
-        "workers, and its autoscaler cannot bring it to 9 CPUs; ask for fewer or raise what it may add"
+        "ppcl: distillation.pipeline_parallel × distillation.data_parallel asks for 8 workers, but the cluster has "
+        "0 CPUs, of which 0 can be used by workers, and its autoscaler cannot bring it to 9 CPUs; ask for fewer or "
+        "raise what it may add"
     )
     assert "calibration: " not in job.said and "Traceback" not in job.said

@@ -101,7 +101,10 @@ def test_a_node_that_is_missing_is_waited_for_and_then_told(values, result, tmp_
     env = environment("node in students", tmp_path / "mark")
     with cluster((2, env), (2, env)) as address:
         job = Job(values, result, address=address, worker_timeout_s=20).end(2)
-    told = "distillation.pipeline_parallel × distillation.data_parallel asks for 2 workers, but the cluster has 2 CPUs, of which 1 can be used by workers"
+    told = (
+        "distillation.pipeline_parallel × distillation.data_parallel asks for 2 workers, but the cluster has 2 CPUs, "
+        "of which 1 can be used by workers"
+    )
     assert f"students: waiting for nodes, 20 s from the last new one: {told}" in job.said and job.error.startswith(
         f"ppcl: {told}"
     )
@@ -241,7 +244,8 @@ def test_a_coordinator_that_is_killed_is_told_by_status_and_submitting_again_con
     code, said, wrong = ppcl("status", "--address", head)
     # A shell may stand between, and gives the signal another number.
     assert code == 0 and re.search(
-        r"FAILED, students.* failed with exit code (137|-9)(: Killed)?; submitting the same configuration again continues it",
+        r"FAILED, students.* failed with exit code (137|-9)(: Killed)?; "
+        r"submitting the same configuration again continues it",
         said,
     ), said
     kept = {path.stem: int(safe_open(path, "pt").metadata()["step"]) for path in checkpoints(result)}

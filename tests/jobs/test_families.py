@@ -1,4 +1,7 @@
-"""A whole job on a tiny pipeline of every family, with the default stages and all kinds of replacements."""
+"""A whole job on a tiny pipeline of every family, with the default stages and all kinds of replacements.
+
+What the families differ in is not what crosses between processes, so it all runs in this one.
+"""
 
 import io
 
@@ -11,6 +14,7 @@ from ppcl.replacements import Interval, LowRankModulation, TextRun
 from ppcl.replacements.ffn import Ffn
 from ppcl.result import Result
 from tests import tiny
+from tests.one_process import stages_in_this_process
 
 ARGUMENTS = {
     "flux": {"guidance_scale": 2.5, "max_sequence_length": 12},
@@ -38,7 +42,8 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
         variants={"budgets": [0.7], "custom": {"folded": ["modulations"]}},
         evaluation={"max_prompts": 2},
     )
-    Job(config, Console(file=io.StringIO())).run("cpu")
+    with stages_in_this_process():
+        Job(config, Console(file=io.StringIO())).run("cpu")
     result = Result(tmp_path / "result")
     kinds = {type(entry) for entry in result.replacements}
     assert kinds == {Interval, TextRun, Ffn, LowRankModulation}
@@ -56,6 +61,6 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
 
 
 def _running(result, variant):
-    """The parameters that a pipeline of the variant has, each once; those of folded modulations as they are multiplied out."""
+    """The parameters that a pipeline of the variant has, each once; low-rank modulations are multiplied out."""
     transformer = result.pipeline(variant).transformer
     return {id(p): p for p in transformer.parameters()}.values()

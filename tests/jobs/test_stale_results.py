@@ -8,6 +8,7 @@ from rich.console import Console
 
 from jobs.pipeline import Job
 from ppcl.config.schema import Config
+from tests.one_process import stages_in_this_process
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def values(tmp_path_factory, teacher_folder):
 def run(values, output, **changes):
     """The job's lines."""
     job = Job(Config(**values | changes, output=output), Console(file=io.StringIO(), width=300))
-    job.run("cpu")
+    with stages_in_this_process():
+        job.run("cpu")
     return job.reporter.console.file.getvalue()
 
 

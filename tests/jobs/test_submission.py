@@ -1,6 +1,7 @@
 """Jobs sent to a real cluster with a dashboard, by the command line alone.
 
-Teacher, prompts and result lie in a bucket.
+Teacher, prompts and result lie in a bucket. The first job is sent by a process of its own, and so is what Ctrl-C
+interrupts; other commands run here, which is the same code without three seconds of imports.
 """
 
 import asyncio
@@ -16,20 +17,27 @@ import tempfile
 import threading
 import time
 import tomllib
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import psutil
 import pytest
+import requests
+import torch
 import yaml
 from safetensors.torch import load
 
 from jobs.submission import Jobs
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
+from ppcl.replacements import Interval, parse_name, parse_replacement
+from ppcl.replacements.ffn import Ffn
 from ppcl.storage.object_store import Store, _files
 from tests import bucket
-from tests.commands import as_process as ppcl
+from tests.commands import as_process
+from tests.commands import in_process as ppcl
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.dashboard
@@ -62,12 +70,18 @@ def store(s3_server, tmp_path_factory):
     _files.cache_clear()
 
 
+@dataclass(frozen=True)
+class Head:
+    """A cluster's head: the addresses of its job API and its GCS, and the folder of its logs."""
+
+    api: str
+    gcs: str
+    logs: Path
+
+
 @contextlib.contextmanager
 def started(away, **settings):
-    """`ray start --head` with a dashboard, from the folder `away` where no ppcl is.
-
-    Gives the addresses of the job API and of the GCS.
-    """
+    """`ray start --head` with a dashboard, from the folder `away` where no ppcl is; gives its `Head`."""
     dashboard, gcs = free_port(), free_port()
     # The names of sockets in it must be short, and pytest's own folders are not.
     short = tempfile.mkdtemp(prefix="ray")
@@ -103,11 +117,11 @@ def started(away, **settings):
     )
     address, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 240
     try:
-        while "nothing answers" in (wrong := ppcl("list", "--address", address)[2]) or "is not Ray's job API" in wrong:
+        while not _answers(address):
             assert head.poll() is None, head.stdout.read()
             assert time.monotonic() < deadline, "the dashboard does not answer"
-            time.sleep(1)
-        yield address, f"127.0.0.1:{gcs}"
+            time.sleep(0.2)
+        yield Head(address, f"127.0.0.1:{gcs}", Path(short, "session_latest", "logs"))
     finally:
         # Asked to end, it takes half a minute.
         family = [*psutil.Process(head.pid).children(recursive=True), head] if head.poll() is None else []
@@ -118,15 +132,23 @@ def started(away, **settings):
         shutil.rmtree(short, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def away(tmp_path_factory):
-    return tmp_path_factory.mktemp("away")
+def _answers(address):
+    """Whether a job API is there, with or without asking for a token."""
+    try:
+        return requests.get(f"{address}/api/version", timeout=10).status_code in (200, 401, 403)
+    except requests.exceptions.RequestException:
+        return False
 
 
 @pytest.fixture(scope="module")
-def head(store, away):
-    with started(away) as (address, _):
-        yield address
+def cluster(store, tmp_path_factory):
+    with started(tmp_path_factory.mktemp("away")) as started_head:
+        yield started_head
+
+
+@pytest.fixture(scope="module")
+def head(cluster):
+    return cluster.api
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +198,25 @@ def test_what_the_cluster_can_never_have_is_told_at_once(head, job):
     )
 
 
+def checkpoints(store):
+    """The checkpoints in the bucket: tensors by replacement."""
+    names = store.objects("result/students/checkpoints")
+    return {parse_name(Path(name).stem): load(store.read(name)) for name in names}
+
+
+def has_checkpoints(store):
+    """Whether the bucket has a checkpoint of every replacement, and the students' are of a step after the first."""
+    if not store.objects("result/students/checkpoints"):
+        return False
+    plan = map(parse_replacement, json.loads(store.read("result/detection/detection.json"))["plan"])
+    kept = checkpoints(store)
+    return all(r in kept and (not isinstance(r, Interval) or any(n.startswith("step.") for n in kept[r])) for r in plan)
+
+
 @pytest.fixture(scope="module")
 def stopped(head, job, store, s3_server):
     """The id of a job that was stopped in its distillation, when checkpoints of it were in the bucket."""
-    code, said, wrong = ppcl("submit", job, "--address", head)
+    code, said, wrong = as_process("submit", job, "--address", head)
     assert code == 0, said + wrong
     first = re.match(r"(ppcl-\w{8}-1): sent", said)[1]
     assert f"{first}: RUNNING, calibration" in said
@@ -192,7 +229,7 @@ def stopped(head, job, store, s3_server):
         lambda r: stopped.wait(240) and failure(r), lambda r: r.method == "PUT" and "/students/0" in r.path
     ):
         deadline = time.monotonic() + 240
-        while not store.objects("result/students/checkpoints"):
+        while not has_checkpoints(store):
             now = status(head)
             assert now["state"] in ("PENDING", "RUNNING"), now
             assert time.monotonic() < deadline
@@ -217,7 +254,7 @@ def test_a_stopped_job_says_so_and_has_left_what_it_completed(head, stopped, sto
 @pytest.fixture(scope="module")
 def continued(head, stopped, job, store, s3_server):
     """What the job said that was sent again, to a node without the first one's files; and the checkpoints it found."""
-    kept = {name: load(store.read(name)) for name in store.objects("result/students/checkpoints")}
+    kept = checkpoints(store)
     shutil.rmtree(store.scratch)
     s3_server.requests.clear()
     # The store has a bad moment, too.
@@ -261,10 +298,16 @@ def test_the_bucket_holds_what_the_manifest_names_and_weights_were_read_by_range
     assert (
         there - names == {"manifest.json", "config.json", "log.txt", "events.jsonl", "report.html"} and names <= there
     )
-    assert kept
-    for name, tensors in kept.items():
-        done = load(result.read(f"students/{name.rpartition('/')[2]}"))
-        assert all(t.isfinite().all() for t in done.values()) and len(tensors) > len(done)
+    assert {type(replacement) for replacement in kept} == {Interval, Ffn}
+    for replacement, tensors in kept.items():
+        done = load(result.read(f"students/{replacement.name}.safetensors"))
+        assert all(t.isfinite().all() for t in done.values())
+        if isinstance(replacement, Interval):  # trained by gradient: its optimizer was kept, too
+            parts = ("parameter", "exp_avg", "exp_avg_sq", "step")
+            assert tensors.keys() == {f"{part}.{name}" for part in parts for name in done}
+        else:  # a linear FFN is the least-squares map, and was kept as it is
+            assert tensors.keys() == done.keys()
+            assert all(torch.equal(tensors[name], tensor) for name, tensor in done.items())
 
 
 def test_a_result_in_a_bucket_is_opened_anywhere_and_a_damaged_one_is_told(continued, store, monkeypatch, tmp_path):
@@ -316,11 +359,11 @@ def ended(head, identity):
     deadline = time.monotonic() + 120
     while (now := status(head, identity))["state"] in ("PENDING", "RUNNING"):
         assert time.monotonic() < deadline, now
-        time.sleep(0.5)
+        time.sleep(0.2)
     return now
 
 
-COUNTING = "for i in 1 2 3 4 5 6 7 8; do echo line $i; sleep 0.5; done"
+COUNTING = "for i in 1 2 3 4 5 6 7 8; do echo line $i; sleep 0.2; done"
 
 
 def test_a_job_is_sent_once_by_two_who_send_it_at_once(head, store):
@@ -384,11 +427,12 @@ def test_a_job_without_a_last_word_is_told_by_the_end_of_its_log(head):
     assert code == 2 and wrong.endswith(f"ppcl: the job wordless-1 failed: {error}\n")
 
 
-def test_a_job_whose_log_cannot_be_read_is_listed_all_the_same(head, away):
-    for identity, command in (("unreadable-1", "echo good"), ("unreadable-2", "echo 'ppcl: no good'; exit 1")):
-        sent(head, identity, command)
+def test_a_job_whose_log_cannot_be_read_is_listed_all_the_same(cluster, head):
+    sent(head, "unreadable-1", "echo good")
+    sent(head, "unreadable-2", "echo 'ppcl: no good'; exit 1")
+    for identity in ("unreadable-1", "unreadable-2"):
         ended(head, identity)
-        (log,) = away.glob(f"ray/session_2*/logs/job-driver-{identity}.log")
+        log = cluster.logs / f"job-driver-{identity}.log"
         log.unlink()
         log.mkdir()  # the head answers 500 from now on
     code, said, wrong = ppcl("list", "--address", head)
@@ -489,7 +533,7 @@ def test_following_gives_up_where_nothing_can_be_had_any_more(head, monkeypatch)
 
 def test_ctrl_c_ends_the_following_and_not_the_job(head):
     sent(head, "counting-2", f"{COUNTING}; sleep 600")
-    code, _, wrong = ppcl("logs", "-f", "--address", head, stop_at="line 2")
+    code, _, wrong = as_process("logs", "-f", "--address", head, stop_at="line 2")
     assert code == 130
     assert (
         wrong

@@ -13,15 +13,14 @@ TOKEN = "a" * 64
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
-    with started(tmp_path_factory.mktemp("away"), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) as addresses:
-        yield addresses
+    with started(tmp_path_factory.mktemp("away"), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN) as head:
+        yield head
 
 
 @pytest.mark.parametrize(
     "given", [{}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "b" * 64}], ids=["nothing", "a wrong one"]
 )
 def test_none_or_a_wrong_token_is_told(guarded, given, monkeypatch, tmp_path, teacher_folder):
-    api, gcs = guarded
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green cross\n")
     job = tmp_path / "job.yaml"
     job.write_text(
@@ -39,7 +38,7 @@ def test_none_or_a_wrong_token_is_told(guarded, given, monkeypatch, tmp_path, te
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray looks for a token there, too
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    for command, address in ((["list"], api), (["compress", job], gcs)):
+    for command, address in ((["list"], guarded.api), (["compress", job], guarded.gcs)):
         code, _, wrong = ppcl(*command, "--address", address)
         assert code == 2 and wrong.startswith(
             f"ppcl: the cluster at {address} needs a token; none or a wrong one was given"
@@ -68,5 +67,5 @@ def test_a_token_that_is_wanted_and_nowhere_is_told_before_anything_is_asked(mon
 def test_who_has_the_token_gets_in(guarded, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    code, said, wrong = ppcl("list", "--address", guarded[0])
+    code, said, wrong = ppcl("list", "--address", guarded.api)
     assert code == 0 and said.startswith("no jobs of ppcl"), wrong

@@ -1,4 +1,4 @@
-"""A folder or module of the user's named as one of ours is refused with a sentence, before anything is imported from it."""
+"""A folder or module of the user's named as one of ours is refused with a sentence, before it is imported."""
 
 import os
 import subprocess

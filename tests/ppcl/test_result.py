@@ -1,4 +1,4 @@
-"""One result, many variants: plugged into the stock pipeline, switched by moving references, and refused if tampered."""
+"""One result, many variants: plugged into the stock pipeline, switched by moving references, refused if tampered."""
 
 import json
 import pathlib
@@ -111,7 +111,8 @@ def test_names_and_intervals_choose_the_same_and_the_pipeline_draws(result):
     [
         (
             "p10",
-            "no variant 'p10'; there are teacher, p90, p75, all, ends, and plans written as .* with commas between, of 0-1, 2-3, 4-5",
+            "no variant 'p10'; there are teacher, p90, p75, all, ends, and plans written as .* with commas between, "
+            "of 0-1, 2-3, 4-5",
         ),
         ("0-2", "there is no replacement 0-2; there are 0-1, 2-3, 4-5"),
         ("0-1,0-1", "overlap"),

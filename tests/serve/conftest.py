@@ -1,5 +1,7 @@
 """One engine of the tiny result for all tests of the API, and servers over it."""
 
+import json
+
 import pytest
 
 from serve.config import Http, Limits, Settings
@@ -59,3 +61,15 @@ def locked_server(engine, tmp_path_factory):
     served = Server(engine, Settings(http=Http(api_keys_file=file), limits=LIMITS))
     yield served
     served.close()
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """The log's lines so far, parsed, while a test runs."""
+    from serve.logging import log, log_as_json
+
+    file, before = tmp_path / "log.jsonl", (list(log.handlers), log.level, log.propagate)
+    log_as_json(file)
+    yield lambda: [json.loads(line) for line in file.read_text().splitlines()]
+    log.handlers[:], log.propagate = before[0], before[2]
+    log.setLevel(before[1])

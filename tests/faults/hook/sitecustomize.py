@@ -1,8 +1,8 @@
 """Imported by every Python that starts with this folder on its path: makes one thing go wrong, in one process, once.
 
-`PPCL_FAULT` names it, `PPCL_FAULT_MARK` is a file that whoever lets it happen makes first. `PPCL_TALLY` is a file with a line for
-every step that a replacement is trained: the process, the replacement, the step. The code under test is the real one: what is wrapped here is called by
-it, and calls it.
+`PPCL_FAULT` names it, `PPCL_FAULT_MARK` is a file that whoever lets it happen makes first. `PPCL_TALLY` is a file with
+a line for every step that a replacement is trained: the process, the replacement, the step. The code under test is the
+real one: what is wrapped here is called by it, and calls it.
 """
 
 import importlib.abc
@@ -56,7 +56,7 @@ def at_step(module, step, stage, action):
 
 
 def before_step(module, step, stage, action):
-    """`action()` before the first replacement of the rank `stage` learns this step, when the ranks before it have done theirs."""
+    """`action()` before the first replacement of the rank `stage` is trained this step, after the ranks before it."""
 
     def learn(inner, trainee, *a):
         if trainee.state.dims.pp_rank == stage and trainee.state.step == step - 1 and once():

@@ -82,8 +82,8 @@ def test_the_device_is_a_gpu_where_the_autoscaler_can_add_one(there):
 
 def test_places_that_nobody_adds_are_told_after_the_patience(there):
     told = (
-        r"finetuning.data_parallel asks for 5 workers, but the cluster has \d GPUs?, of which \d can be used by workers; "
-        r"ask for fewer or add nodes"
+        r"finetuning.data_parallel asks for 5 workers, but the cluster has \d GPUs?, of which \d can be used by "
+        r"workers; ask for fewer or add nodes"
     )
     with pytest.raises(UserError, match=told):
         there(_wait, 5, "cuda", "finetuning.data_parallel", 1.0)

@@ -45,7 +45,10 @@ def made(ray, *actors, seconds=0.0):
 
 
 def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster):
-    told = rf"a worker \(process \d+ on [\d.]+\) sent no heartbeat for {PATIENCE:.0f} s, the configuration's worker_timeout_s"
+    told = (
+        rf"a worker \(process \d+ on [\d.]+\) sent no heartbeat for {PATIENCE:.0f} s, "
+        "the configuration's worker_timeout_s"
+    )
     with (
         pytest.raises(RuntimeError, match=told),
         Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watchdog,

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +16,7 @@ from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from tests import tiny
+from tests.one_process import calibrate_in_this_process
 from tests.stage_context import context
 
 PROMPTS = [
@@ -52,21 +52,18 @@ def run(made, folder, progress=lambda done, total: None):
 
 @pytest.fixture
 def here(ray_cluster, monkeypatch):
-    """The actors run in this process, one batch after the other: for what does not need Ray to be captured."""
-
-    def rows(actor, work, numbers, heartbeat):
-        made = actor(work, SimpleNamespace(start=lambda: None))
-        for number in numbers:
-            yield {name: values[0] for name, values in made({"number": [number]}).items()}
-
-    monkeypatch.setattr(calibration, "_rows", rows)
+    """The actors run in this process, one batch after the other: for what does not need Ray."""
+    calibrate_in_this_process(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def reference(ray_cluster, teacher_folder, prompts, tmp_path_factory):
+    """A calibration set made in this process: its folder, what the stage said of it, and of its progress."""
     folder = tmp_path_factory.mktemp("reference")
     captured = []
-    info = run(config(teacher_folder, prompts), folder, lambda done, total: captured.append((done, total)))
+    with pytest.MonkeyPatch.context() as patch:
+        calibrate_in_this_process(patch)
+        info = run(config(teacher_folder, prompts), folder, lambda done, total: captured.append((done, total)))
     return folder, info, captured
 
 
@@ -80,8 +77,11 @@ def test_twelve_prompts_become_a_calibration_set(reference):
     assert captured[-1] == (24, 24) and [d for d, _ in captured] == sorted(d for d, _ in captured)
 
 
-def test_the_result_does_not_depend_on_workers_or_batches(reference, teacher_folder, prompts, tmp_path):
-    run(config(teacher_folder, prompts, batch_size=2, workers=2), tmp_path)
+def test_two_workers_on_ray_make_what_one_makes_here_whatever_the_batches(reference, teacher_folder, prompts, tmp_path):
+    captured, two = [], config(teacher_folder, prompts, batch_size=2, workers=2)
+    info = run(two, tmp_path, lambda done, total: captured.append((done, total)))
+    assert info == reference[1]
+    assert captured[-1] == (24, 24) and [d for d, _ in captured] == sorted(d for d, _ in captured)
     first, second = CalibrationSet(reference[0] / "calibration"), CalibrationSet(tmp_path / "calibration")
     for side in (True, False):
         assert first.ids(side).tolist() == second.ids(side).tolist()

@@ -25,7 +25,7 @@ def test_the_closed_form_is_the_least_squares_solution_outliers_included(workers
 
 
 def test_no_other_map_does_better():
-    """Eq. 2, the training loss, is at its least where Eq. 1 is solved: its gradient is zero, on the scale of the data."""
+    """Eq. 2, the training loss, is least where Eq. 1 is solved: its gradient is zero, on the scale of the data."""
     x, y = (torch.tensor(v).double() for v in data())
     affine = fit_affine(counted(*data()), ridge=0)
     left = y - x @ affine.weight.T - affine.bias

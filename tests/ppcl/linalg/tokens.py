@@ -11,7 +11,7 @@ from ppcl.linalg import Moments
 
 
 def data(n: int = 3000, p: int = 12, q: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Float32 `x (n, p)`, with one channel of scale 1000 and two whose means are far off, and `y (n, q)` near affine."""
+    """Float32 `x (n, p)`, one channel of scale 1000 and two whose means are far off, and `y (n, q)` near affine."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(n, p))
     x[:, 0] *= 1000

@@ -1,4 +1,4 @@
-"""A finished job without the work: stage artifacts as a small compression leaves them, with pictures of the shapes world."""
+"""A finished job without the work: stage artifacts as a small compression leaves them, with images of shapes."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def evaluation(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def pictures(folder: Path, content: dict[str, Any], rng: np.random.Generator) -> None:
-    """A true picture of each prompt for the teacher; the smaller a variant, the more often it draws another prompt's."""
+    """A true image of each prompt for the teacher; the smaller a variant, the more often it draws another prompt's."""
     texts = [prompt["text"] for prompt in content["prompts"]]
     known = {caption.text for caption in world.captions()}
     for strength, name in enumerate(content["variants"]):

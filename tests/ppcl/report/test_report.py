@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from ppcl.errors import UserError
-from ppcl.report import figures, numbers, summary_rows, write_report
+from ppcl.report import summary_rows, write_report
 from ppcl.report.page import best_of
 from ppcl.report.terminal import summary_table
 from tests.ppcl.report import made
@@ -257,14 +257,6 @@ def test_sixty_blocks_in_two_lists_without_any_interval(tmp_path):
     assert any("60 by 60 blocks, from 0.410 to 0.990" in svg.get("aria-label", "") for svg in page.all("svg"))
 
 
-def test_heat_map_outline_encloses_exactly_the_interval_on_and_above_the_diagonal():
-    from matplotlib.path import Path
-
-    outline = Path(figures._staircase(4, 7))
-    inside = {(u, k) for u in range(12) for k in range(12) if outline.contains_point((k, u))}
-    assert inside == {(u, k) for u in range(4, 8) for k in range(u, 8)}
-
-
 def test_best_is_hinted_at_only_where_variants_can_be_told_apart():
     row = dict.fromkeys(("speed_up", "psnr", "ssim", "world", "R", "velocity_error"))
     rows = [
@@ -273,37 +265,6 @@ def test_best_is_hinted_at_only_where_variants_can_be_told_apart():
         {**row, "variant": "b", "world": 0.8, "velocity_error": 0.2, "R": -1.0},
     ]
     assert best_of(rows) == {"velocity_error": "b", "R": "b"}
-
-
-def test_series_are_told_apart_by_more_than_hue():
-    names = [f"v{i}" for i in range(20)]
-    looks = figures.series_of(["teacher", *names])
-    assert len({(look.role, look.dash) for look in looks.values()}) == 21
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (numbers.count(20_430_000_000), "20.4 B"),
-        (numbers.count(999), "999"),
-        (numbers.count(None), "–"),
-        (numbers.significant(0.12), "0.120"),
-        (numbers.significant(1234.5), "1234"),
-        (numbers.significant(0), "0"),
-        (numbers.significant(123.4), "123"),
-        (numbers.significant(0.00001234), "1.23e-05"),
-        (numbers.percent(-0.031), "\u22123.1\u202f%"),
-        (numbers.percent(-0.0001), "0.0\u202f%"),
-        (numbers.percent(6.1, scale=1), "6.1\u202f%"),
-        (numbers.between(0.7, 0.78), "70.0 to 78.0"),
-        (numbers.between(None, 1), ""),
-        (numbers.seconds(0.0382), "38.2 ms"),
-        (numbers.seconds(250), "4 min 10 s"),
-        (numbers.seconds(11100), "3 h 05 min"),
-    ],
-)
-def test_how_numbers_are_written(text, expected):
-    assert text == expected
 
 
 def test_terminal_table_holds_the_summary(root):

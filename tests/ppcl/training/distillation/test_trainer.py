@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
 from ppcl.config.schema import Distillation
 from ppcl.models import adapter_of, embed, run_blocks
@@ -15,14 +14,9 @@ from ppcl.replacements.io import files_in, load_replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.closed_form import fit_closed_form
-from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
-from ppcl.training.distillation.segments import segment_of
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.losses import normalized, relative
 from ppcl.training.parallel_dims import ParallelDims
-from ppcl.training.pipeline import PipelineStage
 from ppcl.training.run_context import RunContext
-from ppcl.training.teacher_segment import TeacherSegment
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 
@@ -124,32 +118,6 @@ def test_checkpoints_of_one_rank_are_continued_by_two(folder, alone, tmp_path):
     assert_same(students(alone), students(tmp_path))
 
 
-def test_a_rank_holds_its_own_blocks_only(folder):
-    teacher = Teacher(folder)
-    whole = teacher.transformer()
-    block = sum(p.numel() for p in adapter_of(whole).blocks(whole)[0].parameters())
-    rest = sum(p.numel() for p in whole.parameters()) - 6 * block
-    parts = [segment_of(stage, 2, 6, INTERVALS, "students") for stage in range(2)]
-    assert [b for part in parts for b in part] == list(range(6))
-    for part in parts:
-        segment = TeacherSegment(teacher, part, INTERVALS, "cpu", torch.float32)
-        assert sum(p.numel() for p in segment.transformer.parameters()) == len(part) * block + rest
-        assert all(i.first in part and i.last in part for i in segment.plan)
-
-
-def test_a_student_in_training_keeps_what_goes_into_its_interval_and_what_comes_out(folder):
-    segment = TeacherSegment(Teacher(folder), range(6), INTERVALS, "cpu", torch.float32)
-    objective = new_objective(
-        TeacherBlocks(segment.adapter, segment.transformer, segment.blocks, 6), Interval(3, 5), Distillation()
-    )
-    inputs = MemorySamples().batch([0, 1])
-    # The first block's own output is needed for the fit of the affine start, and no longer.
-    assert segment.run(inputs, PipelineStage(0, 1), objective.init_capture).boundaries.keys() == {4, 6}
-    captured = segment.run(inputs, PipelineStage(0, 1), objective.capture)
-    assert captured.boundaries.keys() == {3, 6}
-    assert objective.losses(captured, normalized).keys() == {"img", "txt"}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("start", "source"), [("first", 3), ("middle", 4)])
 def test_an_untrained_student_is_the_teachers_block(folder, tmp_path, start, source):
@@ -232,26 +200,6 @@ def test_a_batch_with_nan_is_left_out_and_counted(folder, tmp_path, monkeypatch)
     record = json.loads((tmp_path / "03-05.json").read_text())
     assert record["skipped_steps"] >= 1
     assert all(t.isfinite().all() for s in students(tmp_path).values() for t in s.values())
-
-
-def test_losses_against_their_formulas():
-    g = torch.Generator().manual_seed(0)
-    s, t = torch.randn(2, 5, 8, generator=g), torch.randn(2, 5, 8, generator=g)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    total, tokens = normalized(s, t, mask)
-    by_hand = [((a / a.norm() - b / b.norm()) ** 2).sum() for a, b in zip(s[mask], t[mask])]
-    assert tokens == 8 and torch.isclose(total, torch.stack(by_hand).sum())
-    # Eq. 6's squared distance of unit vectors is 2 - 2 cos.
-    assert torch.isclose(total, (2 - 2 * F.cosine_similarity(s, t, dim=-1))[mask].sum())
-    total, energy = relative(s, t)
-    assert np.isclose(float(total) / energy, float((s - t).square().sum() / t.square().sum()))
-
-
-def test_batches_cover_every_sample_once_an_epoch():
-    ids = np.arange(100, 124)
-    captured = np.concatenate([batch_of(step, ids, 8, seed=3) for step in range(3)])
-    assert sorted(captured) == list(ids)
-    assert not np.array_equal(batch_of(0, ids, 8, seed=3), batch_of(3, ids, 8, seed=3))
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,6 @@
-"""What surrounds the API: keys, headers, bodies over a socket, clients that leave, logs, metrics, health."""
+"""What surrounds the API: keys, headers, bodies over a socket, clients that leave, health."""
 
 import json
-import logging
-import re
 import socket
 import time
 
@@ -10,23 +8,12 @@ import openai
 import pytest
 
 from serve.config import Settings
-from serve.logging import log, log_as_json, log_failure, readable
 from tests.serve.api.test_client import waiting
 from tests.serve.served import Server, until
 
 VALID = {"prompt": "a red circle", "model": "all", "size": "32x32", "num_inference_steps": 1}
 LONG = VALID | {"num_inference_steps": 2000}
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture
-def lines(tmp_path):
-    """The log's lines so far, parsed, while a test runs."""
-    file, before = tmp_path / "log.jsonl", (list(log.handlers), log.level, log.propagate)
-    log_as_json(file)
-    yield lambda: [json.loads(line) for line in file.read_text().splitlines()]
-    log.handlers[:], log.propagate = before[0], before[2]
-    log.setLevel(before[1])
 
 
 def test_with_keys_everything_but_the_page_and_health_asks_for_one(locked_server):
@@ -210,71 +197,6 @@ def test_a_client_cannot_choose_the_id_of_its_request(server):
     assert server.ask("GET", "/health", headers={"x-request-id": "mine"}).headers["x-request-id"].startswith("req_")
 
 
-def test_the_log_has_a_line_a_request_and_neither_prompts_nor_keys(locked_server, lines):
-    secret = "the secret wish of somebody"
-    answers = [
-        locked_server.generate(
-            VALID | {"prompt": secret, "negative_prompt": secret}, {"authorization": "Bearer sesame"}
-        ),
-        locked_server.generate({"prompt": secret, secret: 1}, {"authorization": "Bearer sesame"}),
-        locked_server.generate({"prompt": secret}, {"authorization": f"Bearer {secret}"}),
-        locked_server.ask(
-            "GET",
-            f"/v1/models/{secret.replace(' ', '%20')}?q={secret.replace(' ', '+')}",
-            headers={"authorization": "Bearer sesame"},
-        ),
-    ]
-    assert [answer.status for answer in answers] == [200, 400, 401, 404]
-    until(lambda: len(lines()) >= 4, "lines are missing")
-    told = lines()
-    assert [line["id"] for line in told] == [answer.headers["x-request-id"] for answer in answers]
-    assert [line["status"] for line in told] == [200, 400, 401, 404]
-    assert [line["route"] for line in told] == [
-        "/v1/images/generations",
-        "/v1/images/generations",
-        "unmatched",
-        "/v1/models/{model:path}",
-    ]
-    assert (told[0]["variant"], told[0]["degraded"], told[0]["images"]) == ("all", False, 1) and told[0]["seconds"] > 0
-    assert [line.get("error") for line in told] == [None, "unknown_parameter", "invalid_api_key", "model_not_found"]
-    assert "secret" not in json.dumps(told) and "sesame" not in json.dumps(told)
-
-
-def test_metrics_tell_of_http_and_of_the_engine(server, engine):
-    def figures():
-        answer = server.ask("GET", "/metrics")
-        assert answer.headers["content-type"].startswith("text/plain")
-        lines = [line for line in answer.body.decode().splitlines() if line and not line.startswith("#")]
-        assert len({line.rpartition(" ")[0] for line in lines}) == len(lines), "a series is there twice"
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
-
-    before = figures()
-    assert server.generate(VALID | {"n": 2}).status == 200
-    assert server.generate(VALID | {"n": 0}).status == 400
-    after = figures()
-
-    def added(series):
-        return after.get(series, 0) - before.get(series, 0)
-
-    route = 'method="POST",route="/v1/images/generations"'
-    assert added(f'ppcl_http_requests_total{{{route},status="200"}}') == 1
-    assert added(f'ppcl_http_requests_total{{{route},status="400"}}') == 1
-    assert added('ppcl_http_request_seconds_count{route="/v1/images/generations"}') == 2
-    assert added('ppcl_images_total{variant="all"}') == 2
-    assert added('ppcl_accepted_total{degraded="false",variant="all"}') == 1
-    assert added('ppcl_step_seconds_count{variant="all"}') >= 1
-    assert added('ppcl_batch_rows_sum{variant="all"}') == 2
-
-
-def test_what_clients_invent_makes_no_new_series(server):
-    for number, method in enumerate(("PROPFIND", "LOCK", "SEARCH")):
-        server.ask(method, f"/invented/{number}")
-        server.generate(VALID | {"model": f"invented{number}"})
-    told = server.ask("GET", "/metrics").body.decode()
-    assert "invented" not in told and "LOCK" not in told
-    assert 'ppcl_http_requests_total{method="other",route="unmatched",status="404"}' in told
-
-
 def test_health_means_ready(server):
     for method in ("GET", "HEAD"):
         assert server.ask(method, "/health").status == 200
@@ -285,38 +207,6 @@ def test_the_schema_is_there_to_read(server):
     told = server.ask("GET", "/openapi.json").json()
     body = told["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "deadline_ms" in body["properties"] and body["additionalProperties"] is False
-
-
-def test_a_failure_is_logged_by_its_place_without_its_words(lines):
-    try:
-        raise ValueError("the prompt was a secret wish")
-    except ValueError as error:
-        log_failure("req_1", error)
-    (told,) = lines()
-    assert (told["level"], told["id"], told["error"]) == ("error", "req_1", "ValueError")
-    assert told["at"][-1].startswith("test_http.py:") and "secret" not in json.dumps(told)
-
-
-def test_the_servers_log_can_be_asked_for_twice_without_lines_coming_twice(lines, tmp_path):
-    for _ in range(2):
-        log_as_json(tmp_path / "log.jsonl")
-    logging.getLogger("ppcl.serve").info("once")
-    assert [told["event"] for told in lines()] == ["once"]
-
-
-def test_a_line_of_the_log_can_be_read_by_people(server, lines):
-    assert server.generate(VALID).status == 200 and server.generate(VALID | {"model": "no-such"}).status == 404
-    until(lambda: len(lines()) == 2, "two lines")
-    generated, refused = (readable(json.dumps(told)) for told in lines())
-    assert re.fullmatch(r"\d\d:\d\d:\d\d  200  POST  /v1/images/generations  \d+\.\d{3} s  all  req_\w+", generated)
-    assert re.fullmatch(
-        r"\d\d:\d\d:\d\d  404  POST  /v1/images/generations  \d+\.\d{3} s  model_not_found  req_\w+", refused
-    )
-    try:
-        raise ValueError("a secret wish")
-    except ValueError as error:
-        log_failure("req_1", error)
-    assert re.fullmatch(r"\S+  failure  ValueError  test_http\.py:\d+ \w+  req_1", readable(json.dumps(lines()[-1])))
 
 
 def test_the_time_of_a_request_is_the_clients(server):

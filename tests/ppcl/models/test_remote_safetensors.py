@@ -1,0 +1,65 @@
+"""A teacher in a bucket: its weights are read by range."""
+
+import pytest
+import torch
+
+from ppcl.errors import UserError
+from ppcl.models.teacher import Teacher
+
+
+def upload_all(folder, store):
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            store.upload(path, str(path.relative_to(folder)))
+
+
+def test_a_rank_reads_the_ranges_of_its_own_blocks_and_no_weight_else(store, s3, teacher_folder):
+    upload_all(teacher_folder, store)
+    whole, local = Teacher(store.url), Teacher(teacher_folder)
+    assert whole.sha256() == local.sha256() and whole.part_hashes() == local.part_hashes()
+    s3.requests.clear()
+    mine, theirs = whole.transformer(keep=[1, 2]), local.transformer(keep=[1, 2])
+    for (name, a), (_, b) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    read = [r for r in s3.requests if r.path.endswith("safetensors") and r.method == "GET"]
+    assert read and all(r.range for r in read)
+    kept = sum(p.nbytes for p in mine.parameters())
+    header = 100_000
+    assert (
+        kept
+        <= sum(r.sent for r in read)
+        < kept + header
+        < (teacher_folder / whole.transformer_files["proj_out.weight"]).stat().st_size
+    )
+    assert not list(whole.folder.rglob("*.safetensors"))
+
+
+def test_a_pipeline_in_a_bucket_is_the_one_in_the_folder_and_another_version_is_another_snapshot(store, teacher_folder):
+    upload_all(teacher_folder, store)
+    teacher = Teacher(store.url)
+    parts = teacher.pipeline_without_transformer()
+    assert parts.transformer is None and parts.text_encoder is not None
+    whole = teacher.pipeline()
+    stock = Teacher(teacher_folder).pipeline()
+    for (name, a), (_, b) in zip(whole.vae.named_parameters(), stock.vae.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    before = teacher.folder
+    store.write("scheduler/scheduler_config.json", store.read("scheduler/scheduler_config.json") + b"\n")
+    assert Teacher(store.url).folder != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("model_index.json", None, "is not a diffusers pipeline folder"),
+        ("transformer/x.bin", b"", "x.bin is a pickle"),
+        ("transformer/diffusion_pytorch_model.safetensors", b"\xff" * 64, "cannot be read as safetensors"),
+        ("transformer/diffusion_pytorch_model.safetensors", None, "holds no diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_a_model_in_a_bucket_that_cannot_be_used_is_told(store, teacher_folder, name, content, sentence):
+    upload_all(teacher_folder, store)
+    store.remove(name) if content is None else store.write(name, content)
+    with pytest.raises(UserError, match=sentence) as told:
+        Teacher(store.url)
+    assert store.url in str(told.value)
