@@ -86,7 +86,7 @@ def test_a_folder_of_another_kind_is_refused_and_left_alone(tmp_path, artifacts)
         artifacts.start(JOB | {"teacher_sha256": "2"})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="not empty and no job"):
+    with pytest.raises(UserError, match="is not empty and is not a ppcl job"):
         Artifacts(tmp_path / "mine").start(JOB)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
