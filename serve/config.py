@@ -66,7 +66,7 @@ class EngineSettings(Section):
     variants: list[str] | None = Field(
         None, description="names of the variants to serve; only their weights are loaded; null: all of the result"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one, else the CPU")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )

@@ -209,7 +209,7 @@ class Distillation(Section):
 
 
 class Finetuning(Section):
-    """End-to-end fine-tuning of the replacements on the velocity; every step trains a randomly drawn plan."""
+    """End-to-end fine-tuning of the replacements on the velocity; every step trains a random plan."""
 
     renamed: ClassVar[dict[str, str]] = {
         "own_states": "rollout_share",
@@ -256,9 +256,8 @@ class Finetuning(Section):
     measured_plans: int = Field(
         50,
         ge=0,
-        description="randomly drawn plans to measure before and after fine-tuning, beside the variants; they decide "
-        "which other "
-        "plans use the fine-tuned parameters",
+        description="random plans to measure before and after fine-tuning, in addition to the variants; they decide "
+        "which other plans use the fine-tuned parameters",
     )
     checkpoint_every: int = Field(100, json_schema_extra=OPERATIONAL, ge=1, description="steps between checkpoints")
 
@@ -270,8 +269,8 @@ class Target(Section):
     speedup: float | None = Field(
         None,
         gt=1,
-        description="smallest speed-up of a step over the teacher, measured where the job runs on a batch of "
-        "evaluation",
+        description="smallest speed-up of a step over the teacher, measured on the job's devices with a "
+        "batch of evaluation",
     )
 
     @model_validator(mode="after")
@@ -346,7 +345,7 @@ class Config(Section):
     output: Location = Field(Location("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of all random numbers")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU where there is one, or where the cluster's autoscaler can add one"
+        "auto", description="auto: a GPU if there is one or the cluster's autoscaler can add one, else the CPU"
     )
     worker_timeout_s: float = Field(
         300.0,
