@@ -80,7 +80,7 @@ class _Refused(UserError):
 
 @dataclass(frozen=True)
 class Status:
-    """A job: `state` as Ray calls it, `progress` how far it is, `output` where its result lies."""
+    """A job: `state` as Ray calls it, `progress`: its progress, `output`: the location of its result."""
 
     id: str
     state: str
@@ -265,7 +265,7 @@ class Jobs:
         return self._find(identity).submission_id
 
     def logs(self, identity: str | None = None) -> str:
-        """What a job has said, without its events."""
+        """The log of a job, without its events."""
         return without_events(self._log(self.identity(identity)))
 
     def _log(self, identity: str) -> str:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 TEACHER = "teacher"
 ALL = "all"
 
-# A name is also a folder of pictures and a part of an address.
+# A name is also a folder of images and a part of an address.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

@@ -186,7 +186,7 @@ class Teacher:
         return pipeline.to(device)
 
     def pipeline_without_transformer(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """The stock pipeline with `transformer=None`: enough to encode prompts and pictures."""
+        """The stock pipeline with `transformer=None`: enough to encode prompts and images."""
         import diffusers
 
         pipeline_class = getattr(diffusers, self.pipeline_class)

@@ -41,7 +41,7 @@ def conflicts(a: Replacement, b: Replacement) -> bool:
 
 
 def enclosing(replacement: Replacement, plan: Iterable[Replacement]) -> Replacement | None:
-    """The replacement of a plan that another lies within, such as the text run around an FFN."""
+    """The replacement of a plan that contains another one, such as the text run around an FFN."""
     return next((other for other in plan if other.contains(replacement)), None)
 
 

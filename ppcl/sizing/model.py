@@ -65,7 +65,7 @@ class Model:
     def of(
         cls, name: str, transformer: str, config: dict[str, Any], text_tokens: int, height: int, width: int
     ) -> Model:
-        """`height`, `width`: of the pictures, pixels."""
+        """`height`, `width`: of the images, pixels."""
         import diffusers
 
         if height % _PIXELS_A_TOKEN or width % _PIXELS_A_TOKEN:

@@ -1,4 +1,4 @@
-"""Artifacts are the interface: a job's folder, its stages, and the manifest that says which of them are complete.
+"""Artifacts are the interface: a job's folder, its stages, and the manifest that lists the complete ones.
 
 A stage writes its files into its own folder under the job's, then its record in `manifest.json`, last and in one
 rename. The record holds a key (a hash of everything the stage's result depends on) and each file's size and sha256.
@@ -225,7 +225,7 @@ class Artifacts:
         return self.store is not None and self.store.download(name, path, sha256)
 
     def text(self, name: str) -> str:
-        """A file that lies beside the stages, such as the configuration. Raises `OSError` where it cannot be read."""
+        """A file beside the stages, such as the configuration. Raises `OSError` where it cannot be read."""
         return self.store.read(name).decode() if self.store else self.path(name).read_text()
 
     def continue_log(self) -> None:

@@ -107,7 +107,7 @@ class TrainState:
             self.parameters[name].copy_(value)
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Everything that a stopped run needs to go on: tensors, and metadata as safetensors takes it."""
+        """Everything that a stopped run needs to resume: tensors, and metadata as safetensors takes it."""
         tensors: dict[str, torch.Tensor] = {f"parameter.{name}": p for name, p in self.parameters.items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
         for name, parameter in self.parameters.items():

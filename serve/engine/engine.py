@@ -295,7 +295,7 @@ class Engine:
         return FinalImage(index, generated.image, task.seed, job.prompt_tokens, seconds)
 
     def _refusal(self, error: Exception, request: GenerationRequest) -> Refused:
-        """Return what the client is told about an error of one of its images."""
+        """Return the error that the client gets for a failed image."""
         if isinstance(error, Refused):
             return error
         if isinstance(error, Cancelled):

@@ -1,4 +1,4 @@
-"""The plans that are trained: the named variants and what lies within them, any at all, or a single one."""
+"""The plans to train: the named variants and their parts, any plan, or a single one."""
 
 from __future__ import annotations
 
