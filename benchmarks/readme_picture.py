@@ -62,7 +62,7 @@ def chosen_prompts(prompts: list[dict[str, Any]], count: int) -> list[int]:
 
 
 def draw(result: Path, output: Path, rows: int = ROWS) -> None:
-    """Write the picture. Raises `UserError` where `result` is no result of ppcl."""
+    """Write the picture. Raises `UserError` where `result` is not a ppcl result."""
     columns = summary_rows(result)
     prompts = read_results(result).stage("evaluation")["prompts"]
     indices = chosen_prompts(prompts, rows)

@@ -27,17 +27,17 @@ CONFIGURATION = """# Configuration reference
 *Generated from `ppcl/config/schema.py` and `serve/config.py` by `python docs/generate.py`.*
 
 A job is one YAML file. `ppcl config` prints its keys with their defaults, `ppcl config --serve` those of serving.
-`--set section.key=VALUE` overrides one key, with a YAML value. An unknown key, or a value out of range, is refused with
-the key, the value seen and what would be right. Paths in a file are relative to the file; `output` is relative to where
-the command runs.
+`--set section.key=VALUE` overrides one key with a YAML value. For an unknown key or a value out of range, the error
+names the key, the value seen and the valid values. Paths in a file are relative to the file. `output` is relative to
+the working directory.
 """
 
 COMMANDS = """# Command-line reference
 
 *Generated from `jobs/cli` by `python docs/generate.py`.*
 
-A command that fails because of something in its input prints one sentence and ends with exit code 2. Ctrl-C ends a
-command with exit code 130.
+A command that fails because of its input prints one sentence and ends with exit code 2. Ctrl-C ends a command with exit
+code 130.
 """
 
 
@@ -64,7 +64,7 @@ def _sections(model: type[Section]) -> Iterator[str]:
     old = {f"{name}.{k}": f"{name}.{v}" for name, section in _named(model) for k, v in _renamed(section).items()}
     old |= _renamed(model)
     if old:
-        yield "\n### Old names\n\nThese keep working in this version, with a warning.\n\n| old | now |\n|---|---|\n"
+        yield "\n### Old names\n\nThese still work in this version, with a warning.\n\n| old | now |\n|---|---|\n"
         yield "".join(f"| `{before}` | `{now}` |\n" for before, now in old.items())
 
 
@@ -79,7 +79,7 @@ def _renamed(model: type[Section]) -> dict[str, str]:
 
 
 def _nested(model: type[Section]) -> list[type[Section]]:
-    """Models that stand inside of a value, such as a target of `variants.targets`."""
+    """Models inside a value, such as a target of `variants.targets`."""
     found: dict[str, type[Section]] = {}
     for _, section in _named(model):
         for field in section.model_fields.values():
@@ -109,7 +109,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    """The field's type and bounds, as a reader of YAML would say them."""
+    """The field's type and bounds, in the terms of YAML."""
     bounds = []
     for bound, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
         bounds += [f"{sign} {getattr(m, bound):g}" for m in field.metadata if getattr(m, bound, None) is not None]

@@ -23,7 +23,7 @@ _SHADOWED = re.compile(r"No module named '(ppcl|jobs|serve)\.")
 
 
 class WorkerLost(RuntimeError):
-    """A worker that died or stopped answering. Its message says all: where it was noticed tells the user nothing."""
+    """A worker that died or stopped answering. Its message is complete without a line of code."""
 
 
 @dataclass(frozen=True)

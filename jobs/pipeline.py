@@ -182,7 +182,7 @@ class Job:
         count, setting, least = stage.workers(self.config)
         if missing := shortfall(least or count, device, setting):
             self.reporter.say(
-                f"{stage.name}: waiting for nodes, {duration(self.config.worker_timeout_s)} from the last sign of one: "
+                f"{stage.name}: waiting for nodes, {duration(self.config.worker_timeout_s)} from the last new one: "
                 f"{missing}"
             )
 

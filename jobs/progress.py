@@ -1,4 +1,4 @@
-"""Progress of long work: a live line on a terminal, a line now and then elsewhere, always a log file and events."""
+"""Progress of long work: a live line on a terminal, occasional lines elsewhere, and always a log file and events."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class StageProgress:
 
 
 class Reporter:
-    """Tells what runs, how far it is and how long it still takes: on the console, in `log`, and in `events.jsonl`.
+    """Reports the running stage, its progress and the time left: on the console, in `log`, and in `events.jsonl`.
 
     Where the environment variable `PRINT_EVENTS` is set, the console gets the events too.
     """

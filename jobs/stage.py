@@ -80,7 +80,7 @@ class StageContext:
 
 
 class Workers(NamedTuple):
-    """How many workers a stage has, and the configuration key that says so. `least`: with how few it can go on."""
+    """The number of workers of a stage, and the configuration key that sets it. `least`: the fewest it can run with."""
 
     number: int
     setting: str

@@ -80,7 +80,7 @@ class _Refused(UserError):
 
 @dataclass(frozen=True)
 class Status:
-    """A job: `state` as Ray calls it, `progress` how far it is, `output` where its result lies."""
+    """A job: `state` as Ray calls it, `progress`: its progress, `output`: the location of its result."""
 
     id: str
     state: str
@@ -113,7 +113,7 @@ class Jobs:
             logging.getLogger(name).setLevel(logging.ERROR)
         if not address.startswith(("http://", "https://")):
             raise UserError(
-                f"--address {address!r} is no address of Ray's job API; give http://HEAD:8265, the head's dashboard"
+                f"--address {address!r} is not an address of Ray's job API; give http://HEAD:8265, the head's dashboard"
             )
         self.address = address.rstrip("/")
         try:
@@ -237,7 +237,7 @@ class Jobs:
                 return job
         known = ", ".join(job.submission_id for job in jobs[-10:])
         if identity is None:
-            raise UserError(f"the cluster at {self.address} has no job of ppcl; send one with ppcl submit")
+            raise UserError(f"the cluster at {self.address} has no ppcl job; send one with ppcl submit")
         raise UserError(f"there is no job {identity!r} at {self.address}; there are {known or 'none'}")
 
     def status(self, identity: str | None = None) -> Status:
@@ -265,7 +265,7 @@ class Jobs:
         return self._find(identity).submission_id
 
     def logs(self, identity: str | None = None) -> str:
-        """What a job has said, without its events."""
+        """The log of a job, without its events."""
         return without_events(self._log(self.identity(identity)))
 
     def _log(self, identity: str) -> str:
@@ -309,8 +309,8 @@ class Jobs:
                 wrong = error
             if wrong and in_vain >= _RECONNECTS:
                 raise UserError(
-                    f"the job {identity} cannot be followed: {wrong}; it may go on: `ppcl logs {identity} -f` follows "
-                    "it again"
+                    f"the job {identity} cannot be followed: {wrong}; it may still run: `ppcl logs {identity} -f` "
+                    "follows it again"
                 )
             time.sleep(1)
         try:

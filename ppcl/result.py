@@ -61,12 +61,12 @@ class Result:
         """Raises `UserError` where a stage is not there or not intact."""
         if self.artifacts.record(stage) is None:
             raise UserError(
-                f"{self.artifacts.place} has no {stage} yet; run ppcl compress again, which goes on from there"
+                f"{self.artifacts.place} has no {stage} yet; run ppcl compress again to continue from there"
             )
         if damaged := self.artifacts.damaged(stage):
             raise UserError(
-                f"{self.artifacts.place}/{damaged[0]} is damaged or gone (its sha256 differs from the manifest's); "
-                "run ppcl compress again, which makes it anew"
+                f"{self.artifacts.place}/{damaged[0]} is damaged or missing (its sha256 differs from the manifest's); "
+                "run ppcl compress again to make it again"
             )
 
     @property
@@ -81,7 +81,7 @@ class Result:
             return Sampling.model_validate(json.loads(self.artifacts.text(CONFIG))["sampling"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{self.artifacts.place}/{CONFIG} is damaged or gone; run ppcl compress again, which makes it anew"
+                f"{self.artifacts.place}/{CONFIG} is damaged or missing; run ppcl compress again to make it again"
             ) from None
 
     def variant(self, choice: Choice) -> Variant:
@@ -137,11 +137,11 @@ class Result:
 def _teacher(folder: LocationLike, sha256: str) -> Teacher:
     location = Location.of(folder)
     if not location.is_url and not location.path.is_dir():
-        raise UserError(f"the teacher's folder {folder} is gone; give its new place as teacher=")
+        raise UserError(f"the teacher's folder {folder} does not exist any more; give its new path as teacher=")
     teacher = Teacher(location)
     if teacher.sha256() != sha256:
         raise UserError(
             f"the transformer in {folder} is not the teacher of this result (its sha256 differs from the manifest's); "
-            "give the unchanged teacher's place as teacher="
+            "give the path of the unchanged teacher as teacher="
         )
     return teacher

@@ -19,32 +19,34 @@ from ppcl.config.location import Location, LocationLike
 class Http(Section):
     """Where the server listens and who may use it."""
 
-    host: str = Field("127.0.0.1", description="address to listen at; one that others reach needs API keys")
+    host: str = Field(
+        "127.0.0.1", description="address to listen at; an address that other machines reach needs API keys"
+    )
     port: int = Field(8000, ge=1, le=65535, description="port to listen at")
     api_keys_env: str = Field(
         "PPCL_API_KEYS",
-        description="environment variable that holds the API keys, separated by commas; unset: no key from it",
+        description="environment variable that holds the API keys, separated by commas; unset: none",
     )
     api_keys_file: Path | None = Field(
-        None, description="file that holds API keys, one a line; read when the server starts"
+        None, description="file with API keys, one per line; read when the server starts"
     )
-    replicas: int = Field(1, ge=1, description="replicas of the HTTP API, each of which needs little")
+    replicas: int = Field(1, ge=1, description="replicas of the HTTP API; each needs few resources")
     attempts: int = Field(
-        3, ge=1, description="replicas of the engine that are tried for a request, where they die before it is done"
+        3, ge=1, description="engine replicas to try for a request, if replicas die before it is done"
     )
     assign_seconds: float = Field(
-        30.0, gt=0, description="how long a request waits for a replica that takes it, where none is ready"
+        30.0, gt=0, description="seconds a request waits for a replica to take it, if none is ready"
     )
     body_seconds: float = Field(30.0, gt=0, description="seconds a client has to send a request's body")
     ping_seconds: float = Field(
         15.0,
         gt=0,
-        description="seconds without an event after which a stream sends a comment, so that nothing between closes it",
+        description="seconds without an event after which a stream sends a comment, so that proxies keep it open",
     )
 
 
 class Limits(Section):
-    """What one request may ask for; more is refused with a sentence that names the limit."""
+    """Limits of one request; the error message names the limit that was exceeded."""
 
     body_bytes: int = Field(1024**2, ge=1024, description="bytes of a request's body")
     prompt_characters: int = Field(32_000, ge=1, description="characters of a prompt, and of a negative prompt")
@@ -62,25 +64,23 @@ class EngineSettings(Section):
     """One replica: what it loads and how it batches."""
 
     variants: list[str] | None = Field(
-        None, description="variants that are served, by name; only their weights are loaded; null: all of the result"
+        None, description="names of the variants to serve; only their weights are loaded; null: all of the result"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one, else the CPU")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
     batch: int = Field(
-        8, ge=1, description="images of one workload that are generated at once, and rows of a transformer call"
+        8, ge=1, description="images of one workload to generate at once, and rows of a transformer call"
     )
-    queue: int = Field(
-        64, ge=1, description="images that are accepted and not finished; more are refused until some are"
-    )
+    queue: int = Field(64, ge=1, description="images that may be accepted and unfinished; further ones are refused")
     gather_seconds: float = Field(
         0.02,
         ge=0,
         description="seconds to wait between steps for images of the last batch, so that they stay one batch",
     )
     decoded_pixels: int = Field(
-        1024 * 1024, ge=1, description="pixels of the images that the VAE decodes at once, at least one image"
+        1024 * 1024, ge=1, description="pixels of images for the VAE to decode at once, at least one image"
     )
     cpus: float | None = Field(
         None,
@@ -93,7 +93,7 @@ class EngineSettings(Section):
 
 
 class Elastic(Section):
-    """Quality under load: `auto` generates with the largest variant that is in time, by cost measured at the start."""
+    """Quality under load: `auto` uses the largest variant that meets the deadline, by costs measured at the start."""
 
     variants: list[str] | None = Field(
         None,
@@ -107,7 +107,7 @@ class Elastic(Section):
     margin: float = Field(
         0.1,
         ge=0,
-        description="share of the expected seconds that is added to them before they are held against a deadline",
+        description="share of the expected seconds to add before comparing them with a deadline",
     )
     recover_seconds: float = Field(
         5.0, ge=0, description="seconds of low load after which auto goes back up by one variant"
@@ -121,22 +121,26 @@ class Elastic(Section):
 
 
 class Autoscaling(Section):
-    """How many replicas there are. With `max_replicas` at `min_replicas` there is nothing to scale."""
+    """Number of replicas. With `max_replicas` at `min_replicas` there is nothing to scale."""
 
     policy: Literal["backlog", "requests"] = Field(
         "backlog",
         description="backlog: by waiting device-seconds at undegraded quality; requests: by number, Ray's own policy",
     )
     min_replicas: int = Field(1, ge=1, description="replicas when idle")
-    max_replicas: int = Field(1, ge=1, description="most replicas")
+    max_replicas: int = Field(1, ge=1, description="maximum number of replicas")
     target_backlog_seconds: float = Field(
-        10.0, gt=0, description="backlog: device-seconds of work that one replica may have waiting"
+        10.0, gt=0, description="backlog: device-seconds of waiting work per replica to aim for"
     )
     target_requests: float = Field(
-        8.0, gt=0, description="requests: running and waiting ones that one replica may have"
+        8.0, gt=0, description="requests: running and waiting requests per replica to aim for"
     )
-    upscale_delay_seconds: float = Field(10.0, ge=0, description="how long more replicas must be wanted")
-    downscale_delay_seconds: float = Field(300.0, ge=0, description="how long fewer replicas must be wanted")
+    upscale_delay_seconds: float = Field(
+        10.0, ge=0, description="seconds for which more replicas must be needed before they start"
+    )
+    downscale_delay_seconds: float = Field(
+        300.0, ge=0, description="seconds for which fewer replicas must suffice before some stop"
+    )
     look_back_seconds: float = Field(10.0, gt=0, description="time over which the load is averaged")
     shutdown_seconds: float = Field(
         600.0,
@@ -169,7 +173,7 @@ class Served(Settings):
     """What is served, and how."""
 
     result: Location = Field(..., description="what ppcl compress wrote: a folder, or s3://bucket/key")
-    teacher: Location | None = Field(None, description="where the teacher is, if it has moved")
+    teacher: Location | None = Field(None, description="path of the teacher, if it has moved")
 
 
 def load_settings(

@@ -98,9 +98,7 @@ class RayBackend:
                 except (RayActorError, TaskCancelledError, RayServeException, StopAsyncIteration) as error:
                     raise _ReplicaLost from error
                 except RayError as error:
-                    raise Refused(
-                        500, "server_error", "the replica failed; its log says why", "engine_error"
-                    ) from error
+                    raise Refused(500, "server_error", "the replica failed; see its log", "engine_error") from error
                 if isinstance(event, Refused):
                     raise event
                 remaining -= isinstance(event, FinalImage)

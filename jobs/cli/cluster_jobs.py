@@ -18,22 +18,24 @@ if TYPE_CHECKING:  # it imports what only these commands need
 
 _Api = Annotated[
     str,
-    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Ray's job API, the head's dashboard, such as http://HEAD:8265"),
+    typer.Option(
+        envvar="RAY_API_SERVER_ADDRESS", help="address of Ray's job API on the head, such as http://HEAD:8265"
+    ),
 ]
-_Id = Annotated[str | None, typer.Argument(help="the job's id; default: the last that was sent")]
+_Id = Annotated[str | None, typer.Argument(help="the job's id; default: the last one submitted")]
 _HERE = "http://127.0.0.1:8265"
 
 
 def submit(
     config: Annotated[
-        Path, typer.Argument(help="the job's configuration; what it names must be in reach of the cluster's nodes")
+        Path, typer.Argument(help="the job's configuration; the cluster's nodes must be able to read its paths")
     ],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100"),
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="where the result goes: a folder that the nodes share, or s3://bucket/key")
+        str | None, typer.Option(help="where to write the result: a folder that the nodes share, or s3://bucket/key")
     ] = None,
     address: _Api = _HERE,
     follow: Annotated[bool, typer.Option("--follow", help="print the job's log until it ends")] = False,
@@ -41,7 +43,7 @@ def submit(
         bool, typer.Option("--installed", help="use the ppcl installed on the cluster instead of sending this one")
     ] = False,
 ) -> None:
-    """Send a compression to a cluster; the same configuration again continues one that was stopped or failed."""
+    """Submit a compression to a cluster; submit the same configuration again to continue a stopped or failed job."""
     from jobs.submission import Jobs, absolute
     from ppcl.config.schema import load_config
 
@@ -62,7 +64,7 @@ def status(
     address: _Api = _HERE,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """How far a job on a cluster is."""
+    """Show the progress of a job on a cluster."""
     from jobs.submission import Jobs
 
     found = Jobs(address).status(job)
@@ -75,9 +77,9 @@ def status(
 def logs(
     job: _Id = None,
     address: _Api = _HERE,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the job ends")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="follow the log until the job ends")] = False,
 ) -> None:
-    """What a job on a cluster has said."""
+    """Print the log of a job on a cluster."""
     from jobs.submission import Jobs
 
     jobs = Jobs(address)
@@ -88,7 +90,7 @@ def logs(
 
 
 def stop(job: _Id = None, address: _Api = _HERE) -> None:
-    """Stop a job on a cluster; submitting its configuration again continues it."""
+    """Stop a job on a cluster; submit its configuration again to continue it."""
     from jobs.submission import Jobs
 
     _tell(Jobs(address).stop(job))
@@ -98,7 +100,7 @@ def list_jobs(
     address: _Api = _HERE,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """The jobs of a cluster."""
+    """List the jobs on a cluster."""
     from jobs.submission import Jobs
 
     found = Jobs(address).all()
@@ -108,7 +110,7 @@ def list_jobs(
     for one in found:
         _tell(one)
     if not found:
-        typer.echo(f"no jobs of ppcl at {address}")
+        typer.echo(f"no ppcl jobs at {address}")
 
 
 def _tell(status: Status) -> None:
@@ -138,7 +140,7 @@ def _going_on(identity: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise CommandStopped(
-            f"the job {identity} goes on; `ppcl logs {identity} -f` follows it, `ppcl stop {identity}` ends it"
+            f"the job {identity} continues; `ppcl logs {identity} -f` follows it, `ppcl stop {identity}` ends it"
         ) from None
 
 

@@ -16,10 +16,10 @@ def compress(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as distillation.steps=100"),
     ] = None,
-    output: Annotated[str | None, typer.Option(help="where the result goes: a folder, or s3://bucket/key")] = None,
+    output: Annotated[str | None, typer.Option(help="where to write the result: a folder, or s3://bucket/key")] = None,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
 ) -> None:
-    """Compress a diffusers pipeline; the same command again continues where it stopped."""
+    """Compress a diffusers pipeline; run the same command again to continue a stopped job."""
     from jobs.pipeline import Job
     from jobs.runtime.cluster import connected
     from jobs.runtime.stopping import stop_signals
@@ -39,15 +39,17 @@ def compress(
 
 def ablate(
     config: Annotated[
-        Path, typer.Argument(help="the job's configuration; its section `ablation` says how long and how often")
+        Path, typer.Argument(help="the job's configuration; its section `ablation` sets steps and seeds")
     ],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as ablation.seeds=5")
     ] = None,
-    output: Annotated[str | None, typer.Option(help="where the job is; what it holds already is used")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="output of the job; stages that are complete there are used")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
 ) -> None:
-    """Measure what each part of the method adds on a teacher, and other ways to choose the blocks that go."""
+    """Measure the gain of each part of the method, and compare other ways to choose the blocks to remove."""
     from jobs.pipeline import Job
     from jobs.runtime.cluster import connected
     from jobs.runtime.stopping import stop_signals
@@ -64,9 +66,11 @@ def ablate(
 
 
 def config(
-    serve: Annotated[bool, typer.Option("--serve", help="that of ppcl serve instead of a job's")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="print the configuration of ppcl serve instead of a job's")
+    ] = False,
 ) -> None:
-    """Print the full default configuration, every key described."""
+    """Print the full default configuration with a description of every key."""
     if serve:
         from serve.config import commented_defaults
     else:

@@ -16,13 +16,15 @@ def plan(
         list[str] | None,
         typer.Argument(help="qwen-image, flux.1-dev, sd3.5-large, or a pipeline's folder or URL; default: those three"),
     ] = None,
-    gpus: Annotated[str, typer.Option(help="numbers of GPUs, with commas")] = "1,2,4,8,16,32,64",
-    batch: Annotated[int, typer.Option(min=1, help="samples a step, over all replicas")] = 16,
-    size: Annotated[str, typer.Option(help="of the pictures, WIDTHxHEIGHT in pixels")] = "1024x1024",
-    interval: Annotated[int, typer.Option(min=2, help="blocks that one student stands for")] = 4,
-    simulate: Annotated[bool, typer.Option("--simulate", help="how long steps take, too, by a device's rates")] = False,
+    gpus: Annotated[str, typer.Option(help="numbers of GPUs, separated by commas")] = "1,2,4,8,16,32,64",
+    batch: Annotated[int, typer.Option(min=1, help="samples per step, over all replicas")] = 16,
+    size: Annotated[str, typer.Option(help="size of the images, WIDTHxHEIGHT in pixels")] = "1024x1024",
+    interval: Annotated[int, typer.Option(min=2, help="blocks that one student replaces")] = 4,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="also estimate the time of a step, from a device's rates")
+    ] = False,
     grow: Annotated[
-        bool, typer.Option("--grow", help="--batch is of one pipeline: a step has more samples with more replicas")
+        bool, typer.Option("--grow", help="--batch counts the samples of one replica: more replicas make larger steps")
     ] = False,
     set_: Annotated[
         list[str] | None,
@@ -32,7 +34,7 @@ def plan(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Memory a rank and bytes between ranks of a distillation, computed from the model's configuration."""
+    """Compute the memory per rank and the bytes between ranks of a distillation from the model's configuration."""
     from dataclasses import asdict
 
     from ppcl.config.loading import put, validated
@@ -48,7 +50,7 @@ def plan(
             raise ValueError
     except ValueError:
         raise UserError(
-            f"--gpus {gpus!r}, --size {size!r}: numbers such as 1,2,4,8 and a size such as 1024x1024 are wanted"
+            f"--gpus {gpus!r}, --size {size!r}: give numbers such as 1,2,4,8 and a size such as 1024x1024"
         ) from None
     rates: dict[str, Any] = {}
     for override in set_ or []:

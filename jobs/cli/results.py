@@ -31,25 +31,27 @@ def variants(
 
 def generate(
     result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
-    prompt: Annotated[str, typer.Argument(help="what the picture shows")],
+    prompt: Annotated[str, typer.Argument(help="what the image shows")],
     variant: Annotated[
-        str, typer.Option(help="a name that `ppcl variants` lists, or a plan as 3-5,text:8-9,ffn:1")
+        str, typer.Option(help="a name that `ppcl variants` lists, or a plan such as 3-5,text:8-9,ffn:1")
     ] = "teacher",
-    output: Annotated[Path, typer.Option("--output", "-o", help="the picture to write, .png")] = Path("out.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="image file to write: .png, .jpg or .webp")] = Path(
+        "out.png"
+    ),
     seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: those of the job")] = None,
-    teacher: Annotated[str | None, typer.Option(help="where the teacher is, if it has moved")] = None,
+    teacher: Annotated[str | None, typer.Option(help="path of the teacher, if it has moved")] = None,
 ) -> None:
-    """Make a picture with a variant."""
+    """Generate an image with a variant."""
     import torch
 
     from jobs.runtime.cluster import best_device
     from ppcl.result import Result
 
     if not prompt.strip():
-        raise UserError("the prompt is empty; say what the picture shows")
+        raise UserError("the prompt is empty; describe the image")
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"the output {output} is no picture's name; end it in .png, .jpg or .webp")
+        raise UserError(f"the output {output} is not an image file; use a name that ends in .png, .jpg or .webp")
     if not output.absolute().parent.is_dir():
         raise UserError(f"the folder {output.absolute().parent} does not exist; make it or choose another --output")
     opened = Result(result, teacher=teacher)
@@ -70,7 +72,7 @@ def generate(
 def report(
     result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
 ) -> None:
-    """Write the report of a result anew."""
+    """Write the report of a result again."""
     from ppcl.report import write_report
     from ppcl.storage.manifest import Artifacts
 
@@ -89,13 +91,13 @@ def serve(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, such as engine.batch=4")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="show no line for each request")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print no line per request")] = False,
 ) -> None:
-    """Serve the variants of a result behind the OpenAI Images API, with a page to try them on."""
+    """Serve the variants of a result behind the OpenAI Images API, with a playground page."""
     from serve.config import load_settings
     from serve.local_server import run
 
-    # Lines of requests come from a thread of their own, also while others' output is held back.
+    # Another thread prints the lines of requests, also while other output is held back.
     terminal = sys.stdout
 
     def say(text: str) -> None:

@@ -142,7 +142,7 @@ def _check_reachable(address: str) -> None:
         )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"--address {address!r} is no address; give host:port or auto")
+        raise UserError(f"--address {address!r} is not an address; give host:port or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -190,7 +190,7 @@ def device_of(config: Config) -> str:
         raise UserError("device is 'cuda', but the cluster has no GPU; set device: cpu or add GPU nodes")
     if config.device == "auto" and can is None:
         raise UserError(
-            "the cluster's autoscaler does not say whether it can add a GPU; set device: cuda or device: cpu"
+            "the cluster's autoscaler does not report whether it can add a GPU; set device: cuda or device: cpu"
         )
     return "cuda" if config.device == "cuda" or can else "cpu"
 

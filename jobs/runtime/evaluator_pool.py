@@ -88,7 +88,7 @@ class _Evaluator:
 
     def pictures(self, variant: str, plan: Any, texts: list[str], indices: list[int]) -> None:
         self.switch(self.pipeline.transformer, plan)
-        # Seeds above those of calibration, so that no test picture starts from noise that was fitted on.
+        # Seeds above those of calibration, so that no test image starts from noise that was fitted on.
         seeds = [1_000_000 + self.config.seed + index for index in indices]
         images = generate_images(self.pipeline, texts, seeds, self.config.sampling)
         with upload_on_exit(self.folder) as folder:

@@ -112,7 +112,7 @@ class Watchdog:
         for process in ray.get(self.heartbeat.heartbeats.silent.remote(self.resources.worker_timeout_s)):
             if process.node in nodes and self._killed(process):
                 self.killed.append(
-                    f"{self.who} (process {process.number} on {nodes[process.node]}) gave no sign of life for "
+                    f"{self.who} (process {process.number} on {nodes[process.node]}) sent no heartbeat for "
                     f"{self.resources.worker_timeout_s:.0f} s, the configuration's worker_timeout_s"
                 )
 

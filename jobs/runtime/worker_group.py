@@ -197,6 +197,6 @@ def _told(failure: BaseException, worker_timeout_s: float) -> BaseException:
     for rank, error in failed:
         if isinstance(error, WorkerHealthCheckTimeoutError):
             return WorkerLost(
-                f"rank {rank} gave no sign of life for {worker_timeout_s:.0f} s, the configuration's worker_timeout_s"
+                f"rank {rank} sent no heartbeat for {worker_timeout_s:.0f} s, the configuration's worker_timeout_s"
             )
     return failure

@@ -207,7 +207,7 @@ class _Encoder(_Actor):
 
 
 class _Sampler(_Actor):
-    """States of a batch of prompts, on the teacher's trajectories or from pictures."""
+    """States of a batch of prompts, on the teacher's trajectories or from images."""
 
     def load(self, dtype: Any) -> Any:
         if self.work.config.calibration.source == "images":

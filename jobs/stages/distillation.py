@@ -114,8 +114,8 @@ def run(context: StageContext) -> dict[str, Any]:
     if skipped:
         most = max(curves, key=lambda replacement: curves[replacement]["skipped_steps"])
         notes.append(
-            f"students: {skipped} steps were left out, since a batch or a gradient had NaN or infinite values, of "
-            f"{settings.steps} steps the most for {most}: {curves[most]['skipped_steps']}"
+            f"students: {skipped} steps were left out, since a batch or a gradient had NaN or infinite values; most of "
+            f"them for {most}: {curves[most]['skipped_steps']} of {settings.steps} steps"
         )
     return {"replacements": len(curves), "skipped_steps": skipped, "notes": notes}
 

@@ -25,7 +25,7 @@ from ppcl.storage.node_cache import file_sha256
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Velocity errors, pictures, scores and seconds a step of every variant; writes `evaluation.json`."""
+    """Velocity errors, images, scores and seconds a step of every variant; writes `evaluation.json`."""
     config, folder = context.config, context.folder
     catalog = read_catalog(context.inputs["variants"].folder)
     plans = {name: variant.plan for name, variant in catalog.variants.items()}
@@ -48,7 +48,7 @@ def run(context: StageContext) -> dict[str, Any]:
 def _measure(
     context: StageContext, plans: Mapping[str, Any], samples: CalibrationSet, texts: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """By variant, what is measured by running it; its pictures go to the stage's folder."""
+    """By variant, what is measured by running it; its images go to the stage's folder."""
     calibration, size, progress = context.inputs["calibration"], context.config.evaluation.batch_size, context.events
     ids = chunks_of(spread_samples(samples.ids(held_out=True), REPORT_SAMPLES), size)
     work = [(name, chunk) for name in plans for chunk in chunks_of(list(range(len(texts))), size)]
@@ -122,7 +122,7 @@ def _also_reads(context: StageContext) -> list[Any]:
 STAGE = Stage(
     name="evaluation",
     run=run,
-    describe=lambda context: "velocity errors and pictures of every variant",
+    describe=lambda context: "velocity errors and images of every variant",
     depends_on=("calibration", "students", "variants", "finetuning"),
     reads={"students": "*.safetensors"},  # not the curves, which have times in them
     sections=("sampling", "evaluation"),

@@ -39,7 +39,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if token_counts:
         notes.append(
             f"probes: {len(token_counts)} of {len(files)} blocks had only {min(token_counts)} calibration tokens of a "
-            "stream, no more than its width, and their maps are what the ridge makes of them; use more prompts or more "
+            "stream, no more than its width, so the ridge dominates their fit; use more prompts or a larger "
             "calibration.states_per_prompt"
         )
     return {"blocks": len(files), "dropped": max(map(dropped, files)), "notes": notes}

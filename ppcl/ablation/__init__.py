@@ -1,1 +1,1 @@
-"""What each part of the method adds: ways to choose the blocks that go, and ways to train what stands for them."""
+"""The ablation: ways to choose the blocks to remove, and ways to train the modules that replace them."""

@@ -75,7 +75,7 @@ ROWS = [
     Row("influence", "block influence (ShortGPT)", CHOICE),
     Row("gates", "learned gates (after TinyFusion)", CHOICE),
     Row("position", "position and error (after HierarchicalPrune)", CHOICE),
-    Row("hidden", "+ text, half of the hidden units, modulations folded", OURS),
+    Row("hidden", "+ text, half of the hidden units, low-rank modulations", OURS),
     Row("hidden_finetuned", "  the same, fine-tuned", OURS),
 ]
 TEACHER_SCORE = 0.894

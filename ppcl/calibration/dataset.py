@@ -184,7 +184,7 @@ class CalibrationSet:
 
     @classmethod
     def of(cls, stage: StageFiles) -> CalibrationSet:
-        """Of the files that the manifest names, on this node. Raises `UserError` where one is damaged or gone."""
+        """Of the files that the manifest names, on this node. Raises `UserError` where one is damaged or missing."""
         stage = stage.fetch()
         return cls(stage.folder, stage.paths("*.parquet"))
 

@@ -37,7 +37,7 @@ def image_latents(pipeline: Any, adapter: ModelAdapter, images: Sequence[str], s
     ).to(vae.device, vae.dtype)
     config = vae.config
     if getattr(config, "latents_mean", None) is not None:
-        # The VAE of Qwen-Image is one of videos: a picture is a clip of one frame, normalised by channel.
+        # The VAE of Qwen-Image is one of videos: an image is a clip of one frame, normalised by channel.
         latents = vae.encode(pixels[:, :, None]).latent_dist.mode()
         mean, std = (
             torch.tensor(v).view(1, -1, 1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std)
@@ -70,7 +70,7 @@ def noise_images(
     latents = image_latents(pipeline, adapter, images, sampling).cpu()
     if latents.shape[1:] != shape:
         raise UserError(
-            f"a picture of {sampling.height} x {sampling.width} gives latents {tuple(latents.shape[1:])}, the pipeline "
+            f"an image of {sampling.height} x {sampling.width} gives latents {tuple(latents.shape[1:])}, the pipeline "
             f"takes {tuple(shape)}; set sampling.height and sampling.width to multiples of what its VAE and patches "
             "need"
         )
@@ -95,7 +95,7 @@ def _open(path: str) -> Image.Image:
         return Image.open(local_file(path)).convert("RGB")
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"the picture {path} cannot be read ({error}); replace it or take it out of the prompt file"
+            f"the image {path} cannot be read ({error}); replace it or take it out of the prompt file"
         ) from None
 
 

@@ -74,7 +74,7 @@ def check_prompts(
         if prompt.image is not None:
             version = file_version(Path(prompt.image))
             if version is None:
-                raise UserError(f"{location}: the picture {prompt.image} of prompt {count} does not exist")
+                raise UserError(f"{location}: the image {prompt.image} of prompt {count} does not exist")
             images.append(version)
     if not count:
         raise UserError(f"the prompt file {location} holds no prompts")
@@ -92,9 +92,9 @@ def _prompts(path: Path, rows: Iterable[tuple[str, list[Any]]]) -> Iterator[Prom
     number = 0
     try:
         for where, (text, *image) in rows:
-            for value, what in ((text, "prompt"), *((i, "picture's path") for i in image)):
+            for value, what in ((text, "prompt"), *((i, "image's path") for i in image)):
                 if not isinstance(value, str):
-                    raise UserError(f"{path}, {where}: the {what} is {value!r}, which is no text")
+                    raise UserError(f"{path}, {where}: the {what} is {value!r}, which is not text")
             if not text.strip():
                 continue
             yield Prompt(number, text.strip(), str((path.parent / image[0]).absolute()) if image else None)

@@ -29,13 +29,13 @@ def _check_custom_variants(settings: Variants) -> None:
         for replacement in plan:
             if isinstance(replacement, str):
                 if not is_replacement(replacement):
-                    raise UserError(f"{key}: {replacement!r} names no replacement; write {PLAN_SYNTAX}")
+                    raise UserError(f"{key}: {replacement!r} is not a replacement; write {PLAN_SYNTAX}")
                 continue
             first, last = replacement
             if not 0 <= first < last:
                 raise UserError(
-                    f"{key}: the interval [{first}, {last}] holds no two blocks; the first must be less than the last, "
-                    "and blocks are counted from 0"
+                    f"{key}: the interval [{first}, {last}] has fewer than two blocks; the first must be less than the "
+                    "last, and blocks are counted from 0"
                 )
 
 

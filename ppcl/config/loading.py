@@ -167,7 +167,7 @@ def _sentence(model: type[Section], error: ValidationError) -> str:
     if first["type"] == "model_type" and section is not None:
         return f"{key} is {value}: it is a section, with the keys {', '.join(section.model_fields)}{more}"
     if path[-1] == "[key]":
-        return f"{'.'.join(path[:-2])} has the key {value}, which is no text; put it in quotes{more}"
+        return f"{'.'.join(path[:-2])} has the key {value}, which is not text; put it in quotes{more}"
     message = first["msg"].removeprefix("Value error, ")
     for pydantics, ours in _WORDS.items():
         message = message.replace(pydantics, ours)

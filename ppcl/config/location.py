@@ -1,4 +1,4 @@
-"""Where something lies: a path of this machine, or the URL of something in a bucket."""
+"""A location: a path of this machine, or the URL of an object in a bucket."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ class Distillation(Section):
 
 
 class Finetuning(Section):
-    """End-to-end fine-tuning of the replacements on the velocity; every step trains a randomly drawn plan."""
+    """End-to-end fine-tuning of the replacements on the velocity; every step trains a random plan."""
 
     renamed: ClassVar[dict[str, str]] = {
         "own_states": "rollout_share",
@@ -269,22 +269,21 @@ class Finetuning(Section):
     measured_plans: int = Field(
         50,
         ge=0,
-        description="randomly drawn plans to measure before and after fine-tuning, beside the variants; they decide "
-        "which other "
-        "plans use the fine-tuned parameters",
+        description="random plans to measure before and after fine-tuning, in addition to the variants; they decide "
+        "which other plans use the fine-tuned parameters",
     )
     checkpoint_every: int = Field(100, json_schema_extra=OPERATIONAL, ge=1, description="steps between checkpoints")
 
 
 class Target(Section):
-    """What a variant must keep to; the plan of the smallest velocity error that does is chosen."""
+    """Limits of a variant; ppcl chooses the plan of the smallest velocity error that meets them."""
 
     parameters: Share | None = Field(None, description="largest share of the transformer's parameters")
     speedup: float | None = Field(
         None,
         gt=1,
-        description="smallest speed-up of a step over the teacher, measured where the job runs on a batch of "
-        "evaluation",
+        description="smallest speed-up of a step over the teacher, measured on the job's devices with a "
+        "batch of evaluation",
     )
 
     @model_validator(mode="after")
@@ -311,7 +310,7 @@ class Variants(Section):
     custom: dict[str, list[PlanItem]] = Field(
         default_factory=dict,
         description="name: list of replacements: intervals [u, v], blocks from 0, inclusive; text runs 'text:u-v'; "
-        "FFNs 'ffn:u'",
+        "FFNs 'ffn:u' (linear) or 'ffn:u/50' (half of the hidden units); 'modulations'",
     )
 
 
@@ -326,7 +325,7 @@ class Evaluation(Section):
     max_prompts: int | None = Field(64, ge=1, description="maximum number of test prompts to use; null: all")
     batch_size: int = Field(16, ge=1, description="images per batch")
     checker: Literal["shapes"] | None = Field(
-        None, description="prompt checker that scores images by category; shapes: the one of the demo teacher's shapes"
+        None, description="prompt checker that scores images by category; shapes: that of the demo"
     )
     confidence: float = Field(0.95, gt=0, lt=1, description="level of the confidence intervals")
     workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="Ray actors that generate images")
@@ -344,7 +343,7 @@ class Ablation(Section):
     finetuning_steps: int = Field(300, ge=1, description="fine-tuning steps of the rows that have it")
     gate_steps: int = Field(200, ge=1, description="training steps of the learned gates")
     ffns: int = Field(3, ge=0, description="number of FFNs to replace by linear maps in the row that has them")
-    workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="seeds that run at once")
+    workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="seeds to run at once")
 
 
 class Config(Section):
@@ -354,12 +353,12 @@ class Config(Section):
 
     teacher: Location = Field(..., description="folder of a diffusers pipeline, or s3://bucket/key")
     prompts: Location = Field(
-        ..., description="calibration prompts: .txt (one a line), .jsonl, .csv or .parquet; a path or s3://bucket/key"
+        ..., description="calibration prompts: .txt (one per line), .jsonl, .csv or .parquet; a path or s3://bucket/key"
     )
     output: Location = Field(Location("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of all random numbers")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: a GPU where there is one, or where the cluster's autoscaler can add one"
+        "auto", description="auto: a GPU if there is one or the cluster's autoscaler can add one, else the CPU"
     )
     worker_timeout_s: float = Field(
         300.0,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 TEACHER = "teacher"
 ALL = "all"
 
-# A name is also a folder of pictures and a part of an address.
+# A name is also a folder of images and a part of an address.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -50,7 +50,7 @@ def names_of(settings: Variants) -> list[str]:
             if name in names:
                 raise UserError(f"{key}: the name {name!r} is taken by a variant made anyway; choose another")
             if not _NAME.fullmatch(name):
-                raise UserError(f"{key}: {name!r} is no name for a variant; use letters, digits, '.', '_' and '-'")
+                raise UserError(f"{key}: {name!r} is not a valid variant name; use letters, digits, '.', '_' and '-'")
             if is_plan(name):
                 raise UserError(f"{key}: {name!r} reads as a plan and cannot name a variant; choose another name")
             names.append(name)

@@ -200,7 +200,7 @@ class TeacherTraining:
 
     @torch.no_grad()
     def load(self) -> None:
-        """Go on from the work folder's checkpoint; does nothing where there is none."""
+        """Resume from the work folder's checkpoint; does nothing where there is none."""
         path = self.work / "checkpoint.safetensors"
         if not path.exists():
             return

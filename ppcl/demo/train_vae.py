@@ -2,7 +2,7 @@
 
     python -m ppcl.demo.train_vae --output demo/checkpoints/vae
 
-Factor 8 in space: a 64 × 64 picture becomes an 8 × 8 latent of 8 channels, that is 16 tokens of 32 for the transformer.
+Factor 8 in space: a 64 × 64 image becomes an 8 × 8 latent of 8 channels, that is 16 tokens of 32 for the transformer.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def single_frame_convolutions() -> Iterator[None]:
 
 
 def scenes(count: int, rng: np.random.Generator, held_out: bool = False) -> tuple[torch.Tensor, list[str]]:
-    """`count` pictures `(count, 3, 64, 64)` uint8 with their captions, the categories equally often."""
+    """`count` images `(count, 3, 64, 64)` uint8 with their captions, the categories equally often."""
     pools = [
         [c.text for c in world.captions() if c.category == category and (held_out or not c.held_out)]
         for category in world.CATEGORIES

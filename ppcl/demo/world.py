@@ -235,7 +235,7 @@ def _fit_square(mask: np.ndarray) -> np.ndarray:
 
 
 def look(image: np.ndarray) -> list[Seen]:
-    """The objects in a picture, `(64, 64, 3)` uint8, from its pixels alone."""
+    """The objects in an image, `(64, 64, 3)` uint8, from its pixels alone."""
     pixels = image.astype(np.float32)
     foreground = np.linalg.norm(pixels - BACKGROUND, axis=-1) > _FOREGROUND_DISTANCE
     labels, count = ndimage.label(foreground)
@@ -267,7 +267,7 @@ def look(image: np.ndarray) -> list[Seen]:
 
 
 def check(image: np.ndarray, text: str) -> bool:
-    """Whether the picture, `(64, 64, 3)` uint8, shows exactly what the caption says: no object more, none less."""
+    """Whether the image, `(64, 64, 3)` uint8, shows exactly what the caption says: no object more, none less."""
     objects, relation, count = parse(text)
     if count > 1:
         objects = objects * count

@@ -1,4 +1,4 @@
-"""Likeness of two pictures: PSNR, and SSIM after Wang et al. 2004. Pictures are `(N, H, W, 3)` uint8, data range 1."""
+"""Similarity of two images: PSNR, and SSIM after Wang et al. 2004. Images are `(N, H, W, 3)` uint8, data range 1."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from scipy.ndimage import correlate1d
 
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
-# Rounding to 8 bits alone makes this mean squared error: below it two pictures cannot be told apart, 58.9 dB.
+# Rounding to 8 bits alone makes this mean squared error: below it two images cannot be told apart, 58.9 dB.
 _ROUNDING = (1 / 255) ** 2 / 12
 
 
@@ -18,7 +18,7 @@ def psnr(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def ssim(pictures: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """`(N,)`: Gaussian window of 11 pixels, σ 1.5, only where it lies whole within the picture; mean over channels."""
+    """`(N,)`: Gaussian window of 11 pixels, σ 1.5, only where it lies whole within the image; mean over channels."""
     return np.array([_ssim(_unit(a), _unit(b)) for a, b in zip(pictures, reference, strict=True)])
 
 

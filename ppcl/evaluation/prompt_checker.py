@@ -61,7 +61,7 @@ def named_prompts(checker: ModuleType, texts: Sequence[str]) -> list[TestPrompt]
     for text in texts:
         if text not in category:
             raise UserError(
-                f"evaluation.prompts: {text!r} is no caption of the world, whose checker could not tell; "
+                f"evaluation.prompts: {text!r} is not a caption that the checker knows; "
                 f"captions are like {next(iter(category))!r}"
             )
     return [TestPrompt(text, category[text]) for text in texts]

@@ -1,7 +1,7 @@
 """Scores with their uncertainty, and R, the average relative drop over the benchmarks.
 
-What is made of several categories has a percentile bootstrap interval over pictures. One category alone has Wilson's
-(1927): of its few pictures all are often right, and every resample of them is too, so the bootstrap would be certain.
+A score of several categories has a percentile bootstrap interval over images. A score of one category has Wilson's
+interval (1927): often all of its few images are correct, so all resamples are, and the bootstrap interval has no width.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from scipy.stats import binomtest
 
 _RESAMPLES = 2000
 
-# Whether each picture shows its caption: category to `(N,)` of 0 and 1.
+# Whether each image shows its caption: category to `(N,)` of 0 and 1.
 Correctness = Mapping[str, np.ndarray]
 
 
 def resamples(counts: Mapping[str, int], seed: int) -> dict[str, np.ndarray]:
-    """Pictures drawn with replacement within each category: category to `(2000, N)` indices."""
+    """Images drawn with replacement within each category: category to `(2000, N)` indices."""
     rng = np.random.default_rng(seed)
     return {category: rng.integers(0, n, size=(_RESAMPLES, n)) for category, n in counts.items()}
 
 
 def checker_scores(passes: Correctness, confidence: float, seed: int) -> dict[str, Any]:
-    """The share of pictures that pass, by category, and their mean over the categories, as GenEval's overall score.
+    """The share of images that pass, by category, and their mean over the categories, as GenEval's overall score.
 
     Each with an interval of that confidence.
     """
@@ -40,7 +40,7 @@ def checker_scores(passes: Correctness, confidence: float, seed: int) -> dict[st
 def relative_drop(passes: Correctness, teachers: Correctness, confidence: float, seed: int) -> dict[str, float | None]:
     """R of PPCL's tables, in %: the mean over categories of (teacher - variant) / teacher.
 
-    The bootstrap is paired: a drawn picture counts for both. Categories the teacher has no hit in say nothing and are
+    The bootstrap is paired: a drawn image counts for both. Categories in which the teacher has no correct image are
     left out; R is None where that is all of them.
     """
     drawn_variant, drawn_teacher = _drawn_means(passes, seed), _drawn_means(teachers, seed)
@@ -61,7 +61,7 @@ def relative_drop(passes: Correctness, teachers: Correctness, confidence: float,
 
 
 def _drawn_means(passes: Correctness, seed: int) -> dict[str, np.ndarray]:
-    """The mean of every resample, `(2000,)` a category; the same pictures are drawn for the same seed."""
+    """The mean of every resample, `(2000,)` a category; the same images are drawn for the same seed."""
     drawn = resamples({category: len(p) for category, p in passes.items()}, seed)
     return {category: np.asarray(p, np.float64)[drawn[category]].mean(axis=1) for category, p in passes.items()}
 

@@ -1,4 +1,4 @@
-"""The adapter layer: one record a family, and the stock forward taken apart at its block lists."""
+"""The adapter layer: one record per family, and the stock forward in parts."""
 
 from ppcl.models import flux, qwen_image, sd3  # noqa: F401  (importing registers the records)
 from ppcl.models.adapter import BlockParts, ModelAdapter, Streams, adapter_of, supported

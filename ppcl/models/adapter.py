@@ -1,7 +1,7 @@
-"""What ppcl knows of a family of models: one short declarative record, and nothing else anywhere.
+"""The description of a model family: one short declarative record, the only place with facts about a family.
 
-A record names the block lists in the order the stock forward runs them, which argument and which return value of a
-block is which stream, and which arguments of the transformer belong to the prompt, the latents and the timestep.
+A record names the block lists in the order in which the stock forward runs them, the stream of each argument and return
+value of a block, and the arguments of the transformer for the prompt, the latents and the timestep.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Streams(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockParts:
-    """Where one stream's share of a block lies: the paths of its sub-modules.
+    """The sub-modules of a block that belong to one stream, as dotted paths such as `attn.to_out.0`.
 
     `modulation`: the linear map whose output is cut into chunks of the width, in the order shift, scale and gate of the
-    attention, then shift, scale and gate of the FFN, then whatever a family adds. `norm1` and `norm2` are the plain
-    norms in front of attention and FFN; `ffn` the FFN; `out` the attention's output projection.
+    attention, then shift, scale and gate of the FFN, then whatever a family adds. `norm1` and `norm2`: the plain norms
+    before the attention and before the FFN. `ffn`: the FFN. `out`: the output projection of the attention.
     """
 
     modulation: str
@@ -47,18 +47,27 @@ class BlockParts:
 
 @dataclass(frozen=True)
 class ModelAdapter:
-    """How one family of MMDiTs is laid out.
+    """The layout of one family of MMDiTs.
 
-    `block_lists`: attributes of the transformer that hold its blocks, in running order; an interval never crosses from
-    one list to the next, since their blocks differ in kind. `returns`: the streams a block returns, in order.
-    `prompt_arguments`, `shared_arguments`: arguments of the transformer's forward that depend on the prompt, or on
-    nothing but the image's size. `encoded`: what the pipeline's `encode_prompt` returns, named as the transformer's
-    arguments, None for what it does not take. `timestep_scale`: what the forward calls the timestep of pure noise.
-    `parts`: by block list and stream, where the parts of a block are that width pruning replaces; a list that is not
-    named has none (a single-stream block's FFN shares its output projection with the attention). `attention`: the joint
-    attention inside a block, which is called with the two streams by the arguments `img` and `txt`.
-    `temb`: the argument of a block that its modulations are computed from, by a SiLU and a linear map. `ffn_up`,
-    `ffn_down`: the two linear maps of an FFN, with its hidden units between them.
+    - `name`: the family, in messages. `transformer`: class name of the diffusers transformer; records are found by it.
+      `pipelines`: class names of the diffusers pipelines that ppcl accepts with this transformer.
+    - `block_lists`: attributes of the transformer that hold its blocks, in running order. An interval never crosses
+      from one list to the next, because their blocks differ in kind.
+    - `parts`: by block list and stream (`img`, `txt`), the parts of a block that width pruning replaces. A list that is
+      not named has none: the FFN of a single-stream block shares its output projection with the attention.
+    - `prompt_arguments`: arguments of the transformer's forward that depend on the prompt; the text comes first.
+      `shared_arguments`: those that depend on the image's size or on constants only, the same for all samples.
+    - `encoded`: the values that the pipeline's `encode_prompt` returns, in order, each as the name of the transformer's
+      argument, or None if the transformer does not take it.
+    - `text_mask`: the prompt argument that marks the valid text tokens; None if the family has no such argument.
+    - `timestep_scale`: the value of the forward's timestep argument for pure noise, 1.0 or 1000.0.
+    - `latents`, `timestep`: names of these arguments of the transformer's forward. `packed_latents`: True if latents
+      are patched into tokens `(B, S, d)` by the pipeline's `_pack_latents`, False if they are `(B, C, H, W)`.
+    - `img`, `txt`: names of the arguments of a block that take the streams. `returns`: the streams that a block
+      returns, in order.
+    - `attention`: path of the joint attention in a block, which takes the streams by the arguments `img` and `txt`.
+    - `temb`: the argument of a block from which a SiLU and a linear map compute its modulations.
+    - `ffn_up`, `ffn_down`: paths in an FFN of its two linear maps, with the hidden units between them.
     """
 
     name: str

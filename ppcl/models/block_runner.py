@@ -17,7 +17,7 @@ from ppcl.models.adapter import ModelAdapter, Streams, adapter_of
 
 
 class IdentityBlock(nn.Module):
-    """A block that returns its input streams. Stands in for a removed block, so the block lists keep their length."""
+    """A block that returns its input streams. It replaces a removed block, so the block lists keep their length."""
 
     # Read by the stock SD3 forward between blocks.
     context_pre_only = False

@@ -115,8 +115,8 @@ class Teacher:
         path = self.folder / name
         if not path.exists():
             raise UserError(
-                f"{self.place} is no diffusers pipeline folder: {path.name} is missing; point to a folder written by "
-                "save_pretrained"
+                f"{self.place} is not a diffusers pipeline folder: {path.name} is missing; point to a folder written "
+                "by save_pretrained"
             )
         try:
             return json.loads(path.read_text())
@@ -186,7 +186,7 @@ class Teacher:
         return pipeline.to(device)
 
     def pipeline_without_transformer(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """The stock pipeline with `transformer=None`: enough to encode prompts and pictures."""
+        """The stock pipeline with `transformer=None`: enough to encode prompts and images."""
         import diffusers
 
         pipeline_class = getattr(diffusers, self.pipeline_class)

@@ -1,4 +1,4 @@
-"""From modules to the blocks of a variant: what stands at which block number with a plan on."""
+"""From modules to the block map of a variant: the block at each block number with a plan on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def block_map(
     modules: Mapping[Replacement, nn.Module],
     plan: Iterable[Replacement],
 ) -> dict[int, nn.Module]:
-    """What stands at which block number with a plan on; the blocks not named stay the teacher's.
+    """The block at each block number with a plan on; the blocks not named stay the teacher's.
 
-    `blocks`: the teacher's own, by number; `transformer` tells where their parts are. A variant keeps the block lists
+    `blocks`: the teacher's own, by number; `transformer`: locates their parts. A variant keeps the block lists
     at their length: a student stands at `u`, pass-throughs at `u+1..v`, views of the teacher's blocks elsewhere.
     """
     plan = sorted(plan, key=lambda replacement: replacement.assembly_order)

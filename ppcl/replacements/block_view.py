@@ -33,7 +33,7 @@ def view(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def linear_at(module: nn.Module, path: str) -> nn.Linear:
-    """The linear map at a path, or what stands in for one. Raises `AttributeError` where nothing is there."""
+    """The linear map at a path, or its replacement. Raises `AttributeError` where nothing is there."""
     # Quantised and low-rank maps are no `nn.Linear`, but have its attributes.
     return cast(nn.Linear, module.get_submodule(path))
 
@@ -56,7 +56,7 @@ def _shallow(module: nn.Module | None) -> nn.Module:
 class Modulation(nn.Module):
     """A modulation of which only some chunks are computed; the others are constants.
 
-    Stands for the linear map `linear (p → chunks · d)` that a block cuts into chunks of its width. `constants` gives
+    Replaces the linear map `linear (p → chunks · d)` that a block cuts into chunks of its width. `constants` gives
     the value of each chunk that is not computed. The rows that are computed are views of the linear map's own.
     """
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class FfnMaps(nn.Module, ABC):
-    """The maps that stand in for the FFNs of one block, by stream."""
+    """The maps that replace the FFNs of one block, by stream."""
 
     @abstractmethod
     def replaced_parts(

@@ -61,8 +61,8 @@ def load_replacement(
     adapter = teacher.adapter
     if metadata.get("format") != _FORMAT or metadata.get("transformer") != adapter.transformer:
         raise UserError(
-            f"{path} is no replacement for a {adapter.transformer}: it says format {metadata.get('format')!r}, "
-            f"transformer {metadata.get('transformer')!r}"
+            f"{path} is not a replacement for a {adapter.transformer}: its metadata has format "
+            f"{metadata.get('format')!r}, transformer {metadata.get('transformer')!r}"
         )
     try:
         module = parse_replacement(metadata["entry"]).empty_module(tensors, metadata, teacher)

@@ -74,7 +74,7 @@ class ModulationBasis(nn.Module):
         return (x - self.mean) @ self.directions
 
     def folded(self, module: nn.Module, paths: Sequence[str]) -> nn.Module:
-        """A view of a block, or of what stands for one, with the modulations at `paths` in low rank."""
+        """A view of a block, or of its replacement, with the modulations at `paths` in low rank."""
         return view(module, {path: self._fold(module.get_submodule(path)) for path in paths})
 
     def _fold(self, modulation: nn.Module) -> nn.Module:

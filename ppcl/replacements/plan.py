@@ -27,7 +27,7 @@ class Plan(tuple[Replacement, ...]):
         """Raises `UserError` where the text names something else."""
         replacements = parse_text(text) if text else []
         if replacements is None:
-            raise UserError(f"{text!r} is no plan; write {PLAN_SYNTAX}")
+            raise UserError(f"{text!r} is not a plan; write {PLAN_SYNTAX}")
         return cls(replacements)
 
     def __str__(self) -> str:
@@ -41,7 +41,7 @@ def conflicts(a: Replacement, b: Replacement) -> bool:
 
 
 def enclosing(replacement: Replacement, plan: Iterable[Replacement]) -> Replacement | None:
-    """The replacement of a plan that another lies within, such as the text run around an FFN."""
+    """The replacement of a plan that contains another one, such as the text run around an FFN."""
     return next((other for other in plan if other.contains(replacement)), None)
 
 

@@ -1,4 +1,4 @@
-"""The kinds of replacement there are. A new kind is a file of its own, and a line here."""
+"""All kinds of replacement. A new kind is one file, and one line here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS: tuple[type[Replacement], ...] = (Interval, TextRun, LinearFfn, PrunedFfn,
 
 
 def sort_key(replacement: Replacement) -> tuple[int, int, int]:
-    """The key plans are sorted by: the first block, then the kind, then what tells replacements of one kind apart."""
+    """The sort key of plans: the first block, then the kind, then the replacement's `detail`."""
     return replacement.first, KINDS.index(type(replacement)), replacement.detail
 
 
@@ -47,7 +47,7 @@ def parse_replacement(value: Replacement | str | Sequence[int]) -> Replacement:
     if isinstance(value, str):
         replacements = parse_text(value)
         if replacements is None or len(replacements) != 1:
-            raise UserError(f"{value!r} names no replacement; write {PLAN_SYNTAX}")
+            raise UserError(f"{value!r} is not a replacement; write {PLAN_SYNTAX}")
         return replacements[0]
     first, last = map(int, value)
     return Interval(first, last)

@@ -1,7 +1,7 @@
-"""What every kind of replacement has: a specification that is hashable, written as text, and knows its module.
+"""The base class of all kinds of replacement: a hashable specification with a text form and a module.
 
-A specification names a part of the teacher; the module with its weights is read from a file when it is needed. All that
-differs between kinds is a method here, so that no other package asks which kind it is given.
+A specification names a part of the teacher. The module with its weights is read from a file when it is needed. All
+differences between kinds are methods of this class, so no other package asks for the kind of a replacement.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Replacement(ABC, Generic[ModuleT]):
-    """One part of the teacher and the kind of module that stands in for it. Subclasses are frozen dataclasses.
+    """One part of the teacher and the kind of module that replaces it. Subclasses are frozen dataclasses.
 
     Class attributes of a kind: `label`, its name in reports; `text_form` and `file_form`, how it is written in plans
     and in file names, with the dataclass' fields as groups; `assembly_order`, kinds with a higher number are assembled
@@ -66,7 +66,7 @@ class Replacement(ABC, Generic[ModuleT]):
 
     @property
     def detail(self) -> int:
-        """What tells replacements of one kind and the same blocks apart: they are sorted by it."""
+        """A number that distinguishes replacements of one kind and the same blocks; they are sorted by it."""
         return 0
 
     @property
@@ -156,7 +156,7 @@ class BlockRun(Replacement[ModuleT]):
 
     def check(self, block_lists: Sequence[range]) -> None:
         if self.first >= self.last:
-            raise UserError(f"{self.phrase} holds no two blocks; the first must be less than the last")
+            raise UserError(f"{self.phrase} has fewer than two blocks; the first must be less than the last")
         super().check(block_lists)
 
 
@@ -173,9 +173,9 @@ class TeacherStructure:
 
 
 class Assembly:
-    """The block map of a variant while its replacements are put in.
+    """The block map of a variant while its replacements are assembled.
 
-    `standing`: by block number, what stands there; blocks that are not named stay the teacher's.
+    `standing`: by block number, the block in that position; blocks that are not named stay the teacher's.
     """
 
     def __init__(self, structure: TeacherStructure, modules: Mapping[Replacement, nn.Module]):

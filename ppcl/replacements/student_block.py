@@ -91,7 +91,7 @@ class Interval(BlockRun[StudentBlock]):
         return {"source": str(module.source)}
 
     def assemble(self, module: StudentBlock, variant: Assembly) -> None:
-        """The student stands at `u`, pass-throughs at `u+1..v`, so that the block lists keep their length."""
+        """The student is at `u`, identities are at `u+1..v`, so that the block lists keep their length."""
         variant.standing |= dict.fromkeys(self.blocks[1:], IdentityBlock(variant.structure.adapter))
         variant.standing[self.first] = module
 

@@ -71,7 +71,7 @@ class VariantSwitcher:
         return self._teachers_blocks[transformer]
 
     def replacements(self, transformer: ModelMixin, plan: Iterable[Replacement]) -> dict[int, nn.Module]:
-        """What stands at which block number with a plan on."""
+        """The block at each block number with a plan on."""
         key = tuple(sorted(plan, key=sort_key))
         known = self._standing.setdefault(transformer, OrderedDict())
         if key not in known:

@@ -1,7 +1,7 @@
-"""Text-stream replacement (Eq. 7, 8): in a run of blocks, linear projectors stand in for the text stream.
+"""Text-stream replacement (Eq. 7, 8): in a run of blocks, linear projectors replace the text stream.
 
 The run's first block `r` is whole. Every other block `p` keeps the projections that give the text's queries, keys and
-values, so the image attends to text as before; what they read is `l_z,p(z_r)`, where `z_r` is the modulated text input
+values, so the image attends to text as before; their input is `l_z,p(z_r)`, where `z_r` is the modulated text input
 of block `r`'s attention. The text's output projection, FFN and modulation are gone. After the run the text stream is
 `h_r + l_h(h_r)`, where `h_r` is that after block `r`.
 
@@ -132,7 +132,7 @@ def text_run(
     projectors: TextProjectors,
     ffns: Mapping[int, FfnMaps] | None = None,
 ) -> dict[int, nn.Module]:
-    """What stands at the block numbers of a run, from the teacher's own `blocks` by number.
+    """The blocks at the block numbers of a run, from the teacher's own `blocks` by number.
 
     `ffns`: by block, what stands for its FFNs where they are replaced too; of later blocks only the image's is left.
     """

@@ -341,7 +341,7 @@ def size_scatter(rows: list[dict[str, Any]], looks: dict[str, Series], key: str,
 
 
 def category_scores(measured: dict[str, Any], looks: dict[str, Series]) -> list[Drawing]:
-    """World score with its interval of confidence, one small figure a category, one line a variant."""
+    """Checker score with its interval of confidence, one small figure a category, one line a variant."""
     worlds = {name: measured[name]["world"] for name in looks if (measured.get(name) or {}).get("world")}
     categories = dict.fromkeys(category for world in worlds.values() for category in world["categories"])
     return [_category(index, category, worlds, looks) for index, category in enumerate(categories)]
@@ -377,7 +377,7 @@ def _category(index: int, category: str, worlds: dict[str, Any], looks: dict[str
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
-        return Drawing(inline(figure, f"category-{index}", f"World score, {title}: {', '.join(told)}."), title)
+        return Drawing(inline(figure, f"category-{index}", f"Checker score, {title}: {', '.join(told)}."), title)
 
 
 def _span_borders(axes: Axes, block_ranges: list[BlockPair], offset: float) -> None:

@@ -1,4 +1,4 @@
-"""The report as one HTML file that loads nothing: figures as inline SVG, pictures as data URLs, no script."""
+"""The report as one HTML file that loads nothing: figures as inline SVG, images as data URLs, no script."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_report(root: LocationLike) -> Path:
     """
     artifacts = Artifacts(root)
     if artifacts.store:
-        # Its pictures come to this node.
+        # Its images come to this node.
         artifacts.damaged("evaluation")
     results = read_results(root)
     environment = Environment(
@@ -118,7 +118,7 @@ def _lead(rows: list[dict[str, Any]]) -> str:
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
-    """What the header tells of the job."""
+    """The facts about the job in the header."""
     made = results.stage("variants").get("teacher", {})
     blocks = made.get("blocks", results.stage("detection").get("blocks"))
     facts = [
@@ -190,7 +190,7 @@ def _heat_maps(detection: dict[str, Any], key: str) -> list[figures.Drawing]:
 
 
 def _finetuning(tuned: dict[str, Any]) -> dict[str, Any] | None:
-    """What the section on fine-tuning tells; None where there was none."""
+    """The data of the section on fine-tuning; None if there was none."""
     if not tuned:
         return None
     plans = tuned["plans"]

@@ -1,4 +1,4 @@
-"""The picture grid: the teacher's and every variant's picture of the same prompts and seeds, as data URLs."""
+"""The image grid: the teacher's and every variant's image of the same prompts and seeds, as data URLs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ppcl.search.variants import TEACHER
 from ppcl.storage.results import Results
 
 ROWS = 8
-LARGEST = 384  # pixels: larger pictures are shown smaller, or the page of a 1024² model would weigh 60 MB
+LARGEST = 384  # pixels: larger images are shown smaller, or the page of a 1024² model would weigh 60 MB
 PIXELATED = 128  # pixels: smaller ones are enlarged without smoothing
 
 
 def picture_rows(results: Results, names: list[str]) -> list[dict[str, Any]]:
     """Up to `ROWS` prompts: the first of each category, then the second of each, and so on.
 
-    Each row holds `prompt`, `category` and `pictures`; a picture holds `variant`, `source` (`None` where the file is
+    Each row holds `prompt`, `category` and `pictures`; an image holds `variant`, `source` (`None` where the file is
     not there), `alt`, `right` (`None` without a checker) and `pixelated`.
     """
     evaluation = results.stage("evaluation")
@@ -62,7 +62,7 @@ def _chosen(categories: list[str | None]) -> list[int]:
 
 
 def _data_url(folder: Path, path: Path) -> tuple[str | None, bool]:
-    """The picture as a data URL, and whether it is small; `None` where it is no picture inside `folder`."""
+    """The image as a data URL, and whether it is small; `None` where it is no image inside `folder`."""
     if not path.resolve().is_relative_to(folder.resolve()):
         return None, False
     try:

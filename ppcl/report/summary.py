@@ -11,12 +11,13 @@ from ppcl.storage.results import Results, read_results
 
 
 def summary_rows(root: LocationLike) -> list[dict[str, Any]]:
-    """One dict a variant, the teacher first, then from large to small; `None` stands for what was not measured.
+    """One dict a variant, the teacher first, then from large to small; `None` marks values that were not measured.
 
-    Keys: `variant`, `blocks` (that run), `parameters`, `share` (of the teacher's parameters), `budget`, `plan` (what is
-    on, as text), `finetuned` (whether it takes fine-tuned replacements), `seconds_per_step`, `speed_up` (times faster
-    than the teacher), `velocity_error`, `psnr` (dB), `ssim`, `world`, `world_low`, `world_high` (shares of images that
-    are right), `R`, `R_low`, `R_high` (relative drop, %).
+    Keys: `variant`, `blocks` (that run), `parameters`, `share` (of the teacher's parameters), `budget`, `plan` (the
+    replacements that are on, as text), `fine_tuned` (whether it uses fine-tuned replacements), `seconds_per_step`,
+    `speed_up` (times faster than the teacher), `velocity_error`, `psnr` (dB), `ssim`, `world`, `world_low`,
+    `world_high` (checker score, the share of correct images, and its interval), `R`, `R_low`, `R_high` (relative
+    drop, %).
     """
     return rows_of(read_results(root))
 

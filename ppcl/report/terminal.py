@@ -17,7 +17,7 @@ def summary_table(root: LocationLike) -> Table:
     """The variants of the job in `root`, see `summary_rows`."""
     table = Table(title="Variants", title_justify="left")
     table.add_column("variant")
-    for heading in ("blocks", "parameters", "share", "seconds a step", "velocity error", "world score", "R"):
+    for heading in ("blocks", "parameters", "share", "seconds per step", "velocity error", "checker score", "R"):
         table.add_column(heading, justify="right")
     for row in summary_rows(root):
         table.add_row(
@@ -37,15 +37,18 @@ def next_steps(root: LocationLike, place: str) -> list[str]:
     """Commands for the result in `root`, which is at `place` for the user; the variant is the smallest one."""
     smallest = summary_rows(root)[-1]["variant"]
     return [
-        f'a picture: ppcl generate {shlex.quote(place)} "a photo of a red circle" --variant {shlex.quote(smallest)}',
-        f"a server: ppcl serve {shlex.quote(place)}",
+        f'generate an image: ppcl generate {shlex.quote(place)} "a photo of a red circle" '
+        f"--variant {shlex.quote(smallest)}",
+        f"serve the variants: ppcl serve {shlex.quote(place)}",
     ]
 
 
 def ablation_table(root: LocationLike) -> Table:
     """The rows of the ablation in `root`, the means over seeds with their intervals, beside the paper's scores."""
     made = read_results(root).stage("ablation")
-    title = f"Ablation: {made['removed']} of {made['blocks']} blocks gone, {made['steps']} steps, {made['seeds']} seeds"
+    title = (
+        f"Ablation: {made['removed']} of {made['blocks']} blocks removed, {made['steps']} steps, {made['seeds']} seeds"
+    )
     table = Table(title=title, title_justify="left")
     table.add_column("row")
     for heading in ("parameters", "velocity error", "R", "paper's score"):

@@ -137,7 +137,7 @@ class _FrontBuilder:
         return [here for here in inside if here]
 
     def _with_inside(self, outer: Replacement, inside: list[list[Replacement]], front: ParetoFront) -> ParetoFront:
-        """The front over the FFNs within a text run that is on, and what stands behind the run."""
+        """The Pareto front over the FFNs within a text run that is on, and the blocks after the run."""
         for here in inside:
             front = _merge([_Extension(front), *(self._extension(front, inner, outer) for inner in here)])
         return front

@@ -17,16 +17,17 @@ TEACHER_BYTES, STUDENT_BYTES = 2, 16
 GRADIENT_BYTES = 4
 
 FORMULAS = """\
-b = samples a replica has of a step; stream = bytes of both streams between two blocks, of one sample, in bfloat16
+b = samples of a replica per step; stream = bytes of both streams of one sample between two blocks, in bfloat16
 teacher     = 2 × (parameters of embedders and head + of the rank's blocks)
 students    = 16 × parameters of the rank's students, each a block and its affine maps \
 (float32 weight, gradient, two moments of AdamW)
-streams     = b × stream × (boundaries its students read + 2 sends under way, on all ranks of a pipeline but the last)
-activations = b × what the backward pass of its largest student keeps + its weights in bfloat16 \
-(students learn one after another)
-sent        = b × stream, a step, to the next rank; nothing comes back
-reduced     = 2 (dp − 1) / dp × 4 × parameters of the rank's students, a step, between dp replicas
-FSDP        = 2 (n − 1) / n × parameters of the teacher, a step: what n ranks would gather for its forward instead"""
+streams     = b × stream × (boundaries that its students read + 2 pending sends, \
+on all ranks of a pipeline but the last)
+activations = b × activations that the backward pass of its largest student keeps + its weights in bfloat16 \
+(students train one after another)
+sent        = b × stream per step, to the next rank; nothing comes back
+reduced     = 2 (dp − 1) / dp × 4 × parameters of the rank's students per step, between dp replicas
+FSDP        = 2 (n − 1) / n × parameters of the teacher per step: what n ranks would gather for its forward instead"""
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,11 @@ class Model:
     def of(
         cls, name: str, transformer: str, config: dict[str, Any], text_tokens: int, height: int, width: int
     ) -> Model:
-        """`height`, `width`: of the pictures, pixels."""
+        """`height`, `width`: of the images, pixels."""
         import diffusers
 
         if height % _PIXELS_A_TOKEN or width % _PIXELS_A_TOKEN:
-            raise UserError(f"pictures of {width} × {height} pixels: both must be multiples of {_PIXELS_A_TOKEN}")
+            raise UserError(f"images of {width} × {height} pixels: both must be multiples of {_PIXELS_A_TOKEN}")
         adapter = adapter_of(transformer)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = getattr(diffusers, transformer).from_config(config).eval()

@@ -29,14 +29,15 @@ _SUMS_TRAFFIC, _CHUNK = 272, 16384
 _USABLE = 0.9
 
 MODEL = """\
-step        = that of the slowest rank where streams keep up; all ranks are played through, step by step
+step        = the step of the slowest rank, or longer if streams arrive late; all ranks are simulated, step by step
 a block     = the longer of operations / (flops × utilisation) and its weights / (memory × reached)
-a student   = forward and backward of its block and its affine maps, and 58 bytes a parameter for casts, clipping \
+a student   = forward and backward of its block and its affine maps, and 58 bytes per parameter for casts, clipping \
 and AdamW
-all-reduce  = 2 (dp − 1) / dp × 4 bytes a parameter between the replicas, student after student, nothing beside it
-streams     = sent while the rank learns; a send waits for its receiver, and a rank for the last but two of its sends
-probes      = one pipeline, every block's sums in float32 products; no replicas, so no more ranks than blocks
-efficiency  = against one GPU that had the memory, times the number of GPUs"""
+all-reduce  = 2 (dp − 1) / dp × 4 bytes per parameter between the replicas, student after student, without overlap
+streams     = sent while the rank trains; a send waits for its receiver, \
+and a rank waits while two of its sends are pending
+probes      = one pipeline, the sums of every block by float32 products; no replicas, so no more ranks than blocks
+efficiency  = speed over that of one GPU with enough memory, times the number of GPUs"""
 
 
 @dataclass(frozen=True)

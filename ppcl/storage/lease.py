@@ -84,7 +84,7 @@ class _Lease:
         answer = self.store.head(LOCK)
         condition = {"IfMatch": answer["ETag"]} if answer else {"IfNoneMatch": "*"}
         if (answer and not self._dead()) or not self._write(**condition):
-            raise UserError(f"another ppcl works in {self.store.url}; wait for it or choose another --output")
+            raise UserError(f"another ppcl job is writing to {self.store.url}; wait for it or choose another --output")
 
     def _dead(self) -> bool:
         age = self.store.age(LOCK)
@@ -109,7 +109,7 @@ class _Lease:
         self.beat()
         if self.lost:
             raise UserError(
-                f"another ppcl took over {self.store.url}, since this one gave no sign of life for "
+                f"another ppcl job took over {self.store.url}, since this one sent no heartbeat for "
                 f"{_DEAD_AFTER:.0f} s; nothing more is written"
             )
 

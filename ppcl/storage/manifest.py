@@ -1,4 +1,4 @@
-"""Artifacts are the interface: a job's folder, its stages, and the manifest that says which of them are complete.
+"""Artifacts are the interface: a job's folder, its stages, and the manifest that lists the complete ones.
 
 A stage writes its files into its own folder under the job's, then its record in `manifest.json`, last and in one
 rename. The record holds a key (a hash of everything the stage's result depends on) and each file's size and sha256.
@@ -141,7 +141,7 @@ class Artifacts:
         content = self._read_manifest()
         if content is None:
             raise UserError(
-                f"{self.place} is no result of ppcl: it has no {MANIFEST}; give a folder that ppcl compress wrote"
+                f"{self.place} is not a ppcl result: it has no {MANIFEST}; give a folder that ppcl compress wrote"
             )
         try:
             manifest = json.loads(content)
@@ -149,7 +149,7 @@ class Artifacts:
                 raise ValueError
         except ValueError:  # no JSON, no UTF-8, or no manifest
             raise UserError(
-                f"{self._name(MANIFEST)} is damaged; remove it and run ppcl compress again, which makes the result anew"
+                f"{self._name(MANIFEST)} is damaged; remove it and run ppcl compress again to make the result again"
             ) from None
         if manifest.get("format") != FORMAT:
             raise UserError(
@@ -164,7 +164,9 @@ class Artifacts:
         if self._read_manifest() is not None:
             self.manifest()
         elif self.store.objects() if self.store else self.root.is_dir() and any(self.root.iterdir()):
-            raise UserError(f"the output folder {self.place} is not empty and no job of ppcl; choose another --output")
+            raise UserError(
+                f"the output folder {self.place} is not empty and is not a ppcl job; choose another --output"
+            )
 
     def start(self, job: dict[str, Any]) -> None:
         """Claim the folder for a job: `job` tells one job from another (the teacher's and prompts' identity)."""
@@ -191,7 +193,9 @@ class Artifacts:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"another ppcl works in {self.place}; wait for it or choose another --output") from None
+                raise UserError(
+                    f"another ppcl job is writing to {self.place}; wait for it or choose another --output"
+                ) from None
             yield
 
     def record(self, stage: str) -> StageRecord | None:
@@ -202,7 +206,7 @@ class Artifacts:
         """The files of a complete stage, or those of a glob pattern. Raises `UserError` where it is not complete."""
         record = self.record(stage)
         if record is None:
-            raise UserError(f"{self.place} has no complete {stage}; run ppcl compress again, which goes on from there")
+            raise UserError(f"{self.place} has no complete {stage}; run ppcl compress again to continue from there")
         files = {name: file for name, file in record.files.items() if fnmatch.fnmatch(name, f"{stage}/{pattern}")}
         names = sorted(str(PurePosixPath(name).relative_to(stage)) for name in files)
         return StageFiles(self.path(stage), tuple(names), _digest(files))
@@ -221,7 +225,7 @@ class Artifacts:
         return self.store is not None and self.store.download(name, path, sha256)
 
     def text(self, name: str) -> str:
-        """A file that lies beside the stages, such as the configuration. Raises `OSError` where it cannot be read."""
+        """A file beside the stages, such as the configuration. Raises `OSError` where it cannot be read."""
         return self.store.read(name).decode() if self.store else self.path(name).read_text()
 
     def continue_log(self) -> None:
@@ -236,7 +240,7 @@ class Artifacts:
                     path.write_bytes(content)
 
     def file(self, *parts: str) -> Path:
-        """One file of a complete stage, downloaded where the job is in a bucket; not there if it is damaged or gone."""
+        """One file of a complete stage, downloaded if the job is in a bucket; absent if it is damaged or missing."""
         path, name = self.path(*parts), "/".join(parts)
         record = self.record(parts[0]) if self.store else None
         if record and name in record.files and not self._intact(name, **record.files[name]):
@@ -302,7 +306,9 @@ class Artifacts:
             emit(f"{stage}: what it depends on has changed; making it again")
             return False
         if damaged := self.damaged(stage):
-            emit(f"{stage}: {damaged[0]} is damaged or gone (its sha256 differs from the manifest's); making it again")
+            emit(
+                f"{stage}: {damaged[0]} is damaged or missing (its sha256 differs from the manifest's); making it again"
+            )
             return False
         return True
 
@@ -310,7 +316,7 @@ class Artifacts:
 def fetch_stage(folder: str | Path) -> Path:
     """The folder of a complete stage on this node: itself, or downloaded into its mirror and verified.
 
-    Raises `UserError` where a file is damaged or gone.
+    Raises `UserError` where a file is damaged or missing.
     """
     if store_of(folder) is None:
         return Path(folder)
@@ -322,7 +328,7 @@ def fetch_stage(folder: str | Path) -> Path:
             raise UserError(f"{artifacts.place} has no complete {on_this_node.name}; run ppcl compress again")
         if bad := artifacts.damaged(on_this_node.name):
             raise UserError(
-                f"{artifacts.place}/{bad[0]} is damaged or gone; run ppcl compress again, which makes it anew"
+                f"{artifacts.place}/{bad[0]} is damaged or missing; run ppcl compress again to make it again"
             )
         known = {artifacts.path(name) for name in record.files}
         for path in on_this_node.rglob("*"):

@@ -1,6 +1,6 @@
 """The same file operations for folders of this machine and for buckets.
 
-Code works on files. What lies in a bucket is worked on in its *mirror*, a folder of this node: `s3://bucket/key` has
+Code works on files. Files of a bucket are processed in their *mirror*, a folder of this node: `s3://bucket/key` has
 the mirror `<PPCL_SCRATCH>/ppcl-mirror/bucket/key` (a temporary folder by default). So a path inside a mirror names its
 URL, and `store_of` is the one place that reads it out of the path. Such a path can be sent to another node, which has a
 mirror of its own. The bucket is the truth: what is read from it is compared with the sha256 of its writer, or with a
@@ -54,7 +54,7 @@ def local_file(place: LocationLike) -> Path:
     with once_a_node(path):
         if not path.is_file() or not tag.is_file() or tag.read_text() != answer["ETag"]:
             if not store.download("", path):
-                raise UserError(f"{store.url} is damaged: its content is not what its sha256 says; upload it again")
+                raise UserError(f"{store.url} is damaged: its content does not match its sha256; upload it again")
             tag.write_text(answer["ETag"])
     return path
 

@@ -231,7 +231,7 @@ class Store:
     def snapshot(self, names: Collection[str], listed: dict[str, Object]) -> Path:
         """A folder of this node with the objects `names` as they were when `listed`. Missing ones are downloaded.
 
-        Raises `UserError` for one that is damaged or gone.
+        Raises `UserError` for one that is damaged or missing.
         """
         folder = (
             scratch_folder()
@@ -247,7 +247,7 @@ class Store:
     def _snapshot_file(self, path: Path, name: str) -> None:
         if not self.download(name, path):
             raise UserError(
-                f"{self.url}/{name} is damaged or gone: its content is not what its sha256 says; upload it again"
+                f"{self.url}/{name} is damaged or missing: its content does not match its sha256; upload it again"
             )
 
 

@@ -53,9 +53,9 @@ def read_results(location: LocationLike) -> Results:
         try:
             stages[stage] = json.loads(artifacts.file(stage, name).read_text())
         except FileNotFoundError:
-            absent[stage] = f"The file {stage}/{name} is gone (the job, run again, makes it anew)"
+            absent[stage] = f"The file {stage}/{name} is missing (run the job again to make it)"
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            absent[stage] = f"The file {stage}/{name} cannot be read ({error}; the job, run again, makes it anew)"
+            absent[stage] = f"The file {stage}/{name} cannot be read ({error}; run the job again to make it)"
     return Results(artifacts.root, manifest, stages, absent, _config(artifacts))
 
 

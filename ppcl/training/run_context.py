@@ -18,7 +18,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class RunContext:
     """One rank of a training; by default the only one, on the CPU.
 
-    `folder`: where the finished files are written. `checkpoints`: where a stopped run left what it goes on from.
+    `folder`: where the finished files are written. `checkpoints`: where a stopped run left the files it resumes from.
     `seed`: decides the order of samples, the drawn plans and the noise. `device`: as `torch.device` takes it.
     """
 

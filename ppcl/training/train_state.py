@@ -113,7 +113,7 @@ class TrainState:
             local(self.parameters[name]).copy_(local(value))
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Everything that a stopped run needs to go on: tensors, and metadata as safetensors takes it.
+        """Everything that a stopped run needs to continue: tensors, and metadata as safetensors takes it.
 
         Sharded tensors are gathered, for which all replicas call it; each whole one goes to the host at once.
         """

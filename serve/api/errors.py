@@ -63,7 +63,7 @@ def unexpected() -> Refused:
     return Refused(
         500,
         SERVER,
-        "the server failed on this request; its log tells more under the id in x-request-id",
+        "the server failed on this request; look up the id in x-request-id in its log",
         "internal_error",
     )
 

@@ -27,7 +27,7 @@ def model(info: ModelInfo, created: int) -> dict[str, Any]:
 
 
 def auto(infos: list[ModelInfo], created: int) -> dict[str, Any]:
-    """Return the model `auto`, which stands for the largest variant that is expected in time."""
+    """Return the model `auto`: the largest variant that is expected to meet the deadline."""
     return {
         "id": AUTO,
         "object": "model",

@@ -25,7 +25,7 @@ async def read_object(request: Request, http: Http, limits: Limits) -> dict[str,
             f"the content type is {shown(kind)}; send application/json", code="unsupported_media_type", status=415
         )
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise invalid("the body is compressed; send it as it is", code="unsupported_media_type", status=415)
+        raise invalid("the body is compressed; send it uncompressed", code="unsupported_media_type", status=415)
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limits.body_bytes:
         raise _too_large(limits)

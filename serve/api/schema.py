@@ -32,12 +32,12 @@ class ImageRequest(BaseModel):
         "auto", pattern="^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="WIDTHxHEIGHT in pixels, or auto"
     )
     response_format: Literal["b64_json"] = Field(
-        "b64_json", description="images come in the answer; there is no store to link to"
+        "b64_json", description="the answer contains the images; there is no store to link to"
     )
     output_format: Literal["png", "jpeg", "webp"] = Field("png", description="the images' file format")
     output_compression: int | None = Field(None, ge=0, le=100, description="quality of jpeg and webp, 100 unless given")
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = Field(
-        "auto", description="accepted and given back; `model` and `num_inference_steps` say how good an image is"
+        "auto", description="accepted and returned; `model` and `num_inference_steps` determine the quality of an image"
     )
     background: Literal["auto", "opaque"] = Field("auto", description="images are opaque")
     stream: bool = Field(False, description="answer with server-sent events")
@@ -64,13 +64,13 @@ class ImageRequest(BaseModel):
         None, min_length=1, max_length=256, description="the smallest variant that auto may take"
     )
     deadline_ms: int | None = Field(
-        None, ge=1, le=86_400_000, description="milliseconds after which the images are no longer of use"
+        None, ge=1, le=86_400_000, description="milliseconds until the images must be finished"
     )
 
     @model_validator(mode="after")
     def _fits_together(self) -> ImageRequest:
         if not self.prompt.strip():
-            raise invalid("prompt is empty; say what the image shows", "prompt")
+            raise invalid("prompt is empty; describe the image", "prompt")
         if self.partial_images and not self.stream:
             raise invalid(
                 f"partial_images is {self.partial_images} without a stream; set stream to true", "partial_images"
@@ -83,7 +83,7 @@ class ImageRequest(BaseModel):
             )
         if self.min_variant is not None and self.model != AUTO:
             raise invalid(
-                f"min_variant goes with the model {AUTO}; {shown(self.model)} is served as it is", "min_variant"
+                f"min_variant applies only to the model {AUTO}; {shown(self.model)} is never changed", "min_variant"
             )
         return self
 

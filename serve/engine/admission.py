@@ -156,7 +156,7 @@ class Admission:
             )
             raise Refused(422, "invalid_request_error", message, "deadline_too_short", "deadline_ms")
         offered.refused = True
-        message = f"the images would take {expected:.2f} s and are wanted within {deadline:g} s; try again later"
+        message = f"the images would take {expected:.2f} s and exceed the deadline of {deadline:g} s; try again later"
         raise _busy(message, "deadline_unmet", expected - deadline)
 
     def _device_seconds(self, offered: OfferedRequest, plan: Plan) -> float:

@@ -295,7 +295,7 @@ class Engine:
         return FinalImage(index, generated.image, task.seed, job.prompt_tokens, seconds)
 
     def _refusal(self, error: Exception, request: GenerationRequest) -> Refused:
-        """Return what the client is told about an error of one of its images."""
+        """Return the error that the client gets for a failed image."""
         if isinstance(error, Refused):
             return error
         if isinstance(error, Cancelled):
@@ -305,7 +305,7 @@ class Engine:
             message = "the server ran out of memory for these images; ask for smaller ones"
             return Refused(503, "server_error", message, "out_of_memory")
         log_failure(request.id, error)
-        message = "the images could not be generated; the server's log says why"
+        message = "the images could not be generated; see the server's log"
         return Refused(500, "server_error", message, "engine_error")
 
     def _idle_seconds(self, work: Work) -> float:

@@ -105,7 +105,7 @@ def qualities(result: LocationLike, variants: Iterable[str]) -> dict[str, float 
     Raises `UserError` where the evaluation is damaged.
     """
     if Artifacts(result).damaged("evaluation"):
-        raise UserError(f"the evaluation in {result} is damaged; run ppcl compress again, which makes it anew")
+        raise UserError(f"the evaluation in {result} is damaged; run ppcl compress again to make it again")
     evaluated = read_results(result).stage("evaluation").get("variants", {})
     return {name: _quality(evaluated[name]) if name in evaluated else None for name in variants}
 

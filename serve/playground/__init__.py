@@ -48,9 +48,7 @@ class Page:
     def part(self, name: str) -> Response:
         """Raises `Refused` with 404 where there is none of this name."""
         if name not in self._parts:
-            raise Refused(
-                404, "invalid_request_error", "there is no such part of the page; load the page anew", "unknown_url"
-            )
+            raise Refused(404, "invalid_request_error", "the page has no such part; reload the page", "unknown_url")
         content, kind = self._parts[name]
         return Response(content, media_type=kind, headers={"cache-control": "public, max-age=31536000, immutable"})
 

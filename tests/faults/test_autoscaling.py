@@ -12,7 +12,7 @@ def test_a_job_runs_to_its_end_on_a_cluster_that_has_nothing_at_first(values, un
     with autoscaling(env=environment(), cpu=({"CPU": 2}, 2)) as address:
         job = Job(values, tmp_path / "result", address=address).end()
     assert (
-        "calibration: waiting for nodes, 5 min 0 s from the last sign of one: calibration.workers asks for 1 worker, "
+        "calibration: waiting for nodes, 5 min 0 s from the last new one: calibration.workers asks for 1 worker, "
         in job.said
     )
     assert "failed (" not in job.said and "report: " in job.said

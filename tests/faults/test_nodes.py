@@ -105,7 +105,7 @@ def test_a_node_that_is_missing_is_waited_for_and_then_told(values, result, tmp_
         "distillation.pipeline_parallel × distillation.data_parallel asks for 2 workers, but the cluster has 2 CPUs, "
         "of which 1 can be used by workers"
     )
-    assert f"students: waiting for nodes, 20 s from the last sign of one: {told}" in job.said and job.error.startswith(
+    assert f"students: waiting for nodes, 20 s from the last new one: {told}" in job.said and job.error.startswith(
         f"ppcl: {told}"
     )
 
@@ -152,7 +152,7 @@ def test_nodes_whose_clocks_are_hours_apart_do_a_job_through_a_bucket(values, wh
             first = Job(values, url, address=address, beside=beside)
             first.wait_until(lambda: any("checkpoints" in name for name in store.objects("students")))
             second = Job(values, url, address=address, beside=tmp_path / "second", env=clock(9)).end(2)
-            assert f"another ppcl works in {url}" in second.said
+            assert f"another ppcl job is writing to {url}" in second.said
             first.kill()
             dead.set()
         third = Job(values, url, address=address, beside=beside, env=clock(-9)).until("variants: ")

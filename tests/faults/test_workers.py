@@ -16,7 +16,7 @@ from tests.faults.jobs import Job, before, checkpoints, same, steps, students, t
 pytestmark = pytest.mark.faults
 
 # What is told of a process that was stopped, where the patience is 20 s.
-SILENT = r"\(process \d+ on [\d.]+\) gave no sign of life for 20 s, the configuration's worker_timeout_s"
+SILENT = r"\(process \d+ on [\d.]+\) sent no heartbeat for 20 s, the configuration's worker_timeout_s"
 
 
 @pytest.mark.parametrize("fault", ["raises", "first killed", "last killed between", "last killed", "checkpoint"])
@@ -71,7 +71,7 @@ def same_errors(output, whole):
 def test_a_rank_that_stops_answering_is_given_up_after_the_patience_that_is_set(values, result, undisturbed, tmp_path):
     job = Job(values, result, "stopped", tmp_path / "mark", worker_timeout_s=20).until("variants: ")
     assert (
-        "students: failed (rank 0 gave no sign of life for 20 s, the configuration's worker_timeout_s); trying again"
+        "students: failed (rank 0 sent no heartbeat for 20 s, the configuration's worker_timeout_s); trying again"
         in job.said
     )
     same(students(job.output), undisturbed)
@@ -132,5 +132,5 @@ def test_a_second_job_on_the_same_output_is_refused_and_the_first_goes_on(values
     first = Job(values, result)
     first.wait_until(lambda: "students: " in first.said)
     second = Job(values, result).end(2)
-    assert f"another ppcl works in {result}" in second.said
+    assert f"another ppcl job is writing to {result}" in second.said
     same(students(first.until("variants: ").output), undisturbed)

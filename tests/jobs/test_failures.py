@@ -83,9 +83,9 @@ def test_an_error_without_a_traceback_or_a_message_is_told_by_its_class():
 
 def test_a_lost_worker_is_told_in_its_own_words():
     try:
-        raise WorkerLost("rank 0 gave no sign of life") from raised(look_up, 7)
+        raise WorkerLost("rank 0 sent no heartbeat") from raised(look_up, 7)
     except WorkerLost as error:
-        assert describe_failure(error) == "rank 0 gave no sign of life"
+        assert describe_failure(error) == "rank 0 sent no heartbeat"
 
 
 def test_a_long_message_is_cut_and_of_several_lines_the_first_is_taken():

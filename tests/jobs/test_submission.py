@@ -182,10 +182,10 @@ def status(head, *job):
 
 def test_a_cluster_without_jobs_says_so(head):
     code, said, _ = ppcl("list", "--address", head)
-    assert code == 0 and said == f"no jobs of ppcl at {head}\n"
+    assert code == 0 and said == f"no ppcl jobs at {head}\n"
     for command in ("status", "logs", "stop"):
         code, _, wrong = ppcl(command, "--address", head)
-        assert code == 2 and "has no job of ppcl; send one with ppcl submit" in wrong
+        assert code == 2 and "has no ppcl job; send one with ppcl submit" in wrong
 
 
 def test_what_the_cluster_can_never_have_is_told_at_once(head, job):
@@ -319,7 +319,7 @@ def test_a_result_in_a_bucket_is_opened_anywhere_and_a_damaged_one_is_told(conti
     result.write(student, b"damaged")
     monkeypatch.setenv("PPCL_SCRATCH", str(tmp_path / "a third node"))
     code, _, wrong = ppcl("generate", result.url, "a red circle", "--variant", "all", "-o", tmp_path / "y.png")
-    assert code == 2 and f"{result.url}/{student} is damaged or gone" in wrong and wrong.count("\n") == 1
+    assert code == 2 and f"{result.url}/{student} is damaged or missing" in wrong and wrong.count("\n") == 1
 
 
 def test_paths_are_made_absolute_before_a_job_is_sent_and_urls_are_not(tmp_path, monkeypatch):
@@ -536,7 +536,7 @@ def test_ctrl_c_ends_the_following_and_not_the_job(head):
     assert code == 130
     assert (
         wrong
-        == "ppcl: the job counting-2 goes on; `ppcl logs counting-2 -f` follows it, `ppcl stop counting-2` ends it\n"
+        == "ppcl: the job counting-2 continues; `ppcl logs counting-2 -f` follows it, `ppcl stop counting-2` ends it\n"
     )
     assert status(head, "counting-2")["state"] == "RUNNING"
     code, said, _ = ppcl("stop", "counting-2", "--address", head)
@@ -547,7 +547,7 @@ def test_an_address_where_nothing_or_something_else_is(job):
     code, _, wrong = ppcl("submit", job, "--address", f"http://127.0.0.1:{free_port()}")
     assert code == 2 and "nothing answers at http://127.0.0.1:" in wrong and wrong.count("\n") == 1
     code, _, wrong = ppcl("status", "--address", "head:8265")
-    assert code == 2 and "'head:8265' is no address of Ray's job API" in wrong
+    assert code == 2 and "'head:8265' is not an address of Ray's job API" in wrong
 
 
 @pytest.mark.parametrize(

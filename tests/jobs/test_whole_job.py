@@ -94,7 +94,16 @@ def test_an_interrupted_job_continues_from_what_is_complete(finished):
 
 def test_the_end_is_a_table_and_a_report(finished):
     result, said = finished
-    for heading in ("variant", "blocks", "parameters", "share", "seconds a step", "velocity error", "world score", "R"):
+    for heading in (
+        "variant",
+        "blocks",
+        "parameters",
+        "share",
+        "seconds per step",
+        "velocity error",
+        "checker score",
+        "R",
+    ):
         assert heading in said
     assert f"report: {result / 'report.html'}" in said
     assert "<svg" in (result / "report.html").read_text()
@@ -118,7 +127,7 @@ def test_a_damaged_artifact_is_found_by_its_hash_and_made_again(finished, job):
     with stages_in_this_process("variants", "finetuning", "evaluation"):
         code, said, error = ppcl("compress", job)
     assert code == 0, said + error
-    assert f"students: students/{student.name} is damaged or gone" in said
+    assert f"students: students/{student.name} is damaged or missing" in said
     assert "students: done" in said and "probes: complete, skipped" in said
     again = load(student.read_bytes())
     assert again.keys() == tensors.keys()
@@ -139,7 +148,7 @@ def test_later_stages_are_run_anew_where_lost_variants_are_made_again_and_differ
     with stages_in_this_process("variants", "finetuning", "evaluation"):
         code, said, error = ppcl("compress", job)
     assert code == 0, said + error
-    assert "variants: variants/variants.json is damaged or gone" in said
+    assert "variants: variants/variants.json is damaged or missing" in said
     for stage in STAGES[: STAGES.index("variants")]:
         assert f"{stage}: complete, skipped" in said
     for stage in STAGES[STAGES.index("variants") :]:

@@ -137,7 +137,7 @@ def test_a_tampered_student_is_refused(copy):
     content = bytearray(student.read_bytes())
     content[-1] ^= 1
     student.write_bytes(content)
-    with pytest.raises(UserError, match="02-03.safetensors is damaged or gone .*sha256"):
+    with pytest.raises(UserError, match="02-03.safetensors is damaged or missing .*sha256"):
         Result(copy)
 
 
@@ -215,7 +215,7 @@ def test_the_jobs_sampling_is_told_or_asked_for(copy):
     assert Result(copy).sampling == sampling
     for sensitivity in (lambda path: path.write_text("{"), lambda path: path.unlink()):
         sensitivity(copy / "config.json")
-        with pytest.raises(UserError, match="config.json is damaged or gone"):
+        with pytest.raises(UserError, match="config.json is damaged or missing"):
             Result(copy).sampling  # noqa: B018
 
 
@@ -223,7 +223,7 @@ def test_a_missing_stage_and_another_teacher_are_refused(copy, tmp_path):
     other = tiny.qwen_pipeline(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="is not the teacher of this result"):
         Result(copy, teacher=other)
-    with pytest.raises(UserError, match="/gone is gone; give its new place"):
+    with pytest.raises(UserError, match="/gone does not exist any more; give its new path"):
         Result(copy, teacher="/gone")
     Artifacts(copy).drop_record("variants")
     with pytest.raises(UserError, match="has no variants yet"):

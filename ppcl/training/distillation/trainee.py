@@ -17,7 +17,10 @@ from ppcl.training.train_state import TrainState
 
 
 class Trainee:
-    """Trains one replacement on the teacher's own streams. No gradient and no error comes from any other."""
+    """Optimizer, EMA and checkpoint state of one replacement in training.
+
+    It trains on the teacher's own streams, so no gradient and no error comes from another replacement.
+    """
 
     def __init__(self, objective: GradientObjective, settings: Distillation, dims: ParallelDims):
         self.objective = objective
@@ -26,14 +29,14 @@ class Trainee:
         self.state = TrainState(dict(self.module.named_parameters()), settings, dims)
 
     def train_step(self, captured: CapturedActivations, bfloat16: bool) -> dict[str, float]:
-        """One optimizer step on what a batch left of the teacher; gives the loss, whole and by term."""
+        """One optimizer step on the teacher's activations of a batch; returns the loss and each of its terms."""
         device = next(iter(self.state.parameters.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             terms = self.objective.losses(captured, self.loss)
         return self.state.train_step(terms)
 
     def export(self) -> nn.Module:
-        """What to keep: the average where one is kept."""
+        """The trained module, with the averaged parameters if an average is kept."""
         self.state.use_ema()
         return self.module
 
@@ -42,5 +45,5 @@ class Trainee:
         save_tensors(path, *self.state.state_dict())
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises `DamagedError`."""
+        """Resume from a checkpoint. Raises `DamagedError`."""
         self.state.load_state_dict(*load_tensors(path))

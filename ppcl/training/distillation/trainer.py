@@ -57,7 +57,7 @@ def distil(
 ) -> None:
     """Train this rank's replacements of `plan`; write each to `<name>.safetensors`, its losses to `<name>.json`.
 
-    `modulation_error`: see `ppcl.config.schema.Width`. A stopped run goes on from its checkpoints: a replacement that
+    `modulation_error`: see `ppcl.config.schema.Width`. A stopped run resumes from its checkpoints: a replacement that
     is further on than others waits for them and is not trained again.
     """
     rank = _Rank(teacher, samples, plan, settings, run)

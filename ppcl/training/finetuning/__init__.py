@@ -1,1 +1,1 @@
-"""Fine-tuning that stays pluggable: the replacements learn end to end, over plans drawn anew at every step."""
+"""Fine-tuning that stays pluggable: the replacements learn end to end, over random plans, one per step."""

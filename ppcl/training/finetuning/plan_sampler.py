@@ -1,4 +1,4 @@
-"""The plans that are trained: the named variants and what lies within them, any at all, or a single one."""
+"""The plans to train: the named variants and their parts, any plan, or a single one."""
 
 from __future__ import annotations
 
@@ -151,5 +151,5 @@ def _plan_of_text(text: str, known: Sequence[Replacement], named: Iterable[str],
                 f"finetuning.plan: there is no replacement {replacement}; there are {', '.join(map(str, known))}"
             )
     if not trainable(plan):
-        raise UserError(f"finetuning.plan: {text!r} has nothing to train; folded modulations stay as they are")
+        raise UserError(f"finetuning.plan: {text!r} has nothing to train; low-rank modulations are not fine-tuned")
     return plan

@@ -1,4 +1,4 @@
-"""Fine-tuning the replacements end to end on the velocity, over plans drawn anew at every step.
+"""Fine-tuning the replacements end to end on the velocity, over random plans, one per step.
 
 The paper fine-tunes one fixed configuration, which is no longer freely pluggable. Here every step draws a plan, by
 default a named variant or a part of one, plugs it in, and trains the replacements that are on to give the teacher's
@@ -61,7 +61,7 @@ def finetune(
     """Train replacements and write them to `run.folder`, with `finetuning.json`: losses, and measured plans.
 
     The variants and `settings.measured_plans` drawn plans are measured before and after. `sampling_steps`: the steps of
-    the variants' trajectories. A stopped run goes on from its checkpoint. Raises `UserError` where `settings` names a
+    the variants' trajectories. A stopped run resumes from its checkpoint. Raises `UserError` where `settings` names a
     plan that cannot be.
     """
     trainer = _Trainer(teacher, samples, distilled, settings, run, sampling_steps)
@@ -152,7 +152,7 @@ class _Trainer:
                 save_replacement(module, replacement, self.adapter, path, tensors)
 
     def save_checkpoint(self) -> None:
-        """Write everything that a stopped run needs to go on. All replicas take part, and the first one writes.
+        """Write everything that a stopped run needs to continue. All replicas take part, and the first one writes.
 
         The next run may have another number of them.
         """

@@ -87,7 +87,7 @@ MISTAKES = {
     "empty prompts": (empty_prompts, [], "prompts.txt holds no prompts"),
     "one prompt": (one_prompt, [], "only 1 different prompt"),
     "output is a file": (output_is_a_file, [], "result is a file"),
-    "output is foreign": (output_is_foreign, [], "is not empty and no job of ppcl"),
+    "output is foreign": (output_is_foreign, [], "is not empty and is not a ppcl job"),
     "unknown key": (None, ["--set", "distillation.step=3"], "unknown key distillation.step"),
     "out of range": (None, ["--set", "distillation.steps=0"], "distillation.steps is 0"),
     "wrong type": (None, ["--set", "sampling.height=tall"], "sampling.height is 'tall'"),
@@ -97,7 +97,7 @@ MISTAKES = {
         "output is 's3://': the bucket's name is missing; give s3://bucket/key",
     ),
     "not key=value": (None, ["--set", "distillation.steps"], "is not of the form key=value"),
-    "teacher is nowhere": (None, ["--set", "teacher=/no/such/folder"], "is no diffusers pipeline folder"),
+    "teacher is nowhere": (None, ["--set", "teacher=/no/such/folder"], "is not a diffusers pipeline folder"),
     "evaluation prompts": (None, ["--set", "evaluation.prompts=/no/such.txt"], "/no/such.txt does not exist"),
 }
 
@@ -152,14 +152,14 @@ def test_another_jobs_folder_is_left_alone(here, ppcl):
 def test_a_folder_that_is_no_result_is_told(here, ppcl, command):
     extra = ["a prompt", "-o", here / "x.png"] if command == ["generate"] else []
     code, _, error = ppcl(*command, here, *extra)
-    assert code == 2 and "is no result of ppcl" in error and not (here / "x.png").exists()
+    assert code == 2 and "is not a ppcl result" in error and not (here / "x.png").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["", "-o", "x.png"], "the prompt is empty"),
-        (["a circle", "-o", "x.tex"], "is no picture's name"),
+        (["a circle", "-o", "x.tex"], "is not an image file"),
         (["a circle", "-o", "no/such/x.png"], "does not exist"),
     ],
 )

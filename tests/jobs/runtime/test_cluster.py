@@ -44,8 +44,8 @@ def test_nobody_else_reaches_the_embedded_ray_even_where_the_environment_turns_t
 @pytest.mark.parametrize(
     ("address", "sentence"),
     [
-        ("somewhere", "--address 'somewhere' is no address; give host:port or auto"),
-        ("head:gcs", "--address 'head:gcs' is no address; give host:port or auto"),
+        ("somewhere", "--address 'somewhere' is not an address; give host:port or auto"),
+        ("head:gcs", "--address 'head:gcs' is not an address; give host:port or auto"),
         (
             "ray://127.0.0.1:10001",
             "--address 'ray://127.0.0.1:10001' is that of a Ray Client, which cannot run a job; give host:port of the "

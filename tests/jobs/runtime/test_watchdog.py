@@ -46,7 +46,7 @@ def made(ray, *actors, seconds=0.0):
 
 def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster):
     told = (
-        rf"a worker \(process \d+ on [\d.]+\) gave no sign of life for {PATIENCE:.0f} s, "
+        rf"a worker \(process \d+ on [\d.]+\) sent no heartbeat for {PATIENCE:.0f} s, "
         "the configuration's worker_timeout_s"
     )
     with (
@@ -81,7 +81,7 @@ def test_a_users_mistake_stays_what_it_is(ray_cluster):
         pytest.raises(UserError, match="mistake"),
         Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watchdog,
     ):
-        watchdog.killed.append("a worker gave no sign of life")
+        watchdog.killed.append("a worker sent no heartbeat")
         raise UserError("mistake")
 
 

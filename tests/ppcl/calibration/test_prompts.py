@@ -38,7 +38,7 @@ def test_every_format_gives_the_same_prompts(tmp_path, suffix):
 def test_pictures_are_found_beside_the_prompt_file(tmp_path, suffix):
     path = write(tmp_path / f"prompts{suffix}", TEXTS, "caption", images=["a.png", "b.png", "c.png"])
     assert [p.image for p in read_prompts(path, "caption", "image")] == [str(tmp_path / f"{n}.png") for n in "abc"]
-    with pytest.raises(UserError, match="the picture .*a.png of prompt 1 does not exist"):
+    with pytest.raises(UserError, match="the image .*a.png of prompt 1 does not exist"):
         check_prompts(path, "caption", "image")
 
 
@@ -67,7 +67,7 @@ def test_files_are_read_as_a_stream(tmp_path):
         ("p.txt", b"\n  \n", "holds no prompts"),
         ("p.txt", b"one\n\none\n", "only 1 different prompt; at least 2"),
         ("p.doc", b"a\nb", "ends in '.doc'; supported are .txt, .jsonl, .csv, .parquet"),
-        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 7}\n', "line 2: the prompt is 7, which is no text"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 7}\n', "line 2: the prompt is 7, which is not text"),
         ("p.jsonl", b'{"prompt": "a"}\n[]\n', "line 2 is not a JSON object"),
         ("p.csv", b"other,prompt\n1,a\n2\n", "line 3: the prompt is None"),
         ("p.txt", b"a\n\xff\xfe\n", "is not UTF-8"),

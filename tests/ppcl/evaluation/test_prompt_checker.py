@@ -94,5 +94,5 @@ def test_passes_by_category():
     red = world.render([world.Thing("circle", "red", 8, 8, 6)])
     found = correctness(world, np.stack([red] * 3), prompts)
     assert {c: p.tolist() for c, p in found.items()} == {"single_object": [1.0], "colors": [1.0, 0.0]}
-    with pytest.raises(UserError, match="'a cat' is no caption of the world"):
+    with pytest.raises(UserError, match="'a cat' is not a caption that the checker knows"):
         named_prompts(world, ["a cat"])

@@ -51,7 +51,7 @@ def test_a_pipeline_in_a_bucket_is_the_one_in_the_folder_and_another_version_is_
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("model_index.json", None, "is no diffusers pipeline folder"),
+        ("model_index.json", None, "is not a diffusers pipeline folder"),
         ("transformer/x.bin", b"", "x.bin is a pickle"),
         ("transformer/diffusion_pytorch_model.safetensors", b"\xff" * 64, "cannot be read as safetensors"),
         ("transformer/diffusion_pytorch_model.safetensors", None, "holds no diffusion_pytorch_model.safetensors"),

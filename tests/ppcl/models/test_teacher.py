@@ -58,7 +58,7 @@ def test_nan_weights_are_refused_by_name(folder):
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no diffusers pipeline folder: model_index.json is missing"):
+    with pytest.raises(UserError, match="not a diffusers pipeline folder: model_index.json is missing"):
         Teacher(tmp_path)
 
 

@@ -109,7 +109,7 @@ def test_fine_tuning_for_other_variants_is_not_taken(root):
 def test_a_damaged_fine_tuned_file_is_told(root):
     path = root / "finetuning" / f"{A.name}.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="finetuning/00-01.safetensors is damaged or gone"):
+    with pytest.raises(UserError, match="finetuning/00-01.safetensors is damaged or missing"):
         Result(root)
 
 

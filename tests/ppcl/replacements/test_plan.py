@@ -60,7 +60,7 @@ def test_a_plan_is_read_and_written_in_one_order():
     assert plan == Plan([PrunedFfn(9, 50), [3, 5], "text:6-8", LinearFfn(9), LowRankModulation()])
     assert Plan.parse("") == Plan() == ()
     assert ppcl.Plan is Plan
-    with pytest.raises(UserError, match="'3-5,tail' is no plan; write intervals as 3-5"):
+    with pytest.raises(UserError, match="'3-5,tail' is not a plan; write intervals as 3-5"):
         Plan.parse("3-5,tail")
 
 

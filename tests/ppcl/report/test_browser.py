@@ -41,9 +41,9 @@ def test_a_browser_renders_the_report_and_asks_for_nothing_outside(tmp_path):
     for said in (
         "shapes-qwen",
         "Quality against size",
-        "World score by category",
+        "Checker score by category",
         "a photo of",
-        "Damage: the velocity error",
+        "Sensitivity: the velocity error",
     ):
         assert said in dom
     assert dom.count("<img ") == 40 and dom.count("<svg ") > 18

@@ -81,7 +81,7 @@ def test_the_report_has_every_section_and_loads_nothing(root, page):
     assert headings == [
         "Variants",
         "Quality against size",
-        "Pictures from the same seeds",
+        "Images from the same seeds",
         "Similarity of the blocks",
         "Distillation",
     ]
@@ -183,12 +183,12 @@ def test_a_damaged_stage_is_told_and_the_rest_shown(tmp_path):
     (root / "detection/detection.json").write_text('{"blocks": 16, "cka"')
     (root / "students/training.json").unlink()
     said = read(root).said
-    assert "detection/detection.json cannot be read" in said and "students/training.json is gone" in said
-    assert "World score by category" in said
+    assert "detection/detection.json cannot be read" in said and "students/training.json is missing" in said
+    assert "Checker score by category" in said
 
 
 def test_a_folder_that_is_no_job_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no result of ppcl"):
+    with pytest.raises(UserError, match="not a ppcl result"):
         write_report(tmp_path)
 
 
@@ -234,7 +234,7 @@ def test_what_was_not_measured_is_a_dash_and_nan_is_no_crash(tmp_path):
 
     root = made.job(tmp_path / "job", evaluation=bare, students=diverged)
     said = read(root).said
-    assert "World score by category" not in said and "nan" not in said.lower()
+    assert "Checker score by category" not in said and "nan" not in said.lower()
     assert summary_rows(root)[-1]["velocity_error"] is None
 
 
@@ -271,7 +271,16 @@ def test_terminal_table_holds_the_summary(root):
     console = Console(width=160, record=True)
     console.print(summary_table(root))
     text = console.export_text()
-    for heading in ("variant", "blocks", "parameters", "share", "seconds a step", "velocity error", "world score", "R"):
+    for heading in (
+        "variant",
+        "blocks",
+        "parameters",
+        "share",
+        "seconds per step",
+        "velocity error",
+        "checker score",
+        "R",
+    ):
         assert heading in text
     assert re.search(r"p70\s*│\s*10\s*│\s*3\.13 M\s*│\s*65\.1\s%", text)
 
@@ -283,10 +292,10 @@ def test_fine_tuning_and_ablation_are_told_and_drawn(tmp_path):
     page = read(made.job(tmp_path / "job", EVERY))
     assert "Of 22 measured plans, 20 have a smaller velocity error after it" in page.said
     assert (
-        "of the 20 drawn ones, each held against the others, 19 would take them, 1 of which is worse with them"
+        "by the other measured plans, 19 of the 20 random plans would use them; 1 of these is worse with them."
         in page.said
     )
-    assert "6 of 16 blocks gone, 200 distillation steps a row, 3 seeds" in page.said
+    assert "6 of 16 blocks removed, 200 distillation steps per row, 3 seeds" in page.said
     for row in made.ablation()["rows"]:
         assert row["label"].strip() in page.said
     told = [attributes.get("aria-label") or "" for attributes in page.all("svg")]

@@ -23,7 +23,7 @@ def counts(teacher_folder):
 @pytest.mark.parametrize(
     ("custom", "sentence"),
     [
-        ({"mine": ["2--4"]}, "variants.custom.mine: '2--4' names no replacement"),
+        ({"mine": ["2--4"]}, "variants.custom.mine: '2--4' is not a replacement"),
         ({"mine": [(4, 6)]}, "variants.custom.mine: .* does not lie within one block list"),
         ({"mine": ["1-3", "ffn:3"]}, "variants.custom.mine: .* overlap"),
         ({"p90": [(0, 1)]}, "variants.custom: the name 'p90' is taken"),

@@ -14,7 +14,7 @@ def test_parameters_and_streams_are_those_of_the_published_models(models):
 
 def test_what_cannot_be_sized_is_told(tmp_path):
     with pytest.raises(
-        UserError, match="no diffusers pipeline folder.*or name one of flux.1-dev, qwen-image, sd3.5-large"
+        UserError, match="not a diffusers pipeline folder.*or name one of flux.1-dev, qwen-image, sd3.5-large"
     ):
         model_of(str(tmp_path / "gpt"), 1024, 1024)
     with pytest.raises(UserError, match="1000 × 1024 pixels: both must be multiples of 16"):

@@ -14,7 +14,7 @@ from ppcl.storage.lease import LOCK, hold_lease
 def test_a_second_job_is_refused_and_a_dead_ones_place_is_taken(store, monkeypatch):
     with hold_lease(store) as check:
         check()
-        with pytest.raises(UserError, match="another ppcl works in s3://"), hold_lease(store):
+        with pytest.raises(UserError, match="another ppcl job is writing to s3://"), hold_lease(store):
             pass
     assert LOCK not in store.objects()
     with hold_lease(store) as check:
@@ -23,7 +23,7 @@ def test_a_second_job_is_refused_and_a_dead_ones_place_is_taken(store, monkeypat
         with pytest.raises(UserError, match="another ppcl works"), hold_lease(store):
             pass
         monkeypatch.setattr("ppcl.storage.lease._DEAD_AFTER", -1.0)
-        with hold_lease(store), pytest.raises(UserError, match="another ppcl took over"):
+        with hold_lease(store), pytest.raises(UserError, match="another ppcl job took over"):
             check()
 
 

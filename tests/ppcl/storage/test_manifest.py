@@ -39,7 +39,7 @@ def test_a_file_that_changed_by_a_bit_a_byte_or_altogether_is_found(artifacts, c
     said = []
     assert not artifacts.is_complete("probes", "key", 1, said.append)
     assert said == [
-        "probes: probes/a.json is damaged or gone (its sha256 differs from the manifest's); making it again"
+        "probes: probes/a.json is damaged or missing (its sha256 differs from the manifest's); making it again"
     ]
 
 
@@ -86,14 +86,14 @@ def test_a_folder_of_another_kind_is_refused_and_left_alone(tmp_path, artifacts)
         artifacts.start(JOB | {"teacher_sha256": "2"})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="not empty and no job"):
+    with pytest.raises(UserError, match="is not empty and is not a ppcl job"):
         Artifacts(tmp_path / "mine").start(JOB)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [("{", "is damaged"), ("[]", "is damaged"), ('{"format": 7}', "has format 7"), (None, "is no result")],
+    [("{", "is damaged"), ("[]", "is damaged"), ('{"format": 7}', "has format 7"), (None, "is not a ppcl result")],
 )
 def test_a_manifest_that_cannot_be_read(artifacts, content, sentence):
     path = artifacts.path("manifest.json")

@@ -149,8 +149,8 @@ def test_a_stage_is_uploaded_before_its_entry_and_verified_when_read(store, s3):
     store.write("probes/a", b"2")
     shutil.rmtree(artifacts.root)
     assert not Artifacts(store.url).is_complete("probes", "key", 1, said.append)
-    assert said == ["probes: probes/a is damaged or gone (its sha256 differs from the manifest's); making it again"]
-    with pytest.raises(UserError, match="probes/a is damaged or gone"):
+    assert said == ["probes: probes/a is damaged or missing (its sha256 differs from the manifest's); making it again"]
+    with pytest.raises(UserError, match="probes/a is damaged or missing"):
         fetch_stage(artifacts.path("probes"))
     artifacts.invalidate("probes")
     assert set(store.objects()) == {"manifest.json"}
@@ -158,6 +158,6 @@ def test_a_stage_is_uploaded_before_its_entry_and_verified_when_read(store, s3):
 
 def test_a_place_with_something_else_in_it_is_refused(store):
     store.write("thesis.tex", b"mine")
-    with pytest.raises(UserError, match="is not empty and no job of ppcl"):
+    with pytest.raises(UserError, match="is not empty and is not a ppcl job"):
         Artifacts(store.url).start({})
     assert set(store.objects()) == {"thesis.tex"}

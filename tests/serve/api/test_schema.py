@@ -112,7 +112,7 @@ def test_without_a_seed_every_request_draws_another():
         ({"seed": 2**32}, "seed", "seed is 4294967296"),
         ({"model": ""}, "model", "model is ''"),
         ({"model": "m" * 4097}, "model", "model is 'mmm"),
-        ({"model": "p75", "min_variant": "all"}, "min_variant", "min_variant goes with the model auto"),
+        ({"model": "p75", "min_variant": "all"}, "min_variant", "min_variant applies only to the model auto"),
         ({"deadline_ms": 0}, "deadline_ms", "deadline_ms is 0"),
         ({"sizes": "64x64"}, "sizes", "unknown parameter 'sizes'; the nearest is size"),
         ({"zzzz": 1}, "zzzz", "unknown parameter 'zzzz'; known are prompt, model, n"),

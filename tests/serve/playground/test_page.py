@@ -178,7 +178,7 @@ def test_a_link_brings_the_settings_back_and_the_server_never_sees_them(browser,
 @pytest.mark.parametrize(
     ("fields", "said", "focused"),
     [
-        ({"#prompt": " "}, "Say what the picture shows.", "prompt"),
+        ({"#prompt": " "}, "Describe the image.", "prompt"),
         ({"#prompt": "a", "#width": "33"}, "Width is a multiple of 8.", "width"),
         ({"#prompt": "a", "#steps": "99999"}, "Steps is at most 2000.", "steps"),
         ({"#prompt": "a", "#seed": "-1"}, "Seed is at least 0.", "seed"),
@@ -216,7 +216,7 @@ def test_what_the_server_refuses_is_told_in_its_words_beside_what_it_drew(browse
     browser.click("#generate")
     finished(browser)
     (told,) = captions(browser).values()
-    assert "No picture" in told and "deadline_ms is 1" in told
+    assert "No image" in told and "deadline_ms is 1" in told
 
 
 def test_nothing_comes_from_elsewhere_and_parts_are_cached_by_their_hash(browser, server):

@@ -105,7 +105,7 @@ class DistillationObjective(ABC):
 
 
 class GradientObjective(DistillationObjective):
-    """An objective that can go on from its initialisation by gradient."""
+    """An objective that gradient descent can improve after its initialisation."""
 
     @abstractmethod
     def losses(self, captured: CapturedActivations, loss_of: Loss) -> Mapping[str, LossTerm]:
