@@ -28,6 +28,9 @@ from ppcl.errors import UserError
 
 _PACKAGES = ("ppcl", "jobs")
 _ANSWER_SECONDS = 10
+# A head that has just started answers so until its agents are there, which takes some seconds.
+_NO_AGENT = "No available agent"
+_START_SECONDS = 60.0
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 _OLDEST_PYTHON = (3, 11)
 # What a job imports and does not bring with it, beside Ray.
@@ -187,7 +190,7 @@ class Jobs:
                 source = Path(__file__).resolve().parent.parent / package
                 shutil.copytree(source, Path(folder, package), ignore=shutil.ignore_patterns("__pycache__"))
             try:
-                self.client.submit_job(
+                self._send(
                     entrypoint=f"{check} && {command} compress config.yaml --address auto",
                     submission_id=identity,
                     metadata={"ppcl": "compress", "output": output, "teacher": str(config.teacher)},
@@ -208,6 +211,18 @@ class Jobs:
                     raise
                 raise taken(identity) from None
         return identity
+
+    def _send(self, **job: Any) -> None:
+        """Submit a job; waits for a head that has just started, whose agents are not there yet."""
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            try:
+                self.client.submit_job(**job)
+                return
+            except RuntimeError as error:
+                if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(1.0)
 
     def wait_until_begun(self, identity: str) -> Status:
         """Wait until a job has begun a stage, or ended.

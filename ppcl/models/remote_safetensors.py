@@ -28,11 +28,13 @@ class RemoteWeights:
 
     def __init__(self, store: Store, name: str):
         self.store, self.name = store, name
+        answer = store.head(name)
+        self.tag: str | None = answer["ETag"] if answer else None
         try:
-            (length,) = struct.unpack("<Q", store.read(name, 0, 8))
+            (length,) = struct.unpack("<Q", self._bytes(0, 8))
             if length > _LONGEST_HEADER:
                 raise ValueError(f"its header would be {length} bytes long")
-            self.header: dict[str, dict[str, Any]] = json.loads(store.read(name, 8, 8 + length))
+            self.header: dict[str, dict[str, Any]] = json.loads(self._bytes(8, 8 + length))
             self.header.pop("__metadata__", None)
         except FileNotFoundError:
             raise UserError(
@@ -46,6 +48,16 @@ class RemoteWeights:
         return UserError(
             f"{self.store.url}/{self.name} cannot be read as safetensors ({error}); get an intact copy of it"
         )
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        """A range of the object as it was when it was opened. Raises `UserError` where it was replaced since."""
+        try:
+            return self.store.read(self.name, start, stop, self.tag)
+        except FileExistsError:
+            raise UserError(
+                f"{self.store.url}/{self.name} was replaced while it was read; leave the teacher as it is until the "
+                "job has ended, and run the same command again"
+            ) from None
 
     @property
     def names(self) -> list[str]:
@@ -80,7 +92,7 @@ class RemoteWeights:
     def _read(self, run: list[str]) -> dict[str, torch.Tensor]:
         """Read a run by one request, as a safetensors file of its own, which the library checks and parses."""
         begin, end = self.header[run[0]]["data_offsets"][0], self.header[run[-1]]["data_offsets"][1]
-        data = self.store.read(self.name, self.start + begin, self.start + end) if end > begin else b""
+        data = self._bytes(self.start + begin, self.start + end) if end > begin else b""
         header = {
             name: self.header[name] | {"data_offsets": [offset - begin for offset in self.header[name]["data_offsets"]]}
             for name in run

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppcl.config.location import SCHEME
+from ppcl.errors import UserError
 
 MIRROR = "ppcl-mirror"
 
 # Threads of one `parallel_map`.
 _AT_ONCE = 8
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 T = TypeVar("T")
 
@@ -37,8 +41,33 @@ def file_sha256(path: Path) -> str:
 
 
 def scratch_folder() -> Path:
-    """`PPCL_SCRATCH`, by default a temporary folder of this user."""
-    return Path(os.environ.get("PPCL_SCRATCH") or Path(tempfile.gettempdir()) / f"ppcl-{os.getuid()}").absolute()
+    """The folder of this node for what is downloaded, which this user alone can write to.
+
+    `PPCL_SCRATCH`, by default a folder of the system's temporary one. In a folder that others can write to, such as a
+    volume of a node, it is a private folder inside. Raises `UserError` where somebody else has made that: what lies
+    there cannot be trusted.
+    """
+    given = os.environ.get("PPCL_SCRATCH")
+    if given and (not Path(given).exists() or _is_private(Path(given))):
+        folder = Path(given).absolute()
+    else:
+        folder = Path(given or tempfile.gettempdir()).absolute() / f"ppcl-{os.getuid()}"
+    # Where it cannot be made, whoever writes to it says why.
+    with contextlib.suppress(OSError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    if (folder.exists() or folder.is_symlink()) and not _is_private(folder):
+        raise UserError(
+            f"the scratch folder {folder} is not private to this user: it belongs to somebody else, is a link, or "
+            "others can write to it; remove it, or set PPCL_SCRATCH to a folder of your own"
+        )
+    return folder
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is this user's own, and nobody else can write to it."""
+    status = folder.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & _OTHERS_WRITE
 
 
 def mirror(url: str) -> Path:

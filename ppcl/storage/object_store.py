@@ -164,9 +164,14 @@ class Store:
         answer = self.head(name)
         return answer["Metadata"].get(_SHA256) if answer else None
 
-    def read(self, name: str = "", start: int = 0, stop: int | None = None) -> bytes:
-        """Read an object, or its bytes `start` to `stop`, `stop` excluded."""
+    def read(self, name: str = "", start: int = 0, stop: int | None = None, tag: str | None = None) -> bytes:
+        """Read an object, or its bytes `start` to `stop`, `stop` excluded.
+
+        `tag`: that of the object as it was. Raises `FileExistsError` where another stands in its place.
+        """
         part = {} if stop is None else {"Range": f"bytes={start}-{stop - 1}"}
+        if tag is not None:
+            part["IfMatch"] = tag
 
         async def get() -> bytes:
             answer = await _files()._call_s3("get_object", Bucket=self.bucket, Key=self._key(name), **part)

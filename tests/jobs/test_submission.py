@@ -446,15 +446,20 @@ def test_a_job_whose_log_cannot_be_read_is_listed_all_the_same(cluster, head):
 
 
 @contextlib.contextmanager
-def between(head, breaks):
+def between(head, breaks, agentless=()):
     """A server between us and the head.
 
-    The first connections to a log end after a line each, as `breaks` says: "closed", "broken".
+    The first connections to a log end after a line each, as `breaks` says: "closed", "broken". For every item of
+    `agentless` a job is refused as by a head whose agents have not started yet.
     """
     from aiohttp import ClientSession, ClientWSTimeout, web
 
     async def relay(request):
         async with ClientSession() as session:
+            if request.method == "POST" and agentless:
+                agentless.pop()
+                answer = "No available agent to submit job, please try again later."
+                return web.Response(status=500, text=answer)
             if not request.path.endswith("/logs/tail"):
                 async with session.request(request.method, head + request.path_qs, data=await request.read()) as answer:
                     return web.Response(
@@ -494,6 +499,17 @@ def between(head, breaks):
     finally:
         loop.call_soon_threadsafe(over.set)
         thread.join(60)
+
+
+def test_a_head_that_has_just_started_is_waited_for(head, store):
+    """Its agents, which start jobs, come some seconds after its API."""
+    agentless = [None, None]
+    with between(head, [], agentless) as address:
+        identity = Jobs(address).submit(Config(teacher="t", prompts="p", output=f"{store.url}/just-started"))
+    try:
+        assert not agentless and identity in [job.id for job in Jobs(head).all()]
+    finally:
+        Jobs(head).stop(identity)
 
 
 def test_following_goes_on_over_connections_that_end_and_says_nothing_twice(head, tmp_path):

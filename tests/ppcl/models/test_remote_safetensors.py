@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ppcl.errors import UserError
+from ppcl.models.remote_safetensors import RemoteWeights
 from ppcl.models.teacher import Teacher
 
 
@@ -32,6 +33,17 @@ def test_a_rank_reads_the_ranges_of_its_own_blocks_and_no_weight_else(store, s3,
         < (teacher_folder / whole.transformer_files["proj_out.weight"]).stat().st_size
     )
     assert not list(whole.folder.rglob("*.safetensors"))
+
+
+def test_weights_that_are_replaced_while_they_are_read_are_refused(store, teacher_folder):
+    """Half of one model and half of another would be read without a word."""
+    upload_all(teacher_folder, store)
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    weights = RemoteWeights(store, name)
+    assert len(dict(weights.tensors(["proj_out.weight"]))) == 1
+    store.write(name, store.read(name) + b"\0")
+    with pytest.raises(UserError, match=f"{name} was replaced while it was read"):
+        list(weights.tensors(["proj_out.weight"]))
 
 
 def test_a_pipeline_in_a_bucket_is_the_one_in_the_folder_and_another_version_is_another_snapshot(store, teacher_folder):
