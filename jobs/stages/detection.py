@@ -9,9 +9,12 @@ from typing import Any
 import ray
 
 from jobs.stage import Stage, StageContext
-from ppcl.detection.detect import Task, detect, write_detection
+from ppcl.detection.detect import Task, detect, run_here, write_detection
 from ppcl.detection.similarity import Similarity
 from ppcl.storage.manifest import StageFiles
+
+# Multiplications; a core does some ten thousand million a second.
+_WORTH_A_TASK = 5e11
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -26,13 +29,20 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 class _RayTasks:
-    """Runs rows of tables as Ray tasks, on GPUs where the job has them, and gives their results in order."""
+    """Runs rows of tables as Ray tasks, on GPUs where the job has them, and gives their results in order.
+
+    What a core does in seconds is done here: workers take longer to start.
+    """
 
     def __init__(self, probes: StageFiles, device: str):
         self.probes = probes
         self.remote = ray.remote(_rows).options(num_cpus=1, num_gpus=1 if device == "cuda" else 0, name="detection")
 
     def __call__(self, tasks: Sequence[Task]) -> Iterator[dict[int, list[Similarity | None]]]:
+        tables = {(task.spec.stream, task.rows, task.spec.standardize): task.spec for task in tasks}
+        if sum(spec.multiplications for spec in tables.values()) < _WORTH_A_TASK:
+            yield from run_here([replace(task, spec=replace(task.spec, device="cpu")) for task in tasks])
+            return
         for reference in [self.remote.remote(self.probes, task) for task in tasks]:
             yield ray.get(reference)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ppcl.detection.cka import Representation, similarity
@@ -36,6 +38,18 @@ class TableSpec:
     tokens: torch.Tensor
     standardize: bool
     device: str
+
+    @property
+    def multiplications(self) -> float:
+        """About how many the whole table takes, see the module's formula."""
+        n, d = len(self.tokens), self.width
+        return self.blocks**2 / 2 * n * d * (d + min(n, d))
+
+    @cached_property
+    def width(self) -> int:
+        """`d`, the stream's channels."""
+        with safe_open(tokens_file(self.folder, 1), "pt") as file:
+            return file.get_slice(self.stream).get_shape()[1]
 
     def teacher_tokens(self, boundary: int) -> torch.Tensor | None:
         """`(n, d)` of the teacher at a boundary; None where the stream is gone."""
