@@ -39,7 +39,7 @@ from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.storage.manifest import CONFIG
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.distillation import trainer as run
-from ppcl.training.distillation.objectives import MomentUpdate, StudentObjective
+from ppcl.training.distillation.objectives import MomentUpdate, StudentObjective, TeacherBlocks
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.losses import relative
 from ppcl.training.parallel_dims import ParallelDims
@@ -65,19 +65,19 @@ class Watched:
 
 
 class MeanStart(StudentObjective):
-    def __init__(self, adapter: Any, transformer: Any, blocks: Any, entry: Interval, settings: Distillation):
-        super().__init__(adapter, transformer, blocks, entry, settings)
-        self.init_capture = CaptureSpec(frozenset({entry.first, entry.last + 1}))
-        removed = [dict(blocks[number].named_parameters()) for number in entry.blocks]
+    def __init__(self, teacher: TeacherBlocks, replacement: Interval, settings: Distillation):
+        super().__init__(teacher, replacement, settings)
+        self.init_capture = CaptureSpec(frozenset({replacement.first, replacement.last + 1}))
+        removed = [dict(teacher.blocks[number].named_parameters()) for number in replacement.blocks]
         with torch.no_grad():
             for name, parameter in self.module.block.named_parameters():
                 parameter.copy_(torch.stack([block[name].float() for block in removed]).mean(0))
 
     @torch.no_grad()
-    def _pairs(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
-        joined = self.module.adapter.join(captured.boundaries[self.entry.first], captured.context)
+    def pairs(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
+        joined = self.module.adapter.join(captured.boundaries[self.replacement.first], captured.context)
         before = self.module.adapter.from_returned(self.module.block(**joined))
-        after = captured.boundaries[self.entry.last + 1]
+        after = captured.boundaries[self.replacement.last + 1]
         for name in self.module.affine:
             x = captured.tokens(getattr(before, name), name)
             yield name, x, captured.tokens(getattr(after, name), name) - x
@@ -106,7 +106,7 @@ class Sensitive(Trainee):
     scales: dict[Interval, float] = {}
 
     def __init__(self, objective: Any, settings: Any, dims: ParallelDims):
-        rate = settings.learning_rate * self.scales[objective.entry]
+        rate = settings.learning_rate * self.scales[objective.replacement]
         super().__init__(objective, settings.model_copy(update={"learning_rate": rate}), dims)
 
 
@@ -137,8 +137,8 @@ def main() -> None:
     )
     ways = {
         "plain": {},
-        "mean start": {"new_lesson": lambda *given: MeanStart(*given[:5])},
-        "sensitivity": {"Pupil": Sensitive},
+        "mean start": {"new_objective": MeanStart},
+        "sensitivity": {"Trainee": Sensitive},
         "massive": {"loss": massive},
         "noisy": {"loss": noisy(watched)},
     }
@@ -169,9 +169,8 @@ def main() -> None:
         table.add_row(name, f"{whole:.5f}", f"{half:.5f}", ratios)
     Console(width=120).print(table)
     if options.json:
-        options.json.write_text(
-            json.dumps({"steps": options.steps, "intervals": [list(i) for i in intervals], "rows": rows}, indent=1)
-        )
+        names = [str(interval) for interval in intervals]
+        options.json.write_text(json.dumps({"steps": options.steps, "intervals": names, "rows": rows}, indent=1))
 
 
 def velocity_errors(

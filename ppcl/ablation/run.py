@@ -150,7 +150,7 @@ def choices(
     ids = calibration.ids(held_out=False)[:_LOOKED_AT]
     batches = [calibration.batch(ids, transformer.device, transformer.dtype)]
     errors = selection.skip_errors(transformer, batches, lambda _: None)
-    table = detection["cka"][detection["stream"]]
+    table = (detection.get("cka") or detection["cka_standardized"])[detection["stream"]]
     settings = config.ablation
     logits = learned_gates(transformer, calibration, count, settings.gate_steps, settings.batch_size, seed, tell)
     return {

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import or_
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ppcl.config.schema import Distillation
@@ -22,12 +21,13 @@ from ppcl.replacements.io import save_replacement
 from ppcl.replacements.student_block import StudentBlock
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples, batch_of
-from ppcl.training.distillation.closed_form import fit_closed_form
+from ppcl.training.distillation.closed_form import ClosedForm
 from ppcl.training.distillation.objectives import StudentObjective, TeacherBlocks
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage
-from ppcl.training.teacher_segment import TeacherSegment
+from ppcl.training.run_context import RunContext
+from ppcl.training.teacher_segment import Consumer, TeacherSegment
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,15 @@ class SequentialRun:
         for objective in objectives.values():
             objective.module.to(self.device)
         if settings.init == "affine":
-            spec = reduce(or_, (objective.init_capture for objective in objectives.values()), CaptureSpec())
             pipeline_stage = PipelineStage(0, 1, 0)
-            fit_closed_form(
-                list(objectives.values()),
-                lambda rows: segment.run(self.samples.batch(rows, self.device, segment.dtype), pipeline_stage, spec),
-                self.samples.ids(held_out=False),
-                settings.batch_size,
-                settings.ridge,
-                dims,
-            )
+
+            def stream(ids: np.ndarray, consumers: Sequence[Consumer]) -> None:
+                segment.stream(self.samples.batch(ids, self.device, segment.dtype), pipeline_stage, consumers)
+
+            # Nothing is written here: the folders stay unused.
+            run = RunContext(Path(), Path(), device=self.device)
+            closed_form = ClosedForm(list(objectives.values()), settings, run)
+            closed_form.fit(stream, self.samples.ids(held_out=False), lambda objective: None)
         return segment, {interval: Trainee(objective, settings, dims) for interval, objective in objectives.items()}
 
     def _train_step(

@@ -107,6 +107,12 @@ class Detection(Section):
     standardize: bool = Field(
         False, description="z-score every channel before CKA, which removes the effect of shared outlier channels"
     )
+    compare_standardized: bool = Field(
+        False, description="compute CKA both with and without z-scored channels, for the report; costs as much again"
+    )
+    tokens: int = Field(
+        4096, ge=4, description="most held-out tokens of a stream that CKA compares; its standard error is reported"
+    )
 
 
 class Width(Section):
@@ -195,6 +201,13 @@ class Distillation(Section):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
+    )
+    moments_gb: float = Field(
+        16.0,
+        json_schema_extra=OPERATIONAL,
+        gt=0,
+        description="most memory of a rank, in GB, for the sums that closed-form maps are computed from; more take "
+        "several passes over the samples",
     )
     pipeline_parallel: int = Field(
         1,

@@ -1,12 +1,14 @@
 """Detection: the full table `cka(u, k)` of a teacher, and the intervals that Algorithm 1 reads from it.
 
-From files of probes and held-out tokens, a boundary at a time: memory is two boundaries, not all.
+From the files of probes and held-out tokens that the stage before left.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +16,17 @@ import torch
 from safetensors.torch import load_file
 
 from ppcl.config.schema import Detection, Width
-from ppcl.detection.cka import FEWEST_TOKENS, centred, hsic, ratio
+from ppcl.detection.cka import FEWEST_TOKENS
 from ppcl.detection.fit_probes import ffn_error, has_text, probe_file, tokens_file
 from ppcl.detection.intervals import Table, differences, first_difference
+from ppcl.detection.similarity import Similarity, TableSpec, stream_rows, surrogate_rows
 from ppcl.errors import UserError
-from ppcl.linalg.affine_fit import Probe
 from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, TextRun
 from ppcl.storage.manifest import write_atomically
 
 STREAMS = ("img", "txt")
-
-
-def similarity_table(
-    probes_folder: Path, blocks: int, stream: str, finite: torch.Tensor, tell: Callable[[int], None]
-) -> tuple[Table, Table]:
-    """`cka(u, k)` of one stream, plain and with z-scored channels; None for `k < u` and where the stream is gone.
-
-    The surrogate starts from the teacher's own tokens after block `u` and goes through the probes of `u+1..k` (Eq. 3).
-    `finite (n,)`: the tokens that count, the same ones behind every block.
-    """
-    plain: Table = [[None] * blocks for _ in range(blocks)]
-    scored: Table = [[None] * blocks for _ in range(blocks)]
-    chains: dict[int, torch.Tensor] = {}
-    for k in range(blocks):
-        tokens = load_file(tokens_file(probes_folder, k + 1)).get(stream)
-        if tokens is None:
-            break
-        tokens = tokens[finite]
-        weights = load_file(probe_file(probes_folder, k))
-        probe = Probe(weights[f"{stream}.weight"], weights[f"{stream}.bias"])
-        chains = {u: probe(x) for u, x in chains.items()} | {k: tokens}
-        for table, standardize in ((plain, False), (scored, True)):
-            teacher = centred(tokens, standardize)
-            own = hsic(teacher, teacher)
-            for u, x in chains.items():
-                surrogate = centred(x, standardize)
-                table[u][k] = 1.0 if u == k else ratio(hsic(teacher, surrogate), own, hsic(surrogate, surrogate))
-        tell(k)
-    return plain, scored
+# In `detection.json`, without and with every channel z-scored.
+_TABLE_NAMES = {False: "cka", True: "cka_standardized"}
 
 
 def finite_tokens(probes_folder: Path, blocks: int, stream: str) -> torch.Tensor:
@@ -69,21 +44,6 @@ def finite_tokens(probes_folder: Path, blocks: int, stream: str) -> torch.Tensor
     return finite
 
 
-def stream_map(probes_folder: Path, blocks: int, stream: str, finite: torch.Tensor) -> Table:
-    """CKA between a stream behind block `r` and behind block `s`, both the teacher's own; None for `s < r`."""
-    table: Table = [[None] * blocks for _ in range(blocks)]
-    kept: dict[int, tuple[torch.Tensor, float]] = {}
-    for s in range(blocks):
-        tokens = load_file(tokens_file(probes_folder, s + 1)).get(stream)
-        if tokens is None:
-            break
-        x = centred(tokens[finite], False)
-        kept[s] = x, hsic(x, x)
-        for r, (y, own) in kept.items():
-            table[r][s] = 1.0 if r == s else ratio(hsic(x, y), kept[s][1], own)
-    return table
-
-
 def text_runs(table: Table, block_ranges: list[range], similarity: float) -> list[TextRun]:
     """From the first block on, the longest runs whose last text stream is that similar to their first one."""
     runs = []
@@ -99,32 +59,113 @@ def text_runs(table: Table, block_ranges: list[range], similarity: float) -> lis
     return runs
 
 
+@dataclass(frozen=True)
+class Task:
+    """Some rows of one table, computed by `rows(spec, starts)`; independent of all others."""
+
+    rows: Callable[[TableSpec, Sequence[int]], dict[int, list[Similarity | None]]]
+    spec: TableSpec
+    starts: tuple[int, ...]
+
+    def __call__(self) -> dict[int, list[Similarity | None]]:
+        return self.rows(self.spec, self.starts)
+
+
+# Runs tasks, here or elsewhere, and gives their results in order.
+RunTasks = Callable[[Sequence[Task]], Iterable[dict[int, list[Similarity | None]]]]
+
+
+def run_here(tasks: Sequence[Task]) -> Iterator[dict[int, list[Similarity | None]]]:
+    return (task() for task in tasks)
+
+
+@dataclass(frozen=True)
+class _TableRequest:
+    rows: Callable[[TableSpec, Sequence[int]], dict[int, list[Similarity | None]]]
+    stream: str
+    standardize: bool = False
+
+
+class _Tables:
+    """The similarity tables that detection reads, computed as one list of tasks."""
+
+    def __init__(self, folder: Path, blocks: int, tokens: Mapping[str, torch.Tensor], device: str):
+        self.folder, self.blocks, self.tokens, self.device = folder, blocks, tokens, device
+
+    def compute(
+        self, requests: Sequence[_TableRequest], run: RunTasks, tell: Callable[[int, int], None]
+    ) -> list[tuple[Table, Table]]:
+        """By request, the values and their standard errors. `tell(done, total)` counts rows."""
+        tasks, owners = [], []
+        for number, request in enumerate(requests):
+            spec = TableSpec(
+                self.folder, self.blocks, request.stream, self.tokens[request.stream], request.standardize, self.device
+            )
+            for starts in _dealt(self.blocks):
+                tasks.append(Task(request.rows, spec, starts))
+                owners.append(number)
+        tables = [(_empty(self.blocks), _empty(self.blocks)) for _ in requests]
+        done, total = 0, len(requests) * self.blocks
+        for owner, rows in zip(owners, run(tasks), strict=True):
+            values, errors = tables[owner]
+            for u, row in rows.items():
+                values[u] = [None if cell is None else cell[0] for cell in row]
+                errors[u] = [None if cell is None or isnan(cell[1]) else cell[1] for cell in row]
+            done += len(rows)
+            tell(done, total)
+        return tables
+
+
+def _dealt(blocks: int) -> list[tuple[int, ...]]:
+    """Rows dealt out to tasks: a long one with a short one, so that tasks take the same time."""
+    return [tuple(sorted({u, blocks - 1 - u})) for u in range((blocks + 1) // 2)]
+
+
+def _empty(blocks: int) -> Table:
+    return [[None] * blocks for _ in range(blocks)]
+
+
+def _bounded(finite: torch.Tensor, most: int) -> torch.Tensor:
+    """The numbers of at most so many finite tokens, spread evenly over all."""
+    numbers = finite.nonzero().flatten()
+    if len(numbers) <= most:
+        return numbers
+    return numbers[torch.linspace(0, len(numbers) - 1, most, dtype=torch.float64).round().long()]
+
+
 def detect(
-    probes_folder: Path, block_ranges: list[range], settings: Detection, width: Width, tell: Callable[[int, int], None]
+    probes_folder: Path,
+    block_ranges: list[range],
+    settings: Detection,
+    width: Width,
+    tell: Callable[[int, int], None],
+    run: RunTasks = run_here,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """The tables of both streams and their mean, Δ, and what can be replaced.
 
-    `intervals`: those of two blocks or more. `text_map`: see `stream_map`. `ffn_errors`: by block, see
-    `ppcl.detection.fit_probes.ffn_error`. `plan`: every replacement that is to be made. `left_out`: held-out tokens of
-    each stream that were not finite.
+    `cka`, and `cka_standardized` where it is asked for; `cka_error`: the standard error of the table that is used, from
+    groups of tokens. `intervals`: those of two blocks or more. `text_map`: see `stream_rows`. `ffn_errors`: by block,
+    see `ppcl.detection.fit_probes.ffn_error`. `plan`: every replacement that is to be made. `tokens`: those compared,
+    `left_out`: those that were not finite, of each stream. `tell(done, total)` counts rows of tables, which `run`
+    computes on `device`.
     """
     blocks = block_ranges[-1].stop
     finite = {name: finite_tokens(probes_folder, blocks, name) for name in STREAMS}
-    plain, scored = {}, {}
-    for index, name in enumerate(STREAMS):
-
-        def progress(block: int, done: int = index * blocks) -> None:
-            tell(done + block + 1, 2 * blocks)
-
-        plain[name], scored[name] = similarity_table(probes_folder, blocks, name, finite[name], progress)
-    for tables in (plain, scored):
-        tables["mean"] = [[_mean(a, b) for a, b in zip(*rows)] for rows in zip(tables["img"], tables["txt"])]
-    delta = differences((scored if settings.standardize else plain)[settings.stream])
+    tokens = {name: _bounded(rows, settings.tokens) for name, rows in finite.items()}
+    kinds = [False, True] if settings.compare_standardized else [settings.standardize]
+    requests = [_TableRequest(surrogate_rows, name, kind) for kind in kinds for name in STREAMS]
+    if width.text:
+        requests.append(_TableRequest(stream_rows, "txt"))
+    computed = _Tables(probes_folder, blocks, tokens, device).compute(requests, run, tell)
+    tables = {kind: _with_mean(dict(zip(STREAMS, computed[2 * i : 2 * i + 2]))) for i, kind in enumerate(kinds)}
+    used, standard_errors = tables[settings.standardize]
+    text_map = computed[-1][0] if width.text else None
+    delta = differences(used[settings.stream])
     intervals = [i for i in first_difference(delta, block_ranges) if i.removed]
     all_errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
     errors = {block: error for block, error in all_errors.items() if error is not None}
     ffns = sorted(errors, key=errors.__getitem__)[: width.linear_ffns]
-    text_map = stream_map(probes_folder, blocks, "txt", finite["txt"]) if width.text else None
     runs = (
         text_runs(text_map, _apart(_with_text(probes_folder, block_ranges), intervals), width.text_similarity)
         if text_map is not None
@@ -139,8 +180,9 @@ def detect(
         "standardize": settings.standardize,
         "method": settings.method,
         "left_out": {name: int((~rows).sum()) for name, rows in finite.items()},
-        "cka": plain,
-        "cka_standardized": scored,
+        "tokens": {name: len(rows) for name, rows in tokens.items()},
+        **{_TABLE_NAMES[kind]: values for kind, (values, _) in tables.items()},
+        "cka_error": standard_errors,
         "delta": delta,
         "intervals": [[interval.first, interval.last] for interval in intervals],
         "text_map": text_map,
@@ -173,6 +215,21 @@ def _with_text(probes_folder: Path, block_ranges: list[range]) -> list[range]:
         if own:
             ranges.append(range(own[0], own[-1] + 1))
     return ranges
+
+
+def _with_mean(tables: Mapping[str, tuple[Table, Table]]) -> tuple[dict[str, Table], dict[str, Table]]:
+    """The values and the standard errors by stream, and those of the mean of both."""
+    values = {name: table for name, (table, _) in tables.items()}
+    errors = {name: table for name, (_, table) in tables.items()}
+    values["mean"] = [[_mean(a, b) for a, b in zip(*rows)] for rows in zip(values["img"], values["txt"])]
+    errors["mean"] = [[_mean_error(a, b) for a, b in zip(*rows)] for rows in zip(errors["img"], errors["txt"])]
+    return values, errors
+
+
+def _mean_error(a: float | None, b: float | None) -> float | None:
+    """Of the mean of two streams, whose tokens are not the same ones."""
+    there = [x for x in (a, b) if x is not None]
+    return sum(x * x for x in there) ** 0.5 / len(there) if there else None
 
 
 def _mean(a: float | None, b: float | None) -> float | None:

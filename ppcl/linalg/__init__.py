@@ -1,6 +1,7 @@
-"""Linear probes: residual affine maps in closed form, from sums that add up over batches, workers and nodes."""
+"""Least squares from sums over tokens, which add up over batches and workers: affine maps, and which units to keep."""
 
 from ppcl.linalg.affine_fit import Affine, Fit, Probe, fit_affine
+from ppcl.linalg.elimination import PrunedUnits, eliminate_units
 from ppcl.linalg.moments import Moments
 
-__all__ = ["Affine", "Fit", "Probe", "Moments", "fit_affine"]
+__all__ = ["Affine", "Fit", "Moments", "Probe", "PrunedUnits", "eliminate_units", "fit_affine"]

@@ -90,7 +90,7 @@ class Moments:
         x, x_shift = _shifted(x[finite], work)
         y, y_shift = _shifted(y[finite], work)
         x_rest, y_rest = x.mean(0, dtype=torch.float64), y.mean(0, dtype=torch.float64)
-        with _full_precision():
+        with full_precision():
             xx, xy = (x.T @ x).double(), (x.T @ y).double()
         # What rounding the shift left of the mean.
         xx -= n * torch.outer(x_rest, x_rest)
@@ -122,7 +122,7 @@ def _shifted(tokens: torch.Tensor, work: torch.dtype) -> tuple[torch.Tensor, tor
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """No TF32: its 10 bits would be all that is left of a cross-product."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -211,12 +211,18 @@ class Teacher:
             return getattr(diffusers, self.adapter.transformer).from_config(self.config()).eval()
 
     def transformer(
-        self, keep: Collection[int] | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        keep: Collection[int] | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        prepare: Callable[[nn.Module], None] | None = None,
     ) -> ModelMixin:
         """The transformer with embedders, head and the blocks `keep` (all by default).
 
         Only their tensors are read from the safetensors files; identity blocks take the places of the others, so a rank
-        holds its own blocks alone. Parameters do not require gradients. Raises `UserError` for NaN or infinite weights.
+        holds its own blocks alone. Parameters do not require gradients. `prepare(block)` is called for every block as
+        soon as its weights are there, so that a block can be cut up before the next one is read. Raises `UserError` for
+        NaN or infinite weights.
         """
         model = self.empty_transformer()
         count = len(self.adapter.blocks(model))
@@ -224,6 +230,11 @@ class Teacher:
         dropped = [self._prefix(model, block) for block in range(count) if block not in keep]
         through = IdentityBlock(self.adapter)
         swap(model, {block: through for block in range(count) if block not in keep})
+        waiting = _BlocksToPrepare(
+            {self._prefix(model, number): block for number, block in enumerate(self.adapter.blocks(model))}
+            if prepare
+            else {}
+        )
         for name, tensor in self._tensors(lambda n: not n.startswith(tuple(dropped)) if dropped else True):
             if not tensor.isfinite().all():
                 raise UserError(
@@ -234,6 +245,8 @@ class Teacher:
             set_module_tensor_to_device(
                 model, name, device, tensor, dtype=dtype if tensor.is_floating_point() else None
             )
+            if prepare and (block := waiting.complete(name)):
+                prepare(block.requires_grad_(False))
         missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if missing:
             raise UserError(f"{self.place}/transformer lacks {len(missing)} weights, the first being {missing[0]}")
@@ -270,3 +283,17 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}); get an intact copy of it") from None
+
+
+class _BlocksToPrepare:
+    """Tells when the last weight of a block has been read. `blocks`: by the prefix of their tensors' names."""
+
+    def __init__(self, blocks: dict[str, nn.Module]):
+        self.blocks = blocks
+
+    def complete(self, name: str) -> nn.Module | None:
+        """The block that a tensor has made complete; None where others are missing, or where it is in no block."""
+        prefix = next((prefix for prefix in self.blocks if name.startswith(prefix)), None)
+        if prefix is None or any(parameter.is_meta for parameter in self.blocks[prefix].parameters()):
+            return None
+        return self.blocks.pop(prefix)

@@ -5,12 +5,13 @@ The teacher's own block never changes, so a variant is a choice between a block 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 
 def view(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -40,7 +41,9 @@ def linear_at(module: nn.Module, path: str) -> nn.Linear:
 def _shallow(module: nn.Module | None) -> nn.Module:
     if module is None:
         raise KeyError("a path leads through a sub-module that the block leaves out")
-    made = copy.copy(module)
+    # Not `copy.copy`: the class of a sharded module would construct a new one.
+    made = object.__new__(type(module))
+    made.__dict__.update(module.__dict__)
     # nn.Module's copy shares these dictionaries, and the original would change with the view.
     made._modules, made._parameters, made._buffers = (
         dict(module._modules),
@@ -66,8 +69,12 @@ class Modulation(nn.Module):
         self.width, self.chunks = width, linear.weight.shape[0] // width
         self.constants = dict(constants)
         self.kept = nn.ModuleList()
-        for first, last in _runs([c for c in range(self.chunks) if c not in constants]):
-            rows = slice(first * width, (last + 1) * width)
+        runs = _runs([c for c in range(self.chunks) if c not in constants])
+        self.rows = [slice(first * width, (last + 1) * width) for first, last in runs]
+        if isinstance(linear.weight, DTensor):
+            # The rows are whole only while the block runs.
+            return
+        for (first, last), rows in zip(runs, self.rows, strict=True):
             part = nn.Linear(linear.weight.shape[1], (last + 1 - first) * width, device="meta")
             part.weight = nn.Parameter(linear.weight[rows], requires_grad=linear.weight.requires_grad)
             part.bias = nn.Parameter(linear.bias[rows], requires_grad=linear.bias.requires_grad)
@@ -75,11 +82,17 @@ class Modulation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(…, p)` to `(…, chunks · d)`, as the linear map itself."""
-        computed = iter([c for part in self.kept for c in part(x).split(self.width, -1)])
+        computed = iter([chunk for part in self._computed(x) for chunk in part.split(self.width, -1)])
         constant = x.new_zeros(*x.shape[:-1], self.width)
         return torch.cat(
             [constant + self.constants[c] if c in self.constants else next(computed) for c in range(self.chunks)], -1
         )
+
+    def _computed(self, x: torch.Tensor) -> list[torch.Tensor]:
+        if self.kept or not self.rows:
+            return [part(x) for part in self.kept]
+        weight, bias = self.source.weight, self.source.bias
+        return [F.linear(x, weight[rows], bias[rows]) for rows in self.rows]
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

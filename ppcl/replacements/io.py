@@ -5,7 +5,7 @@ The structure comes from the teacher, so a file holds tensors and a few metadata
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 
@@ -35,10 +35,17 @@ def replacement_files(paths: Iterable[Path]) -> dict[Replacement, Path]:
     return {replacement: files[replacement] for replacement in sorted(files, key=sort_key)}
 
 
-def save_replacement(module: nn.Module, replacement: Replacement, adapter: ModelAdapter, path: Path) -> None:
-    """Write a replacement's tensors; the file appears whole or not at all."""
+def save_replacement(
+    module: nn.Module,
+    replacement: Replacement,
+    adapter: ModelAdapter,
+    path: Path,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a replacement's tensors; the file appears whole or not at all. `tensors`: its own, where it is sharded."""
     metadata = {"format": _FORMAT, "transformer": adapter.transformer, "entry": str(replacement)}
-    save_tensors(path, module.state_dict(), metadata | replacement.metadata(module))
+    state = module.state_dict() if tensors is None else dict(tensors)
+    save_tensors(path, state, metadata | replacement.metadata(module))
 
 
 def load_replacement(

@@ -9,7 +9,7 @@ has `k / d` of the parameters. Where a model's `temb` depends on more than the t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
@@ -88,6 +88,11 @@ class ModulationBasis(nn.Module):
             # What was multiplied out now would be wrong after the next step, and pass no gradient on.
             return OntoBasis(modulation, self)
         return InBasis(self._restricted_once(linear), self)
+
+    def prepare(self, linears: Iterable[nn.Linear]) -> None:
+        """Multiply modulations out now; of a sharded teacher that is possible only while their block is gathered."""
+        for linear in linears:
+            self._restricted_once(linear)
 
     def _restricted_once(self, linear: nn.Linear) -> nn.Linear:
         # The products are the costly part, and the same in every variant.

@@ -1,18 +1,13 @@
 """FFNs with fewer hidden units. Which ones stay, and what the second map then is, is a least-squares problem.
 
-The FFN is `y = W φ(U x) + b`. Taking a hidden unit `j` away costs least when the other units' columns of `W` make up
-for it; with `G` the centred Gram matrix of the hidden units over the calibration tokens, that least squared error is
-`‖w_j‖² / (G⁻¹)_jj`, and the other columns change by `-w_j (G⁻¹)_kj / (G⁻¹)_jj` (the optimal brain surgeon of Hassibi
-and Stork 1993, for whole units as in ZipLM, arXiv 2302.04089). Units go one by one, the cheapest first, so that one
-elimination gives every width. Only `G` and the mean are needed: sums that add up exactly over batches and workers.
-
-Not in the PPCL paper, which replaces an FFN by a linear map or not at all.
+See `ppcl.linalg.elimination`: one elimination gives every width. Not in the PPCL paper, which replaces an FFN by a
+linear map or not at all.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +15,7 @@ import torch
 from torch import nn
 
 from ppcl.config import plan_syntax
-from ppcl.linalg import Moments
+from ppcl.linalg import PrunedUnits
 from ppcl.models import BlockParts, ModelAdapter, Streams
 from ppcl.replacements.block_view import linear_at
 from ppcl.replacements.ffn import Ffn, FfnMaps
@@ -29,60 +24,6 @@ from ppcl.replacements.replacement import TeacherStructure
 if TYPE_CHECKING:
     from ppcl.models.teacher import Teacher
     from ppcl.replacements.parameter_counts import ParameterCounts
-
-
-@dataclass(frozen=True)
-class PrunedUnits:
-    """An FFN's second map on the hidden units that stay.
-
-    `units (k,)`: their numbers, ascending. `weight (q, k)`, `bias (q,)`: the map. `error`: the squared error a token of
-    the FFN's output, as a share of its variance.
-    """
-
-    units: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    error: float
-
-
-@torch.no_grad()
-def eliminate_units(
-    statistics: Moments, weight: torch.Tensor, bias: torch.Tensor, widths: Iterable[int], ridge: float
-) -> dict[int, PrunedUnits]:
-    """Take hidden units away down to each of `widths`.
-
-    `statistics`: of the hidden units `(n, h)`; `weight (q, h)`, `bias (q,)`: the FFN's second map; `ridge`: as a share
-    of each unit's variance.
-    """
-    device = statistics.xx.device
-    mean, gram = statistics.x_mean, statistics.xx / max(1, statistics.n)
-    hidden = gram.shape[0]
-    w, before = weight.to(gram).T.clone(), weight.to(gram).T
-    spread = float((before * (gram @ before)).sum())
-    # A unit that never differs from its mean must not divide by nothing.
-    floor = 1e-9 * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + torch.diag(ridge * gram.diagonal() + floor)))
-    alive = torch.ones(hidden, dtype=torch.bool, device=device)
-    made: dict[int, PrunedUnits] = {}
-    wanted = sorted(set(widths), reverse=True)
-    for left in range(hidden, wanted[-1] - 1, -1):
-        if left in wanted:
-            units = alive.nonzero().flatten()
-            change = w - before
-            error = float((change * (gram @ change)).sum()) / spread if spread > 0 else 0.0
-            made[left] = PrunedUnits(units, w[units].T.contiguous(), bias.to(mean) - change.T @ mean, error)
-        if left == wanted[-1]:
-            return made
-        diagonal = inverse.diagonal()
-        costs = torch.where(alive, w.square().sum(1) / diagonal, torch.inf)
-        unit = int(costs.argmin())
-        column = inverse[:, unit] / diagonal[unit]
-        w -= torch.outer(column, w[unit])
-        inverse -= torch.outer(column, inverse[unit].clone())
-        alive[unit] = False
-        # Exactly nothing from here on, and a diagonal to divide by.
-        w[unit], inverse[unit], inverse[:, unit], inverse[unit, unit] = 0, 0, 0, 1
-    raise AssertionError("unreachable")
 
 
 class PrunedFfnMaps(FfnMaps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,12 @@ class CapturedActivations:
     context: dict[str, Any] = field(default_factory=dict)
     text_mask: torch.Tensor | None = None
 
+    def drop(self, name: str, number: int) -> None:
+        """Forget one thing that was captured: field `name` of boundary or block `number`, of both streams."""
+        field_of: dict[Any, Any] = getattr(self, name)
+        for key in [key for key in field_of if (key[0] if isinstance(key, tuple) else key) == number]:
+            del field_of[key]
+
     def mask(self, stream: str) -> torch.Tensor | None:
         return self.text_mask if stream == "txt" else None
 
@@ -44,6 +51,25 @@ class CaptureSpec:
     text_inputs: frozenset[int] = frozenset()
     residuals: frozenset[int] = frozenset()
     hidden: frozenset[int] = frozenset()
+
+    def items(self) -> Iterator[tuple[str, int, int]]:
+        """`(field, number, block)`: each thing to capture, and the block after which it is there.
+
+        Boundary `b` is there after block `b - 1`.
+        """
+        for name in ("boundaries", "text_inputs", "residuals", "hidden"):
+            for number in getattr(self, name):
+                yield name, number, number - 1 if name == "boundaries" else number
+
+    @property
+    def first_block(self) -> int:
+        """The block after which the first of it is there; -1 where nothing must be captured."""
+        return min((block for _, _, block in self.items()), default=-1)
+
+    @property
+    def last_block(self) -> int:
+        """The block after which all of it is there; -1 where nothing must be captured."""
+        return max((block for _, _, block in self.items()), default=-1)
 
     def __or__(self, other: CaptureSpec) -> CaptureSpec:
         return CaptureSpec(

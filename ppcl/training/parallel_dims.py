@@ -53,6 +53,18 @@ class ParallelDims:
         dist.all_gather(gathered, tensor.contiguous(), group=self.group)
         return gathered
 
+    def maximum(self, number: int) -> int:
+        """The largest of all ranks' numbers, of every stage and replica."""
+        if self.pp * self.dp == 1:
+            return number
+        largest = torch.tensor([number])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def minimum(self, number: int) -> int:
+        """The smallest of all ranks' numbers, of every stage and replica."""
+        return -self.maximum(-number)
+
     def barrier(self) -> None:
         if self.pp * self.dp > 1:
             dist.barrier()

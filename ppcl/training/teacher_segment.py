@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -19,6 +22,14 @@ def text_mask(adapter: ModelAdapter, context: dict[str, Any]) -> torch.Tensor | 
     """`(B, T)`, true where a text token is not padding; None where none is."""
     mask = context.get(adapter.text_mask) if adapter.text_mask else None
     return None if mask is None else mask.bool()
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """Takes what `spec` names of a batch, as soon as the last of it is captured: `take(captured)`."""
+
+    spec: CaptureSpec
+    take: Callable[[CapturedActivations], None]
 
 
 class TeacherSegment:
@@ -53,6 +64,35 @@ class TeacherSegment:
                     captured.boundaries[number + 1] = streams
         pipeline_stage.send(streams)
         return captured
+
+    @torch.no_grad()
+    def stream(self, inputs: dict[str, Any], pipeline_stage: PipelineStage, consumers: Sequence[Consumer]) -> None:
+        """One batch through the segment, block by block, each consumer served as soon as it can be.
+
+        What no consumer needs any more is dropped at once: the hidden units of one block are alive, not of all.
+        """
+        wanted = reduce(or_, (consumer.spec for consumer in consumers), CaptureSpec())
+        last_use: dict[tuple[str, int], int] = {}
+        for consumer in consumers:
+            for name, number, _ in consumer.spec.items():
+                last_use[name, number] = max(last_use.get((name, number), -1), consumer.spec.last_block)
+        start, context = embed(self.transformer, inputs)
+        streams = pipeline_stage.receive(start)
+        captured = CapturedActivations(context=context, text_mask=text_mask(self.adapter, context))
+        with self.listening(captured, wanted):
+            for number in range(self.range.start - 1, self.range.stop):
+                if number in self.blocks:
+                    streams = run_blocks(self.adapter, [self.blocks[number]], streams, context)
+                if number + 1 == self.range.stop:
+                    pipeline_stage.send(streams)
+                if number + 1 in wanted.boundaries:
+                    captured.boundaries[number + 1] = streams
+                for consumer in consumers:
+                    if consumer.spec.last_block == number:
+                        consumer.take(captured)
+                for (name, item), last in last_use.items():
+                    if last == number:
+                        captured.drop(name, item)
 
     @contextmanager
     def listening(self, captured: CapturedActivations, wanted: CaptureSpec) -> Iterator[None]:

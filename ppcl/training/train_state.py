@@ -9,10 +9,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ppcl.training.losses import LossTerm
 from ppcl.training.optim import RateSettings, learning_rate
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.sharding import cut_like, local, whole
 
 # The least share of the target's energy that a loss is divided by where its logarithm is taken.
 _LEAST_SHARE = 1e-12
@@ -51,6 +53,7 @@ class TrainState:
             weight_decay=settings.weight_decay,
             foreach=True,
         )
+        self.sharded = any(isinstance(p, DTensor) for p in self.parameters.values())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if settings.ema else {}
         self.step, self.skipped_steps = 0, 0
         self.loss_history: list[dict[str, float]] = []
@@ -71,10 +74,12 @@ class TrainState:
         # In the terms' own order and precision, one by one: a different order of additions would round differently.
         loss = reduce(torch.add, (sums[i] / weights[i].to(sums) for i in range(len(terms))))
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        self._reduce_gradients()
+        # FSDP takes the mean over the replicas, each of which has its part of the sum.
+        torch.autograd.backward(loss * self.dims.dp if self.sharded else loss)
+        if not self.sharded:
+            self._reduce_gradients()
         trained = [p for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.gradient_clip)
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, self.settings.gradient_clip))
         *values, norm_value = torch.cat([totals[0] / totals[1], norm.double().reshape(1)]).tolist()
         if norm_value - norm_value == 0:  # neither infinite nor NaN
             self._update()
@@ -89,7 +94,8 @@ class TrainState:
         self.optimizer.step()
         if self.ema:
             weight = 1 - min(self.settings.ema, (self.step + 1) / (self.step + 10))
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], weight)
+            averages = [local(value) for value in self.ema.values()]
+            torch._foreach_lerp_(averages, [local(p.detach()) for p in self.parameters.values()], weight)
 
     def _reduce_gradients(self) -> None:
         """Sum the gradients over the replicas, in one message."""
@@ -104,15 +110,19 @@ class TrainState:
     def use_ema(self) -> None:
         """Set the parameters to their averages, where averages are kept."""
         for name, value in self.ema.items():
-            self.parameters[name].copy_(value)
+            local(self.parameters[name]).copy_(local(value))
 
     def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Everything that a stopped run needs to resume: tensors, and metadata as safetensors takes it."""
-        tensors: dict[str, torch.Tensor] = {f"parameter.{name}": p for name, p in self.parameters.items()}
-        tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
+        """Everything that a stopped run needs to continue: tensors, and metadata as safetensors takes it.
+
+        Sharded tensors are gathered, for which all replicas call it; each whole one goes to the host at once.
+        """
+        tensors = {f"parameter.{name}": self._portable(p) for name, p in self.parameters.items()}
+        tensors |= {f"ema.{name}": self._portable(value) for name, value in self.ema.items()}
         for name, parameter in self.parameters.items():
             if state := self.optimizer.state.get(parameter):
-                tensors |= {f"{moment}.{name}": torch.as_tensor(state[moment]) for moment in _MOMENTS}
+                for moment in _MOMENTS:
+                    tensors[f"{moment}.{name}"] = self._portable(torch.as_tensor(state[moment]))
         metadata = {
             "step": str(self.step),
             "skipped_steps": str(self.skipped_steps),
@@ -120,17 +130,24 @@ class TrainState:
         }
         return tensors, metadata
 
+    def _portable(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        gathered = whole(tensor.detach())
+        # One replica writes; the others need not keep what they helped to gather.
+        return gathered.cpu() if self.dims.dp_rank == 0 else gathered.new_empty(0)
+
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         """Continue from what `state_dict` gave."""
         self.step, self.skipped_steps = int(metadata["step"]), int(metadata["skipped_steps"])
         self.loss_history = json.loads(metadata["loss_history"])
         for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
+            local(parameter).copy_(local(cut_like(tensors[f"parameter.{name}"], parameter)))
             if self.ema:
-                self.ema[name].copy_(tensors[f"ema.{name}"])
+                local(self.ema[name]).copy_(local(cut_like(tensors[f"ema.{name}"], parameter)))
             if f"exp_avg.{name}" in tensors:
-                state: dict[str, Any] = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS[:2]}
+                state: dict[str, Any] = {m: cut_like(tensors[f"{m}.{name}"], parameter) for m in _MOMENTS[:2]}
                 # The count stays on the host, as AdamW keeps it.
                 self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **state}
 

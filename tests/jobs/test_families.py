@@ -10,8 +10,7 @@ from rich.console import Console
 
 from jobs.pipeline import Job
 from ppcl.config.schema import Config
-from ppcl.replacements import Interval, LowRankModulation, TextRun
-from ppcl.replacements.ffn import Ffn
+from ppcl.replacements import KINDS, Interval
 from ppcl.result import Result
 from tests import tiny
 from tests.one_process import stages_in_this_process
@@ -46,7 +45,7 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
         Job(config, Console(file=io.StringIO())).run("cpu")
     result = Result(tmp_path / "result")
     kinds = {type(entry) for entry in result.replacements}
-    assert kinds == {Interval, TextRun, Ffn, LowRankModulation}
+    assert kinds == set(KINDS)
     assert result.variants.keys() == {"teacher", "p70", "all", "folded"}
     if family == "flux":
         assert any(entry.first >= 4 for entry in result.replacements if isinstance(entry, Interval)), (

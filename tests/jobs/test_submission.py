@@ -32,8 +32,7 @@ from safetensors.torch import load
 from jobs.submission import Jobs
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
-from ppcl.replacements import Interval, parse_name, parse_replacement
-from ppcl.replacements.ffn import Ffn
+from ppcl.replacements import Interval, LinearFfn, parse_name, parse_replacement
 from ppcl.storage.object_store import Store, _files
 from tests import bucket
 from tests.commands import as_process
@@ -298,7 +297,7 @@ def test_the_bucket_holds_what_the_manifest_names_and_weights_were_read_by_range
     assert (
         there - names == {"manifest.json", "config.json", "log.txt", "events.jsonl", "report.html"} and names <= there
     )
-    assert {type(replacement) for replacement in kept} == {Interval, Ffn}
+    assert {type(replacement) for replacement in kept} == {Interval, LinearFfn}
     for replacement, tensors in kept.items():
         done = load(result.read(f"students/{replacement.name}.safetensors"))
         assert all(t.isfinite().all() for t in done.values())

@@ -28,7 +28,7 @@ from ppcl.replacements.low_rank_modulation import fit_basis
 from ppcl.storage.manifest import write_atomically
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples, batch_of
-from ppcl.training.distillation.closed_form import fit_closed_form
+from ppcl.training.distillation.closed_form import ClosedForm
 from ppcl.training.distillation.objectives import (
     DistillationObjective,
     Gradient,
@@ -38,10 +38,9 @@ from ppcl.training.distillation.objectives import (
 )
 from ppcl.training.distillation.segments import segment_of
 from ppcl.training.distillation.trainee import Trainee
-from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage
 from ppcl.training.run_context import RunContext
-from ppcl.training.teacher_segment import TeacherSegment
+from ppcl.training.teacher_segment import Consumer, TeacherSegment
 from ppcl.training.train_state import TrainState
 
 # Steps of which the losses are kept, at most about so many.
@@ -116,15 +115,11 @@ class _Rank:
         if self._has_closed_form() and not all(self.has_checkpoint.values()):
             self._fit_closed_form()
         for replacement, objective in self.objectives.items():
-            if not is_trained(objective, self.settings):
-                continue
-            trainee = Trainee(objective, self.settings, self.dims)
-            path = _file(self.run.checkpoints, replacement)
-            if self.has_checkpoint[replacement]:
-                trainee.load(path)
-            elif self.dims.dp_rank == 0 and objective.moments():
-                trainee.save(path)  # its initialisation took a pass over all samples
-            self.trainees[replacement] = trainee
+            if is_trained(objective, self.settings) and replacement not in self.trainees:
+                self.trainees[replacement] = Trainee(objective, self.settings, self.dims)
+                if self.has_checkpoint[replacement]:
+                    self.trainees[replacement].load(_file(self.run.checkpoints, replacement))
+        self.trainees = {r: self.trainees[r] for r in self.objectives if r in self.trainees}
 
     def _has_closed_form(self) -> bool:
         """Whether any objective of any rank starts in closed form: then all take part in that pass."""
@@ -133,26 +128,32 @@ class _Rank:
         return settings.init == "affine" or settings.student_keep_percent < 100 or not only_intervals
 
     def _fit_closed_form(self) -> None:
-        """Fit this rank's share of what has no checkpoint; a replacement that stays at its optimum is saved."""
+        """Fit this rank's share of what has no checkpoint; each is saved as soon as it is fitted."""
         fresh = [objective for r, objective in self.objectives.items() if not self.has_checkpoint[r]]
-        spec = _union(objective.init_capture for objective in fresh)
-        settings = self.settings
-        fit_closed_form(
-            fresh, lambda ids: self.capture(ids, spec), self.ids, settings.batch_size, settings.ridge, self.dims
-        )
+        ClosedForm(fresh, self.settings, self.run).fit(self._stream, self.ids, self._save_fitted)
         self.pipeline_stage.flush()
-        if self.dims.dp_rank != 0:
-            return
-        for replacement, objective in self.closed_form.items():
-            if not self.has_checkpoint[replacement]:
-                path = _file(self.run.checkpoints, replacement)
-                save_replacement(objective.module, replacement, self.adapter, path)
+
+    def _stream(self, ids: np.ndarray, consumers: Sequence[Consumer]) -> None:
+        """Run the segment on some samples; hands what consumers need to them, block by block."""
+        inputs = self.samples.batch(ids, self.run.device, self.segment.dtype)
+        self.segment.stream(inputs, self.pipeline_stage, consumers)
+
+    def _save_fitted(self, objective: DistillationObjective) -> None:
+        """Save a closed-form initialisation, which took a pass over all samples."""
+        path = _file(self.run.checkpoints, objective.replacement)
+        if is_trained(objective, self.settings):
+            trainee = self.trainees[objective.replacement] = Trainee(objective, self.settings, self.dims)
+            if self.dims.dp_rank == 0 and objective.moments():
+                trainee.save(path)
+        elif self.dims.dp_rank == 0:
+            save_replacement(objective.module, objective.replacement, self.adapter, path)
 
     def train(self) -> None:
         """Train to the last step, from the step of the replacement that is least advanced on any rank."""
         steps = self.settings.steps
         spec = _union(trainee.objective.capture for trainee in self.trainees.values())
-        first = _first_step(self.dims, [trainee.state.step for trainee in self.trainees.values()], steps)
+        # The least advanced one's, over all ranks.
+        first = self.dims.minimum(min((trainee.state.step for trainee in self.trainees.values()), default=steps))
         started_at = time.monotonic()
         for step in range(first, steps):
             batch = batch_of(step, self.ids, self.settings.batch_size, self.run.seed)
@@ -204,14 +205,6 @@ def _union(specs: Iterable[CaptureSpec]) -> CaptureSpec:
 
 def _file(folder: Path, replacement: Replacement) -> Path:
     return folder / f"{replacement.name}.safetensors"
-
-
-def _first_step(dims: ParallelDims, steps: list[int], last: int) -> int:
-    """The least advanced trainee's step, over all ranks."""
-    least = torch.tensor([min(steps, default=last)])
-    if dims.pp * dims.dp > 1:
-        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-    return int(least)
 
 
 def _write_record(

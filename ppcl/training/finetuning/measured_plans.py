@@ -17,7 +17,7 @@ from ppcl.replacements.finetuned_selection import FinetunedSelection, ratios_of
 from ppcl.training.data import Samples
 from ppcl.training.finetuning.plan_sampler import FixedPlan, PlanSampler, VariantParts, random_plans, trainable
 from ppcl.training.finetuning.variant_model import VariantModel
-from ppcl.training.progress import ProgressReport
+from ppcl.training.run_context import RunContext
 
 # Held-out samples on which plans are measured, at most, and how many at once.
 _SAMPLES, _BATCH = 192, 32
@@ -38,23 +38,31 @@ def plans_to_measure(sampler: PlanSampler, variants: Variants, count: int, seed:
 
 @torch.no_grad()
 def velocity_errors(
-    model: VariantModel, samples: Samples, plans: Sequence[Sequence[Replacement]], report: ProgressReport
+    model: VariantModel, samples: Samples, plans: Sequence[Sequence[Replacement]], run: RunContext
 ) -> list[float]:
-    """Each plan's relative squared velocity error on held-out samples, at most `_SAMPLES` of them, spread evenly."""
+    """Each plan's relative squared velocity error on held-out samples, at most `_SAMPLES` of them, spread evenly.
+
+    Every replica measures its share of each batch; all have the result.
+    """
     ids = samples.ids(held_out=True)
     ids = ids[:: -(-len(ids) // _SAMPLES)]
     batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
-    error, energy = torch.zeros(len(plans), dtype=torch.float64), 0.0
+    # The plans' errors, and the target's energy.
+    sums = torch.zeros(len(plans) + 1, dtype=torch.float64, device=model.device)
     for number, batch in enumerate(batches):
-        inputs = samples.batch(batch, model.device, model.dtype)
+        rows = batch[run.dims.dp_rank :: run.dims.dp]
+        # Sharded blocks are gathered by all: who has no sample left runs one that counts nothing.
+        counts = float(len(rows) > 0)
+        inputs = samples.batch(rows if counts else batch[:1], model.device, model.dtype)
         target = model.velocity((), inputs).double()
-        energy += float(target.square().sum())
+        sums[-1] += counts * target.square().sum()
         for index, plan in enumerate(plans):
-            error[index] += (model.velocity(plan, inputs).double() - target).square().sum().cpu()
+            sums[index] += counts * (model.velocity(plan, inputs).double() - target).square().sum()
             done = number * len(plans) + index + 1
-            report(done, len(batches) * len(plans), {}, phase="measuring plans")
+            run.report(done, len(batches) * len(plans), {}, phase="measuring plans")
     model.unplug()
-    return (error / energy).tolist()
+    run.dims.all_reduce(sums)
+    return (sums[:-1] / sums[-1]).tolist()
 
 
 def plan_rows(

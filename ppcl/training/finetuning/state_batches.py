@@ -83,10 +83,18 @@ class StateBatches:
             self.rollouts.advance(batch.places, velocity.detach()[-len(batch.places) :], rng)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state of the rollouts, for a checkpoint."""
-        return {} if self.rollouts is None else self.rollouts.tensors()
+        """The state of all replicas' rollouts, for a checkpoint; all of them call it."""
+        if self.rollouts is None:
+            return {}
+        dims = self.run.dims
+        # One from each replica, then the next: the same number of replicas finds its own again.
+        return {
+            name: torch.stack(dims.all_gather(tensor), 1).flatten(0, 1)
+            for name, tensor in self.rollouts.tensors().items()
+        }
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Continue from what `tensors` gave."""
+        """Continue from what `tensors` gave, of however many replicas: each takes its share."""
         if self.rollouts is not None:
-            self.rollouts.restore(tensors)
+            names, dims = self.rollouts.tensors().keys(), self.run.dims
+            self.rollouts.restore({name: tensors[name][dims.dp_rank :: dims.dp].clone() for name in names})

@@ -29,6 +29,7 @@ from ppcl.training.finetuning.plan_sampler import FixedPlan, plan_sampler, train
 from ppcl.training.finetuning.state_batches import StateBatches
 from ppcl.training.finetuning.variant_model import VariantModel
 from ppcl.training.run_context import RunContext
+from ppcl.training.sharding import whole
 from ppcl.training.train_state import TrainState
 
 _CHECKPOINT = "checkpoint.safetensors"
@@ -66,15 +67,15 @@ def finetune(
     trainer = _Trainer(teacher, samples, distilled, settings, run, sampling_steps)
     writes = run.dims.dp_rank == 0
     plans = plans_to_measure(trainer.sampler, distilled.variants, settings.measured_plans, run.seed)
-    before = velocity_errors(trainer.model, samples, plans, run.report) if writes else []
+    before = velocity_errors(trainer.model, samples, plans, run)
     has_checkpoint = (run.checkpoints / _CHECKPOINT).exists()
     run.dims.barrier()
     if has_checkpoint:
         trainer.load_checkpoint()
     trainer.train()
+    after = velocity_errors(trainer.model, samples, plans, run)
+    trainer.write()
     if writes:
-        after = velocity_errors(trainer.model, samples, plans, run.report)
-        trainer.write()
         errors = dict(zip(map(tuple, plans), zip(before, after, strict=True), strict=True))
         record = {
             "steps": settings.steps,
@@ -101,7 +102,9 @@ class _Trainer:
     ):
         self.settings, self.run, self.adapter = settings, run, teacher.adapter
         dtype = run.dtype(settings.precision)
-        self.model = VariantModel(teacher, distilled.files, run.device, dtype, settings.activation_checkpointing)
+        self.model = VariantModel(
+            teacher, distilled.files, run.device, dtype, settings.activation_checkpointing, run.dims
+        )
         block_ranges = self.adapter.block_ranges(self.model.transformer)
         self.sampler = plan_sampler(settings, distilled.files, distilled.variants, block_ranges)
         self.replacements = trainable(self.sampler.replacements)
@@ -116,7 +119,7 @@ class _Trainer:
             losses = self.train_step()
             state.record(losses, every)
             due = state.step % settings.checkpoint_every == 0 or state.step == settings.steps
-            if due and self.run.dims.dp_rank == 0:
+            if due:
                 self.save_checkpoint()
             self.run.report(state.step, settings.steps, {"velocity": losses["loss"]})
         state.use_ema()
@@ -140,15 +143,23 @@ class _Trainer:
         return {"loss": losses["loss"], "entries": len(plan)}
 
     def write(self) -> None:
-        """Write the trained replacements."""
+        """Write the trained replacements. All replicas take part, and the first one writes."""
         for replacement in self.replacements:
-            path = self.run.folder / f"{replacement.name}.safetensors"
-            save_replacement(self.model.module(replacement), replacement, self.adapter, path)
+            module = self.model.module(replacement)
+            tensors = {name: whole(tensor) for name, tensor in module.state_dict().items()}
+            if self.run.dims.dp_rank == 0:
+                path = self.run.folder / f"{replacement.name}.safetensors"
+                save_replacement(module, replacement, self.adapter, path, tensors)
 
     def save_checkpoint(self) -> None:
-        """Write everything that a stopped run needs to resume."""
+        """Write everything that a stopped run needs to continue. All replicas take part, and the first one writes.
+
+        The next run may have another number of them.
+        """
         tensors, metadata = self.state.state_dict()
-        save_tensors(self.run.checkpoints / _CHECKPOINT, tensors | self.batches.tensors(), metadata)
+        tensors |= self.batches.tensors()
+        if self.run.dims.dp_rank == 0:
+            save_tensors(self.run.checkpoints / _CHECKPOINT, tensors, metadata)
 
     def load_checkpoint(self) -> None:
         """Continue from the checkpoint. Raises `DamagedError`."""

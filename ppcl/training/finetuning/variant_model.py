@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from ppcl.models import swap
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement
+from ppcl.replacements.block_view import linear_at
+from ppcl.replacements.low_rank_modulation import ModulationBasis
 from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.sharding import gathered, mesh_of, shard
 
 
 class _Checkpointed(nn.Module):
@@ -40,25 +45,47 @@ class VariantModel:
         device: str,
         dtype: torch.dtype,
         activation_checkpointing: bool,
+        dims: ParallelDims,
     ):
+        """With several replicas in `dims` the blocks are sharded over them, each as soon as it is loaded."""
         self.adapter, self.device, self.dtype = teacher.adapter, device, dtype
         self.activation_checkpointing = activation_checkpointing
-        self.transformer = teacher.transformer(device=device, dtype=dtype)
+        self.mesh = mesh_of(dims, device) if dims.dp > 1 else None
+        prepare = partial(shard, mesh=self.mesh) if self.mesh else None
+        self.transformer = teacher.transformer(device=device, dtype=dtype, prepare=prepare)
         self.switch = VariantSwitcher(teacher, files)
+        if self.mesh:
+            self._multiply_out_modulations()
+
+    def _multiply_out_modulations(self) -> None:
+        """Compute the products of low-rank modulations while each block is gathered: later none is whole."""
+        bases = [module for module in map(self.module, self.switch.files) if isinstance(module, ModulationBasis)]
+        for number, block in enumerate(self.switch.blocks(self.transformer) if bases else ()):
+            parts = self.adapter.parts_of(self.transformer, number, block)
+            with gathered([block]):
+                for basis in bases:
+                    basis.prepare(linear_at(block, where.modulation) for where in parts.values())
 
     def module(self, replacement: Replacement) -> nn.Module:
         return self.switch.module(replacement, self.transformer.device, self.dtype)
 
     def trained_parameters(self, replacements: Sequence[Replacement]) -> dict[str, nn.Parameter]:
-        """Make replacements trainable; gives their parameters as `<replacement>.<parameter>`.
+        """Make replacements trainable; gives their parameters as `<replacement>.<parameter>`. Call it once.
 
-        They are trained in float32 whatever the teacher runs in; autocast brings both together.
+        They are trained in float32 whatever the teacher runs in; autocast brings both together. With several replicas
+        all replacements are sharded from here on, those that are not trained too.
         """
-        parameters: dict[str, nn.Parameter] = {}
         for replacement in replacements:
-            module = self.module(replacement).float().requires_grad_(True)
-            parameters |= {f"{replacement.name}.{name}": p for name, p in module.named_parameters()}
-        return parameters
+            self.module(replacement).float().requires_grad_(True)
+        if self.mesh:
+            for module in map(self.module, self.switch.files):
+                if not isinstance(module, ModulationBasis):
+                    shard(module, self.mesh)
+        return {
+            f"{replacement.name}.{name}": p
+            for replacement in replacements
+            for name, p in self.module(replacement).named_parameters()
+        }
 
     def velocity(self, plan: Sequence[Replacement], inputs: dict[str, Any], training: bool = False) -> torch.Tensor:
         """The velocity of the variant `plan`, shaped like the stock output; leaves the plan plugged in."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl.detection.cka import HsicSums, centred, cka, hsic
+from ppcl.detection.cka import HsicSums, Representation, centred, cka, hsic, similarity
 from ppcl.errors import UserError
 
 
@@ -97,3 +97,24 @@ def test_a_representation_that_does_not_vary_is_like_nothing():
 def test_too_few_tokens_are_refused():
     with pytest.raises(UserError, match="at least 4 tokens, there are 3"):
         cka(torch.randn(3, 2), torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize(("n", "p"), [(300, 7), (60, 90)])
+def test_prepared_representations_give_the_same_cka(n, p, standardize):
+    """With more tokens than channels and with fewer."""
+    x, y = (torch.tensor(v) for v in pair(n, p, 5))
+    value, _ = similarity(Representation.of(x, standardize), Representation.of(y, standardize))
+    assert value == pytest.approx(cka(x, y, standardize=standardize), abs=1e-6)
+
+
+def test_the_standard_error_is_how_far_values_of_other_tokens_lie_apart():
+    draws = [similarity(*(Representation.of(torch.tensor(v)) for v in pair(400, 7, 5, seed))) for seed in range(60)]
+    spread = np.std([value for value, _ in draws], ddof=1)
+    told = np.sqrt(np.mean([error**2 for _, error in draws]))
+    assert 0.7 < told / spread < 1.4
+
+
+def test_too_few_tokens_have_no_standard_error():
+    x, y = (torch.tensor(v) for v in pair(40))
+    assert np.isnan(similarity(Representation.of(x), Representation.of(y))[1])

@@ -73,7 +73,8 @@ def test_a_run_of_linear_blocks_costs_nothing_and_ends_where_the_next_block_cost
     assert all(table[u][k] < 0.9 for u in range(5) for k in range(5, 8)), "a probe of block 5 is in all of these"
     # Rounding decides where "no cost" rises within a run of none; the block that costs is never replaced.
     assert not any(u < 5 <= v for u, v in found["intervals"])
-    assert told == [(i, 16) for i in range(1, 17)]
+    # Rows of three tables: of both streams, and of the text stream against itself.
+    assert [done for done, _ in told] == sorted(done for done, _ in told) and told[-1] == (24, 24)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_the_intervals_are_those_of_the_stream_asked_for(tmp_path):
 def test_the_table_is_the_similarity_of_surrogate_and_teacher(tmp_path):
     """Eq. 3, one entry after the other: from the teacher's tokens behind `u`, the probes of `u+1..k`, then CKA."""
     write_stack(tmp_path, [bent(seed, 0.8) for seed in range(4)])
-    found = found_in(tmp_path, 4)
+    found = found_in(tmp_path, 4, compare_standardized=True)
     tokens = [load_file(tokens_file(tmp_path, boundary))["img"] for boundary in range(5)]
     for u in range(4):
         surrogate = tokens[u + 1]
@@ -166,6 +167,34 @@ def test_too_few_finite_tokens_are_refused(tmp_path):
     save_file(kept, tokens_file(tmp_path, 2))
     with pytest.raises(UserError, match="only 3 of 20 held-out tokens of the txt stream are finite.* CKA needs 4"):
         found_in(tmp_path, 2)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_one_table_is_computed_unless_both_are_asked_for(tmp_path, standardize):
+    write_stack(tmp_path, [bent(seed, 0.8) for seed in range(3)])
+    both = found_in(tmp_path, 3, standardize=standardize, compare_standardized=True)
+    one = found_in(tmp_path, 3, standardize=standardize)
+    used, other = ("cka_standardized", "cka") if standardize else ("cka", "cka_standardized")
+    assert one[used] == both[used] and other not in one and one["intervals"] == both["intervals"]
+
+
+def test_no_more_tokens_are_compared_than_asked_for_and_the_error_is_told(tmp_path):
+    write_stack(tmp_path, [bent(seed, 0.8) for seed in range(3)])
+    whole, some = found_in(tmp_path, 3), found_in(tmp_path, 3, tokens=100)
+    assert whole["tokens"] == {"img": 400, "txt": 400} and some["tokens"] == {"img": 100, "txt": 100}
+    value, exact, error = (f["img"][0][2] for f in (some["cka"], whole["cka"], some["cka_error"]))
+    assert 0 < abs(value - exact) < 4 * error
+    assert whole["cka_error"]["img"][0][0] == 0 and whole["cka_error"]["img"][2][0] is None
+
+
+def test_fewer_tokens_than_channels_give_the_same_similarities(tmp_path):
+    """Then kernels of tokens are compared, not their features."""
+    write_stack(tmp_path, [bent(seed, 0.8) for seed in range(3)], tokens=WIDTH - 4)
+    found = found_in(tmp_path, 3)
+    tokens = [load_file(tokens_file(tmp_path, boundary))["img"] for boundary in range(4)]
+    weights = load_file(probe_file(tmp_path, 1))
+    surrogate = tokens[1] + tokens[1] @ weights["img.weight"].T + weights["img.bias"]
+    assert found["cka"]["img"][0][1] == pytest.approx(cka(tokens[2], surrogate), abs=1e-5)
 
 
 @pytest.fixture

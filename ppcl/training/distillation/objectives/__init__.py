@@ -16,6 +16,7 @@ from ppcl.training.distillation.objectives.base import (
     Gradient,
     GradientObjective,
     MomentUpdate,
+    Solutions,
     TeacherBlocks,
 )
 from ppcl.training.distillation.objectives.linear_ffn import LinearFfnObjective
@@ -30,6 +31,7 @@ __all__ = [
     "LinearFfnObjective",
     "MomentUpdate",
     "PrunedFfnObjective",
+    "Solutions",
     "StudentObjective",
     "TeacherBlocks",
     "TextProjectorsObjective",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ppcl.linalg import Moments, fit_affine
+from ppcl.linalg import Affine, Moments, PrunedUnits, eliminate_units, fit_affine
 from ppcl.models import BlockParts, ModelAdapter
 from ppcl.replacements.replacement import Replacement
 from ppcl.training.captured import CapturedActivations, CaptureSpec
@@ -19,6 +19,29 @@ from ppcl.training.losses import Loss, LossTerm
 
 # The moments' name, the tokens `(n, p)` that are read, and those `(n, q)` that are predicted from them.
 MomentUpdate = tuple[str, torch.Tensor, torch.Tensor]
+
+
+class Solutions:
+    """The least-squares problems of some objectives, each solved when it is first asked for.
+
+    `widths`: by moments of hidden units, all numbers of them that objectives keep: one elimination gives them all.
+    """
+
+    def __init__(self, moments: dict[str, Moments], ridge: float, widths: Mapping[str, Iterable[int]]):
+        self.moments, self.ridge, self.widths = moments, ridge, widths
+        self._pruned: dict[str, dict[int, PrunedUnits]] = {}
+
+    def affine(self, name: str) -> Affine:
+        """The affine map that the moments give."""
+        return fit_affine(self.moments[name], self.ridge)
+
+    def pruned(self, name: str, linear: nn.Linear, width: int) -> PrunedUnits:
+        """`linear` on `width` of the hidden units whose moments these are; the moments are dropped then."""
+        if name not in self._pruned:
+            weight, bias = linear.weight.detach(), linear.bias.detach()
+            moments = self.moments.pop(name)
+            self._pruned[name] = eliminate_units(moments, weight, bias, self.widths[name], self.ridge)
+        return self._pruned[name][width]
 
 
 class Gradient(Enum):
@@ -72,8 +95,12 @@ class DistillationObjective(ABC):
     def updates(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         """What one batch adds to the moments."""
 
+    def kept_units(self) -> dict[str, int]:
+        """By moments of hidden units, how many of them the module keeps."""
+        return {}
+
     @abstractmethod
-    def initialize(self, moments: Mapping[str, Moments], ridge: float) -> None:
+    def initialize(self, solutions: Solutions) -> None:
         """Set the module to its closed-form initialisation."""
 
 
@@ -107,8 +134,8 @@ class LeastSquaresObjective(GradientObjective):
             yield f"{self.replacement.name}.{name}", x, y
 
     @torch.no_grad()
-    def initialize(self, moments: Mapping[str, Moments], ridge: float) -> None:
+    def initialize(self, solutions: Solutions) -> None:
         for name, linear in self.linears().items():
-            solved = fit_affine(moments[f"{self.replacement.name}.{name}"], ridge)
+            solved = solutions.affine(f"{self.replacement.name}.{name}")
             linear.weight.copy_(solved.weight)
             linear.bias.copy_(solved.bias)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import nn
 
 from ppcl.config.schema import Distillation
-from ppcl.linalg import Moments
 from ppcl.replacements.block_view import linear_at
-from ppcl.replacements.pruned_ffn import PrunedFfn, PrunedFfnMaps, eliminate_units
+from ppcl.replacements.pruned_ffn import PrunedFfn, PrunedFfnMaps
 from ppcl.training.captured import CapturedActivations, CaptureSpec
-from ppcl.training.distillation.objectives.base import DistillationObjective, Gradient, MomentUpdate, TeacherBlocks
+from ppcl.training.distillation.objectives.base import (
+    DistillationObjective,
+    Gradient,
+    MomentUpdate,
+    Solutions,
+    TeacherBlocks,
+)
 
 
 class PrunedFfnObjective(DistillationObjective):
@@ -36,12 +41,15 @@ class PrunedFfnObjective(DistillationObjective):
             x = captured.tokens(captured.hidden[self.replacement.block, stream], stream)
             yield self._moment(stream), x, x[:, :0]
 
-    def initialize(self, moments: Mapping[str, Moments], ridge: float) -> None:
+    def kept_units(self) -> dict[str, int]:
+        return {self._moment(stream): self.module.maps(stream)[0].out_features for stream in self.parts}
+
+    def initialize(self, solutions: Solutions) -> None:
+        kept = self.kept_units()
         for stream in self.parts:
             up, down = self._maps(stream)
-            width = self.module.maps(stream)[0].out_features
-            pruned = eliminate_units(moments[self._moment(stream)], down.weight, down.bias, [width], ridge)
-            self.module.set(stream, up, pruned[width])
+            name = self._moment(stream)
+            self.module.set(stream, up, solutions.pruned(name, down, kept[name]))
 
     def _moment(self, stream: str) -> str:
         # One Gram matrix for all widths of the block.

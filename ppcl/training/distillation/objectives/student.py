@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import nn
 
 from ppcl.config.schema import Distillation
-from ppcl.linalg import Moments
 from ppcl.models import Streams
 from ppcl.replacements.block_view import linear_at
 from ppcl.replacements.pruned_ffn import PrunedFfn
 from ppcl.replacements.student_block import Interval, StudentBlock, affine_map
 from ppcl.training.captured import CapturedActivations, CaptureSpec
-from ppcl.training.distillation.objectives.base import Gradient, LeastSquaresObjective, MomentUpdate, TeacherBlocks
+from ppcl.training.distillation.objectives.base import (
+    Gradient,
+    LeastSquaresObjective,
+    MomentUpdate,
+    Solutions,
+    TeacherBlocks,
+)
 from ppcl.training.distillation.objectives.pruned_ffn import PrunedFfnObjective
 from ppcl.training.losses import Loss, LossTerm
 
@@ -61,11 +66,14 @@ class StudentObjective(LeastSquaresObjective):
         if self.pruned:
             yield from self.pruned.updates(captured)
 
-    def initialize(self, moments: Mapping[str, Moments], ridge: float) -> None:
-        super().initialize(moments, ridge)
+    def kept_units(self) -> dict[str, int]:
+        return self.pruned.kept_units() if self.pruned else {}
+
+    def initialize(self, solutions: Solutions) -> None:
+        super().initialize(solutions)
         if self.pruned:
             # Its maps are those that stand in the student.
-            self.pruned.initialize(moments, ridge)
+            self.pruned.initialize(solutions)
 
     def pairs(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         """Block `u` on `X_{u-1}` gives the teacher's own `X_u`: the map is a fit between two boundaries."""

@@ -8,15 +8,17 @@ import torch
 
 from ppcl.config.schema import Distillation, Finetuning
 from ppcl.evaluation.velocity_error import variant_errors
+from ppcl.models import adapter_of
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, TextRun
 from ppcl.replacements.io import files_in, load_replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
+from ppcl.training.finetuning.trainer import DistilledReplacements, _Trainer, finetune
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.run_context import RunContext
+from ppcl.training.sharding import local
 from tests import ranks, tiny
 from tests.samples import MemorySamples
 
@@ -123,6 +125,93 @@ def test_replicas_do_not_change_the_result(folder, students, tmp_path):
     tune(folder, students, tmp_path / "one", settings)
     ranks.run(2, tune, folder, students, tmp_path / "two", settings.model_copy(update={"data_parallel": 2}))
     assert_same(states(folder, tmp_path / "one"), states(folder, tmp_path / "two"), 2e-5)
+
+
+def losses(out):
+    return [point["loss"] for point in json.loads((out / "finetuning.json").read_text())["curve"]]
+
+
+def test_sharded_ranks_have_the_losses_of_one_process(folder, tmp_path):
+    """Low-rank modulations among the rest: their products are made while a block is whole."""
+    plan = [*PLAN, LowRankModulation()]
+    settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, init="first", ridge=1.0, train="all")
+    with torch.enable_grad():
+        distil(Teacher(folder), MemorySamples(256), plan, settings, RunContext(tmp_path / "s", tmp_path / "c"), 1e-2)
+    variants = {
+        "students": [Interval(0, 1), PrunedFfn(2, 50), LowRankModulation()],
+        "text": [TextRun(1, 3), LinearFfn(2), LowRankModulation()],
+        "plain": [LinearFfn(0), Interval(3, 5)],
+    }
+    settings = SETTINGS.model_copy(
+        update={"steps": 6, "rollout_share": 0.0, "plan": "variants", "measured_plans": 0, "ema": 0.9}
+    )
+    tune(folder, tmp_path / "s", tmp_path / "one", settings, variants=variants)
+    ranks.run(2, tune, folder, tmp_path / "s", tmp_path / "two", replicas(settings, 2), None, variants)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    rows = [json.loads((tmp_path / name / "finetuning.json").read_text())["plans"] for name in ("one", "two")]
+    for one, two in zip(*rows, strict=True):
+        assert (two["before"], two["after"]) == pytest.approx((one["before"], one["after"]), rel=1e-4)
+
+
+def replicas(settings, count):
+    return settings.model_copy(update={"data_parallel": count})
+
+
+def stopped(folder, students, out, settings, stop_after):
+    with pytest.raises(KeyboardInterrupt):
+        tune(folder, students, out, settings, stop_after)
+
+
+@pytest.mark.parametrize("next_ranks", [1, 3])
+def test_another_number_of_ranks_goes_on_from_a_checkpoint(folder, students, tmp_path, next_ranks):
+    settings = SETTINGS.model_copy(
+        update={"steps": 8, "rollout_share": 0.0, "measured_plans": 0, "checkpoint_every": 4, "ema": 0.9}
+    )
+    tune(folder, students, tmp_path / "one", settings)
+    ranks.run(2, stopped, folder, students, tmp_path / "more", replicas(settings, 2), 5)
+    ranks.run(next_ranks, tune, folder, students, tmp_path / "more", replicas(settings, next_ranks))
+    assert_same(states(folder, tmp_path / "one"), states(folder, tmp_path / "more"), 5e-5)
+
+
+def test_every_replica_finds_its_own_rollouts_again(folder, students, tmp_path):
+    settings = replicas(SETTINGS.model_copy(update={"steps": 8, "measured_plans": 0, "checkpoint_every": 4}), 2)
+    ranks.run(2, tune, folder, students, tmp_path / "whole", settings)
+    ranks.run(2, stopped, folder, students, tmp_path / "stopped", settings, 5)
+    ranks.run(2, tune, folder, students, tmp_path / "stopped", settings)
+    assert_same(states(folder, tmp_path / "whole"), states(folder, tmp_path / "stopped"), 1e-5)
+
+
+def bytes_held(folder, students, out, world):
+    """What a rank holds after a step: weights, gradients, optimizer state, each as this rank has it."""
+    settings = replicas(SETTINGS.model_copy(update={"rollout_share": 0.0}), world)
+    dims = ParallelDims.join(1, world)
+    with torch.enable_grad():
+        trainer = _Trainer(
+            Teacher(folder),
+            MemorySamples(256),
+            DistilledReplacements(files_in(students), VARIANTS, SENSITIVITY),
+            settings,
+            RunContext(out, out / "checkpoints", dims=dims),
+            8,
+        )
+        trainer.train_step()
+    tensors = {id(p): p for p in trainer.model.transformer.parameters()}
+    tensors |= {id(p): p for r in trainer.model.switch.files for p in trainer.model.module(r).parameters()}
+    tensors |= {id(p.grad): p.grad for p in trainer.state.parameters.values() if p.grad is not None}
+    tensors |= {id(t): t for s in trainer.state.optimizer.state.values() for t in s.values()}
+    held = sum(local(t).numel() * t.element_size() for t in tensors.values())
+    (out / f"{world}-{dims.dp_rank}").write_text(str(held))
+
+
+def test_what_a_rank_holds_falls_with_the_number_of_ranks(folder, students, tmp_path):
+    bytes_held(folder, students, tmp_path, 1)
+    ranks.run(2, bytes_held, folder, students, tmp_path, 2)
+    alone, *halves = (int((tmp_path / name).read_text()) for name in ("1-0", "2-0", "2-1"))
+    whole = Teacher(folder).transformer()
+    blocks = sum(p.numel() for block in adapter_of(whole).blocks(whole) for p in block.parameters())
+    small = 4 * (sum(p.numel() for p in whole.parameters()) - blocks)
+    for half in halves:
+        assert half - small == pytest.approx((alone - small) / 2, rel=0.02)
 
 
 def test_recomputed_activations_give_the_same(folder, students, tmp_path):

@@ -1,0 +1,161 @@
+"""Which inputs of a linear map to keep, and what the map then is: a least-squares problem, solved in blocked products.
+
+The map is `y = W x + b`, where `x` are hidden units. Taking unit `j` away costs least when the other units' columns of
+`W` make up for it; with `G` the centred Gram matrix of the units, that least squared error is `‖w_j‖² / (G⁻¹)_jj`, and
+the other columns change by `-w_j (G⁻¹)_kj / (G⁻¹)_jj` (the optimal brain surgeon of Hassibi and Stork 1993, for whole
+units as in ZipLM, arXiv 2302.04089). Only `G` and the mean are needed: sums that add up exactly over batches and
+workers.
+
+Units leave in groups. Which ones is decided one unit at a time among a pool of the cheapest, which needs the pool's own
+rows alone; what their leaving does to all others is one exact update, a product of matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ppcl.linalg.moments import Moments
+
+# The share of the units left that leave together, and how many times as many are looked at for it.
+_GROUP = 1 / 64
+_POOL = 3
+# Below this share of the mean diagonal a Gram matrix has no direction of its own, as far as float64 can tell.
+_FLOOR = 1e-9
+# How much the floor grows where the matrix cannot be factored all the same, and how often that is tried.
+_GROWTH = 100.0
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class PrunedUnits:
+    """A linear map on the hidden units that stay.
+
+    `units (k,)`: their numbers, ascending. `weight (q, k)`, `bias (q,)`: the map. `error`: its squared error a token,
+    as a share of the variance of the whole map's output.
+    """
+
+    units: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    error: float
+
+
+@torch.no_grad()
+def eliminate_units(
+    moments: Moments, weight: torch.Tensor, bias: torch.Tensor, widths: Iterable[int], ridge: float
+) -> dict[int, PrunedUnits]:
+    """Take hidden units away down to each of `widths`, in one elimination, on the device of `moments`.
+
+    `moments`: of the hidden units `(n, h)`; `weight (q, h)`, `bias (q,)`: the map; `ridge`: as a share of each unit's
+    variance. Cost: `O(h³ + h² q)` operations in products of matrices, for all widths together, in float64; memory
+    `4 h² + 2 h q` numbers.
+    """
+    gram = moments.xx / max(1, moments.n)
+    full = weight.to(gram).T
+    problem = _Problem(gram, full, ridge)
+    elimination = _Elimination(problem, full)
+    results: dict[int, PrunedUnits] = {}
+    for width in sorted(set(widths), reverse=True):
+        elimination.reduce_to(width)
+        results[width] = problem.solution(elimination.units, bias.to(gram), moments.x_mean)
+    return results
+
+
+class _Problem:
+    """The least-squares problem: `gram (h, h)` with its ridge, the map's columns `full (h, q)`, and their product."""
+
+    def __init__(self, gram: torch.Tensor, full: torch.Tensor, ridge: float):
+        self.gram, self.full = gram, full
+        self.image = gram @ full
+        self.variance = float((full * self.image).sum())
+        # A unit that never differs from its mean must not divide by nothing.
+        self.floor = _FLOOR * float(gram.diagonal().mean()) + torch.finfo(torch.float32).tiny
+        self.ridge = ridge * gram.diagonal()
+
+    def regularised(self, units: torch.Tensor) -> torch.Tensor:
+        """The Gram matrix of some units, with the ridge."""
+        sub = self.gram[units][:, units]
+        sub.diagonal().add_(self.ridge[units] + self.floor)
+        return sub
+
+    def factor(self, units: torch.Tensor) -> torch.Tensor:
+        """The Cholesky factor of the regularised Gram matrix of some units; the floor grows until there is one."""
+        for _ in range(_TRIES):
+            factor, failed = torch.linalg.cholesky_ex(self.regularised(units))
+            if not failed:
+                return factor
+            self.floor *= _GROWTH
+        raise ArithmeticError("the Gram matrix of an FFN's hidden units cannot be factored")
+
+    def solution(self, units: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor) -> PrunedUnits:
+        """The least-squares map on some units, solved anew: no rounding of the elimination is left in it."""
+        columns = self.full[units]
+        target = self.image[units] + (self.ridge[units] + self.floor)[:, None] * columns
+        solved = torch.cholesky_solve(target, self.factor(units))
+        within = self.gram[units][:, units] @ solved
+        left = self.variance - 2 * float((solved * self.image[units]).sum()) + float((solved * within).sum())
+        error = max(left, 0.0) / self.variance if self.variance > 0 else 0.0
+        shift = mean @ self.full - mean[units] @ solved
+        return PrunedUnits(units, solved.T.contiguous(), bias + shift, error)
+
+
+class _Elimination:
+    """The units left, `units (k,)` ascending, the inverse of their Gram matrix, and the columns as they now are."""
+
+    def __init__(self, problem: _Problem, full: torch.Tensor):
+        self.problem = problem
+        self.units = torch.arange(len(full), device=full.device)
+        self.inverse = torch.cholesky_inverse(problem.factor(self.units))
+        self.columns = full.clone()
+
+    def reduce_to(self, width: int) -> None:
+        """Let units go, group after group, until `width` are left."""
+        while len(self.units) > width:
+            count = min(max(1, int(len(self.units) * _GROUP)), len(self.units) - width)
+            self._remove(self._cheapest(count))
+
+    def _cheapest(self, count: int) -> torch.Tensor:
+        """The places of `count` units, chosen one at a time among a pool of the cheapest."""
+        diagonal = self.inverse.diagonal()
+        if not bool((diagonal > 0).all()):
+            # Rounding has eaten the matrix up: it is made anew from the Gram matrix.
+            self.inverse = torch.cholesky_inverse(self.problem.factor(self.units))
+            diagonal = self.inverse.diagonal()
+        costs = self.columns.square().sum(1) / diagonal
+        pool = costs.topk(min(_POOL * count, len(costs)), largest=False).indices
+        columns = self.columns[pool]
+        inverse, products = self.inverse[pool][:, pool].cpu().numpy(), (columns @ columns.T).cpu().numpy()
+        return pool[torch.tensor(_one_by_one(inverse, products, count), device=pool.device)]
+
+    def _remove(self, places: torch.Tensor) -> None:
+        """Let the units at some places go at once: the others make up for them, and the inverse loses their rows."""
+        stays = torch.ones(len(self.units), dtype=torch.bool, device=places.device)
+        stays[places] = False
+        factor = torch.linalg.cholesky(self.inverse[places][:, places])
+        across = self.inverse[stays][:, places]
+        self.columns = self.columns[stays] - across @ torch.cholesky_solve(self.columns[places], factor)
+        self.inverse = self.inverse[stays][:, stays] - across @ torch.cholesky_solve(across.T, factor)
+        self.units = self.units[stays]
+
+
+def _one_by_one(inverse: np.ndarray, products: np.ndarray, count: int) -> list[int]:
+    """The places of `count` units of a pool, the cheapest first, each with the others' columns made up before the next.
+
+    `inverse (m, m)`: the pool's part of the inverse Gram matrix. `products (m, m)`: those of the pool's columns. Both
+    are overwritten. Small matrices and a choice at every step: work for the CPU, whatever the device.
+    """
+    gone: list[int] = []
+    for _ in range(count):
+        costs = products.diagonal() / np.maximum(inverse.diagonal(), np.finfo(inverse.dtype).tiny)
+        costs[gone] = np.inf
+        place = int(costs.argmin())
+        share = inverse[:, place] / max(inverse[place, place], np.finfo(inverse.dtype).tiny)
+        inverse -= np.multiply.outer(share, inverse[place])
+        products -= np.multiply.outer(share, products[place])
+        products -= np.multiply.outer(products[:, place], share)
+        gone.append(place)
+    return gone

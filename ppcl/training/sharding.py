@@ -1,0 +1,71 @@
+"""Fine-tuning's model, sharded over the ranks by torch's FSDP2: each keeps a part of every block and replacement.
+
+A unit is what runs as one: a block of the teacher, a student, a linear map of another replacement. Its parameters are
+gathered when it runs and dropped behind it, so a rank's memory falls with the number of ranks, but for one unit. The
+embedders and the head, which are small, are whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ppcl.replacements.student_block import StudentBlock
+from ppcl.training.parallel_dims import ParallelDims
+
+
+def mesh_of(dims: ParallelDims, device: str) -> DeviceMesh:
+    """The data-parallel mesh of all ranks."""
+    return init_device_mesh(torch.device(device).type, (dims.dp,), mesh_dim_names=("dp",))
+
+
+def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard a block, or what stands in for a part of it: whole where it is called as one, else its maps."""
+    if isinstance(module, StudentBlock) or not _is_container(module):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        return
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module only holds maps, which are put into blocks and called there."""
+    return type(module).forward is nn.Module.forward or type(module).forward is nn.ModuleDict.forward
+
+
+@contextmanager
+def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The parameters of sharded modules whole, for the length of a `with` block. All ranks take part."""
+    sharded = [part for module in modules for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.reshard()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in one piece; a sharded one is gathered, for which all ranks take part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor; the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
+    """A whole tensor sharded as `example` is, on its device. Every rank has the same whole tensor."""
+    tensor = tensor.to(example.device)
+    if not isinstance(example, DTensor):
+        return tensor
+    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
