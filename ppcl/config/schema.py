@@ -265,7 +265,12 @@ class Finetuning(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
-    data_parallel: Replicas = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="data-parallel replicas")
+    data_parallel: Replicas = Field(
+        1,
+        json_schema_extra=OPERATIONAL,
+        ge=1,
+        description="data-parallel ranks, over which the teacher, the replacements and the optimizer state are sharded",
+    )
     measured_plans: int = Field(
         50,
         ge=0,
