@@ -27,11 +27,11 @@ demo-full: setup
 # tests/conftest.py, which has the longest first.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# All but the fault tests: style, imports and types, then the unit and integration tests, the slowest twenty told.
+# All but the fault tests: style, imports and types, then the unit and integration tests; prints the slowest twenty.
 test: lint types
 	$(PYTEST) --durations=20
 
-# The mathematics and whatever else needs no process, socket or browser.
+# The tests that need no process, socket or browser.
 test-unit: setup
 	$(PYTEST) -m "not integration and not faults"
 
@@ -44,11 +44,11 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# Processes killed, stopped and spoilt in whole jobs; root lets it have two hosts, too. Half an hour on 2 cores.
+# Whole jobs with killed and stopped processes and damaged files; as root also on two hosts. Half an hour on 2 cores.
 faults: setup
 	$(BIN)/python -m pytest -q -m faults tests/faults
 
-# The references anew, then the pages, into site/.
+# Generates the references, then builds the pages into site/.
 docs: setup
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

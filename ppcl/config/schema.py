@@ -111,7 +111,7 @@ class Detection(Section):
         False, description="compute CKA both with and without z-scored channels, for the report; costs as much again"
     )
     tokens: int = Field(
-        4096, ge=4, description="most held-out tokens of a stream that CKA compares; its standard error is reported"
+        4096, ge=4, description="maximum held-out tokens of a stream for CKA, whose standard error is reported"
     )
 
 

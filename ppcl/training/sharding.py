@@ -1,8 +1,8 @@
 """Fine-tuning's model, sharded over the ranks by torch's FSDP2: each keeps a part of every block and replacement.
 
-A unit is what runs as one: a block of the teacher, a student, a linear map of another replacement. Its parameters are
-gathered when it runs and dropped behind it, so a rank's memory falls with the number of ranks, but for one unit. The
-embedders and the head, which are small, are whole on every rank.
+A unit runs as a whole: a block of the teacher, a student, or a linear map of another replacement. Its parameters are
+gathered before it runs and freed after it, so a rank's memory falls with the number of ranks, except for one unit.
+Every rank holds the whole embedders and the whole head, which are small.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def mesh_of(dims: ParallelDims, device: str) -> DeviceMesh:
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard a block, or what stands in for a part of it: whole where it is called as one, else its maps."""
+    """Shard a block or a replacement's module: as a whole if it is called as a whole, else map by map."""
     if isinstance(module, StudentBlock) or not _is_container(module):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         return

@@ -43,17 +43,17 @@ class ImageRequest(BaseModel):
     stream: bool = Field(False, description="answer with server-sent events")
     partial_images: int = Field(0, ge=0, le=3, description="previews of each image, in a stream")
 
-    style: Any = Field(None, description="accepted and ignored, like the three after it")
+    style: Any = Field(None, description="accepted and ignored, like the next three parameters")
     moderation: Any = None
     user: Any = None
     safety_identifier: Any = None
 
     negative_prompt: str | None = Field(
-        None, description="what the images shall not show, for guidance with two calls a step"
+        None, description="what the images must not show; used by guidance with two calls per step"
     )
     num_inference_steps: int | None = Field(None, ge=1, description="denoising steps")
-    guidance_scale: Scale | None = Field(None, description="guidance that the model was distilled for")
-    true_cfg_scale: Scale | None = Field(None, description="classifier-free guidance with two calls a step; 1 is off")
+    guidance_scale: Scale | None = Field(None, description="guidance scale of a guidance-distilled model")
+    true_cfg_scale: Scale | None = Field(None, description="classifier-free guidance with two calls per step; 1 is off")
     seed: int | None = Field(
         None,
         ge=0,
@@ -61,7 +61,7 @@ class ImageRequest(BaseModel):
         description="seed of the noise; chosen at random and returned in the answer unless given",
     )
     min_variant: str | None = Field(
-        None, min_length=1, max_length=256, description="the smallest variant that auto may take"
+        None, min_length=1, max_length=256, description="the smallest variant that auto may choose"
     )
     deadline_ms: int | None = Field(
         None, ge=1, le=86_400_000, description="milliseconds until the images must be finished"

@@ -20,7 +20,7 @@ def test_a_second_job_is_refused_and_a_dead_ones_place_is_taken(store, monkeypat
     with hold_lease(store) as check:
         # By the store's clock: this node's is an hour off.
         monkeypatch.setattr("time.time", lambda real=time.time: real() + 3600)
-        with pytest.raises(UserError, match="another ppcl works"), hold_lease(store):
+        with pytest.raises(UserError, match="another ppcl job is writing to"), hold_lease(store):
             pass
         monkeypatch.setattr("ppcl.storage.lease._DEAD_AFTER", -1.0)
         with hold_lease(store), pytest.raises(UserError, match="another ppcl job took over"):

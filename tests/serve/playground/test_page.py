@@ -256,7 +256,7 @@ def test_it_fits_a_phone_and_every_field_has_a_name(browser, dark):
 
 def test_a_server_with_keys_is_asked_with_the_key_that_was_typed_which_stays_in_the_tab(chromium, locked_server):
     chromium.open(locked_server.address)
-    chromium.until("document.querySelector('#variants').innerText.includes('once there is a key')")
+    chromium.until("document.querySelector('#variants').innerText.includes('Enter an API key')")
     assert chromium.run("document.activeElement.id") == "key"
     chromium.type("#key", "wrong")
     chromium.press("Enter")
