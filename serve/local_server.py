@@ -20,7 +20,7 @@ import psutil
 
 from ppcl.errors import UserError
 from ppcl.own_packages import check_working_folder
-from ppcl.private_ray import close_embedded_ray
+from ppcl.private_ray import close_embedded_ray, start_embedded_ray
 from ppcl.result import Result
 from serve.api import ApiKeys, check_exposure
 from serve.config import Served
@@ -144,18 +144,11 @@ def _stop(ready: bool) -> None:
 def _start(settings: Served, signals: _Signals) -> float:
     """Start Ray and the application; return the CPUs of a replica. Raises `UserError` where the engine cannot start."""
     # Not at the top: Ray reads the environment that `run` sets when it is imported.
-    import ray
     from ray import serve
 
     from serve.ray_app import application, cpus
 
-    ray.init(
-        "local",
-        num_cpus=max(os.cpu_count() or 1, 4),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    start_embedded_ray()
     # Ray has installed a handler of its own, which ends the process.
     signals.handle()
     serve.start(proxy_location="HeadOnly", http_options={"host": settings.http.host, "port": settings.http.port})

@@ -16,10 +16,7 @@ from jobs.runtime.stopping import raise_on_signals, shut_down_ray, stop_signals
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.own_packages import check_working_folder
-from ppcl.private_ray import close_embedded_ray
-
-# The embedded Ray's logical CPUs: enough for a small pipeline beside Ray Data, even on a machine with fewer cores.
-_LEAST_LOGICAL_CPUS = 4
+from ppcl.private_ray import close_embedded_ray, start_embedded_ray
 
 # Ray Train asks its workers all the time; who has not answered for so long, seconds, is dead to it.
 _SIGN_OF_LIFE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -102,20 +99,13 @@ def _connect(address: str | None) -> None:
         if reason.startswith("Version mismatch"):
             raise UserError(f"the cluster at {address} runs another Ray or Python than this ppcl: {reason}") from None
         raise UserError(f"no Ray cluster could be reached at {address or 'this machine'}: {reason}") from None
-    except Exception as error:
-        # Ray has no class of its own for it.
-        if "timed out during startup" not in str(error):
-            raise
-        raise UserError("Ray did not start within 30 s: this machine is too busy; run the same command again") from None
 
 
 def _init(address: str | None) -> None:
     import ray
 
     if address is None:
-        cpus = max(os.cpu_count() or 1, _LEAST_LOGICAL_CPUS)
-        # Without "local" Ray would join one that somebody else has started on this machine.
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        start_embedded_ray()
     else:
         _check_reachable(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

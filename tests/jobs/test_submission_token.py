@@ -68,4 +68,4 @@ def test_who_has_the_token_gets_in(guarded, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     code, said, wrong = ppcl("list", "--address", guarded.api)
-    assert code == 0 and said.startswith("no jobs of ppcl"), wrong
+    assert code == 0 and said.startswith("no ppcl jobs"), wrong

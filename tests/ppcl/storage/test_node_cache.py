@@ -14,7 +14,7 @@ def mode(folder):
 
 
 def test_the_folder_is_made_private_in_the_temporary_one(tmp_path, monkeypatch):
-    monkeypatch.delenv("PPCL_SCRATCH")
+    monkeypatch.delenv("PPCL_SCRATCH", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     os.chmod(tmp_path, 0o1777)
     folder = scratch_folder()
