@@ -49,15 +49,15 @@ _INTEGRATION_FIXTURES = {"ray_cluster", "s3_server", "server", "client", "browse
 _INTEGRATION_FOLDERS = ("tests/jobs/", "tests/serve/test_", "tests/packaging/", "tests/docs/")
 
 
-# The files that take longest, from a minute down.
+# The files that take longest, the longest first.
 _LONGEST = (
     "tests/jobs/test_whole_job.py",
-    "tests/serve/test_ray_app.py",
     "tests/jobs/test_submission.py",
-    "tests/jobs/test_families.py",
     "tests/serve/test_local_server.py",
-    "tests/jobs/stages/test_calibration.py",
+    "tests/serve/test_ray_app.py",
+    "tests/jobs/test_submission_token.py",
     "tests/jobs/stages/test_probes.py",
+    "tests/jobs/stages/test_calibration.py",
 )
 
 
