@@ -26,6 +26,24 @@ class WorkerLost(RuntimeError):
     """A worker that died or stopped answering. Its message is complete without a line of code."""
 
 
+# Kinds of errors that the same work would have again: mistakes in code, and memory that does not suffice.
+_OUT_OF_MEMORY = ("OutOfMemoryError", "MemoryError")
+_RECURRING = (
+    *_OUT_OF_MEMORY,
+    "AssertionError",
+    "AttributeError",
+    "ImportError",
+    "IndexError",
+    "KeyError",
+    "ModuleNotFoundError",
+    "NameError",
+    "NotImplementedError",
+    "TypeError",
+    "UnboundLocalError",
+    "ZeroDivisionError",
+)
+
+
 @dataclass(frozen=True)
 class _Cause:
     """`frames`: (file, line), the innermost last."""
@@ -33,6 +51,23 @@ class _Cause:
     kind: str
     sentence: str
     frames: list[tuple[str, int]]
+
+
+def will_recur(error: BaseException) -> bool:
+    """Whether trying again would fail in the same way, after as much work: a mistake in code, or too little memory."""
+    chain = list(_chain(error))
+    if any(isinstance(wrapped, WorkerLost) for wrapped in chain):
+        return False
+    return _shadowed(chain) is not None or _cause(error).kind in _RECURRING
+
+
+def advice(error: BaseException) -> str:
+    """What a user can do about a failure that will recur."""
+    if _shadowed(list(_chain(error))):
+        return "take that module away"
+    if _cause(error).kind in _OUT_OF_MEMORY:
+        return "use smaller batches, more workers, or devices with more memory"
+    return "this is a bug of ppcl, or of a package that it uses"
 
 
 def describe_failure(error: BaseException) -> str:
@@ -44,16 +79,27 @@ def describe_failure(error: BaseException) -> str:
     lost = next((wrapped for wrapped in chain if isinstance(wrapped, WorkerLost)), None)
     if lost is not None:
         return str(lost)
-    shadowed = next((match for wrapped in chain if (match := _SHADOWED.search(str(wrapped)))), None)
-    if shadowed is not None:
+    if shadowed := _shadowed(chain):
         return (
-            f"the workers find another module {shadowed[1]!r} before ppcl's own; take its folder off their PYTHONPATH "
+            f"the workers find another module {shadowed!r} before ppcl's own; take its folder off their PYTHONPATH "
             "and working directory"
         )
+    return _one_line(_cause(error))
+
+
+def _shadowed(chain: list[BaseException]) -> str | None:
+    """The name of one of our packages that another module stands before, as far as errors tell."""
+    match = next((match for error in chain if (match := _SHADOWED.search(str(error)))), None)
+    return match[1] if match else None
+
+
+def _cause(error: BaseException) -> _Cause:
+    """The innermost error."""
+    chain = list(_chain(error))
     # The text of a worker's traceback tells what its pickled exception has lost: its cause and its frames.
     texts = [text for wrapped in chain if (text := _remote_traceback(wrapped))]
-    cause = _parse(texts[-1]) if texts else None
-    return _one_line(cause or _local(chain[-1]))
+    parsed = _parse(texts[-1]) if texts else None
+    return parsed or _local(chain[-1])
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.failures import describe_failure
+from jobs.failures import advice, describe_failure, will_recur
 from jobs.progress import Reporter, duration
 from jobs.stage import JobIdentity, Stage, StageContext, prompts_hash, stages_for
 from ppcl.calibration.prompts import check_prompts
@@ -130,6 +130,11 @@ class Job:
                 reason = describe_failure(error)
                 with open(artifacts.path(LOG), "a", encoding="utf-8") as log:
                     log.writelines(traceback.format_exception(error))
+                if will_recur(error):
+                    raise UserError(
+                        f"{stage.name} failed for {reason}; trying again would not help: {advice(error)}; {LOG} in "
+                        f"{artifacts.place} has all of it; what is complete is kept"
+                    ) from error
             if attempt < _ATTEMPTS:
                 self.reporter.say(
                     f"{stage.name}: failed ({reason}); trying again from what is complete, {attempt} of "

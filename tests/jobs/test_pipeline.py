@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from jobs.pipeline import Job
@@ -71,6 +72,27 @@ def test_what_no_repetition_mends_is_told_at_once(job, error):
     with pytest.raises(type(error)):
         job.run_stage(stage([error]), "cpu")
     assert "trying again" not in job.reporter.console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            KeyError(7),
+            r"probes failed for KeyError: 7 \(.*\); trying again would not help: this is a bug of ppcl, or of",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            r"would not help: use smaller batches, more workers, or devices",
+        ),
+        (RuntimeError("No module named 'jobs.stages'"), "another module 'jobs' before ppcl's own"),
+    ],
+)
+def test_what_would_fail_again_after_as_much_work_is_not_tried_again(job, error, sentence):
+    with pytest.raises(UserError, match=sentence):
+        job.run_stage(stage([error]), "cpu")
+    assert "trying again from" not in job.reporter.console.file.getvalue()
+    assert "Traceback" in job.artifacts.path("log.txt").read_text()
 
 
 class Chain:
