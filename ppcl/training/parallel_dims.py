@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,6 +65,14 @@ class ParallelDims:
     def minimum(self, number: int) -> int:
         """The smallest of all ranks' numbers, of every stage and replica."""
         return -self.maximum(-number)
+
+    def agreed(self, facts: Sequence[bool]) -> list[bool]:
+        """Which of some facts hold on all ranks, of every stage and replica."""
+        if self.pp * self.dp == 1:
+            return list(facts)
+        held = torch.tensor(facts, dtype=torch.int64)
+        dist.all_reduce(held, op=dist.ReduceOp.MIN)
+        return [bool(fact) for fact in held]
 
     def barrier(self) -> None:
         if self.pp * self.dp > 1:

@@ -93,9 +93,9 @@ class _Rank:
         self.bfloat16 = dtype is torch.bfloat16
         self.segment = TeacherSegment(teacher, blocks, self.plan, run.device, dtype)
         self.pipeline_stage = PipelineStage(self.dims.pp_rank, self.dims.pp, self.dims.rank)
-        # Every rank looks before any rank writes, so all agree on where to go on.
-        self.has_checkpoint = {r: _file(run.checkpoints, r).exists() for r in self.plan}
-        self.dims.barrier()
+        # Nodes may see different files, and every rank looks before any rank writes: what all have counts.
+        kept = self.dims.agreed([_file(run.checkpoints, r).exists() for r in self.plan])
+        self.has_checkpoint = dict(zip(self.plan, kept, strict=True))
         transformer = self.segment.transformer
         blocks_here = TeacherBlocks(self.adapter, transformer, self.segment.blocks, count)
         self.objectives = {r: new_objective(blocks_here, r, settings) for r in self.segment.plan}

@@ -68,8 +68,8 @@ def finetune(
     writes = run.dims.dp_rank == 0
     plans = plans_to_measure(trainer.sampler, distilled.variants, settings.measured_plans, run.seed)
     before = velocity_errors(trainer.model, samples, plans, run)
-    has_checkpoint = (run.checkpoints / _CHECKPOINT).exists()
-    run.dims.barrier()
+    # Nodes may see different files, and every rank looks before any rank writes: what all have counts.
+    (has_checkpoint,) = run.dims.agreed([(run.checkpoints / _CHECKPOINT).exists()])
     if has_checkpoint:
         trainer.load_checkpoint()
     trainer.train()
