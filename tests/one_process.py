@@ -23,9 +23,9 @@ def stages_in_this_process(*names: str) -> Iterator[None]:
 
     Ray must be connected; it is asked for its nodes and for nothing else.
     """
-    from jobs.stages import ablation, distillation, evaluation, finetuning, probes, variants
+    from jobs.stages import distillation, evaluation, finetuning, probes, variants
 
-    in_groups = {"probes": probes, "students": distillation, "finetuning": finetuning, "ablation": ablation}
+    in_groups = {"probes": probes, "students": distillation, "finetuning": finetuning}
     in_pools = {"variants": variants, "evaluation": evaluation}
     chosen = set(names) or {"calibration", *in_groups, *in_pools}
     threads = torch.get_num_threads()
@@ -36,7 +36,6 @@ def stages_in_this_process(*names: str) -> Iterator[None]:
             patch.setattr(in_groups[name], "run_worker_group", _run_rank)
         for name in chosen & in_pools.keys():
             patch.setattr(in_pools[name], "EvaluatorPool", _EvaluatorHere)
-        patch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
         yield
     torch.set_num_threads(threads)
 

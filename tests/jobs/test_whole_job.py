@@ -209,8 +209,7 @@ def test_the_ablation_uses_what_the_job_has_and_ends_with_a_table(finished, job)
     # Variants that a job names are none of the ablation's plans.
     changes = [f"ablation.{key}={value}" for key, value in settings.items()] + ["finetuning.variants=[p90]"]
     overrides = [part for change in changes for part in ("--set", change)]
-    with stages_in_this_process("ablation"):
-        code, said, error = ppcl("ablate", job, *overrides)
+    code, said, error = ppcl("ablate", job, *overrides)
     assert code == 0, said + error
     assert "detection: complete, skipped" in said and "Ablation: " in said and "2 seeds" in said
     made = json.loads((result / "ablation" / "ablation.json").read_text())
