@@ -265,11 +265,12 @@ class Finetuning(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"
     )
-    data_parallel: Replicas = Field(
-        1,
+    data_parallel: Replicas = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="data-parallel ranks")
+    shard: bool = Field(
+        True,
         json_schema_extra=OPERATIONAL,
-        ge=1,
-        description="data-parallel ranks, over which the teacher, the replacements and the optimizer state are sharded",
+        description="shard the teacher, the replacements and the optimizer state over the ranks (FSDP2); false: each rank "
+        "holds all, which is faster for small models",
     )
     measured_plans: int = Field(
         50,

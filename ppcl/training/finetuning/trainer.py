@@ -102,8 +102,9 @@ class _Trainer:
     ):
         self.settings, self.run, self.adapter = settings, run, teacher.adapter
         dtype = run.dtype(settings.precision)
+        shard_over = run.dims if settings.shard and run.dims.dp > 1 else None
         self.model = VariantModel(
-            teacher, distilled.files, run.device, dtype, settings.activation_checkpointing, run.dims
+            teacher, distilled.files, run.device, dtype, settings.activation_checkpointing, shard_over
         )
         block_ranges = self.adapter.block_ranges(self.model.transformer)
         self.sampler = plan_sampler(settings, distilled.files, distilled.variants, block_ranges)

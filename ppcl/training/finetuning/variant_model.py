@@ -45,12 +45,12 @@ class VariantModel:
         device: str,
         dtype: torch.dtype,
         activation_checkpointing: bool,
-        dims: ParallelDims,
+        shard_over: ParallelDims | None = None,
     ):
-        """With several replicas in `dims` the blocks are sharded over them, each as soon as it is loaded."""
+        """`shard_over`: ranks over which the blocks are sharded, each as soon as it is loaded; None: all are whole."""
         self.adapter, self.device, self.dtype = teacher.adapter, device, dtype
         self.activation_checkpointing = activation_checkpointing
-        self.mesh = mesh_of(dims, device) if dims.dp > 1 else None
+        self.mesh = mesh_of(shard_over, device) if shard_over else None
         prepare = partial(shard, mesh=self.mesh) if self.mesh else None
         self.transformer = teacher.transformer(device=device, dtype=dtype, prepare=prepare)
         self.switch = VariantSwitcher(teacher, files)
@@ -72,8 +72,8 @@ class VariantModel:
     def trained_parameters(self, replacements: Sequence[Replacement]) -> dict[str, nn.Parameter]:
         """Make replacements trainable; gives their parameters as `<replacement>.<parameter>`. Call it once.
 
-        They are trained in float32 whatever the teacher runs in; autocast brings both together. With several replicas
-        all replacements are sharded from here on, those that are not trained too.
+        They are trained in float32 whatever the teacher runs in; autocast brings both together. Where the teacher is
+        sharded all replacements are from here on, those that are not trained too.
         """
         for replacement in replacements:
             self.module(replacement).float().requires_grad_(True)

@@ -119,9 +119,10 @@ def test_a_stopped_run_continues_to_the_same(folder, students, tmp_path):
     assert_same(states(folder, tmp_path / "whole"), states(folder, tmp_path / "stopped"), 1e-5)
 
 
-def test_replicas_do_not_change_the_result(folder, students, tmp_path):
+@pytest.mark.parametrize("shard", [True, False])
+def test_replicas_do_not_change_the_result(folder, students, tmp_path, shard):
     # Each replica has trajectories of its own, so the result can be the same only without them.
-    settings = SETTINGS.model_copy(update={"steps": 6, "rollout_share": 0.0})
+    settings = SETTINGS.model_copy(update={"steps": 6, "rollout_share": 0.0, "shard": shard})
     tune(folder, students, tmp_path / "one", settings)
     ranks.run(2, tune, folder, students, tmp_path / "two", settings.model_copy(update={"data_parallel": 2}))
     assert_same(states(folder, tmp_path / "one"), states(folder, tmp_path / "two"), 2e-5)
