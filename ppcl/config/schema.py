@@ -269,8 +269,8 @@ class Finetuning(Section):
     shard: bool = Field(
         True,
         json_schema_extra=OPERATIONAL,
-        description="shard the teacher, the replacements and the optimizer state over the ranks (FSDP2); false: each rank "
-        "holds all, which is faster for small models",
+        description="shard the teacher, the replacements and the optimizer state over the ranks (FSDP2); false: each "
+        "rank holds all, which is faster for small models",
     )
     measured_plans: int = Field(
         50,
