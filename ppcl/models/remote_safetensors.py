@@ -26,10 +26,9 @@ _LONGEST_HEADER = 100 << 20  # the format's own limit
 class RemoteWeights:
     """A safetensors object, its header read. Raises `UserError` where it does not exist or is no safetensors file."""
 
-    def __init__(self, store: Store, name: str):
-        self.store, self.name = store, name
-        answer = store.head(name)
-        self.tag: str | None = answer["ETag"] if answer else None
+    def __init__(self, store: Store, name: str, tag: str):
+        """`tag`: that of the object when the teacher was opened; another one in its place is refused."""
+        self.store, self.name, self.tag = store, name, tag
         try:
             (length,) = struct.unpack("<Q", self._bytes(0, 8))
             if length > _LONGEST_HEADER:

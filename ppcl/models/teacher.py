@@ -135,7 +135,7 @@ class Teacher:
                 "safetensors"
             )
         if self.store:
-            return dict.fromkeys(RemoteWeights(self.store, single).names, single)
+            return dict.fromkeys(self._remote_weights(single).names, single)
         with _open(self.folder / single) as file:
             return dict.fromkeys(file.keys(), single)
 
@@ -259,6 +259,10 @@ class Teacher:
                 return f"{name}.{block - span.start}."
         raise UserError(f"block {block} does not exist in {self.place}")
 
+    def _remote_weights(self, name: str) -> RemoteWeights:
+        assert self.store is not None
+        return RemoteWeights(self.store, name, self._listed[name].tag)
+
     def _tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
         by_file: dict[str, list[str]] = {}
         for name, file in self.transformer_files.items():
@@ -266,7 +270,7 @@ class Teacher:
                 by_file.setdefault(file, []).append(name)
         for file, names in by_file.items():
             if self.store:
-                yield from RemoteWeights(self.store, file).tensors(names)
+                yield from self._remote_weights(file).tensors(names)
                 continue
             with _open(self.folder / file) as opened:
                 for name in names:

@@ -39,11 +39,19 @@ def test_weights_that_are_replaced_while_they_are_read_are_refused(store, teache
     """Half of one model and half of another would be read without a word."""
     upload_all(teacher_folder, store)
     name = "transformer/diffusion_pytorch_model.safetensors"
-    weights = RemoteWeights(store, name)
+    weights = RemoteWeights(store, name, store.objects()[name].tag)
     assert len(dict(weights.tensors(["proj_out.weight"]))) == 1
     store.write(name, store.read(name) + b"\0")
     with pytest.raises(UserError, match=f"{name} was replaced while it was read"):
         list(weights.tensors(["proj_out.weight"]))
+
+
+def test_weights_that_are_replaced_after_the_teacher_was_opened_are_refused(store, teacher_folder):
+    upload_all(teacher_folder, store)
+    teacher, name = Teacher(store.url), "transformer/diffusion_pytorch_model.safetensors"
+    store.write(name, store.read(name) + b"\0")
+    with pytest.raises(UserError, match=f"{name} was replaced while it was read"):
+        teacher.transformer()
 
 
 def test_a_pipeline_in_a_bucket_is_the_one_in_the_folder_and_another_version_is_another_snapshot(store, teacher_folder):
