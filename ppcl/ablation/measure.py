@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ppcl.calibration.dataset import CalibrationSet
-from ppcl.config.schema import Config
 from ppcl.evaluation.images import generate_images
 from ppcl.evaluation.prompt_checker import checker_prompts, correctness, load_checker
 from ppcl.evaluation.scoring import relative_drop
 from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
-from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement
 from ppcl.replacements.io import files_in
 from ppcl.replacements.parameter_counts import parameter_counts
 from ppcl.replacements.switcher import VariantSwitcher
+
+if TYPE_CHECKING:
+    from ppcl.ablation.run import AblationInputs
 
 # Images of the ablation have seeds of their own.
 _FIRST_SEED = 1_000_000
@@ -28,13 +28,13 @@ _FIRST_SEED = 1_000_000
 class RowMeasurer:
     """Measures plans on one pipeline, each with the replacements that its row trained."""
 
-    def __init__(self, config: Config, teacher: Teacher, samples: CalibrationSet, device: str, seed: int):
-        self.config, self.teacher, self.samples, self.device, self.seed = config, teacher, samples, device, seed
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.pipeline = teacher.pipeline(device, self.dtype)
-        evaluation = config.evaluation
+    def __init__(self, inputs: AblationInputs, seed: int):
+        self.config, self.teacher, self.samples, self.seed = inputs.config, inputs.teacher, inputs.samples, seed
+        self.device, self.dtype = inputs.device, inputs.dtype
+        self.pipeline = self.teacher.pipeline(self.device, self.dtype)
+        evaluation = self.config.evaluation
         self.checker = load_checker(evaluation.checker) if evaluation.checker else None
-        self.prompts = checker_prompts(self.checker, evaluation.max_prompts, config.seed) if self.checker else []
+        self.prompts = checker_prompts(self.checker, evaluation.max_prompts, self.config.seed) if self.checker else []
 
     @torch.no_grad()
     def measure(

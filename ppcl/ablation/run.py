@@ -240,7 +240,7 @@ def run_seed(inputs: AblationInputs, work: Path, seed: int, report: Callable[[in
             config.sampling.steps,
         )
     folders = {row.name: work / (row.name if (work / row.name).is_dir() else "library") for row in ROWS}
-    rows = RowMeasurer(config, teacher, samples, device, seed)
+    rows = RowMeasurer(inputs, seed)
     return rows.measure(plans, folders, files_in(work / "library"), progress.of(6))
 
 

@@ -59,8 +59,9 @@ class SequentialRun:
     ) -> tuple[TeacherSegment, dict[Interval, Trainee]]:
         """The whole teacher as one segment, and the students in their closed-form initialisation."""
         count, settings = self.teacher.adapter.block_ranges(self.teacher.empty_transformer())[-1].stop, self.settings
-        dtype = torch.bfloat16 if self._bfloat16 else torch.float32
-        segment = TeacherSegment(self.teacher, range(count), intervals, self.device, dtype)
+        # Nothing is written by it: the folders stay unused.
+        run = RunContext(Path(), Path(), device=self.device)
+        segment = TeacherSegment(self.teacher, range(count), intervals, self.device, run.dtype(settings.precision))
         blocks = TeacherBlocks(self.teacher.adapter, segment.transformer, segment.blocks, count)
         objectives = {interval: StudentObjective(blocks, interval, settings) for interval in intervals}
         for objective in objectives.values():
@@ -71,8 +72,6 @@ class SequentialRun:
             def stream(ids: np.ndarray, consumers: Sequence[Consumer]) -> None:
                 segment.stream(self.samples.batch(ids, self.device, segment.dtype), pipeline_stage, consumers)
 
-            # Nothing is written here: the folders stay unused.
-            run = RunContext(Path(), Path(), device=self.device)
             closed_form = ClosedForm(list(objectives.values()), settings, run)
             closed_form.fit(stream, self.samples.ids(held_out=False), lambda objective: None)
         return segment, {interval: Trainee(objective, settings, dims) for interval, objective in objectives.items()}
@@ -88,14 +87,9 @@ class SequentialRun:
                 streams = run_blocks(self.teacher.adapter, between, streams, batch.context)
             ends = {interval.first: streams, interval.last + 1: batch.boundaries[interval.last + 1]}
             seen = CapturedActivations(boundaries=ends, context=batch.context, text_mask=batch.text_mask)
-            trainee.train_step(seen, self._bfloat16)
+            trainee.train_step(seen, segment.dtype is torch.bfloat16)
             student = trainee.objective.module
             assert isinstance(student, StudentBlock)
             with torch.no_grad():
                 streams = student.streams(streams, batch.context)
             block = interval.last + 1
-
-    @property
-    def _bfloat16(self) -> bool:
-        precision = self.settings.precision
-        return precision == "bfloat16" or (precision == "auto" and self.device.startswith("cuda"))
