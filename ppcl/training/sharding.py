@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ppcl.replacements.student_block import StudentBlock
 from ppcl.training.parallel_dims import ParallelDims
 
 
@@ -27,17 +26,13 @@ def mesh_of(dims: ParallelDims, device: str) -> DeviceMesh:
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """Shard a block or a replacement's module: as a whole if it is called as a whole, else map by map."""
-    if isinstance(module, StudentBlock) or not _is_container(module):
+    if type(module).forward is not nn.Module.forward:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         return
+    # It only holds maps, which are put into blocks and called there.
     for part in module.modules():
         if isinstance(part, nn.Linear):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
-
-
-def _is_container(module: nn.Module) -> bool:
-    """Whether a module only holds maps, which are put into blocks and called there."""
-    return type(module).forward is nn.Module.forward or type(module).forward is nn.ModuleDict.forward
 
 
 @contextmanager
