@@ -157,12 +157,14 @@ def _probe(options: argparse.Namespace, folder: Path, pp: int, step_done: Callab
             Teacher(folder),
             Fitted(0),
             Probes(batch_size=options.batch),
-            ParallelDims.join(pp, 1),
-            Path(out),
-            0,
-            "cpu",
-            BF16,
-            lambda done, total, told: step_done(),
+            RunContext(
+                Path(out),
+                Path(out),
+                dims=ParallelDims.join(pp, 1),
+                report=lambda done, total, told, phase=None: step_done(),
+            ),
+            tokens=1,
+            precision="bfloat16",
         )
 
 

@@ -1,10 +1,12 @@
-"""Write docs/configuration.md from the configuration models and docs/commands.md from the command line.
+"""Write the generated pages: docs/configuration.md, docs/commands.md, and the tables of cluster/README.md.
 
-Run `python docs/generate.py` after a change of either; `tests/docs/test_reference.py` compares.
+They come from the configuration models, from the command line and from `ppcl plan`. Run `python docs/generate.py` after
+a change of one; `tests/docs/test_reference.py` and `tests/ppcl/sizing/test_table.py` compare.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,9 +17,17 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from jobs.cli.main import app
+from jobs.cli.plan import PROMPTS, default_config
 from ppcl.config.loading import Section
 from ppcl.config.location import Location
 from ppcl.config.schema import Config
+from ppcl.sizing import Device, layouts
+from ppcl.sizing.fit import laid_out
+from ppcl.sizing.job import job_size
+from ppcl.sizing.memory import intervals
+from ppcl.sizing.model import TeacherSize, model_of
+from ppcl.sizing.stages import worker_sizes
+from ppcl.sizing.table import JOB_COLUMNS, LAYOUT_COLUMNS, job_rows, rows_of
 from serve.config import Served
 
 DOCS = Path(__file__).parent
@@ -183,12 +193,41 @@ def _cell(text: str) -> str:
     return _one_line(text).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
 
 
+SIZING = DOCS.parent / "cluster" / "README.md"
+
+
+def sizing_page(text: str) -> str:
+    """The page of sizes with its tables anew: each stands between a comment that says which one it is and an `end`."""
+
+    def table(match: re.Match) -> str:
+        kind, name, gpus = match[1], match[2], match[3]
+        columns, rows = _layouts(name) if kind == "layouts" else _stages(name, int(gpus))
+        lines = [columns, ["--:" if kind == "layouts" else "---"] * len(columns), *rows]
+        return "\n".join([match[0].split("\n")[0], *("| " + " | ".join(line) + " |" for line in lines), "<!-- end -->"])
+
+    return re.sub(r"<!-- (layouts|stages): (\S+) ?(\d*) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def _layouts(name: str) -> tuple[list[str], list[list[str]]]:
+    model = model_of(name, 1024, 1024)
+    gpus = (1, 2, 4, 8, 16, 32, 64)
+    return list(LAYOUT_COLUMNS), rows_of(list(layouts(model, intervals(model, 4), 16, gpus)))
+
+
+def _stages(name: str, gpus: int) -> tuple[list[str], list[list[str]]]:
+    """What `ppcl plan NAME --stages --gpus GPUS` prints."""
+    teacher = TeacherSize.named(name, 1024, 1024)
+    config = laid_out(default_config([], (1024, 1024)), teacher, gpus, 4)
+    return list(JOB_COLUMNS), job_rows(worker_sizes(job_size(config, teacher, PROMPTS, 4, Device())))
+
+
 PAGES = {"configuration.md": configuration_page, "commands.md": commands_page}
 
 
 def main() -> None:
     for name, page in PAGES.items():
         (DOCS / name).write_text(page(), encoding="utf-8")
+    SIZING.write_text(sizing_page(SIZING.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

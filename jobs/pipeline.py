@@ -13,14 +13,14 @@ import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from jobs.failures import advice, describe_failure, will_recur
 from jobs.progress import Reporter, duration
 from jobs.stage import JobIdentity, Stage, StageContext, prompts_hash, stages_for
-from ppcl.calibration.prompts import check_prompts
+from ppcl.calibration.prompts import check_prompts, count_prompts
 from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
 from ppcl.models.teacher import Teacher
@@ -29,8 +29,13 @@ from ppcl.search.checks import check_variants
 from ppcl.storage.manifest import CONFIG, EVENTS, LOG, Artifacts, write_atomically
 from ppcl.storage.mirror import upload
 
+if TYPE_CHECKING:
+    from ppcl.sizing.job import JobSize
+
 # A stage is tried so often before its failure is the user's.
 _ATTEMPTS = 3
+# Blocks that one student replaces, before detection knows.
+_ASSUMED_INTERVAL = 4
 
 
 class Job:
@@ -57,10 +62,11 @@ class Job:
         )
         self.reporter = Reporter(console, self.artifacts.path(LOG))
 
-    def run(self, device: str, ablation: bool = False) -> str:
+    def run(self, device: str, ablation: bool = False, check_memory: bool = True) -> str:
         """Run the stages whose result is not complete and intact, then write the report; gives where that is.
 
-        `ablation`: instead of everything after detection. Raises `UserError`.
+        `ablation`: instead of everything after detection. `check_memory`: refuse what does not fit the devices, by an
+        estimate made before anything is run. Raises `UserError`.
         """
         # Not before the caller has connected to Ray, which reads its environment when it is imported.
         from jobs.stages.registry import STAGES
@@ -69,6 +75,8 @@ class Job:
         stages = stages_for("ablation" if ablation else "evaluation", STAGES)
         with artifacts.exclusive_lock(), self._log(), self._failure_event():
             self._check_resources(stages, device)
+            if check_memory:
+                self._check_memory(stages, device)
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
             upload(artifacts.path(CONFIG))
             enabled = [stage for stage in stages if stage.enabled(self.config)]
@@ -178,6 +186,33 @@ class Job:
 
         workers = [stage.workers(self.config) for stage in stages if stage.workers and stage.enabled(self.config)]
         refuse_impossible([(count, setting) for count, setting, _ in workers], device)
+
+    def _check_memory(self, stages: Iterable[Stage], device: str) -> None:
+        """Check that the workers of the stages that have no result yet fit the devices. Raises `UserError`."""
+        from jobs.runtime.device_memory import largest_memory  # imports Ray, see `run`
+        from ppcl.sizing.fit import check_fits
+
+        waiting = {
+            stage.name for stage in stages if stage.enabled(self.config) and self.artifacts.record(stage.name) is None
+        }
+        memory = largest_memory(device)
+        if memory is not None:
+            check_fits(self._size(device), memory, waiting)
+
+    def _size(self, device: str) -> JobSize:
+        import torch
+
+        from ppcl.sizing.device import Device
+        from ppcl.sizing.job import job_size
+        from ppcl.sizing.model import TeacherSize
+
+        config, cpu = self.config, device == "cpu"
+        sampling, calibration = config.sampling, config.calibration
+        teacher = TeacherSize.of(
+            self.teacher, sampling.height, sampling.width, torch.float32 if cpu else torch.bfloat16
+        )
+        prompts = count_prompts(config.prompts, calibration.prompt_column, calibration.max_prompts)
+        return job_size(config, teacher, prompts, _ASSUMED_INTERVAL, Device(), cpu)
 
     def _log_missing_nodes(self, stage: Stage, device: str) -> None:
         from jobs.runtime.resources import shortfall  # imports Ray, see `run`

@@ -33,7 +33,7 @@ from ppcl.demo import text
 Z_DIM = 4
 
 
-def _randomised(model: nn.Module, seed: int) -> nn.Module:
+def randomised(model: nn.Module, seed: int) -> nn.Module:
     """Weights large enough that every block does something, drawn from the seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def qwen_transformer(blocks: int = 6, seed: int = 0) -> QwenImageTransformer2DMo
         joint_attention_dim=text.WIDTH,
         axes_dims_rope=(4, 6, 6),
     )
-    return _randomised(model, seed)
+    return randomised(model, seed)
 
 
 def flux_transformer(double: int = 3, single: int = 4, seed: int = 0) -> FluxTransformer2DModel:
@@ -74,7 +74,7 @@ def flux_transformer(double: int = 3, single: int = 4, seed: int = 0) -> FluxTra
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    return _randomised(model, seed)
+    return randomised(model, seed)
 
 
 def sd3_transformer(blocks: int = 5, seed: int = 0) -> SD3Transformer2DModel:
@@ -94,7 +94,7 @@ def sd3_transformer(blocks: int = 5, seed: int = 0) -> SD3Transformer2DModel:
         dual_attention_layers=(0, 1),
         qk_norm="rms_norm",
     )
-    return _randomised(model, seed)
+    return randomised(model, seed)
 
 
 def inputs(model: nn.Module, batch: int = 3, seed: int = 0) -> dict[str, Any]:

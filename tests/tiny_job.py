@@ -40,12 +40,8 @@ def run(folder: Path) -> dict[str, Path]:
         teacher,
         samples,
         Probes(batch_size=8, tokens_per_sample=4),
-        dims,
-        made["probes"],
-        seed=0,
-        device="cpu",
-        dtype=torch.float32,
-        report=_silent,
+        RunContext(made["probes"], made["probes"], dims=dims),
+        Detection().tokens,
     )
     block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
     found = detect(

@@ -18,6 +18,9 @@ def compress(
     ] = None,
     output: Annotated[str | None, typer.Option(help="where to write the result: a folder, or s3://bucket/key")] = None,
     address: Annotated[str | None, typer.Option(help="a running Ray cluster; default: an embedded local one")] = None,
+    memory_check: Annotated[
+        bool, typer.Option(help="refuse at the start what the devices' memory cannot hold, by ppcl plan's estimate")
+    ] = True,
 ) -> None:
     """Compress a diffusers pipeline; run the same command again to continue a stopped job."""
     from jobs.pipeline import Job
@@ -30,7 +33,7 @@ def compress(
         settings = load_config(config, set_, output)
         job = Job(settings, out)
         with connected(address, settings) as device:
-            report = job.run(device)
+            report = job.run(device, check_memory=memory_check)
     out.print(summary_table(job.artifacts.root))
     job.reporter.say(f"report: {report}")
     for line in next_steps(job.artifacts.root, job.artifacts.place):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jobs.runtime.worker_group import RankReporter
+from jobs.runtime.progress_board import RankReporter
 from ppcl.storage.checkpoint_sync import synced_checkpoints
 from ppcl.storage.tensor_files import drop_damaged, is_whole
 

@@ -31,6 +31,8 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # It would tell training functions of nodes that will go; ours resume from checkpoints and do not listen.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     # Idle workers are kept: importing torch anew costs more than the memory they hold.
     "RAY_idle_worker_killing_time_threshold_ms": "60000",

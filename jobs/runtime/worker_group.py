@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.failures import WorkerLost
 from jobs.runtime.process_group import GroupConfig, free_resources
+from jobs.runtime.progress_board import ProgressBoard, RankReporter
 from jobs.runtime.resources import Resources
 from ppcl.errors import UserError
 from ppcl.training.progress import ProgressReport
@@ -31,58 +32,10 @@ from ppcl.training.progress import ProgressReport
 # What a rank may wait for one that is alive, seconds: some have longer to load and to finish than others. Those that
 # are dead or stopped are found much earlier.
 _COLLECTIVE_TIMEOUT = 1800
-_UPDATE_EVERY = 1.0
 _LOOK_EVERY = 5.0
 
 
-class RankReporter:
-    """Sends what a rank reports: how far it is, as `report(done, total, values)`, and notes for the user at the end."""
-
-    def __init__(self, board: Any):
-        self._board, self._last = board, 0.0
-
-    def __call__(self, done: int, total: int, values: Mapping[str, float], phase: str | None = None) -> None:
-        if time.monotonic() - self._last > _UPDATE_EVERY or done == total:
-            self._last = time.monotonic()
-            self._board.update.remote(done, total, dict(values), phase)
-
-    def note(self, sentence: str) -> None:
-        """Several ranks may have the same to say."""
-        ray.get(self._board.note.remote(sentence))
-
-
-class _ProgressBoard:
-    """Where ranks leave their progress and, if they refuse their input, why."""
-
-    def __init__(self) -> None:
-        self.done, self.total = 0, 0
-        self.values: dict[str, float] = {}
-        self.refusal: str | None = None
-        self.phase: str | None = None
-        self.notes: dict[str, None] = {}
-
-    def update(self, done: int, total: int, values: dict[str, float], phase: str | None) -> None:
-        if phase != self.phase:
-            # The losses of one phase say nothing of the next.
-            self.done, self.values, self.phase = 0, {}, phase
-        # Ranks report one after the other: the one that is furthest on counts.
-        self.done, self.total = max(done, self.done), total
-        self.values.update(values)
-
-    def note(self, sentence: str) -> None:
-        self.notes[sentence] = None
-
-    def noted(self) -> list[str]:
-        return list(self.notes)
-
-    def refuse(self, sentence: str) -> None:
-        self.refusal = self.refusal or sentence
-
-    def read(self) -> tuple[int, int, dict[str, float], str | None, str | None]:
-        return self.done, self.total, dict(self.values), self.phase, self.refusal
-
-
-_ProgressActor = ray.remote(num_cpus=0)(_ProgressBoard)
+_ProgressActor: Any = ray.remote(num_cpus=0)(ProgressBoard)
 
 
 def run_worker_group(

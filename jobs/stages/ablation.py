@@ -10,8 +10,9 @@ from typing import Any
 import ray.train
 
 from jobs.runtime.checkpoints import drop_damaged_checkpoints, open_checkpoints
+from jobs.runtime.progress_board import RankReporter
 from jobs.runtime.resources import Resources
-from jobs.runtime.worker_group import RankReporter, run_worker_group
+from jobs.runtime.worker_group import run_worker_group
 from jobs.stage import Stage, StageContext, WorkerContext, Workers
 from ppcl.ablation.run import AblationInputs, read_detection, removed_blocks, run_seed
 from ppcl.ablation.summary import summary

@@ -16,12 +16,13 @@ from ppcl.config.schema import Config
 from ppcl.evaluation.image_scores import ImageScorer
 from ppcl.evaluation.images import TIMED_ROUNDS, image_path, load_images, seconds_per_step
 from ppcl.evaluation.prompt_checker import TestPrompt, checker_prompts, load_checker, named_prompts
-from ppcl.evaluation.samples import REPORT_SAMPLES, spread_samples
+from ppcl.evaluation.samples import REPORT_SAMPLES
 from ppcl.evaluation.velocity_error import ErrorSums
 from ppcl.search.variants import TEACHER, read_catalog
 from ppcl.storage.manifest import write_atomically
 from ppcl.storage.mirror import download, local_file
 from ppcl.storage.node_cache import file_sha256
+from ppcl.training.data import spread_samples
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from jobs.runtime.checkpoints import drop_damaged_checkpoints, open_checkpoints
+from jobs.runtime.progress_board import RankReporter
 from jobs.runtime.resources import Resources
-from jobs.runtime.worker_group import RankReporter, run_worker_group
+from jobs.runtime.worker_group import run_worker_group
 from jobs.stage import Stage, StageContext, WorkerContext, Workers
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config

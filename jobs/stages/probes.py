@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from jobs.runtime.progress_board import RankReporter
 from jobs.runtime.resources import Resources
-from jobs.runtime.worker_group import RankReporter, run_worker_group
+from jobs.runtime.worker_group import run_worker_group
 from jobs.stage import Stage, StageContext, WorkerContext, Workers
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
@@ -15,6 +14,7 @@ from ppcl.detection.fit_probes import dropped, fit_probes, underdetermined
 from ppcl.models.teacher import Teacher
 from ppcl.storage.mirror import download, upload_on_exit
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 
 
 def workers(config: Config) -> Workers:
@@ -50,15 +50,18 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
     config = context.config
     with upload_on_exit(context.folder) as folder:
         fit_probes(
-            teacher=Teacher(context.teacher),
-            samples=CalibrationSet.of(context.inputs["calibration"]),
-            settings=config.probes,
-            dims=ParallelDims.join(config.probes.workers, 1),
-            folder=folder,
-            seed=config.seed,
-            device=context.device,
-            dtype=torch.bfloat16 if context.device == "cuda" else torch.float32,
-            report=report,
+            Teacher(context.teacher),
+            CalibrationSet.of(context.inputs["calibration"]),
+            config.probes,
+            RunContext(
+                folder=folder,
+                checkpoints=context.checkpoints,
+                seed=config.seed,
+                device=context.device,
+                dims=ParallelDims.join(config.probes.workers, 1),
+                report=report,
+            ),
+            config.detection.tokens,
         )
 
 
@@ -69,4 +72,6 @@ STAGE = Stage(
     depends_on=("calibration",),
     sections=("probes",),
     workers=workers,
+    # It keeps as many tokens as detection compares.
+    also_reads=lambda context: [context.config.detection.tokens],
 )

@@ -8,13 +8,14 @@ from typing import Any
 from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, workers
 from jobs.stage import Stage, StageContext
 from ppcl.calibration.dataset import CalibrationSet
-from ppcl.evaluation.samples import SEARCH_SAMPLES, spread_samples
+from ppcl.evaluation.samples import SEARCH_SAMPLES
 from ppcl.evaluation.velocity_error import ErrorSums
 from ppcl.replacements import Plan
 from ppcl.replacements.io import replacement_files
 from ppcl.replacements.parameter_counts import parameter_counts
 from ppcl.search.variants import VariantCatalog, best_plans, make_variants, missed_targets, plans_to_measure
 from ppcl.storage.manifest import write_atomically
+from ppcl.training.data import spread_samples
 
 
 def run(context: StageContext) -> dict[str, Any]:

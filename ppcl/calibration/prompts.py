@@ -87,6 +87,11 @@ def check_prompts(
     return key_of(file_sha256(path), path.suffix, images)
 
 
+def count_prompts(location: LocationLike, column: str, limit: int | None = None) -> int:
+    """The number of prompts that are used. Raises `UserError` as `read_prompts` does."""
+    return sum(1 for _ in read_prompts(location, column, limit=limit))
+
+
 def _prompts(path: Path, rows: Iterable[tuple[str, list[Any]]]) -> Iterator[Prompt]:
     """Check and number the prompts of `rows`: (name of the row in an error, its values)."""
     number = 0

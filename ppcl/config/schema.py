@@ -258,9 +258,10 @@ class Finetuning(Section):
         [], description="with plan: variants, the names of the variants to train, whole and in part; []: all"
     )
     activation_checkpointing: bool = Field(
-        False,
+        True,
         json_schema_extra=OPERATIONAL,
-        description="recompute activations in the backward pass instead of keeping them",
+        description="recompute activations in the backward pass instead of keeping them; false is faster where they "
+        "fit",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"

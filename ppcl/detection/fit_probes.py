@@ -8,7 +8,7 @@ tokens of the boundaries behind its own blocks, the first rank those of `X_0` to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,8 @@ from ppcl.storage.manifest import write_atomically
 from ppcl.storage.tensor_files import to_bytes
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import Samples
-from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage, balanced_segments
+from ppcl.training.run_context import Precision, RunContext
 from ppcl.training.teacher_segment import TeacherSegment, text_mask
 
 
@@ -42,17 +42,19 @@ def fit_probes(
     teacher: Teacher,
     samples: Samples,
     settings: Probes,
-    dims: ParallelDims,
-    folder: Path,
-    seed: int,
-    device: str,
-    dtype: torch.dtype,
-    report: Callable[[int, int, dict[str, float]], None],
+    run: RunContext,
+    tokens: int,
+    precision: Precision = "auto",
 ) -> None:
-    """Fit the probes of this rank's blocks and write them, and the held-out tokens behind them, to `folder`."""
+    """Fit the probes of this rank's blocks and write them, and the held-out tokens behind them, to `run.folder`.
+
+    `tokens`: how many held-out tokens of a stream are enough, over all samples. Memory: `16 d²` bytes a stream and
+    block and as much for its FFN, and `4 d` bytes a kept token and boundary.
+    """
+    dims, device, folder = run.dims, run.device, run.folder
     count = teacher.adapter.block_ranges(teacher.empty_transformer())[-1].stop
     part = balanced_segments([1.0] * count, dims.pp)[dims.pp_rank]
-    segment = TeacherSegment(teacher, part, [], device, dtype)
+    segment = TeacherSegment(teacher, part, [], device, run.dtype(precision))
     pipeline_stage = PipelineStage(dims.pp_rank, dims.pp, dims.rank)
     fitted, held_out = samples.ids(held_out=False), samples.ids(held_out=True)
     total = len(fitted) + len(held_out)
@@ -68,25 +70,33 @@ def fit_probes(
             if before is not None:
                 _add(sums, boundary - 1, before, streams, captured, start, device)
             before = streams
-        report(min(start + settings.batch_size, len(fitted)), total, {})
+        run.report(min(start + settings.batch_size, len(fitted)), total, {})
     for block in part:
-        _write_probe(folder, block, {n: s for (b, n), s in sums.items() if b == block}, settings.ridge)
+        # Taken out, so that they are gone when the held-out tokens come.
+        moments_of = {name: sums.pop((block, name)) for b, name in list(sums) if b == block}
+        _write_probe(folder, block, moments_of, settings.ridge)
 
-    tokens: dict[tuple[int, str], list[torch.Tensor]] = {}
+    per_sample = tokens_per_sample(settings, len(held_out), tokens)
+    kept_tokens: dict[tuple[int, str], list[torch.Tensor]] = {}
     wanted = range(part.start if dims.pp_rank == 0 else part.start + 1, part.stop + 1)
     for start in range(0, len(held_out), settings.batch_size):
         ids = held_out[start : start + settings.batch_size]
         for boundary, streams, captured in _walk(segment, pipeline_stage, samples, ids, CaptureSpec()):
             for name, x in streams._asdict().items():
                 if boundary in wanted and x is not None:
-                    chosen = _chosen(x, name, captured.text_mask, ids, settings.tokens_per_sample, seed)
-                    tokens.setdefault((boundary, name), []).append(chosen.float().cpu())
-        report(len(fitted) + min(start + settings.batch_size, len(held_out)), total, {})
+                    chosen = _chosen(x, name, captured.text_mask, ids, per_sample, run.seed)
+                    kept_tokens.setdefault((boundary, name), []).append(chosen.float().cpu())
+        run.report(len(fitted) + min(start + settings.batch_size, len(held_out)), total, {})
     for boundary in wanted:
-        kept = {n: torch.cat(parts) for (b, n), parts in tokens.items() if b == boundary}
+        kept = {n: torch.cat(parts) for (b, n), parts in kept_tokens.items() if b == boundary}
         _save(tokens_file(folder, boundary), kept, {})
     pipeline_stage.flush()
     dims.barrier()
+
+
+def tokens_per_sample(settings: Probes, samples: int, tokens: int) -> int:
+    """Tokens of a stream to keep of each of so many samples, of which `tokens` together are enough."""
+    return min(settings.tokens_per_sample, -(-tokens // max(samples, 1)))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 # Tokens worked on at once: bounds the memory of their wider copies.
-_CHUNK = 16384
+CHUNK = 16384
 
 
 class Moments:
@@ -40,7 +40,7 @@ class Moments:
             if part in self.parts:
                 return
             self.parts.add(part)
-        for xs, ys in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
+        for xs, ys in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
             self._add(xs, ys)
 
     def merge(self, other: Moments) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,33 @@ class Teacher:
         parts = {name for name, value in index.items() if isinstance(value, list) and name != "transformer"}
         names = [name for name in self._names() if name.split("/")[0] in parts]
         return dict(zip(names, parallel_map(self._sha256, names), strict=True))
+
+    def pixels_a_token(self) -> int:
+        """The side of a token in an image, pixels: what the VAE shrinks by, times the patches of 2."""
+        vae = self._json("vae/config.json")
+        # Of the two kinds of VAEs that the pipelines have.
+        halvings = (
+            len(vae["temperal_downsample"]) if "temperal_downsample" in vae else len(vae["block_out_channels"]) - 1
+        )
+        return 2 * 2**halvings
+
+    def component_parameters(self) -> dict[str, int]:
+        """The parameters of the pipeline's other parts, by name, from the headers of their files alone."""
+        counts: dict[str, int] = {}
+        for name in self._names():
+            part = name.split("/")[0]
+            if name.endswith(_WEIGHTS) and part != "transformer" and "/" in name:
+                counts[part] = counts.get(part, 0) + sum(math.prod(shape) for shape in self._shapes(name))
+        return counts
+
+    def _shapes(self, name: str) -> Iterator[Sequence[int]]:
+        """The shapes of a file's tensors."""
+        if self.store:
+            yield from (entry["shape"] for entry in self._remote_weights(name).header.values())
+            return
+        with _open(self.folder / name) as file:
+            for tensor in file.keys():  # noqa: SIM118 - not a dict
+                yield file.get_slice(tensor).get_shape()
 
     def with_weights(self, transformer: bool = True) -> Path:
         """The folder on this node with all weights, or with all but the transformer's; downloads missing ones."""

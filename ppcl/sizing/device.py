@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from ppcl.config.loading import Section
+from ppcl.errors import UserError
 
 
 class Device(Section):
@@ -38,3 +41,47 @@ class Device(Section):
     def between(self, a: int, b: int) -> float:
         """Bytes a second from one global rank to another."""
         return self.reached * (self.link if a // self.node == b // self.node else self.network)
+
+
+# By name, what is different from an H100: the vendors' rates of dense products, memory and links.
+_KINDS: dict[str, dict[str, Any]] = {
+    "h100": {},
+    "h200": {"name": "H200 SXM, 8 a node, 400 Gb/s a GPU", "memory": 4.8e12, "size": 141e9},
+    "a100": {
+        "name": "A100 SXM 80 GB, 8 a node, 200 Gb/s a GPU",
+        "flops": 312e12,
+        "sums": 19.5e12,
+        "memory": 2.04e12,
+        "link": 300e9,
+        "network": 25e9,
+    },
+    "l40s": {
+        "name": "L40S, 8 a node, PCIe 4, 100 Gb/s a GPU",
+        "flops": 362e12,
+        "sums": 91.6e12,
+        "memory": 0.864e12,
+        "link": 32e9,
+        "network": 12.5e9,
+        "size": 48e9,
+    },
+    "rtx4090": {
+        "name": "RTX 4090, 8 a node, PCIe 4, 100 Gb/s a GPU",
+        "flops": 165e12,
+        "sums": 82.6e12,
+        "memory": 1.01e12,
+        "link": 32e9,
+        "network": 12.5e9,
+        "size": 24e9,
+    },
+}
+
+
+def kinds() -> list[str]:
+    return list(_KINDS)
+
+
+def rates_of(kind: str) -> dict[str, Any]:
+    """The rates of a kind of GPU that are not an H100's. Raises `UserError` for one that is not known."""
+    if kind.lower() not in _KINDS:
+        raise UserError(f"--device {kind!r} is not known; known are {', '.join(_KINDS)}; --set size=48e9 changes one")
+    return dict(_KINDS[kind.lower()])

@@ -99,7 +99,7 @@ def meshes(model: Model, plan: Sequence[Interval], batch: int, gpus: int) -> lis
         pp = longest_dividing(model, plan, gpus)
         raise UserError(
             f"{gpus} GPUs: the longest pipeline of which a whole number fits has {pp} ranks, and each of its "
-            f"{gpus // pp} replicas needs a sample of a step, which has {batch}; set --batch higher"
+            f"{gpus // pp} replicas needs a sample of a step, which has {batch}; use larger batches or fewer GPUs"
         )
     return found
 
@@ -125,7 +125,7 @@ def rank_of(model: Model, plan: Sequence[Interval], samples: int, stage: int, pp
         teacher=TEACHER_BYTES * (model.rest + sum(model.blocks[b] for b in part)),
         students=STUDENT_BYTES * students,
         streams=stream * (len(boundaries) + (0 if last else IN_FLIGHT)),
-        activations=max((samples * model.saved_bytes[i.first] + model.cast_bytes[i.first] for i in mine), default=0),
+        activations=max((model.memory[i.first].saved.of(samples) for i in mine), default=0),
         sent=0 if last else stream,
         reduced=round(2 * (dp - 1) / dp * GRADIENT_BYTES * students),
         fsdp=round(TEACHER_BYTES * (pp * dp - 1) / (pp * dp) * model.parameters),

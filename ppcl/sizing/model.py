@@ -7,6 +7,7 @@ code.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -15,23 +16,71 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ppcl.errors import UserError
 from ppcl.models import ModelAdapter, Streams, adapter_of, embed
 from ppcl.models.teacher import Teacher
+from ppcl.replacements.block_view import linear_at
+from ppcl.sizing.peak_memory import PeakMemory
 
 _TEXT_TOKENS = 512
-_PIXELS_A_TOKEN = 16  # of the VAE 8, of the patches 2, in every family
+# Of the VAE 8, of the patches 2, in every published model.
+PIXELS_A_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class SampleBytes:
+    """Bytes that grow with the samples of a batch: `each` for one of them, and `fixed`."""
+
+    each: int
+    fixed: int
+
+    @classmethod
+    def through(cls, one: int, two: int) -> SampleBytes:
+        """From the bytes of one sample and of two."""
+        return cls(two - one, 2 * one - two)
+
+    def of(self, samples: int) -> int:
+        return samples * self.each + self.fixed
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """What running a block takes beside its parameters and its inputs.
+
+    `forward`: the most alive at once without gradients. `saved`: what autograd keeps of a student like it, in bfloat16
+    its weights among it. `frozen`: what autograd keeps of the teacher's own block where the streams alone have a
+    gradient.
+    """
+
+    forward: SampleBytes
+    saved: SampleBytes
+    frozen: SampleBytes
+
+
+@dataclass(frozen=True)
+class FfnSize:
+    """The FFN of one stream of a block: its `parameters` and its hidden `units`."""
+
+    parameters: int
+    units: int
+
+    def kept(self, percent: int) -> int:
+        """Parameters with `percent` of the units."""
+        return self.parameters * max(1, round(self.units * percent / 100)) // self.units
 
 
 @dataclass(frozen=True)
 class Model:
     """`blocks`: parameters of each block in running order; `rest`: those of embedders and head, which every rank holds;
-    `affine`: those of the affine maps behind a student. `block_ranges`: the block lists.
+    `affine`: those of the affine maps behind a student. `block_ranges`: the block lists. `ffns`: by block and stream,
+    its FFN. `memory`: by block.
 
-    In bfloat16: `stream_bytes` of the two streams between two blocks, a sample; what the backward pass of a student
-    like each block keeps, `saved_bytes` a sample and `cast_bytes` besides, its weights in bfloat16.
+    In `dtype`, that of the teacher: `stream_bytes` of the two streams between two blocks, a sample; `latent_bytes` and
+    `text_bytes` of what the transformer is given of a sample.
 
     Floating-point operations of a sample, a multiplication and an addition being two: `rest_flops` of embedders and
     head; by block `flops` of its forward, `trained_flops` of the forward and backward pass of a student like it without
@@ -43,9 +92,13 @@ class Model:
     rest: int
     affine: int
     block_ranges: tuple[range, ...]
+    ffns: tuple[Mapping[str, FfnSize], ...]
+    memory: tuple[BlockMemory, ...]
     stream_bytes: int
-    saved_bytes: tuple[int, ...]
-    cast_bytes: tuple[int, ...]
+    latent_bytes: int
+    text_bytes: int
+    text_tokens: int
+    dtype: torch.dtype
     width: int
     rest_flops: int
     flops: tuple[int, ...]
@@ -55,7 +108,12 @@ class Model:
     @property
     def tokens(self) -> int:
         """Of both streams, a sample."""
-        return self.stream_bytes // (2 * self.width)
+        return self.stream_bytes // (self.dtype.itemsize * self.width)
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of the longer stream, a sample."""
+        return max(self.text_tokens, self.tokens - self.text_tokens)
 
     @property
     def parameters(self) -> int:
@@ -63,27 +121,37 @@ class Model:
 
     @classmethod
     def of(
-        cls, name: str, transformer: str, config: dict[str, Any], text_tokens: int, height: int, width: int
+        cls,
+        name: str,
+        transformer: str,
+        config: dict[str, Any],
+        text_tokens: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype = torch.bfloat16,
+        pixels_a_token: int = PIXELS_A_TOKEN,
     ) -> Model:
-        """`height`, `width`: of the images, pixels."""
+        """`height`, `width`: of the images, pixels. `dtype`: the teacher's, bfloat16 or float32."""
         import diffusers
 
-        if height % _PIXELS_A_TOKEN or width % _PIXELS_A_TOKEN:
-            raise UserError(f"images of {width} × {height} pixels: both must be multiples of {_PIXELS_A_TOKEN}")
+        if height % pixels_a_token or width % pixels_a_token:
+            raise UserError(f"images of {width} × {height} pixels: both must be multiples of {pixels_a_token}")
+        grid = height // pixels_a_token, width // pixels_a_token
         adapter = adapter_of(transformer)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = getattr(diffusers, transformer).from_config(config).eval()
             blocks = adapter.blocks(model)
+            calls = [_call(adapter, model.config, samples, grid, text_tokens) for samples in (1, 2)]
             with _counter() as rest:
-                one = _at_blocks(model, adapter, 1, height, width, text_tokens)
-            two = _at_blocks(model, adapter, 2, height, width, text_tokens)
+                one = _at_blocks(model, adapter, calls[0], dtype)
+            two = _at_blocks(model, adapter, calls[1], dtype)
             # Blocks of one list are alike, but for the last one of some and the first few of others.
-            alike: dict[tuple, tuple[int, ...]] = {}
+            alike: dict[tuple, tuple[BlockMemory, int, int, int]] = {}
             kinds = [tuple((n, tuple(p.shape)) for n, p in block.named_parameters()) for block in blocks]
             for number, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
                 if kind not in alike:
-                    saved = [saved_for_backward(adapter, block, *at) for at in (one, two)]
-                    alike[kind] = (*saved, *_flops(adapter, block, *one), _sums_flops(adapter, model, number, one[0]))
+                    sums = _sums_flops(adapter, model, number, one[0])
+                    alike[kind] = (block_memory(adapter, block, one, two), *_flops(adapter, block, *one), sums)
             sizes, width = tuple(map(_count, blocks)), one[0].img.shape[-1]
             return cls(
                 name=name,
@@ -91,51 +159,104 @@ class Model:
                 rest=_count(model) - sum(sizes),
                 affine=2 * width * (width + 1),
                 block_ranges=tuple(adapter.block_ranges(model)),
+                ffns=tuple(_ffns(adapter, model, number, block) for number, block in enumerate(blocks)),
+                memory=tuple(alike[kind][0] for kind in kinds),
                 stream_bytes=sum(stream.nbytes for stream in one[0] if stream is not None),
-                saved_bytes=tuple(alike[kind][1] - alike[kind][0] for kind in kinds),
-                cast_bytes=tuple(2 * alike[kind][0] - alike[kind][1] for kind in kinds),
+                latent_bytes=_bytes(calls[0], [adapter.latents], dtype),
+                text_bytes=_bytes(calls[0], adapter.prompt_arguments, dtype),
+                text_tokens=text_tokens,
+                dtype=dtype,
                 width=width,
                 rest_flops=rest.get_total_flops(),
-                flops=tuple(alike[kind][2] for kind in kinds),
-                trained_flops=tuple(alike[kind][3] for kind in kinds),
-                sums_flops=tuple(alike[kind][4] for kind in kinds),
+                flops=tuple(alike[kind][1] for kind in kinds),
+                trained_flops=tuple(alike[kind][2] for kind in kinds),
+                sums_flops=tuple(alike[kind][3] for kind in kinds),
             )
 
 
-def _at_blocks(
-    model: nn.Module, adapter: ModelAdapter, samples: int, height: int, width: int, text: int
-) -> tuple[Streams, dict[str, Any]]:
-    """What the first block is given, in bfloat16."""
-    streams, context = embed(model, _call(adapter, model.config, samples, height, width, text))
-    return Streams(*map(_bfloat16, streams)), {name: _bfloat16(value) for name, value in context.items()}
+# The streams and the other arguments of a block.
+BlockInputs = tuple[Streams, dict[str, Any]]
 
 
-def saved_for_backward(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: dict[str, Any]) -> int:
-    """Bytes that autograd keeps of a block's forward in training with bfloat16 autocast, without its parameters."""
-    own = {p.untyped_storage()._cdata for p in block.parameters()}
+def _at_blocks(model: nn.Module, adapter: ModelAdapter, call: dict[str, Any], dtype: torch.dtype) -> BlockInputs:
+    """What the first block is given."""
+    streams, context = embed(model, call)
+    return Streams(*(_cast(x, dtype) for x in streams)), {name: _cast(value, dtype) for name, value in context.items()}
+
+
+def block_memory(adapter: ModelAdapter, block: nn.Module, one: BlockInputs, two: BlockInputs) -> BlockMemory:
+    """Measure what running a block takes, from its inputs for one sample and for two."""
+
+    def through(measure: Callable[[BlockInputs], int]) -> SampleBytes:
+        return SampleBytes.through(measure(one), measure(two))
+
+    return BlockMemory(
+        forward=through(lambda inputs: _forward_peak(adapter, block, inputs)),
+        saved=through(lambda inputs: saved_for_backward(adapter, block, inputs, trained=True)),
+        frozen=through(lambda inputs: saved_for_backward(adapter, block, inputs, trained=False)),
+    )
+
+
+def saved_for_backward(adapter: ModelAdapter, block: nn.Module, inputs: BlockInputs, trained: bool) -> int:
+    """Bytes that autograd keeps of a block's forward, without its parameters and what all blocks share.
+
+    `trained`: a student's, whose float32 parameters have a gradient; else the streams alone have one.
+    """
+    streams, context = inputs
+    parameters: dict[str, torch.Tensor] = (
+        dict(block.named_parameters()) if trained else _frozen_parameters(block, streams.img.dtype)
+    )
+    shared = [*parameters.values(), *tree_leaves(context)]
+    others = {x.untyped_storage()._cdata for x in shared if torch.is_tensor(x)}
     kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    for p in block.parameters():
-        p.requires_grad_(True)
-    bfloat16 = streams.img.dtype is torch.bfloat16
     held: list[Any] = []  # else the address of a freed storage could be used again
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         held.append(tensor)
-        return keep(tensor)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in others:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
 
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+        torch.autocast("cpu", torch.bfloat16, enabled=streams.img.dtype is torch.bfloat16),
     ):
-        held.append(block(**adapter.join(streams, context)))
+        given = adapter.join(streams if trained else _with_gradient(streams), context)
+        held.append(functional_call(block, parameters, kwargs=given))
     return sum(kept.values())
+
+
+def _forward_peak(adapter: ModelAdapter, block: nn.Module, inputs: BlockInputs) -> int:
+    """The most bytes alive at once in a block's forward without gradients, beside its parameters and inputs."""
+    parameters = _frozen_parameters(block, inputs[0].img.dtype)
+    with torch.no_grad(), PeakMemory() as memory:
+        memory.hold(parameters, inputs)
+        before = memory.now
+        kept = functional_call(block, parameters, kwargs=adapter.join(*inputs))  # noqa: F841 - alive at the peak
+        return memory.peak - before
+
+
+def _frozen_parameters(block: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The teacher's own: in its precision, without gradients."""
+    return {name: p.detach().to(dtype) for name, p in block.named_parameters()}
+
+
+def _with_gradient(streams: Streams) -> Streams:
+    txt = streams.txt
+    return Streams(
+        streams.img.detach().requires_grad_(True), None if txt is None else txt.detach().requires_grad_(True)
+    )
+
+
+def _ffns(adapter: ModelAdapter, model: nn.Module, number: int, block: nn.Module) -> dict[str, FfnSize]:
+    """By stream, the FFN of a block."""
+    return {
+        stream: FfnSize(
+            _count(block.get_submodule(where.ffn)), linear_at(block, f"{where.ffn}.{adapter.ffn_up}").out_features
+        )
+        for stream, where in adapter.parts_of(model, number, block).items()
+    }
 
 
 def _counter() -> FlopCounterMode:
@@ -168,9 +289,9 @@ def _sums_flops(adapter: ModelAdapter, model: nn.Module, number: int, streams: S
     return sum(4 * tokens[name] * streams.img.shape[-1] ** 2 for name in fitted)
 
 
-def _call(adapter: ModelAdapter, config: Any, samples: int, height: int, width: int, text: int) -> dict[str, Any]:
-    """Arguments of the stock forward."""
-    rows, columns = height // _PIXELS_A_TOKEN, width // _PIXELS_A_TOKEN
+def _call(adapter: ModelAdapter, config: Any, samples: int, grid: tuple[int, int], text: int) -> dict[str, Any]:
+    """Arguments of the stock forward for images of `grid` tokens, rows and columns."""
+    rows, columns = grid
     call: dict[str, Any] = {
         "timestep": torch.empty(samples),
         "encoder_hidden_states": torch.empty(samples, text, config.joint_attention_dim),
@@ -190,8 +311,13 @@ def _call(adapter: ModelAdapter, config: Any, samples: int, height: int, width: 
     return call
 
 
-def _bfloat16(value: Any) -> Any:
-    return value.bfloat16() if torch.is_tensor(value) and value.dtype is torch.float32 else value
+def _bytes(call: dict[str, Any], names: Iterable[str], dtype: torch.dtype) -> int:
+    """Of one sample's tensors among the arguments of the forward."""
+    return sum(_cast(call[name], dtype).nbytes for name in names if torch.is_tensor(call.get(name)))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if torch.is_tensor(value) and value.dtype is torch.float32 else value
 
 
 def _count(module: nn.Module) -> int:
@@ -207,12 +333,49 @@ def published() -> dict[str, dict[str, Any]]:
     }
 
 
+@dataclass(frozen=True)
+class TeacherSize:
+    """A teacher as far as sizes depend on it: `model`, and of the rest of its pipeline the class and the parameters.
+
+    `components`: by name, the parameters of the text encoders and of the VAE.
+    """
+
+    model: Model
+    adapter: ModelAdapter
+    pipeline_class: str
+    components: Mapping[str, int]
+
+    @classmethod
+    def of(cls, teacher: Teacher, height: int, width: int, dtype: torch.dtype = torch.bfloat16) -> TeacherSize:
+        """Of a pipeline's folder or URL; no weight is read. `height`, `width`: of the images, pixels, rounded down."""
+        adapter, pixels = teacher.adapter, teacher.pixels_a_token()
+        model = Model.of(
+            name=teacher.place,
+            transformer=adapter.transformer,
+            config=teacher.config(),
+            text_tokens=_TEXT_TOKENS,
+            height=max(height // pixels, 1) * pixels,
+            width=max(width // pixels, 1) * pixels,
+            dtype=dtype,
+            pixels_a_token=pixels,
+        )
+        return cls(model, adapter, teacher.pipeline_class, teacher.component_parameters())
+
+    @classmethod
+    def named(cls, name: str, height: int, width: int, dtype: torch.dtype = torch.bfloat16) -> TeacherSize:
+        """Of a published model, or of a pipeline's folder or URL. Raises `UserError`."""
+        if record := published().get(name.lower()):
+            known = {key: value for key, value in record.items() if key != "components"}
+            model = Model.of(**known, height=height, width=width, dtype=dtype)
+            adapter = adapter_of(record["transformer"])
+            return cls(model, adapter, adapter.pipelines[0], record["components"])
+        try:
+            teacher = Teacher(name)
+        except UserError as error:
+            raise UserError(f"{error}; or name one of {', '.join(published())}") from None
+        return cls.of(teacher, height, width, dtype)
+
+
 def model_of(name: str, height: int, width: int) -> Model:
-    """A published model, or that of a pipeline's folder or URL. Raises `UserError`."""
-    if record := published().get(name.lower()):
-        return Model.of(**record, height=height, width=width)
-    try:
-        teacher = Teacher(name)
-    except UserError as error:
-        raise UserError(f"{error}; or name one of {', '.join(published())}") from None
-    return Model.of(teacher.place, teacher.adapter.transformer, teacher.config(), _TEXT_TOKENS, height, width)
+    """A published model, or that of a pipeline's folder or URL, in bfloat16. Raises `UserError`."""
+    return TeacherSize.named(name, height, width).model

@@ -6,11 +6,23 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from ppcl.sizing.job import WorkerSize
 from ppcl.sizing.memory import Rank
 from ppcl.sizing.model import Model
 from ppcl.sizing.simulation import Step
 
-_COLUMNS = ("GPUs", "pp × dp", "teacher", "students", "streams", "activations", "memory", "sent", "reduced", "FSDP")
+LAYOUT_COLUMNS = (
+    "GPUs",
+    "pp × dp",
+    "teacher",
+    "students",
+    "streams",
+    "activations",
+    "memory",
+    "sent",
+    "reduced",
+    "FSDP",
+)
 # What a step of either kind consists of.
 DISTILLATION = ("compute", "imbalance", "weights", "reduce", "streams")
 PROBES = ("compute", "sums", "imbalance", "weights", "streams")
@@ -21,7 +33,7 @@ def gigabytes(count: float) -> str:
     """Three digits: `28.3 MB`, `40.9 GB`; a dash for nothing."""
     if not count:
         return "–"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}" if count / size < 999.5 else f"{count / size:.0f} {unit}"
     return f"{count} B"
@@ -53,9 +65,44 @@ def table(model: Model, ranks: Sequence[Rank], interval: int, batch: int, size: 
         f"samples a step, {size}"
     )
     made = Table(title=title, title_justify="left", title_style="")
-    for name in _COLUMNS:
+    for name in LAYOUT_COLUMNS:
         made.add_column(name, justify="right")
     for row in rows_of(ranks):
+        made.add_row(*row)
+    return made
+
+
+def duration(seconds: float | None) -> str:
+    """`45 s`, `12 min`, `3.4 h`; a dash for what is not computed."""
+    if seconds is None:
+        return "–"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+JOB_COLUMNS = ("stage", "worker", "workers", "device", "most of it", "host", "written", "sent", "time")
+
+
+def job_rows(workers: Sequence[WorkerSize]) -> list[list[str]]:
+    """A row a kind of worker: bytes of the fullest one, and what the stage writes, sends and how long it takes."""
+    rows = []
+    for worker in workers:
+        largest = sorted(worker.device.items(), key=lambda part: -part[1])[:2]
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in largest if size)
+        sizes = [gigabytes(n) for n in (worker.host_bytes, worker.written, worker.sent)]
+        rows.append(
+            [worker.stage, worker.worker, str(worker.count), gigabytes(worker.device_bytes), parts or "–", *sizes]
+            + [duration(worker.seconds)]
+        )
+    return rows
+
+
+def job_table(title: str, workers: Sequence[WorkerSize]) -> Table:
+    made = Table(title=title, title_justify="left", title_style="")
+    for name in JOB_COLUMNS:
+        made.add_column(name, justify="left" if name in ("stage", "worker", "most of it") else "right")
+    for row in job_rows(workers):
         made.add_row(*row)
     return made
 

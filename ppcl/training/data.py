@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Samples(Protocol):
@@ -29,3 +32,16 @@ def batch_of(step: int, ids: np.ndarray, size: int, seed: int) -> np.ndarray:
         for epoch in {position // len(ids) for position in positions}
     }
     return np.array([orders[position // len(ids)][position % len(ids)] for position in positions])
+
+
+def spread_samples(ids: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of the ids, ascending: one of each of so many equal runs of them, at golden-ratio positions.
+
+    A constant stride would take the same timesteps of every prompt, since each prompt has as many samples in order of
+    their timesteps.
+    """
+    if len(ids) <= most:
+        return ids
+    borders = np.arange(most + 1) * len(ids) // most
+    positions = np.arange(most) * _GOLDEN % 1.0
+    return ids[borders[:-1] + (positions * np.diff(borders)).astype(np.int64)]

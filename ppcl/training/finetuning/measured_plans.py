@@ -14,13 +14,13 @@ import torch
 
 from ppcl.replacements import Replacement
 from ppcl.replacements.finetuned_selection import FinetunedSelection, ratios_of
-from ppcl.training.data import Samples
+from ppcl.training.data import Samples, spread_samples
 from ppcl.training.finetuning.plan_sampler import FixedPlan, PlanSampler, VariantParts, random_plans, trainable
 from ppcl.training.finetuning.variant_model import VariantModel
 from ppcl.training.run_context import RunContext
 
 # Held-out samples on which plans are measured, at most, and how many at once.
-_SAMPLES, _BATCH = 192, 32
+SAMPLES, BATCH = 192, 32
 
 Variants = Mapping[str, Sequence[Replacement]]
 
@@ -40,13 +40,12 @@ def plans_to_measure(sampler: PlanSampler, variants: Variants, count: int, seed:
 def velocity_errors(
     model: VariantModel, samples: Samples, plans: Sequence[Sequence[Replacement]], run: RunContext
 ) -> list[float]:
-    """Each plan's relative squared velocity error on held-out samples, at most `_SAMPLES` of them, spread evenly.
+    """Each plan's relative squared velocity error on held-out samples, at most `SAMPLES` of them, spread evenly.
 
     Every replica measures its share of each batch; all have the result.
     """
-    ids = samples.ids(held_out=True)
-    ids = ids[:: -(-len(ids) // _SAMPLES)]
-    batches = [ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH)]
+    ids = spread_samples(samples.ids(held_out=True), SAMPLES)
+    batches = [ids[start : start + BATCH] for start in range(0, len(ids), BATCH)]
     # The plans' errors, and the target's energy.
     sums = torch.zeros(len(plans) + 1, dtype=torch.float64, device=model.device)
     for number, batch in enumerate(batches):

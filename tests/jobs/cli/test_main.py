@@ -216,7 +216,7 @@ def test_plan_simulates_as_json_with_the_rates_it_took(ppcl, teacher_folder):
         (["--grow"], "--grow and --set are for the simulation; add --simulate"),
         (["--simulate", "--set", "utilization=0.5"], "--set: unknown key utilization; the nearest is utilisation"),
         (["--simulate", "--set", "utilisation=2"], "--set: utilisation is 2: input should be less than or equal to 1"),
-        (["--gpus", "512"], "each of its 64 replicas needs a sample of a step, which has 16; set --batch higher"),
+        (["--gpus", "512"], "each of its 64 replicas needs a sample of a step, which has 16; use larger batches"),
     ],
 )
 def test_plan_tells_what_cannot_be_simulated(ppcl, given, told):
@@ -242,3 +242,43 @@ def test_the_command_line_runs_as_a_module():
         [sys.executable, "-m", "jobs.cli", "--version"], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert ended.returncode == 0 and ended.stdout.startswith("ppcl "), ended.stderr
+
+
+def test_plan_of_a_job_tells_every_stage_of_its_configuration(ppcl, here, teacher_folder):
+    (here / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
+    (here / "job.yaml").write_text(
+        f"teacher: {teacher_folder}\nprompts: prompts.txt\ndevice: cpu\nsampling: {{height: 32, width: 32}}\n"
+        "probes: {workers: 3}\n"
+    )
+    code, said, _ = ppcl("plan", "--job", here / "job.yaml", "--set", "probes.workers=2", "--set", "size=1e9", "--json")
+    assert code == 0
+    (job,) = json.loads(said)["jobs"]
+    assert job["prompts"] == 3
+    workers = {(one["stage"], one["worker"]): one for one in job["workers"]}
+    assert workers["probes", "rank"]["count"] == 2 and ("finetuning", "rank") not in workers
+    assert all(one["device_bytes"] == sum(one["device"].values()) for one in workers.values())
+    assert job["sentences"] == ["every worker fits 1 GB, of which nine tenths are usable"]
+
+
+def test_plan_of_a_published_model_says_what_does_not_fit_a_kind_of_gpu(ppcl):
+    code, said, _ = ppcl("plan", "qwen-image", "--stages", "--gpus", "8", "--device", "rtx4090", "--prompts", "100")
+    assert code == 0
+    assert "every stage on 8 GPUs (RTX 4090" in said and "finetuning" in said
+    assert "calibration needs" in said and "and the largest GPU here has 24 GB" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--stages", "--simulate"], "--simulate and --grow are for the distillation alone"),
+        (["--stages", "--gpus", "1,2"], "--gpus 1,2: a whole job is laid out on one number of GPUs; give one"),
+        (["--stages", "--device", "h900"], "--device 'h900' is not known; known are h100, h200, a100, l40s, rtx4090"),
+        (["--job", "job.yaml"], "give models or --job, not both"),
+        (["--prompts", "10"], "--prompts is for a whole job; add --stages"),
+        (["--gpus", "none"], "--gpus 'none' are no numbers of GPUs"),
+        (["--size", "big"], "--size 'big' is no size"),
+    ],
+)
+def test_plan_tells_what_does_not_go_together(ppcl, given, told):
+    code, _, said = ppcl("plan", "qwen-image", *given)
+    assert code == 2 and told in said

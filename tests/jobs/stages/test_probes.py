@@ -14,7 +14,7 @@ from ppcl.config.schema import Config
 from ppcl.detection.fit_probes import fit_probes
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
-from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 from tests.samples import MemorySamples
 from tests.stage_context import context
 
@@ -56,12 +56,8 @@ def alone(teacher_folder, calibration, tmp_path_factory):
         Teacher(teacher_folder),
         CalibrationSet(calibration),
         settings.probes,
-        ParallelDims.join(1, 1),
-        folder,
-        settings.seed,
-        "cpu",
-        torch.float32,
-        lambda *told: None,
+        RunContext(folder, folder, settings.seed),
+        settings.detection.tokens,
     )
     return folder
 

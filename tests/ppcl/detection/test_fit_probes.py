@@ -15,6 +15,7 @@ from ppcl.errors import UserError
 from ppcl.models import embed, run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.run_context import RunContext
 from tests import ranks
 from tests.ppcl.linalg.tokens import least_squares
 from tests.samples import MemorySamples
@@ -22,6 +23,8 @@ from tests.samples import MemorySamples
 # X_0 has the rank of its 16 latent channels, so block 0 needs the ridge.
 SETTINGS = Probes(batch_size=5, tokens_per_sample=3, ridge=1e-6)
 SAMPLES = 64
+# More than all samples give.
+TOKENS = 4096
 BLOCKS = 6
 
 
@@ -40,12 +43,13 @@ def fitted(teacher_folder, folder, pp=1, batch_size=5, samples=None):
         Teacher(teacher_folder),
         samples or MemorySamples(SAMPLES),
         settings,
-        ParallelDims.join(pp, 1),
-        Path(folder),
-        seed=0,
-        device="cpu",
-        dtype=torch.float32,
-        report=lambda done, total, values: captured.append((done, total)),
+        RunContext(
+            Path(folder),
+            Path(folder),
+            dims=ParallelDims.join(pp, 1),
+            report=lambda done, total, values, phase=None: captured.append((done, total)),
+        ),
+        TOKENS,
     )
     assert [done for done, _ in captured] == sorted(done for done, _ in captured) and captured[-1] == (SAMPLES, SAMPLES)
 
@@ -168,12 +172,8 @@ def test_fits_to_no_more_tokens_than_the_width_are_known(teacher_folder, alone, 
         Teacher(teacher_folder),
         few,
         SETTINGS,
-        ParallelDims.join(1, 1),
-        tmp_path,
-        seed=0,
-        device="cpu",
-        dtype=torch.float32,
-        report=lambda *told: None,
+        RunContext(tmp_path, tmp_path),
+        TOKENS,
     )
     assert underdetermined(probe_file(tmp_path, 2)) == int(few.mask[:3].sum())
     assert underdetermined(probe_file(alone, 2)) is None
@@ -206,3 +206,10 @@ def test_one_boundary_is_in_memory_at_a_time(teacher_folder, tmp_path, monkeypat
     monkeypatch.setattr(module, "run_blocks", watched)
     fitted(teacher_folder, tmp_path, batch_size=64)
     assert len(alive) == 2 * BLOCKS and most <= 3
+
+
+def test_no_more_tokens_are_kept_than_are_compared(teacher_folder, tmp_path):
+    samples = MemorySamples(SAMPLES)
+    count = len(samples.ids(held_out=True))
+    fit_probes(Teacher(teacher_folder), samples, SETTINGS, RunContext(tmp_path, tmp_path), tokens=2 * count - 1)
+    assert load_file(tokens_file(tmp_path, 1))["img"].shape[0] == 2 * count

@@ -3,6 +3,7 @@
 import json
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ppcl.config.schema import Distillation
 from ppcl.models.teacher import Teacher
@@ -57,7 +58,8 @@ def _measure(folder, out):
     seen = segment.run(inputs, pipeline_stage, wanted)
     most = 0
     for trainee in trainees:
-        own, kept, held = {p.untyped_storage().data_ptr() for p in trainee.state.parameters.values()}, {}, []
+        shared = [*trainee.state.parameters.values(), *filter(torch.is_tensor, tree_leaves(seen.context))]
+        own, kept, held = {x.untyped_storage().data_ptr() for x in shared}, {}, []
 
         def keep(x, own=own, kept=kept, held=held):
             if x.untyped_storage().data_ptr() not in own:

@@ -22,8 +22,8 @@ from ppcl.sizing.memory import intervals, longest_dividing
 from ppcl.sizing.model import model_of
 from ppcl.sizing.simulation import Work, distillation, distillation_on, distillation_work, play, probes
 from ppcl.sizing.table import DISTILLATION, PROBES, step_rows
-from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import IN_FLIGHT
+from ppcl.training.run_context import RunContext
 from tests import tiny
 from tests.conftest import REPOSITORY
 from tests.samples import MemorySamples
@@ -92,12 +92,8 @@ def test_operations_of_sums_are_those_of_a_real_fit(teacher_folder, small, tmp_p
         Teacher(teacher_folder),
         samples,
         Probes(batch_size=8),
-        ParallelDims(),
-        tmp_path,
-        0,
-        "cpu",
-        torch.float32,
-        lambda *told: None,
+        RunContext(tmp_path, tmp_path),
+        4096,
     )
     assert sum(counted) == len(samples.ids(held_out=False)) * sum(small.sums_flops)
 

@@ -1,0 +1,134 @@
+"""Whether a job's workers fit the devices they are for, and which key of the configuration makes one smaller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ppcl.config.schema import Config
+from ppcl.errors import UserError
+from ppcl.sizing.job import JobSize, WorkerSize
+from ppcl.sizing.memory import intervals, meshes
+from ppcl.sizing.model import TeacherSize
+from ppcl.sizing.stages import worker_sizes
+
+# A device's memory that libraries and the gaps of an allocator leave.
+USABLE = 0.9
+
+_MORE = (2, 4, 8, 16, 32, 64)
+_FEWER = (8, 4, 2, 1)
+
+# By stage, what to change, the gentlest first: the key, the values to try, and how a value is asked for.
+_LEVERS: dict[str, tuple[tuple[str, Sequence[Any], str], ...]] = {
+    "calibration": (("calibration.batch_size", _FEWER, "{} or less"),),
+    "probes": (("probes.workers", _MORE, "{} or more"), ("probes.batch_size", _FEWER, "{} or less")),
+    "detection": (("detection.tokens", (2048, 1024, 512), "{} or less"),),
+    "students": (
+        ("distillation.pipeline_parallel", _MORE, "{} or more"),
+        ("distillation.moments_gb", (8, 4, 2), "{} or less"),
+        ("distillation.batch_size", _FEWER, "{} or less"),
+    ),
+    "variants": (("evaluation.batch_size", _FEWER, "{} or less"),),
+    "finetuning": (
+        ("finetuning.activation_checkpointing", (True,), "true"),
+        ("finetuning.data_parallel", _MORE, "{} or more"),
+    ),
+    "evaluation": (("evaluation.batch_size", _FEWER, "{} or less"),),
+}
+
+
+def too_large(workers: Sequence[WorkerSize], memory: float) -> list[WorkerSize]:
+    """The workers of whom a device with `memory` bytes holds none."""
+    return [worker for worker in workers if worker.device_bytes > USABLE * memory]
+
+
+def refusal(job: JobSize, worker: WorkerSize, memory: float) -> str:
+    """Why a worker does not fit a device of `memory` bytes and what to do, as one sentence."""
+    largest = max(worker.device, key=lambda part: worker.device[part])
+    kind = "node" if job.cpu else "GPU"
+    return (
+        f"{worker.stage} needs {worker.device_bytes / 1e9:.3g} GB for each {worker.worker}, most of it for its "
+        f"{largest}, and the largest {kind} here has {memory / 1e9:.3g} GB, of which nine tenths are usable; "
+        f"{advice(job, worker, memory)}"
+    )
+
+
+def advice(job: JobSize, worker: WorkerSize, memory: float) -> str:
+    """The least change of the configuration by which a worker fits; where none does, the memory that it needs."""
+    least = worker.device_bytes
+    for together in (1, 2):
+        levers = _LEVERS[worker.stage][:together] if together > 1 else _LEVERS[worker.stage]
+        for changes in _combinations(levers, together):
+            found = _with(job, changes, worker)
+            if found is None:
+                continue
+            least = min(least, found.device_bytes)
+            if not too_large([found], memory):
+                return "set " + " and ".join(f"{key} to {words.format(value)}" for key, value, words in changes)
+    return f"no setting makes it fit; use devices of {math.ceil(least / USABLE / 1e9)} GB or more"
+
+
+Change = tuple[str, Any, str]
+
+
+def _combinations(levers: Sequence[tuple[str, Sequence[Any], str]], together: int) -> Iterator[list[Change]]:
+    """Each lever alone, or the first value of one with each value of the next."""
+    if together == 1:
+        for key, values, words in levers:
+            yield from ([(key, value, words)] for value in values)
+    elif len(levers) == 2:
+        (first, first_values, first_words), (second, second_values, second_words) = levers
+        for value in second_values:
+            yield from ([(first, one, first_words), (second, value, second_words)] for one in first_values)
+
+
+def _with(job: JobSize, changes: Sequence[Change], worker: WorkerSize) -> WorkerSize | None:
+    """The same worker with some keys changed; None where the configuration forbids it."""
+    config = job.config
+    for key, value, _ in changes:
+        section, name = key.split(".")
+        try:
+            changed = type(getattr(config, section)).model_validate(
+                getattr(config, section).model_dump() | {name: value}
+            )
+        except ValueError:
+            return None
+        config = config.model_copy(update={section: changed})
+    return next(
+        one
+        for one in worker_sizes(replace(job, config=config))
+        if (one.stage, one.worker) == (worker.stage, worker.worker)
+    )
+
+
+def check_fits(job: JobSize, memory: float, stages: Collection[str]) -> None:
+    """Raise `UserError` where a worker of these stages does not fit a device of `memory` bytes."""
+    for worker in too_large(worker_sizes(job), memory):
+        if worker.stage in stages:
+            raise UserError(f"{refusal(job, worker, memory)}; --no-memory-check starts all the same")
+
+
+def laid_out(config: Config, teacher: TeacherSize, gpus: int, interval: int) -> Config:
+    """The configuration with all stages on so many GPUs: the longest pipeline, replicas of it, and workers elsewhere.
+
+    Raises `UserError` where a replica would have no sample.
+    """
+    depth = intervals(teacher.model, interval)
+    pp, dp = meshes(teacher.model, depth, config.distillation.batch_size, gpus)[-1]
+    changes: dict[str, dict[str, int]] = {
+        "calibration": {"workers": gpus},
+        "probes": {"workers": min(gpus, len(teacher.model.blocks))},
+        "distillation": {"pipeline_parallel": pp, "data_parallel": dp},
+        "finetuning": {"data_parallel": min(gpus, config.finetuning.batch_size)},
+        "evaluation": {"workers": gpus},
+    }
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)
+
+
+def job_sentences(job: JobSize, workers: Sequence[WorkerSize], memory: float) -> list[str]:
+    """What does not fit and what to change, a sentence each; or that all fits."""
+    refused = [refusal(job, worker, memory) for worker in too_large(workers, memory)]
+    return refused or [f"every worker fits {memory / 1e9:.3g} GB, of which nine tenths are usable"]

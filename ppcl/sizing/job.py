@@ -1,0 +1,233 @@
+"""What a whole job needs: every kind of worker of every stage, from the configuration and the teacher's structure.
+
+Before detection nobody knows the replacements. `assumed_plan` has more than a job makes as a rule, so that what fits
+here fits there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from ppcl.calibration.encoding import negative_prompt
+from ppcl.config.schema import Config
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, Replacement, TextRun
+from ppcl.sizing.device import Device
+from ppcl.sizing.memory import intervals
+from ppcl.sizing.model import Model, TeacherSize
+
+# A low-rank modulation's directions are this share of the width, at most: five of 3072 in Qwen-Image.
+_DIRECTIONS = 64
+
+
+@dataclass(frozen=True)
+class WorkerSize:
+    """One kind of worker of a stage.
+
+    `count`: how many work at once. `device`: by what they are for, the bytes that the fullest one holds on its device
+    at its fullest moment; `host`: the same of the process's own memory. On a CPU both are the process's. `written`:
+    bytes that the stage leaves in the job's folder. `sent`: bytes between its workers. `seconds`: of the stage's own
+    work; None where it is not computed.
+    """
+
+    stage: str
+    worker: str
+    count: int
+    device: Mapping[str, int]
+    host: Mapping[str, int] = field(default_factory=dict)
+    written: int = 0
+    sent: int = 0
+    seconds: float | None = None
+
+    @property
+    def device_bytes(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class ReplacementSizes:
+    """Parameters of a job's replacements, by kind.
+
+    `students`: by interval. `text`: by run. `linear`, `pruned`: by block, of one linear FFN, and of all its pruned ones
+    together. `widest`: by block, the largest of its FFNs' replacements. `basis`: of the modulations' directions.
+    """
+
+    students: dict[Interval, int]
+    text: dict[TextRun, int]
+    linear: dict[int, int]
+    pruned: dict[int, int]
+    widest: dict[int, int]
+    basis: int
+
+    def within(self, blocks: range) -> ReplacementSizes:
+        """Those that begin in some blocks."""
+        return ReplacementSizes(
+            {i: n for i, n in self.students.items() if i.first in blocks},
+            {i: n for i, n in self.text.items() if i.first in blocks},
+            {b: n for b, n in self.linear.items() if b in blocks},
+            {b: n for b, n in self.pruned.items() if b in blocks},
+            {b: n for b, n in self.widest.items() if b in blocks},
+            self.basis,
+        )
+
+    @property
+    def maps(self) -> int:
+        """Parameters of all but the students."""
+        return sum(self.text.values()) + sum(self.linear.values()) + sum(self.pruned.values())
+
+    @property
+    def all(self) -> int:
+        return sum(self.students.values()) + self.maps + self.basis
+
+    @property
+    def fine_tuned(self) -> int:
+        """Parameters of the most that variants can hold together: all students and text runs, one FFN a block."""
+        return sum(self.students.values()) + sum(self.text.values()) + sum(self.widest.values())
+
+
+@dataclass(frozen=True)
+class JobSize:
+    """What the sizes of a job are computed from.
+
+    `model`: at the size of the configuration's images. `components`: by name, the parameters of the pipeline's other
+    parts. `prompts`: their number. `replacements`: those that are made. `device`: what workers run on.
+    `cpu`: that it is a CPU, where all is float32. `sides`: calls of the transformer a step, two with classifier-free
+    guidance; `sides_at_once`: of them, in one batch.
+    """
+
+    config: Config
+    model: Model
+    components: Mapping[str, int]
+    prompts: int
+    replacements: ReplacementSizes
+    device: Device
+    cpu: bool = False
+    sides: int = 1
+    sides_at_once: int = 1
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number in the teacher's precision."""
+        return self.model.dtype.itemsize
+
+    @property
+    def stream(self) -> int:
+        """Bytes of both streams of a sample."""
+        return self.model.stream_bytes
+
+    @property
+    def teacher(self) -> int:
+        """Bytes of the whole transformer."""
+        return self.number * self.model.parameters
+
+    @property
+    def encoders(self) -> int:
+        """Bytes of the text encoders."""
+        return self.number * sum(n for name, n in self.components.items() if name.startswith("text_encoder"))
+
+    @property
+    def other_components(self) -> int:
+        """Bytes of all other parts of the pipeline: the VAE."""
+        return self.number * sum(n for name, n in self.components.items() if not name.startswith("text_encoder"))
+
+    @property
+    def samples(self) -> int:
+        return self.prompts * self.config.calibration.states_per_prompt * self.sides
+
+    @property
+    def held_out(self) -> int:
+        return round(self.samples * self.config.calibration.held_out)
+
+    @property
+    def fitted(self) -> int:
+        return self.samples - self.held_out
+
+    @property
+    def forward_flops(self) -> int:
+        """Operations of the whole transformer, a sample."""
+        return self.model.rest_flops + sum(self.model.flops)
+
+    @property
+    def forward_peak(self) -> tuple[int, int]:
+        """The most bytes a block's forward takes: a sample's, and what does not grow with samples."""
+        most = max(self.model.memory, key=lambda memory: memory.forward.each).forward
+        return most.each, most.fixed
+
+    def forward_bytes(self, samples: int) -> int:
+        each, fixed = self.forward_peak
+        return samples * (each + self.stream) + fixed
+
+    def compute_seconds(self, operations: float) -> float:
+        return operations / (self.device.flops * self.device.utilisation)
+
+    @property
+    def variants(self) -> int:
+        """The number of variants, without the teacher and the one of all replacements."""
+        variants = self.config.variants
+        return len(variants.budgets) + len(variants.blocks) + len(variants.targets) + len(variants.custom)
+
+
+def assumed_plan(config: Config, model: Model, interval: int) -> list[Replacement]:
+    """What detection can find at most: a student for every `interval` blocks, text runs there too, all FFNs' kinds."""
+    width = config.width
+    depth = intervals(model, interval)
+    runs = [TextRun(i.first, i.last) for i in depth if width.text and all("txt" in model.ffns[b] for b in i.blocks)]
+    blocks = [block for block, ffns in enumerate(model.ffns) if ffns]
+    linear = [LinearFfn(block) for block in blocks[: width.linear_ffns]]
+    pruned = [PrunedFfn(block, percent) for block in blocks for percent in sorted(set(width.ffn_keep_percents))]
+    low_rank = [LowRankModulation()] if width.low_rank_modulations else []
+    return [*depth, *runs, *linear, *pruned, *low_rank]
+
+
+def replacement_sizes(config: Config, model: Model, plan: Iterable[Replacement]) -> ReplacementSizes:
+    """The sizes of the replacements of a plan, which may conflict."""
+    map_size = model.width * (model.width + 1)
+    sizes = ReplacementSizes({}, {}, {}, {}, {}, 0)
+    for one in plan:
+        if isinstance(one, Interval):
+            ffns = model.ffns[one.first].values()
+            less = sum(ffn.parameters - ffn.kept(config.distillation.student_keep_percent) for ffn in ffns)
+            affine = model.affine if config.distillation.init == "affine" else 0
+            sizes.students[one] = model.blocks[one.first] - less + affine
+        elif isinstance(one, TextRun):
+            sizes.text[one] = len(one.blocks) * map_size
+        elif isinstance(one, LinearFfn):
+            sizes.linear[one.block] = map_size * len(model.ffns[one.block])
+            _widen(sizes, one.block, sizes.linear[one.block])
+        elif isinstance(one, PrunedFfn):
+            kept = sum(ffn.kept(one.keep_percent) for ffn in model.ffns[one.block].values())
+            sizes.pruned[one.block] = sizes.pruned.get(one.block, 0) + kept
+            _widen(sizes, one.block, kept)
+    basis = model.width * model.width // _DIRECTIONS if LowRankModulation() in plan else 0
+    return replace(sizes, basis=basis)
+
+
+def _widen(sizes: ReplacementSizes, block: int, parameters: int) -> None:
+    sizes.widest[block] = max(sizes.widest.get(block, 0), parameters)
+
+
+def job_size(
+    config: Config, teacher: TeacherSize, prompts: int, interval: int, device: Device, cpu: bool = False
+) -> JobSize:
+    """The size of a job before detection: a student for every `interval` blocks; see `assumed_plan`."""
+    import diffusers
+
+    pipeline_class = getattr(diffusers, teacher.pipeline_class)
+    guided = negative_prompt(pipeline_class, config.sampling) is not None
+    at_once = 2 if guided and not teacher.adapter.packed_latents else 1
+    plan = assumed_plan(config, teacher.model, interval)
+    return JobSize(
+        config=config,
+        model=teacher.model,
+        components=teacher.components,
+        prompts=prompts,
+        replacements=replacement_sizes(config, teacher.model, plan),
+        device=device,
+        cpu=cpu,
+        sides=2 if guided else 1,
+        sides_at_once=at_once,
+    )

@@ -1,0 +1,44 @@
+"""Calibration: one pool encodes prompts, then one samples trajectories."""
+
+from __future__ import annotations
+
+from ppcl.sizing.job import JobSize, WorkerSize
+
+# A text encoder keeps the hidden states of all its layers, and works on a few of an FFN's width.
+_TEXT_STATES = 48
+
+
+def workers(job: JobSize) -> list[WorkerSize]:
+    settings, model = job.config.calibration, job.model
+    count, batch = settings.workers, settings.batch_size
+    text = model.text_bytes
+    latents = model.latent_bytes
+    encoder = WorkerSize(
+        stage="calibration",
+        worker="encoder",
+        count=count,
+        device={
+            "text encoders": job.encoders,
+            "VAE": job.other_components,
+            "activations": batch * text * _TEXT_STATES if job.encoders else 0,
+        },
+        written=job.prompts * text,
+        seconds=job.compute_seconds(2 * job.encoders / job.number * model.text_tokens * job.prompts / count),
+    )
+    if settings.source == "images":
+        return [encoder]
+    forwards = job.prompts * job.config.sampling.steps * job.sides
+    sampler = WorkerSize(
+        stage="calibration",
+        worker="sampler",
+        count=count,
+        device={
+            "teacher": job.teacher,
+            "VAE": job.other_components,
+            "activations": job.forward_bytes(batch * job.sides_at_once),
+        },
+        host={"states": batch * settings.states_per_prompt * job.sides * latents},
+        written=job.samples * latents,
+        seconds=job.compute_seconds(forwards * job.forward_flops / count),
+    )
+    return [encoder, sampler]

@@ -1,0 +1,74 @@
+"""Fine-tuning: data-parallel ranks, sharded or whole, and their activations."""
+
+from __future__ import annotations
+
+from ppcl.sizing.job import JobSize, WorkerSize
+from ppcl.sizing.memory import STUDENT_BYTES
+from ppcl.training.finetuning.measured_plans import BATCH, SAMPLES
+
+_SINGLE = 4
+# Units that FSDP holds whole at once: the one that runs and the next one.
+_GATHERED = 2
+
+
+def workers(job: JobSize) -> list[WorkerSize]:
+    settings, model, sizes = job.config.finetuning, job.model, job.replacements
+    if settings.steps == 0:
+        return []
+    ranks = settings.data_parallel
+    sharded = settings.shard and ranks > 1
+    parts = ranks if sharded else 1
+    blocks, largest = sum(model.blocks), max(model.blocks)
+    trained = sizes.fine_tuned
+    samples = -(-settings.batch_size // ranks)
+    device = {
+        "teacher": job.number * (model.rest + blocks // parts),
+        # All are loaded where they are sharded; else those that are trained, and the modulations.
+        "frozen replacements": job.number * (sizes.all - trained if sharded else sizes.basis) // parts,
+        "trained replacements": STUDENT_BYTES * trained // parts,
+        "trained weights in the teacher's precision": 0 if job.cpu else job.number * trained // parts,
+        "gathered": _GATHERED * job.number * largest if sharded else 0,
+        "activations": _activations(job, samples),
+    }
+    # Forward, backward through all blocks, the target's forward; and the forward again where it is recomputed.
+    passes = 4 + settings.activation_checkpointing
+    plans = settings.measured_plans + job.variants
+    forwards = passes * settings.steps * settings.batch_size + 2 * plans * min(SAMPLES, job.held_out)
+    gathers = (2 + settings.activation_checkpointing) * job.number * blocks * (ranks - 1)
+    traffic = settings.steps * (gathers + _SINGLE * trained * (ranks - 1)) if sharded else 0
+    seconds = None
+    if not job.cpu:
+        link = job.device.between(0, ranks - 1) * ranks
+        seconds = max(job.compute_seconds(forwards * job.forward_flops / ranks), traffic / link)
+    return [
+        WorkerSize(
+            stage="finetuning",
+            worker="rank",
+            count=ranks,
+            device=device,
+            # The first rank writes a checkpoint of whole tensors: weights and both moments.
+            host={"checkpoint": 3 * _SINGLE * trained},
+            written=_SINGLE * trained,
+            sent=traffic,
+            seconds=seconds,
+        )
+    ]
+
+
+def _activations(job: JobSize, samples: int) -> int:
+    """The most of a training step, with the students on or without them, and of measuring plans."""
+    settings, model, students = job.config.finetuning, job.model, job.replacements.students
+    gone = {block for one in students for block in one.blocks}
+    blocks = range(len(model.blocks))
+    without = [model.memory[b].frozen.of(samples) for b in blocks]
+    # A trained FFN keeps the inputs of its maps, too.
+    maps = samples * job.number * model.tokens * model.width
+    for block in job.replacements.widest:
+        without[block] += 2 * maps
+    on = [without[b] for b in blocks if b not in gone] + [model.memory[i.first].saved.of(samples) for i in students]
+    if settings.activation_checkpointing:
+        step = len(blocks) * samples * job.stream + max([*without, *on])
+    else:
+        step = max(sum(without), sum(on))
+    measured = -(-min(BATCH, job.held_out) // settings.data_parallel)
+    return max(step, job.forward_bytes(measured))

@@ -1,0 +1,127 @@
+"""Students: the closed-form pass over the samples, then the distillation steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ppcl.linalg.moments import CHUNK
+from ppcl.replacements import Interval
+from ppcl.sizing import simulation
+from ppcl.sizing.job import JobSize, ReplacementSizes, WorkerSize
+from ppcl.sizing.memory import GRADIENT_BYTES, STUDENT_BYTES, longest_pipeline
+from ppcl.training.distillation.segments import segment_of
+from ppcl.training.pipeline import IN_FLIGHT
+
+_SINGLE, _DOUBLE = 4, 8
+# Arrays of the size of a Gram matrix that eliminating units holds beside it; an affine fit likewise.
+_ELIMINATION = 5.6
+
+
+def workers(job: JobSize) -> list[WorkerSize]:
+    """The fullest rank, at its fullest moment: the closed-form pass, its solving, or a training step."""
+    settings, model, all_sizes = job.config.distillation, job.model, job.replacements
+    plan = list(all_sizes.students)
+    # The intervals that are assumed may leave fewer places to cut than those that detection finds.
+    pp, dp = min(settings.pipeline_parallel, longest_pipeline(model, plan)), settings.data_parallel
+    segments = [segment_of(rank, pp, len(model.blocks), plan, settings.train) for rank in range(pp)]
+    fullest = max(
+        (moment for part in segments for moment in rank_moments(job, part)), key=lambda moment: sum(moment.values())
+    )
+    trained = sum(all_sizes.students.values()) + (all_sizes.maps if settings.train == "all" else 0)
+    step = None
+    if not job.cpu and settings.train == "students":
+        step = simulation.distillation_on(model, plan, settings.batch_size, pp, dp, job.device).step
+    return [
+        WorkerSize(
+            stage="students",
+            worker="rank",
+            count=settings.pipeline_parallel * dp,
+            device=fullest,
+            written=_SINGLE * trained + _DOUBLE * trained + job.number * all_sizes.maps,
+            sent=settings.steps * settings.batch_size * (pp - 1) * job.stream
+            + round(2 * (dp - 1) * GRADIENT_BYTES * trained * settings.steps),
+            seconds=None if step is None else step * settings.steps + _closed_form_seconds(job, pp, dp),
+        )
+    ]
+
+
+def rank_moments(job: JobSize, part: range) -> Iterator[dict[str, int]]:
+    """What a rank with these blocks holds at each moment that can be its fullest."""
+    settings, model = job.config.distillation, job.model
+    own = job.replacements.within(part)
+    samples = -(-settings.batch_size // settings.data_parallel)
+    trained = sum(own.students.values()) + (own.maps if settings.train == "all" else 0)
+    base = {
+        "teacher": job.number * (model.rest + sum(model.blocks[b] for b in part)),
+        "closed-form maps": _closed_form_bytes(job, own, settings.train),
+    }
+    moments = [gram for _, gram in _grams(job, part)]
+    held = min(sum(moments), max(round(settings.moments_gb * 1e9), max(moments, default=0)))
+    yield base | {
+        "students": _SINGLE * trained,
+        "moments": held,
+        "activations": 2 * samples * job.stream + max(job.forward_bytes(samples), _counting(job, samples)),
+    }
+    largest = max((units for units, _ in _grams(job, part)), default=0)
+    yield base | {
+        "students": _SINGLE * trained,
+        "moments": held,
+        "solving": round(_ELIMINATION * _DOUBLE * largest**2),
+    }
+    saved = max((model.memory[i.first].saved.of(samples) for i in own.students), default=0)
+    yield base | {
+        "students": STUDENT_BYTES * trained,
+        "streams": samples
+        * job.stream
+        * (len(_boundaries(own.students)) + (IN_FLIGHT if part.stop < len(model.blocks) else 0)),
+        "activations": max(saved, job.forward_bytes(samples)),
+    }
+
+
+def _boundaries(students: Iterable[Interval]) -> set[int]:
+    return {b for interval in students for b in (interval.first, interval.last + 1)}
+
+
+def _closed_form_bytes(job: JobSize, own: ReplacementSizes, train: str) -> int:
+    """Of the maps that are not trained: pruned FFNs in the teacher's precision, linear maps in float32."""
+    linear = 0 if train == "all" else sum(own.text.values()) + sum(own.linear.values())
+    return job.number * sum(own.pruned.values()) + _SINGLE * linear
+
+
+def _grams(job: JobSize, part: range) -> Iterator[tuple[int, int]]:
+    """`(p, bytes)` of the moments of every map `p → q` that a rank fits."""
+    model, config = job.model, job.config
+    d = model.width
+    for block in part:
+        for ffn in model.ffns[block].values():
+            if config.width.ffn_keep_percents or config.distillation.student_keep_percent < 100:
+                yield ffn.units, _DOUBLE * ffn.units**2
+            if config.width.linear_ffns != 0:
+                yield d, 2 * _DOUBLE * d**2
+    own = job.replacements.within(part)
+    if config.distillation.init == "affine":
+        yield from ((d, 2 * _DOUBLE * d**2) for _ in own.students for _ in ("img", "txt"))
+    yield from ((d, 2 * _DOUBLE * d**2) for run in own.text for _ in run.blocks)
+
+
+def _counting(job: JobSize, samples: int) -> int:
+    """Adding the widest FFN's hidden units to their moments: the tokens in float32, and a chunk of them centred."""
+    model = job.model
+    units = max((ffn.units for ffns in model.ffns for ffn in ffns.values()), default=model.width)
+    tokens = samples * model.longest_tokens
+    chunk = min(CHUNK, tokens) * units * (_SINGLE + 2 * (_DOUBLE if job.cpu else _SINGLE))
+    hidden = tokens * units * (job.number + (0 if job.cpu else _SINGLE))
+    return hidden + chunk + 3 * _DOUBLE * units**2
+
+
+def _closed_form_seconds(job: JobSize, pp: int, dp: int) -> float:
+    """One forward of the teacher over the samples a pass, the Gram matrices, and an elimination a stream and block."""
+    model, settings = job.model, job.config.distillation
+    everything = sum(gram for _, gram in _grams(job, range(len(model.blocks))))
+    passes = max(1, -(-everything // round(settings.moments_gb * 1e9 * pp)))
+    forward = job.compute_seconds(passes * job.fitted * job.forward_flops / (pp * dp))
+    rate = job.device.sums * job.device.utilisation
+    tokens = job.fitted * model.tokens / 2
+    counting = sum(2 * gram / _DOUBLE for _, gram in _grams(job, range(len(model.blocks)))) * tokens
+    solving = sum(4.0 * p**3 for p, _ in _grams(job, range(len(model.blocks))))
+    return forward + counting / (rate * pp * dp) + solving / (rate * pp)

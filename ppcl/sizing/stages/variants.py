@@ -1,0 +1,40 @@
+"""Variants: evaluators measure each replacement alone, then plans as a whole."""
+
+from __future__ import annotations
+
+from ppcl.evaluation.samples import SEARCH_SAMPLES
+from ppcl.sizing.job import JobSize, WorkerSize
+
+# Plans that are measured as a whole for each budget or target, about.
+_PLANS = 10
+
+
+def workers(job: JobSize) -> list[WorkerSize]:
+    samples, count = min(SEARCH_SAMPLES, job.held_out), job.config.evaluation.workers
+    sizes, blocks = job.replacements, len(job.model.blocks)
+    # By its first block: from there on, the teacher's blocks run again.
+    tails = sum(blocks - one.first for one in sizes.students) + sum(blocks - one.first for one in sizes.text)
+    percents = len(set(job.config.width.ffn_keep_percents))
+    tails += sum((percents + 1) * (blocks - block) for block in sizes.pruned)
+    plans = _PLANS * job.variants
+    forwards = samples * (tails / blocks + plans + 1)
+    return [
+        WorkerSize(
+            stage="variants",
+            worker="evaluator",
+            count=count,
+            device=evaluator_bytes(job),
+            seconds=None if job.cpu else job.compute_seconds(forwards * job.forward_flops / count),
+        )
+    ]
+
+
+def evaluator_bytes(job: JobSize) -> dict[str, int]:
+    """What an evaluator holds on its device."""
+    return {
+        "teacher": job.teacher,
+        "text encoders": job.encoders,
+        "VAE": job.other_components,
+        "replacements": job.number * job.replacements.all,
+        "activations": job.forward_bytes(job.config.evaluation.batch_size * job.sides_at_once),
+    }

@@ -1,0 +1,58 @@
+"""The memory of a cluster's devices, and a job that does not fit."""
+
+import io
+import os
+
+import psutil
+import pytest
+from rich.console import Console
+
+from jobs.pipeline import Job
+from jobs.runtime import device_memory
+from jobs.runtime.device_memory import largest_memory
+from ppcl.config.schema import Config
+from ppcl.errors import UserError
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Puts an nvidia-smi that says this first on the path."""
+
+    def put(said):
+        program = tmp_path / "bin" / "nvidia-smi"
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{said}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+
+    return put
+
+
+def test_a_node_tells_the_memory_of_its_largest_gpu(driver):
+    driver("echo 24564; echo 81559")
+    assert device_memory._gpu_bytes() == 81559 * 2**20
+
+
+@pytest.mark.parametrize("said", ["exit 9", "echo no devices were found"])
+def test_a_driver_that_fails_tells_nothing(driver, said):
+    driver(said)
+    assert device_memory._gpu_bytes() is None
+
+
+def test_on_cpus_the_largest_node_counts_and_without_gpus_nothing_is_known(ray_cluster):
+    assert largest_memory("cpu") == psutil.virtual_memory().total
+    assert largest_memory("cuda") is None
+
+
+def test_a_job_that_does_not_fit_is_refused_before_its_first_stage(ray_cluster, teacher_folder, tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    config = Config(
+        teacher=teacher_folder,
+        prompts=tmp_path / "prompts.txt",
+        output=tmp_path / "out",
+        sampling={"height": 32, "width": 32},
+    )
+    monkeypatch.setattr("jobs.runtime.device_memory._node_bytes", lambda: 1_000_000)
+    with pytest.raises(UserError, match=r"^calibration needs .* for each encoder.* the largest node here has 0.001 GB"):
+        Job(config, Console(file=io.StringIO())).run("cpu")
+    assert not (tmp_path / "out" / "calibration").exists() and not (tmp_path / "out" / "config.json").exists()

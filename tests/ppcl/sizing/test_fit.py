@@ -1,0 +1,105 @@
+"""What is refused because it does not fit, and the change that is advised: it makes it fit, and no smaller one does."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from ppcl.config.schema import Config
+from ppcl.errors import UserError
+from ppcl.sizing.device import Device
+from ppcl.sizing.fit import USABLE, check_fits, job_sentences, laid_out, refusal, too_large
+from ppcl.sizing.job import job_size
+from ppcl.sizing.model import TeacherSize
+from ppcl.sizing.stages import worker_sizes
+
+GB = 1e9
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return TeacherSize.named("qwen-image", 1024, 1024)
+
+
+def job_of(teacher, **sections):
+    config = Config(teacher="t", prompts="p", finetuning={"steps": 1000, **sections.pop("finetuning", {})}, **sections)
+    return job_size(config, teacher, 1000, 4, Device())
+
+
+def worker(job, stage, kind="rank"):
+    return next(one for one in worker_sizes(job) if (one.stage, one.worker) == (stage, kind))
+
+
+def test_every_stage_of_the_default_job_is_sized(qwen):
+    found = [(one.stage, one.worker) for one in worker_sizes(job_of(qwen))]
+    assert list(dict.fromkeys(stage for stage, _ in found)) == [
+        "calibration",
+        "probes",
+        "detection",
+        "students",
+        "variants",
+        "finetuning",
+        "evaluation",
+    ]
+    assert "finetuning" not in {one.stage for one in worker_sizes(job_of(qwen, finetuning={"steps": 0}))}
+
+
+def test_the_pipeline_that_is_advised_fits_and_half_of_it_does_not(qwen):
+    job = job_of(qwen)
+    said = refusal(job, worker(job, "students"), 80 * GB)
+    assert re.match(r"students needs \d+ GB for each rank, most of it for its students, and the largest GPU here", said)
+    advised = int(re.search(r"set distillation.pipeline_parallel to (\d+) or more$", said)[1])
+    for ranks, fits in ((advised, True), (advised // 2, False)):
+        changed = worker(job_of(qwen, distillation={"pipeline_parallel": ranks}), "students")
+        assert (changed.device_bytes <= USABLE * 80 * GB) == fits
+
+
+def test_keys_are_changed_together_where_one_alone_does_not_do(qwen):
+    job = job_of(qwen, finetuning={"activation_checkpointing": False, "batch_size": 16})
+    said = refusal(job, worker(job, "finetuning"), 40 * GB)
+    assert "set finetuning.activation_checkpointing to true and finetuning.data_parallel to " in said
+
+
+def test_what_no_setting_makes_fit_is_told_with_the_memory_that_does(qwen):
+    job = job_of(qwen)
+    sampler = worker(job, "calibration", "sampler")
+    least = int(
+        re.search(r"no setting makes it fit; use devices of (\d+) GB or more", refusal(job, sampler, 24 * GB))[1]
+    )
+    smallest = worker(job_of(qwen, calibration={"batch_size": 1}), "calibration", "sampler").device_bytes
+    assert least - 1 <= smallest / USABLE / GB <= least
+
+
+def test_only_the_stages_that_will_run_are_refused(qwen):
+    job = job_of(qwen)
+    check_fits(job, 80 * GB, {"calibration", "detection"})
+    with pytest.raises(UserError, match="^students needs .*; --no-memory-check starts all the same$"):
+        check_fits(job, 80 * GB, {"calibration", "students"})
+
+
+def test_a_layout_uses_all_gpus_and_its_ranks_become_smaller(qwen):
+    config = job_of(qwen).config
+    sizes = []
+    for gpus in (2, 8, 16):
+        made = laid_out(config, qwen, gpus, 4)
+        assert made.distillation.pipeline_parallel * made.distillation.data_parallel == gpus
+        assert made.finetuning.data_parallel == made.calibration.workers == gpus
+        job = job_size(made, qwen, 1000, 4, Device())
+        sizes.append([worker(job, stage).device_bytes for stage in ("probes", "students", "finetuning")])
+    assert all(earlier > later for a, b in zip(sizes, sizes[1:]) for earlier, later in zip(a, b))
+
+
+def test_a_job_that_fits_is_told_so(qwen):
+    job = job_of(qwen)
+    assert job_sentences(job, worker_sizes(job), 4000 * GB) == [
+        "every worker fits 4e+03 GB, of which nine tenths are usable"
+    ]
+    assert too_large(worker_sizes(job), 4000 * GB) == []
+
+
+def test_guidance_doubles_the_teachers_work(qwen):
+    once = job_of(qwen)
+    twice = job_of(qwen, sampling={"arguments": {"negative_prompt": " ", "true_cfg_scale": 4.0}})
+    assert twice.sides == 2 and twice.samples == 2 * once.samples
+    assert worker(twice, "calibration", "sampler").seconds == 2 * worker(once, "calibration", "sampler").seconds
+    assert replace(once, prompts=500).samples * 2 == once.samples
