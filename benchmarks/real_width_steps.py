@@ -198,7 +198,13 @@ def time_steps(blocks: int) -> dict[str, Any]:
         f"a distillation step of one rank of 8 ({rank['blocks']} blocks, {rank['students']} students, batch "
         f"{rank['batch']}): {1e3 * rank['seconds']:.0f} ms, {rank['peak_bytes'] / 1e9:.1f} GB"
     )
-    return {"device": device, "blocks": blocks, "torch": torch.__version__, "steps": rows, "rank": rank}
+    return {
+        "device": torch.cuda.get_device_name(),
+        "blocks": blocks,
+        "torch": torch.__version__,
+        "steps": rows,
+        "rank": rank,
+    }
 
 
 def rank_step(transformer: nn.Module, count: int, batch: int = 16) -> dict[str, Any]:
