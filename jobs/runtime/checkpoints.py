@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,22 +11,27 @@ from ppcl.storage.checkpoint_sync import synced_checkpoints
 from ppcl.storage.tensor_files import drop_damaged, is_whole
 
 
-def drop_damaged_checkpoints(stage: str, folder: Path) -> list[str]:
-    """Before the ranks start: make the folder, remove damaged files from it, and give a note for each.
+def drop_damaged_checkpoints(stage: str, folder: Path, drop: Callable[[Path], list[Path]] = drop_damaged) -> list[str]:
+    """Before the ranks start: make the folder, remove what is damaged in it, and give a note for each.
 
-    In a bucket each node does this for itself.
+    `drop(folder)` removes it and gives its paths. In a bucket each node does this for itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return [_damaged(stage, path) for path in drop_damaged(folder)]
+    return [_damaged(stage, path) for path in drop(folder)]
 
 
 @contextmanager
-def open_checkpoints(stage: str, folder: str, attempt: str, report: RankReporter) -> Iterator[Path]:
-    """On a rank: the folder, see `ppcl.storage.checkpoint_sync.synced_checkpoints`."""
-    with synced_checkpoints(folder, attempt, is_whole, lambda path: report.note(_damaged(stage, path))) as checkpoints:
+def open_checkpoints(
+    stage: str, folder: str, attempt: str, report: RankReporter, whole: Callable[[Path], bool] = is_whole
+) -> Iterator[Path]:
+    """On a rank: the folder, see `ppcl.storage.checkpoint_sync.synced_checkpoints`. `whole(path)`: of a file."""
+    with synced_checkpoints(folder, attempt, whole, lambda path: report.note(_damaged(stage, path))) as checkpoints:
         yield checkpoints
 
 
 def _damaged(stage: str, path: Path) -> str:
-    whose = "its checkpoint" if path.stem == "checkpoint" else f"the checkpoint of {path.stem}"
-    return f"{stage}: {whose} was damaged; trained again from the start"
+    name = path.parent.name if path.parent.name.startswith("step-") else path.stem
+    if name.startswith("step-"):
+        step = int(name.removeprefix("step-"))
+        return f"{stage}: its checkpoint of step {step} was damaged; trained again from the one before, or the start"
+    return f"{stage}: the checkpoint of {name} was damaged; trained again from the start"

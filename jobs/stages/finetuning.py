@@ -17,6 +17,7 @@ from ppcl.replacements.io import replacement_files
 from ppcl.search.variants import read_catalog
 from ppcl.storage.manifest import CHECKPOINTS
 from ppcl.storage.mirror import download, remove, upload_on_exit
+from ppcl.training.finetuning.checkpoints import drop_damaged_steps, is_whole_file
 from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.run_context import RunContext
@@ -36,7 +37,7 @@ def run(context: StageContext) -> dict[str, Any]:
     folder = context.folder
     count, setting, _ = workers(context.config)
     resources = Resources(count, context.device, setting, context.config.worker_timeout_s)
-    notes = drop_damaged_checkpoints(NAME, context.checkpoints)
+    notes = drop_damaged_checkpoints(NAME, context.checkpoints, drop_damaged_steps)
     arguments = {"context": context.for_workers()}
     scratch = folder / CHECKPOINTS / "ray"
     notes += run_worker_group(NAME, _rank, arguments, resources, scratch, context.events)
@@ -54,7 +55,7 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
     context: WorkerContext = arguments["context"]
     config, inputs = context.config, context.inputs
     catalog = read_catalog(inputs["variants"].fetch().folder)
-    resumed = open_checkpoints(NAME, str(context.checkpoints), arguments["attempt"], report)
+    resumed = open_checkpoints(NAME, str(context.checkpoints), arguments["attempt"], report, is_whole_file)
     with resumed as checkpoints, upload_on_exit(context.folder) as folder:
         finetune(
             Teacher(context.teacher),

@@ -52,7 +52,10 @@ def synced_checkpoints(
 
 
 class _Uploads:
-    """Uploads files written into a folder in the background, except those there at the start and unfinished ones."""
+    """Uploads files written into a folder in the background, except those there at the start and unfinished ones.
+
+    Files that are removed from the folder are removed from the store.
+    """
 
     EVERY = 1.0
 
@@ -103,3 +106,7 @@ class _Uploads:
             self.store.upload(uploading, str(path.relative_to(self.folder)))
             uploading.unlink()
             self.known[path] = version
+        # What was removed here has had its time: checkpoints that later ones replace.
+        for path in [path for path in self.known if not path.exists()]:
+            self.store.remove(str(path.relative_to(self.folder)))
+            del self.known[path]

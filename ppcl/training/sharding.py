@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ppcl.training.parallel_dims import ParallelDims
 
@@ -56,11 +56,3 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor; the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def cut_like(tensor: torch.Tensor, example: torch.Tensor) -> torch.Tensor:
-    """A whole tensor sharded as `example` is, on its device. Every rank has the same whole tensor."""
-    tensor = tensor.to(example.device)
-    if not isinstance(example, DTensor):
-        return tensor
-    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)

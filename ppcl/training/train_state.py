@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from ppcl.training.losses import LossTerm
 from ppcl.training.optim import RateSettings, learning_rate
 from ppcl.training.parallel_dims import ParallelDims
-from ppcl.training.sharding import cut_like, local, whole
+from ppcl.training.sharding import local, whole
 
 # The least share of the target's energy that a loss is divided by where its logarithm is taken.
 _LEAST_SHARE = 1e-12
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class OptimizerSettings(RateSettings, Protocol):
@@ -112,44 +112,50 @@ class TrainState:
         for name, value in self.ema.items():
             local(self.parameters[name]).copy_(local(value))
 
-    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Everything that a stopped run needs to continue: tensors, and metadata as safetensors takes it.
-
-        Sharded tensors are gathered, for which all replicas call it; each whole one goes to the host at once.
-        """
-        tensors = {f"parameter.{name}": self._portable(p) for name, p in self.parameters.items()}
-        tensors |= {f"ema.{name}": self._portable(value) for name, value in self.ema.items()}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained and what belongs to each parameter of it, by name: sharded as the parameters are."""
+        tensors = {f"parameter.{name}": p.detach() for name, p in self.parameters.items()}
+        tensors |= {f"ema.{name}": value for name, value in self.ema.items()}
         for name, parameter in self.parameters.items():
             if state := self.optimizer.state.get(parameter):
-                for moment in _MOMENTS:
-                    tensors[f"{moment}.{name}"] = self._portable(torch.as_tensor(state[moment]))
+                tensors |= {f"{moment}.{name}": state[moment] for moment in _MOMENTS}
+        return tensors
+
+    def rest(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """What else a stopped run needs, the same on all replicas: how often each parameter was updated, and metadata.
+
+        The counts are scalars on the host, `step.<parameter>`; one that was never updated has none.
+        """
+        states = {name: self.optimizer.state.get(parameter) for name, parameter in self.parameters.items()}
+        counts = {f"step.{name}": state["step"].cpu() for name, state in states.items() if state}
         metadata = {
             "step": str(self.step),
             "skipped_steps": str(self.skipped_steps),
             "loss_history": json.dumps(self.loss_history),
         }
-        return tensors, metadata
+        return counts, metadata
 
-    def _portable(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        gathered = whole(tensor.detach())
-        # One replica writes; the others need not keep what they helped to gather.
-        return gathered.cpu() if self.dims.dp_rank == 0 else gathered.new_empty(0)
+    def restart(self, counts: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """Continue from what `rest` gave; gives the tensors that are still to be filled, those of `tensors`."""
+        self.step, self.skipped_steps = int(metadata["step"]), int(metadata["skipped_steps"])
+        self.loss_history = json.loads(metadata["loss_history"])
+        for name, parameter in self.parameters.items():
+            if f"step.{name}" in counts:
+                state: dict[str, Any] = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+                # The count stays on the host, as AdamW keeps it.
+                self.optimizer.state[parameter] = {"step": counts[f"step.{name}"].clone(), **state}
+        return self.tensors()
+
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Everything that a stopped run needs to continue, where nothing is sharded."""
+        counts, metadata = self.rest()
+        return self.tensors() | counts, metadata
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         """Continue from what `state_dict` gave."""
-        self.step, self.skipped_steps = int(metadata["step"]), int(metadata["skipped_steps"])
-        self.loss_history = json.loads(metadata["loss_history"])
-        for name, parameter in self.parameters.items():
-            local(parameter).copy_(local(cut_like(tensors[f"parameter.{name}"], parameter)))
-            if self.ema:
-                local(self.ema[name]).copy_(local(cut_like(tensors[f"ema.{name}"], parameter)))
-            if f"exp_avg.{name}" in tensors:
-                state: dict[str, Any] = {m: cut_like(tensors[f"{m}.{name}"], parameter) for m in _MOMENTS[:2]}
-                # The count stays on the host, as AdamW keeps it.
-                self.optimizer.state[parameter] = {"step": tensors[f"step.{name}"], **state}
+        for name, tensor in self.restart(tensors, metadata).items():
+            tensor.copy_(tensors[name])
 
     def record(self, losses: Mapping[str, float], every: int) -> None:
         """Keep the last step's losses in the history: one step in `every`, and the last of all."""

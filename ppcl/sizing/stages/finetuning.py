@@ -26,7 +26,7 @@ def workers(job: JobSize) -> list[WorkerSize]:
         # All are loaded where they are sharded; else those that are trained, and the modulations.
         "frozen replacements": job.number * (sizes.all - trained if sharded else sizes.basis) // parts,
         "trained replacements": STUDENT_BYTES * trained // parts,
-        "trained weights in the teacher's precision": 0 if job.cpu else job.number * trained // parts,
+        "cast weights": 0 if job.cpu else job.number * (largest if settings.activation_checkpointing else trained),
         "gathered": _GATHERED * job.number * largest if sharded else 0,
         "activations": _activations(job, samples),
     }
@@ -46,8 +46,8 @@ def workers(job: JobSize) -> list[WorkerSize]:
             worker="rank",
             count=ranks,
             device=device,
-            # The first rank writes a checkpoint of whole tensors: weights and both moments.
-            host={"checkpoint": 3 * _SINGLE * trained},
+            # A rank's part of the weights and both moments on their way into a file.
+            host={"checkpoint": 3 * _SINGLE * trained // parts},
             written=_SINGLE * trained,
             sent=traffic,
             seconds=seconds,

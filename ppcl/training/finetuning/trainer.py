@@ -22,8 +22,8 @@ from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement
 from ppcl.replacements.io import save_replacement
 from ppcl.storage.manifest import write_atomically
-from ppcl.storage.tensor_files import load_tensors, save_tensors
 from ppcl.training.data import Samples
+from ppcl.training.finetuning.checkpoints import load_rest, load_sharded, newest_checkpoint, save_checkpoint
 from ppcl.training.finetuning.measured_plans import plan_rows, plans_to_measure, velocity_errors
 from ppcl.training.finetuning.plan_sampler import FixedPlan, plan_sampler, trainable
 from ppcl.training.finetuning.state_batches import StateBatches
@@ -32,7 +32,6 @@ from ppcl.training.run_context import RunContext
 from ppcl.training.sharding import whole
 from ppcl.training.train_state import TrainState
 
-_CHECKPOINT = "checkpoint.safetensors"
 # Steps of which the losses are kept, at most about so many.
 _HISTORY_POINTS = 200
 
@@ -68,10 +67,8 @@ def finetune(
     writes = run.dims.dp_rank == 0
     plans = plans_to_measure(trainer.sampler, distilled.variants, settings.measured_plans, run.seed)
     before = velocity_errors(trainer.model, samples, plans, run)
-    # Nodes may see different files, and every rank looks before any rank writes: what all have counts.
-    (has_checkpoint,) = run.dims.agreed([(run.checkpoints / _CHECKPOINT).exists()])
-    if has_checkpoint:
-        trainer.load_checkpoint()
+    if checkpoint := newest_checkpoint(run.checkpoints, run.dims):
+        trainer.resume(checkpoint)
     trainer.train()
     after = velocity_errors(trainer.model, samples, plans, run)
     trainer.write()
@@ -153,17 +150,17 @@ class _Trainer:
                 save_replacement(module, replacement, self.adapter, path, tensors)
 
     def save_checkpoint(self) -> None:
-        """Write everything that a stopped run needs to continue. All replicas take part, and the first one writes.
+        """Write everything that a stopped run needs to continue. All replicas take part.
 
         The next run may have another number of them.
         """
-        tensors, metadata = self.state.state_dict()
-        tensors |= self.batches.tensors()
-        if self.run.dims.dp_rank == 0:
-            save_tensors(self.run.checkpoints / _CHECKPOINT, tensors, metadata)
+        rest, metadata = self.state.rest()
+        rest |= self.batches.tensors()
+        dims = self.run.dims
+        save_checkpoint(self.run.checkpoints, self.state.step, self.state.tensors(), rest, metadata, dims)
 
-    def load_checkpoint(self) -> None:
-        """Continue from the checkpoint. Raises `DamagedError`."""
-        tensors, metadata = load_tensors(self.run.checkpoints / _CHECKPOINT)
-        self.state.load_state_dict(tensors, metadata)
-        self.batches.restore(tensors)
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint. All replicas take part."""
+        rest, metadata = load_rest(checkpoint)
+        load_sharded(checkpoint, self.state.restart(rest, metadata))
+        self.batches.restore(rest)

@@ -93,8 +93,14 @@ class VariantModel:
         if training and self.activation_checkpointing:
             blocks = self.adapter.blocks(self.transformer)
             swap(self.transformer, {number: _Checkpointed(block) for number, block in enumerate(blocks)})
-        bfloat16 = self.dtype is torch.bfloat16
-        with torch.autocast(self.transformer.device.type, torch.bfloat16, enabled=bfloat16):
+        autocast = torch.autocast(
+            self.transformer.device.type,
+            torch.bfloat16,
+            enabled=self.dtype is torch.bfloat16,
+            # Else the casts of all weights stay to the end, which recomputing is there to avoid.
+            cache_enabled=not self.activation_checkpointing,
+        )
+        with autocast:
             return self.transformer(**{**inputs, "return_dict": False})[0]
 
     def unplug(self) -> None:

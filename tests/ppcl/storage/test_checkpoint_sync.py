@@ -49,3 +49,13 @@ def test_checkpoints_that_are_damaged_are_left_out_on_every_node_and_told(store,
         ):
             assert [path.name for path in first.iterdir()] == ["whole.safetensors"]
         assert sorted(path.stem for path in told) == ["not its sha256", "not whole"]
+
+
+def test_a_checkpoint_that_is_removed_is_removed_from_the_store(store):
+    folder = mirror(f"{store.url}/finetuning/checkpoints")
+    for name in ("one", "two"):
+        store.write(f"finetuning/checkpoints/{name}", b"old")
+    with synced_checkpoints(folder, "run", lambda path: True, pytest.fail) as checkpoints:
+        (checkpoints / "three").write_text("new")
+        (checkpoints / "one").unlink()
+    assert set(store.objects("finetuning")) == {"finetuning/checkpoints/two", "finetuning/checkpoints/three"}
