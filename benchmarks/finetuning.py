@@ -103,7 +103,7 @@ def main() -> None:
                     DistilledReplacements(files, {options.variant: plan}, {}),
                     settings,
                     RunContext(Path(out), Path(out) / "checkpoints", config.seed),
-                    config.sampling.steps,
+                    config.sampling,
                 )
             (told,) = json.loads((Path(out) / "finetuning.json").read_text())["plans"]
             row = {"steps": steps, "rollout_share": own, "velocity_error": told["after"]}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ppcl.config.schema import Detection, Distillation, Finetuning, Probes, Width
+from ppcl.config.schema import Detection, Distillation, Finetuning, Probes, Sampling, Width
 from ppcl.detection.detect import detect
 from ppcl.detection.fit_probes import fit_probes
 from ppcl.models.teacher import Teacher
@@ -68,7 +68,7 @@ def run(folder: Path) -> dict[str, Path]:
             DistilledReplacements(files_in(made["students"]), {"none": []}, dict.fromkeys(plan, 0.1)),
             tuning,
             RunContext(made["finetuning"], folder / "finetuning-checkpoints"),
-            4,
+            Sampling(steps=4),
         )
     return made
 

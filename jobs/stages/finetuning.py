@@ -74,7 +74,7 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
                 dims=ParallelDims.join(1, config.finetuning.data_parallel),
                 report=report,
             ),
-            sampling_steps=config.sampling.steps,
+            sampling=config.sampling,
         )
 
 

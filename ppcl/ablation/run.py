@@ -237,7 +237,7 @@ def run_seed(inputs: AblationInputs, work: Path, seed: int, report: Callable[[in
             DistilledReplacements(files, {_PLAN: plan}, {}),
             tuning,
             RunContext(work / name, work / name / "checkpoints", seed, device, report=progress.of(part)),
-            config.sampling.steps,
+            config.sampling,
         )
     folders = {row.name: work / (row.name if (work / row.name).is_dir() else "library") for row in ROWS}
     rows = RowMeasurer(inputs, seed)

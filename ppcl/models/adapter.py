@@ -61,6 +61,8 @@ class ModelAdapter:
       argument, or None if the transformer does not take it.
     - `text_mask`: the prompt argument that marks the valid text tokens; None if the family has no such argument.
     - `timestep_scale`: the value of the forward's timestep argument for pure noise, 1.0 or 1000.0.
+    - `guidance_argument`: the argument of the pipeline's call that sets the scale of classifier-free guidance.
+      `guidance_keeps_norm`: True if the guided velocity is given the norm of the conditional one.
     - `latents`, `timestep`: names of these arguments of the transformer's forward. `packed_latents`: True if latents
       are patched into tokens `(B, S, d)` by the pipeline's `_pack_latents`, False if they are `(B, C, H, W)`.
     - `img`, `txt`: names of the arguments of a block that take the streams. `returns`: the streams that a block
@@ -90,6 +92,8 @@ class ModelAdapter:
     timestep: str = "timestep"
     returns: tuple[str, str] = ("txt", "img")
     packed_latents: bool = True
+    guidance_argument: str = "true_cfg_scale"
+    guidance_keeps_norm: bool = False
 
     def lists(self, transformer: nn.Module) -> list[nn.ModuleList]:
         return [getattr(transformer, name) for name in self.block_lists]

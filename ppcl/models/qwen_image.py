@@ -17,5 +17,6 @@ QWEN_IMAGE = register(
         shared_arguments=("img_shapes", "guidance"),
         encoded=("encoder_hidden_states", "encoder_hidden_states_mask"),
         timestep_scale=1.0,
+        guidance_keeps_norm=True,
     )
 )

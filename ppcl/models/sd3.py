@@ -19,5 +19,6 @@ SD3 = register(
         encoded=("encoder_hidden_states", None, "pooled_projections", None),
         timestep_scale=1000.0,
         packed_latents=False,
+        guidance_argument="guidance_scale",
     )
 )

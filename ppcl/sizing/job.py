@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from ppcl.calibration.encoding import negative_prompt
+from ppcl.calibration.guidance import Guidance
 from ppcl.config.schema import Config
 from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, Replacement, TextRun
 from ppcl.sizing.device import Device
@@ -214,10 +214,7 @@ def job_size(
     config: Config, teacher: TeacherSize, prompts: int, interval: int, device: Device, cpu: bool = False
 ) -> JobSize:
     """The size of a job before detection: a student for every `interval` blocks; see `assumed_plan`."""
-    import diffusers
-
-    pipeline_class = getattr(diffusers, teacher.pipeline_class)
-    guided = negative_prompt(pipeline_class, config.sampling) is not None
+    guided = Guidance.of(teacher.adapter, teacher.pipeline_class, config.sampling) is not None
     at_once = 2 if guided and not teacher.adapter.packed_latents else 1
     plan = assumed_plan(config, teacher.model, interval)
     return JobSize(

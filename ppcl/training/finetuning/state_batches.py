@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ppcl.calibration.guidance import Guidance
 from ppcl.config.schema import Finetuning
 from ppcl.models import ModelAdapter
 from ppcl.training.data import Samples, batch_of
@@ -23,7 +24,10 @@ _GRID_SAMPLES = 512
 
 @dataclass(frozen=True)
 class StateBatch:
-    """`inputs`: arguments of the transformer. `places (n,)`: the rollouts that the last `n` rows are taken from."""
+    """`inputs`: arguments of the transformer. `places (n,)`: the rollouts that the last rows are taken from.
+
+    With guidance these are `2 n` rows: the conditional side of each rollout, then the unconditional side of each.
+    """
 
     inputs: dict[str, Any]
     places: np.ndarray
@@ -32,7 +36,8 @@ class StateBatch:
 class StateBatches:
     """One replica's share of each batch: the teacher's states first, the rollouts behind them.
 
-    `sampling_steps`: the steps of a trajectory.
+    `sampling_steps`: the steps of a trajectory. `guidance`: how a trajectory follows both sides of guidance, as the
+    sampler does; None where the sampler makes one call a step.
     """
 
     def __init__(
@@ -42,20 +47,23 @@ class StateBatches:
         settings: Finetuning,
         sampling_steps: int,
         run: RunContext,
+        guidance: Guidance | None = None,
     ):
         self.samples, self.adapter, self.settings, self.run = samples, adapter, settings, run
         self.dtype = run.dtype(settings.precision)
         self.ids = samples.ids(held_out=False)
+        self.guidance = guidance
         self.rollouts = self._start_rollouts(sampling_steps) if settings.rollout_share else None
 
     def _start_rollouts(self, steps: int) -> Rollouts:
         """Trajectories that start on the teacher's states, and so at all timesteps from the first step on."""
         inputs = self.samples.batch(self.ids[:: max(1, len(self.ids) // _GRID_SAMPLES)], "cpu", torch.float32)
         grid = visited_timesteps(self._noise_shares(inputs), steps)
-        order = np.random.default_rng([self.run.seed, self.run.dims.dp_rank]).permutation(self.ids)
+        prompts = self.ids if self.guidance is None else conditional_ids(self.ids)
+        order = np.random.default_rng([self.run.seed, self.run.dims.dp_rank]).permutation(prompts)
         ids = order[: _POOL * self.settings.batch_size]
         inputs = self.samples.batch(ids, "cpu", torch.float32)
-        return Rollouts(ids, self._noise_shares(inputs), inputs[self.adapter.latents], grid, self.ids)
+        return Rollouts(ids, self._noise_shares(inputs), inputs[self.adapter.latents], grid, prompts)
 
     def _noise_shares(self, inputs: dict[str, Any]) -> np.ndarray:
         """The timesteps of a batch as shares of noise in [0, 1]."""
@@ -67,20 +75,30 @@ class StateBatches:
         ids = batch_of(step, self.ids, self.settings.batch_size, self.run.seed)[dims.dp_rank :: dims.dp]
         if self.rollouts is None:
             return StateBatch(self.samples.batch(ids, device, self.dtype), np.array([], dtype=np.int64))
-        places = self.rollouts.draw(round(self.settings.rollout_share * len(ids)), rng)
-        first = len(ids) - len(places)
-        ids = np.array([*ids[:first], *self.rollouts.ids[places]])
-        inputs = self.samples.batch(ids, device, self.dtype)
+        sides = 1 if self.guidance is None else 2
+        places = self.rollouts.draw(round(self.settings.rollout_share * len(ids) / sides), rng)
+        prompts = self.rollouts.ids[places]
+        own = prompts if sides == 1 else np.concatenate([prompts, other_side(prompts)])
+        first = len(ids) - len(own)
+        inputs = self.samples.batch(np.array([*ids[:first], *own]), device, self.dtype)
         latents, timestep = inputs[self.adapter.latents], inputs[self.adapter.timestep]
-        latents[first:] = self.rollouts.latents[places].to(latents)
-        shares = torch.from_numpy(self.rollouts.timesteps[places])
+        rows = np.tile(places, sides)
+        latents[first:] = self.rollouts.latents[rows].to(latents)
+        shares = torch.from_numpy(self.rollouts.timesteps[rows])
         timestep[first:] = (shares * self.adapter.timestep_scale).to(timestep)
         return StateBatch(inputs, places)
 
     def advance(self, batch: StateBatch, velocity: torch.Tensor, rng: np.random.Generator) -> None:
         """Move the rollouts of a batch on by one step along the variant's velocity `(B, …)`."""
-        if self.rollouts is not None and len(batch.places):
-            self.rollouts.advance(batch.places, velocity.detach()[-len(batch.places) :], rng)
+        count = len(batch.places)
+        if self.rollouts is None or not count:
+            return
+        velocity = velocity.detach()
+        if self.guidance is None:
+            followed = velocity[-count:]
+        else:
+            followed = self.guidance(velocity[-2 * count : -count], velocity[-count:])
+        self.rollouts.advance(batch.places, followed, rng)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state of all replicas' rollouts, for a checkpoint; all of them call it."""
@@ -98,3 +116,17 @@ class StateBatches:
         if self.rollouts is not None:
             names, dims = self.rollouts.tensors().keys(), self.run.dims
             self.rollouts.restore({name: tensors[name][dims.dp_rank :: dims.dp].clone() for name in names})
+
+
+def conditional_ids(ids: np.ndarray) -> np.ndarray:
+    """Of the ids of samples those of the conditional side whose other side is there, too.
+
+    See `ppcl.calibration.trajectory_recorder.StateSettings.sample_id`.
+    """
+    conditional = ids[ids % 2 == 0]
+    return conditional[np.isin(other_side(conditional), ids)]
+
+
+def other_side(conditional: np.ndarray) -> np.ndarray:
+    """The ids of the same states on the unconditional side of guidance."""
+    return conditional + 1

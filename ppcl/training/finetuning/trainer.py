@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ppcl.config.schema import Finetuning
+from ppcl.calibration.guidance import Guidance
+from ppcl.config.schema import Finetuning, Sampling
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement
 from ppcl.replacements.io import save_replacement
@@ -55,15 +56,15 @@ def finetune(
     distilled: DistilledReplacements,
     settings: Finetuning,
     run: RunContext,
-    sampling_steps: int,
+    sampling: Sampling,
 ) -> None:
     """Train replacements and write them to `run.folder`, with `finetuning.json`: losses, and measured plans.
 
-    The variants and `settings.measured_plans` drawn plans are measured before and after. `sampling_steps`: the steps of
-    the variants' trajectories. A stopped run resumes from its checkpoint. Raises `UserError` where `settings` names a
+    The variants and `settings.measured_plans` drawn plans are measured before and after. `sampling`: how the variants'
+    trajectories are sampled. A stopped run resumes from its checkpoint. Raises `UserError` where `settings` names a
     plan that cannot be.
     """
-    trainer = _Trainer(teacher, samples, distilled, settings, run, sampling_steps)
+    trainer = _Trainer(teacher, samples, distilled, settings, run, sampling)
     writes = run.dims.dp_rank == 0
     plans = plans_to_measure(trainer.sampler, distilled.variants, settings.measured_plans, run.seed)
     before = velocity_errors(trainer.model, samples, plans, run)
@@ -95,7 +96,7 @@ class _Trainer:
         distilled: DistilledReplacements,
         settings: Finetuning,
         run: RunContext,
-        sampling_steps: int,
+        sampling: Sampling,
     ):
         self.settings, self.run, self.adapter = settings, run, teacher.adapter
         dtype = run.dtype(settings.precision)
@@ -107,7 +108,8 @@ class _Trainer:
         self.sampler = plan_sampler(settings, distilled.files, distilled.variants, block_ranges)
         self.replacements = trainable(self.sampler.replacements)
         self.state = TrainState(self.model.trained_parameters(self.replacements), settings, run.dims)
-        self.batches = StateBatches(samples, self.adapter, settings, sampling_steps, run)
+        guidance = Guidance.of(teacher.adapter, teacher.pipeline_class, sampling)
+        self.batches = StateBatches(samples, self.adapter, settings, sampling.steps, run, guidance)
 
     def train(self) -> None:
         """Train to the last step, with a checkpoint now and then; the parameters end as their averages."""

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from ppcl.config.schema import Sampling
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval, PrunedFfn
 from ppcl.replacements.io import files_in
@@ -43,7 +44,7 @@ def _measure(folder, students, out, shard, recompute):
     settings = _job(folder, shard, recompute).config.finetuning
     with torch.enable_grad(), PeakMemory() as memory:
         run = RunContext(out, out / "checkpoints", dims=dims)
-        finetune(Teacher(folder), sized.SizedSamples(), distilled, settings, run, 4)
+        finetune(Teacher(folder), sized.SizedSamples(), distilled, settings, run, Sampling(steps=4))
     (out / f"{dims.rank}.json").write_text(json.dumps(memory.peak))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl.config.schema import Distillation, Finetuning
+from ppcl.config.schema import Distillation, Finetuning, Sampling
 from ppcl.evaluation.velocity_error import variant_errors
 from ppcl.models import adapter_of
 from ppcl.models.teacher import Teacher
@@ -77,7 +77,7 @@ def tune(folder, students, out, settings=SETTINGS, stop_after=None, variants=VAR
             DistilledReplacements(files_in(students), variants, SENSITIVITY),
             settings,
             RunContext(out, out / "checkpoints", dims=dims, report=report),
-            8,
+            Sampling(steps=8),
         )
     return json.loads((out / "finetuning.json").read_text()) if dims.dp_rank == 0 else None
 
@@ -193,7 +193,7 @@ def bytes_held(folder, students, out, world):
             DistilledReplacements(files_in(students), VARIANTS, SENSITIVITY),
             settings,
             RunContext(out, out / "checkpoints", dims=dims),
-            8,
+            Sampling(steps=8),
         )
         trainer.train_step()
     tensors = {id(p): p for p in trainer.model.transformer.parameters()}
