@@ -26,6 +26,7 @@ from ppcl.errors import UserError, cannot_write
 from ppcl.models.teacher import Teacher
 from ppcl.report import write_report
 from ppcl.search.checks import check_variants
+from ppcl.storage.atomic import remove_partials
 from ppcl.storage.manifest import CONFIG, EVENTS, LOG, Artifacts, write_atomically
 from ppcl.storage.mirror import upload
 
@@ -74,6 +75,7 @@ class Job:
         artifacts = self.artifacts
         stages = stages_for("ablation" if ablation else "evaluation", STAGES)
         with artifacts.exclusive_lock(), self._log(), self._failure_event():
+            remove_partials(artifacts.root)
             self._check_resources(stages, device)
             if check_memory:
                 self._check_memory(stages, device)
@@ -126,6 +128,7 @@ class Job:
         artifacts = self.artifacts
         for attempt in range(1, _ATTEMPTS + 1):
             artifacts.invalidate(stage.name, keep=stage.resumes_from)
+            remove_partials(context.folder)
             context.folder.mkdir(parents=True, exist_ok=True)
             self._log_missing_nodes(stage, context.device)
             try:

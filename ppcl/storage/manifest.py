@@ -16,7 +16,6 @@ import fcntl
 import fnmatch
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,7 @@ from typing import Any
 
 from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
+from ppcl.storage.atomic import PARTIAL, replacing
 from ppcl.storage.lease import hold_lease
 from ppcl.storage.mirror import remove, store_of, to_local
 from ppcl.storage.node_cache import file_sha256, mirror, once_a_node, parallel_map
@@ -44,17 +44,11 @@ def key_of(*parts: Any) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """The whole content, or nothing: written beside, flushed to the disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    """The whole content, or nothing. Raises `UserError` where it cannot be written."""
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(
             f"{path} could not be written ({error.strerror}); free space or choose another output folder"
         ) from None
@@ -250,12 +244,12 @@ class Artifacts:
     def commit(
         self, stage: str, key: str, seconds: float = 0.0, info: dict[str, Any] | None = None, format: int = 1
     ) -> None:
-        """Record a stage as complete, with every file now in its folder but for checkpoints."""
+        """Record a stage as complete, with every whole file now in its folder but for checkpoints."""
         folder = self.path(stage)
         paths = {
             str(path.relative_to(self.root)): path
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and CHECKPOINTS not in path.relative_to(folder).parts
+            if path.is_file() and path.suffix != PARTIAL and CHECKPOINTS not in path.relative_to(folder).parts
         }
         files = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in paths.items()}
         if self.store:
