@@ -46,7 +46,7 @@ class Job:
         """Check everything the job reads, before anything is started or written. Raises `UserError`."""
         self.config = config
         self.artifacts = Artifacts(config.output)
-        self.artifacts.check()
+        known = self.artifacts.job()
         prompts = prompts_hash(config)
         if config.evaluation.prompts is not None:
             check_prompts(
@@ -55,13 +55,27 @@ class Job:
                 limit=config.evaluation.max_prompts,
                 different=1,
             )
-        self.teacher = Teacher(config.teacher)
+        self.teacher = Teacher(config.teacher, known.get("teacher_hashes"))
         check_variants(config.variants, self.teacher.adapter.block_ranges(self.teacher.empty_transformer()))
+        if unread := self.teacher.bytes_without_sha256():
+            console.print(
+                f"reading {unread / 1e9:.1f} GB of weights in {self.teacher.place} once, which have no sha256 there",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         self.identity = JobIdentity(self.teacher.sha256(), self.teacher.part_hashes(), prompts)
-        self.artifacts.start(
-            {"teacher": self.teacher.place, "teacher_sha256": self.identity.teacher, "prompts": prompts}
-        )
+        self.artifacts.start(self._record())
         self.reporter = Reporter(console, self.artifacts.path(LOG))
+
+    def _record(self) -> dict[str, Any]:
+        """What the manifest says of the job."""
+        record = {
+            "teacher": self.teacher.place,
+            "teacher_sha256": self.identity.teacher,
+            "prompts": self.identity.prompts,
+        }
+        return record | ({"teacher_hashes": self.teacher.hashes} if self.teacher.hashes else {})
 
     def run(self, device: str, ablation: bool = False, check_memory: bool = True) -> str:
         """Run the stages whose result is not complete and intact, then write the report; gives where that is.
@@ -76,6 +90,7 @@ class Job:
         stages = stages_for("ablation" if ablation else "evaluation", STAGES)
         with artifacts.exclusive_lock(), self._log(), self._failure_event():
             remove_partials(artifacts.root)
+            artifacts.update_job(self._record())
             self._check_resources(stages, device)
             if check_memory:
                 self._check_memory(stages, device)

@@ -36,6 +36,8 @@ EVENTS = "events.jsonl"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"  # a folder in a stage's, of what is no part of its result
 FORMAT = 1
+# What tells one job from another, whatever the paths.
+_IDENTITY = {"teacher_sha256": "another teacher", "prompts": "other prompts"}
 
 
 def key_of(*parts: Any) -> str:
@@ -162,19 +164,32 @@ class Artifacts:
                 f"the output folder {self.place} is not empty and is not a ppcl job; choose another --output"
             )
 
-    def start(self, job: dict[str, Any]) -> None:
-        """Claim the folder for a job: `job` tells one job from another (the teacher's and prompts' identity)."""
+    def job(self) -> dict[str, Any]:
+        """What the manifest says of the job, `{}` where there is none yet. Raises `UserError` as `check` does."""
         self.check()
-        if self._read_manifest() is None:
+        return {} if self._read_manifest() is None else self.manifest()["job"]
+
+    def start(self, job: dict[str, Any]) -> None:
+        """Claim the folder for a job, which the hashes of its teacher and prompts tell from another.
+
+        `job` says where the teacher is, too: that may be another place than before. Raises `UserError` for another job.
+        """
+        other = self.job()
+        if not other:
             self._write_manifest({"format": FORMAT, "job": job, "stages": {}})
-        else:
-            other = self.manifest()["job"]
-            if other != job:
-                differs = [k for k in {**job, **other} if job.get(k) != other.get(k)]
+        for key, what in _IDENTITY.items():
+            if other and job.get(key) != other.get(key):
                 raise UserError(
-                    f"the output folder {self.place} holds another job: {differs[0]} is {other.get(differs[0])!r} "
-                    f"there and {job.get(differs[0])!r} here; choose another --output"
+                    f"the output folder {self.place} holds another job, of {what} than this one's "
+                    f"({key} is {other.get(key)!r} there and {job.get(key)!r} here; its teacher was "
+                    f"{other.get('teacher')}); choose another --output"
                 )
+
+    def update_job(self, job: dict[str, Any]) -> None:
+        """Note where the teacher of this job is now. Called by who holds the lock."""
+        manifest = self.manifest()
+        if manifest["job"] != job:
+            self._write_manifest({**manifest, "job": job})
 
     @contextlib.contextmanager
     def exclusive_lock(self) -> Iterator[None]:

@@ -34,6 +34,8 @@ _SHA256 = "sha256"  # in an object's metadata
 _ATTEMPTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _CONNECT_SECONDS, _READ_SECONDS = 10, 30
+# Of an object that is read whole without a file.
+_PART_BYTES = 32 << 20
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 _UNREACHABLE = ("EndpointConnectionError", "ConnectTimeoutError")
 _REFUSED = {
@@ -188,6 +190,16 @@ class Store:
             return content
 
         return self._with_retries(lambda: sync(_files().loop, get))
+
+    def sha256_of_content(self, name: str, size: int, tag: str) -> str:
+        """The sha256 of an object of `size` bytes, which is read whole, a part at a time.
+
+        Raises `FileExistsError` where another than that of the tag stands in its place.
+        """
+        sha256 = hashlib.sha256()
+        for start in range(0, size, _PART_BYTES):
+            sha256.update(self.read(name, start, min(start + _PART_BYTES, size), tag))
+        return sha256.hexdigest()
 
     def write(self, name: str, content: bytes, **conditions: str) -> str:
         """Write a whole object and return its tag.

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from rich.console import Console
 from jobs.pipeline import Job
 from jobs.stage import Stage, stages_for
 from jobs.stages.registry import STAGES
+from ppcl.config.location import Location
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.storage.manifest import write_atomically
@@ -145,6 +147,32 @@ def test_a_file_that_a_later_stage_does_not_read_does_not_change_its_key(job):
     (job.artifacts.path("probes") / "times.json").write_text("1.5")
     job.artifacts.commit("probes", job.artifacts.record("probes").key)
     assert chain.run(job) == ([], "1")
+
+
+def test_the_same_teacher_in_another_place_goes_on_with_the_result_and_another_in_its_place_does_not(
+    job, teacher_folder, tmp_path
+):
+    chain = Chain()
+    chain.run(job)
+    copied = shutil.copytree(teacher_folder, tmp_path / "elsewhere")
+    moved = Job(job.config.model_copy(update={"teacher": Location(str(copied))}), job.reporter.console)
+    assert chain.run(moved) == ([], "1")
+    weights = copied / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UserError, match="holds another job, of another teacher than this one's"):
+        Job(moved.config, job.reporter.console)
+
+
+def test_what_a_killed_writer_left_half_written_is_no_part_of_a_stage_and_is_removed(job):
+    def run(context):
+        (context.folder / "x.0123.partial").write_text("half")
+        return {"found": [path.name for path in (context.folder / "checkpoints").iterdir()]}
+
+    left = job.artifacts.path("probes", "checkpoints", "y.4567.partial")
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    job.run_stage(Stage("probes", run, lambda context: "a test", resumes_from="checkpoints"), "cpu")
+    assert job.artifacts.record("probes").info == {"found": []} and not job.artifacts.record("probes").files
 
 
 def test_a_stage_reads_what_the_manifest_names_and_not_what_else_lies_in_a_folder(job):
