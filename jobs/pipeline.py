@@ -20,6 +20,7 @@ from rich.console import Console
 from jobs.failures import advice, describe_failure, will_recur
 from jobs.progress import Reporter, duration
 from jobs.stage import JobIdentity, Stage, StageContext, prompts_hash, stages_for
+from jobs.tracking.listener import tracked, trackers_of
 from ppcl.calibration.prompts import check_prompts, count_prompts
 from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
@@ -46,6 +47,7 @@ class Job:
         """Check everything the job reads, before anything is started or written. Raises `UserError`."""
         self.config = config
         self.artifacts = Artifacts(config.output)
+        self._trackers = trackers_of(config)
         known = self.artifacts.job()
         prompts = prompts_hash(config)
         if config.evaluation.prompts is not None:
@@ -88,7 +90,8 @@ class Job:
 
         artifacts = self.artifacts
         stages = stages_for("ablation" if ablation else "evaluation", STAGES)
-        with artifacts.exclusive_lock(), self._log(), self._failure_event():
+        tracking = tracked(self._trackers, self.config, artifacts, self.reporter)
+        with artifacts.exclusive_lock(), self._log(), tracking, self._last_event():
             remove_partials(artifacts.root)
             artifacts.update_job(self._record())
             self._check_resources(stages, device)
@@ -118,7 +121,8 @@ class Job:
         started_at = time.monotonic()
         with self.reporter.stage(stage.name, stage.describe(context), index, stages) as update:
             info = self._with_retries(stage, replace(context, events=update))
-        artifacts.commit(stage.name, context.key, time.monotonic() - started_at, info, stage.format)
+            # Whoever hears that the stage is done finds its files.
+            artifacts.commit(stage.name, context.key, time.monotonic() - started_at, info, stage.format)
         self._upload_log()
         for note in info.get("notes", ()):
             self.reporter.say(note)
@@ -188,10 +192,14 @@ class Job:
                 upload(self.artifacts.path(name))
 
     @contextmanager
-    def _failure_event(self) -> Iterator[None]:
-        """An error that ends the job is its last event; a stopped job has not failed."""
+    def _last_event(self) -> Iterator[None]:
+        """What ends the job before its report is its last event; a stopped job has not failed."""
         try:
             yield
+        except KeyboardInterrupt:
+            with suppress(OSError):
+                self.reporter.job_stopped()
+            raise
         except Exception as error:
             # A full disk takes no event; the error itself counts.
             with suppress(OSError):

@@ -23,6 +23,7 @@ from typing import Any
 
 from jobs.events import PRINT_EVENTS, EventFilter, JobProgress, printed_events, progress_after, without_events
 from jobs.runtime.cluster import needs_token
+from jobs.tracking.mlflow import absolute_uri
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 
@@ -393,7 +394,11 @@ def absolute(config: Config) -> Config:
         (values, "prompts"),
         (values, "output"),
         (values["evaluation"], "prompts"),
+        (values["tracking"], "tensorboard"),
     ):
         if section[key] is not None and "://" not in section[key]:
             section[key] = str(Path(section[key]).absolute())
+    mlflow = values["tracking"]["mlflow"]
+    if mlflow is not None and mlflow["uri"] is not None:
+        mlflow["uri"] = absolute_uri(mlflow["uri"])
     return Config.model_validate(values)
