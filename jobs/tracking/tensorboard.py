@@ -29,7 +29,8 @@ class TensorBoardTracker:
 
         folder = self.folder / f"{run.name}-{run.id}"
         folder.mkdir(parents=True, exist_ok=True)
-        # Files are read in the order of their names, whose own time is in seconds. Not the `SummaryWriter`: its thread would end at a full disk, with a traceback and without a word to us.
+        # Files are read in the order of their names, in which the time is in seconds alone.
+        # Not the `SummaryWriter`: its thread would end at a full disk, with a traceback and without a word to us.
         self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{time_ns()}")
         rows = [f"| {key} | `{json.dumps(value)}` |" for key, value in run.parameters.items()]
         self._write(summary.text("configuration", "\n".join(["| key | value |", "|---|---|", *rows])))
