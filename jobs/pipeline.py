@@ -149,7 +149,7 @@ class Job:
             artifacts.invalidate(stage.name, keep=stage.resumes_from)
             remove_partials(context.folder)
             context.folder.mkdir(parents=True, exist_ok=True)
-            self._log_missing_nodes(stage, context.device)
+            self._wait_for_resources(stage, context)
             try:
                 return stage.run(context)
             except UserError:
@@ -240,17 +240,22 @@ class Job:
         prompts = count_prompts(config.prompts, calibration.prompt_column, calibration.max_prompts)
         return job_size(config, teacher, prompts, _ASSUMED_INTERVAL, Device(), cpu)
 
-    def _log_missing_nodes(self, stage: Stage, device: str) -> None:
-        from jobs.runtime.resources import shortfall  # imports Ray, see `run`
+    def _wait_for_resources(self, stage: Stage, context: StageContext) -> None:
+        """Wait for missing nodes, then for other jobs that use what the stage needs. Raises `UserError`."""
+        from jobs.runtime.resources import Resources, shortfall  # imports Ray, see `run`
 
         if stage.workers is None:
             return
-        count, setting, least = stage.workers(self.config)
-        if missing := shortfall(least or count, device, setting):
+        workers = stage.workers(self.config)
+        workers = workers._replace(number=workers.least or workers.number)
+        if missing := shortfall(workers.number, context.device, workers.setting):
             self.reporter.say(
                 f"{stage.name}: waiting for nodes, {duration(self.config.worker_timeout_s)} from the last new one: "
                 f"{missing}"
             )
+        resources = Resources.of(workers, context.device, self.config)
+        resources.wait()
+        resources.wait_until_free(context.events)
 
 
 def _unheard(

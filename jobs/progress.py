@@ -96,6 +96,8 @@ class StageProgress:
         """All that is known, in one line."""
         if self.done is None:
             return f"{self.name}: starting workers, {duration(now - self.started_at)}"
+        if not self.done and not self.total:
+            return self.title
         count = f"{self.done} of {self.total}" if self.total else str(self.done)
         left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
         loss = "" if self.loss is None else f", mean loss {self.loss:.4f}"

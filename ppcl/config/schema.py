@@ -415,6 +415,11 @@ class Config(Section):
         "missing nodes; up to "
         "four times as long while the cluster's autoscaler starts nodes",
     )
+    busy_timeout_s: float = Field(
+        3600.0,
+        gt=0,
+        description="seconds for which a stage waits for CPUs or GPUs that other jobs of the cluster use",
+    )
     sampling: Sampling = Sampling()
     calibration: Calibration = Calibration()
     probes: Probes = Probes()

@@ -14,7 +14,7 @@ from jobs.pipeline import Job
 from jobs.stage import Stage, stages_for
 from jobs.stages.registry import STAGES
 from ppcl.config.location import Location
-from ppcl.config.schema import Config
+from ppcl.config.schema import Config, Tracking
 from ppcl.errors import UserError
 from ppcl.storage.manifest import write_atomically
 from ppcl.storage.results import STAGE_FILES
@@ -198,6 +198,8 @@ def test_a_key_changes_with_the_fields_that_matter_and_not_with_those_marked_ope
     change = lambda **values: job.config.model_copy(update={"probes": job.config.probes.model_copy(update=values)})  # noqa: E731
     job.config = change(workers=3)
     assert chain.run(job)[0] == []
+    job.config = job.config.model_copy(update={"tracking": Tracking(tensorboard="elsewhere")})
+    assert chain.run(job)[0] == []
     job.config = change(ridge=0.5)
     assert chain.run(job)[0] == ["probes"]
 
@@ -247,13 +249,14 @@ def test_an_ablation_stands_in_place_of_everything_after_detection():
 
 
 def test_an_error_that_ends_a_job_is_its_last_event(job):
-    with pytest.raises(UserError), job._failure_event():
+    with pytest.raises(UserError), job._last_event():
         raise UserError("the disk is full; free space")
     last = json.loads(job.artifacts.path("events.jsonl").read_text().splitlines()[-1])
     assert (last["kind"], last["message"]) == ("job_failed", "the disk is full; free space")
 
 
 def test_a_job_that_is_stopped_has_not_failed(job):
-    with pytest.raises(KeyboardInterrupt), job._failure_event():
+    with pytest.raises(KeyboardInterrupt), job._last_event():
         raise KeyboardInterrupt
-    assert not job.artifacts.path("events.jsonl").exists()
+    (last,) = map(json.loads, job.artifacts.path("events.jsonl").read_text().splitlines())
+    assert last["kind"] == "job_stopped"
