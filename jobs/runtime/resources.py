@@ -123,7 +123,7 @@ class Resources:
     def wait_until_free(self, progress: Update) -> None:
         """Wait until no other job uses them; who does is the phase of `progress`. They are free, not reserved.
 
-        Raises `UserError` once they have been in use for too long.
+        Raises `UserError` once they have been in use for too long, or as `enough` does.
         """
         workers, device, _ = self.asked
         kind, needed = _kind(device), workers + _beside(device)
@@ -133,7 +133,7 @@ class Resources:
         # Ray gives a group all of it or nothing, in the order of the requests as far as it fits.
         with autoscaler.asked(bundles(workers, device)) as group:
             while not group.wait(min(_LOOK_EVERY, self.busy_timeout_s)):
-                if (sentence := self.busy()) is not None:
+                if self.enough() and (sentence := self.busy()):
                     progress(0, phase=sentence)
                     told = True
         if told:

@@ -12,7 +12,7 @@ from jobs.events import Event
 from jobs.progress import Reporter
 from jobs.tracking.metrics import losses, parameters, stage_metrics
 from jobs.tracking.mlflow import MlflowTracker
-from jobs.tracking.sender import Entry, Sender
+from jobs.tracking.sender import Entry, Sender, close
 from jobs.tracking.tensorboard import TensorBoardTracker
 from jobs.tracking.tracker import Outcome, Run, Tracker
 from jobs.tracking.wandb import WandbTracker
@@ -53,8 +53,7 @@ def tracked(trackers: list[Tracker], config: Config, artifacts: Artifacts, repor
         yield
     finally:
         reporter.listeners.remove(listener)
-        for sender in senders:
-            sender.close()
+        close(senders)
 
 
 def _name(place: str) -> str:

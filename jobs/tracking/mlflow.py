@@ -1,4 +1,7 @@
-"""MLflow: a run on a tracking server, or in a folder. Credentials are those of MLflow's own environment variables."""
+"""MLflow: a run on a tracking server, or in a folder. Credentials are those of MLflow's own environment variables.
+
+The package is optional and takes a second to import, so only who uses it does.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jobs.tracking.tracker import Run, Tracker
 
@@ -19,6 +19,15 @@ _PAUSE, _END = 30.0, 15.0
 
 _CREDENTIALS = re.compile(r"://[^/@\s]*@")
 _LONGEST_REASON = 200
+
+
+def close(senders: Sequence[Sender]) -> None:
+    """Wait for the last entries of all, a short time; says where they were not logged."""
+    for sender in senders:
+        sender._put(None)
+    deadline = time.monotonic() + _END
+    for sender in senders:
+        sender._close(deadline)
 
 
 class Sender:
@@ -36,13 +45,11 @@ class Sender:
         """Never waits. An `important` entry is tried soon after a failure, too."""
         self._put((entry, important))
 
-    def close(self) -> None:
-        """Wait for the last entries, a short time; says where they were not logged."""
-        self._put(None)
-        self._thread.join(_END)
+    def _close(self, deadline: float) -> None:
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
             self._say(
-                f"tracking: {self._tracker.name} has not taken the last of the job in {_END:.0f} s; it is left out"
+                f"tracking: {self._tracker.name} has not taken the last of the job within {_END:.0f} s; it is left out"
             )
 
     def _put(self, item: tuple[Entry, bool] | None) -> None:

@@ -1,4 +1,7 @@
-"""TensorBoard: event files in a folder of the run. Of the report it has no place for, it keeps none."""
+"""TensorBoard: event files in a folder of the run. It has no place for the report.
+
+The package is optional, so only who uses it imports it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights & Biases: a run of a project, online or as files for `wandb sync`. The key comes from its own environment."""
+"""Weights & Biases: a run of a project, online or as files for `wandb sync`. The key comes from its own environment.
+
+The package is optional and starts a process of its own, so only who uses it imports it.
+"""
 
 from __future__ import annotations
 

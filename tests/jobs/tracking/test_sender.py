@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from jobs.tracking import sender
-from jobs.tracking.sender import Sender
+from jobs.tracking.sender import Sender, close
 from jobs.tracking.tracker import Run
 
 
@@ -37,7 +37,7 @@ def test_entries_come_in_their_order_after_one_start(said):
     to = sending(tracker, said)
     for number in range(100):
         to.put(lambda tracker, number=number: tracker.got.append(number))
-    to.close()
+    close([to])
     assert tracker.got == list(range(100)) and tracker.starts == 1 and not said
 
 
@@ -49,7 +49,7 @@ def test_a_slow_tracker_holds_nobody_and_the_oldest_entries_are_dropped(said, mo
     for number in range(100):
         to.put(lambda tracker, number=number: tracker.got.append(number))
     go_on.set()
-    to.close()
+    close([to])
     assert tracker.got[-5:] == [95, 96, 97, 98, 99] and len(tracker.got) <= 10
 
 
@@ -59,7 +59,7 @@ def test_a_failure_is_told_once_without_credentials_and_what_is_important_is_tri
     for _ in range(50):
         to.put(lambda tracker: tracker.got.append("progress"))
     to.put(lambda tracker: tracker.got.append("end"), important=True)
-    to.close()
+    close([to])
     assert said == ["tracking: memory does not work (http://host is away and more); the job goes on"]
     assert tracker.starts == 2  # the first entry and the important one
 
@@ -71,5 +71,5 @@ def test_a_tracker_that_comes_back_has_what_is_important(said):
     assert failed.wait(60)
     tracker.failing = None
     to.put(lambda tracker: tracker.got.append("end"), important=True)
-    to.close()
+    close([to])
     assert tracker.got == ["end"] and len(said) == 1
