@@ -79,13 +79,15 @@ class _Listener:
     def __init__(self, artifacts: Artifacts, senders: list[Sender]):
         self._artifacts, self._senders = artifacts, senders
         self._last: tuple[str | None, int | None] = (None, None)
+        self._complete: list[str] = []
 
     def __call__(self, event: Event, values: Mapping[str, float]) -> None:
         time = datetime.fromisoformat(event.time).timestamp()
         if (metrics := losses(event, values)) and self._last != (event.stage, event.done):
             self._last = (event.stage, event.done)
             self._log(lambda tracker: tracker.log_metrics(metrics, time, event.done))
-        elif event.kind in ("stage_done", "stage_skipped"):
+        elif event.kind in ("stage_done", "stage_skipped") and event.stage:
+            self._complete.append(event.stage)
             self._log(self._results_of([event.stage], time))
         elif outcome := _OUTCOMES.get(event.kind):
             self._log(self._end(outcome, time), important=True)
@@ -96,10 +98,11 @@ class _Listener:
 
     def _end(self, outcome: Outcome, time: float) -> Entry:
         """All that was found, once more: a tracker that was away meanwhile has it in the end."""
+        log_results = self._results_of(list(self._complete), time)
 
         def entry(tracker: Tracker) -> None:
             try:
-                self._results_of(None, time)(tracker)
+                log_results(tracker)
                 if outcome == "finished":
                     tracker.log_artifact(self._artifacts.path(REPORT))
             finally:
@@ -107,14 +110,14 @@ class _Listener:
 
         return entry
 
-    def _results_of(self, stages: list[str | None] | None, time: float) -> Entry:
-        """What stages, or all that are complete, have found."""
+    def _results_of(self, stages: list[str], time: float) -> Entry:
+        """What complete stages have found."""
 
         def entry(tracker: Tracker) -> None:
             results = read_results(self._artifacts.place)
             metrics: dict[str, float] = {}
-            for stage in results.manifest["stages"] if stages is None else stages:
-                metrics |= stage_metrics(results, str(stage))
+            for stage in stages:
+                metrics |= stage_metrics(results, stage)
             tracker.log_metrics(metrics, time)
 
         return entry
