@@ -54,15 +54,6 @@ def test_the_group_is_torchs_own_with_its_settings():
     assert isinstance(config, TorchConfig) and config.to_dict() == TorchConfig(backend="gloo", timeout_s=7).to_dict()
 
 
-def test_a_phase_of_the_ranks_begins_with_a_count_and_losses_of_its_own():
-    board = ranks._ProgressBoard()
-    board.update(5, 10, {"a": 0.5}, None)
-    board.update(4, 10, {"b": 0.25}, None)
-    assert board.read() == (5, 10, {"a": 0.5, "b": 0.25}, None, None)
-    board.update(1, 62, {}, "measuring plans")
-    assert board.read() == (1, 62, {}, "measuring plans", None)
-
-
 class _Taken:
     """Resources that another job was faster to take, and that stay in use."""
 
