@@ -87,8 +87,10 @@ def _program(entrypoint: str) -> str:
     except ValueError:
         words = entrypoint.split()
     rest = words[1:] if words and PurePosixPath(words[0]).name.startswith("python") else words
-    if rest and rest[0] == "-m":
-        return rest[1] if len(rest) > 1 else words[0]
+    if rest[:1] == ["-m"] and len(rest) > 1:
+        return rest[1]
+    if rest[:1] == ["-c"]:
+        rest = []
     first = next((word for word in rest if not word.startswith("-")), words[0] if words else "a driver")
     return PurePosixPath(first).name
 

@@ -200,6 +200,7 @@ def test_what_the_job_itself_uses_is_not_waited_for(cluster):
         ("python -m package.train --key secret", "package.train"),
         ("ppcl compress job.yaml", "ppcl"),
         ("python", "python"),
+        ("/usr/bin/python3 -c import secret; print(1)", "python3"),
         ("", "a driver"),
         ("python 'unclosed", "'unclosed"),
     ],
