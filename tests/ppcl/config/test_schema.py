@@ -136,7 +136,7 @@ GOOD = {"teacher": "models/t", "prompts": "p.txt"}
         (GOOD, ["tracking.mlflow.url=http://x"], "unknown key tracking.mlflow.url; the nearest is tracking.mlflow.uri"),
         (
             GOOD,
-            ["tracking.mlflow.uri=https://me:hidden@mlflow.example.org"],
+            ["tracking.mlflow.uri=https://me:pa55word@mlflow.example.org"],
             "tracking.mlflow.uri holds a user or a password, which no configuration may; set MLFLOW_TRACKING_USERNAME",
         ),
         (GOOD, ["tracking.wandb.mode=later"], "tracking.wandb.mode is 'later': input should be 'online' or 'offline'"),
@@ -151,7 +151,7 @@ def test_a_mistake_is_one_sentence(write, values, overrides, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         load_config(write(values), overrides)
     said = str(caught.value)
-    assert "hidden" not in said
+    assert "pa55word" not in said
     assert "\n" not in said and "pydantic" not in said and "pathlib" not in said and len(said) < 400
 
 
