@@ -16,7 +16,9 @@ from typing import Any, Literal, get_args
 PRINT_EVENTS = "PPCL_PRINT_EVENTS"
 _PREFIX = "ppcl-event "
 
-Kind = Literal["stage_started", "progress", "message", "stage_skipped", "stage_done", "job_done", "job_failed"]
+Kind = Literal[
+    "stage_started", "progress", "message", "stage_skipped", "stage_done", "job_done", "job_failed", "job_stopped"
+]
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class JobProgress:
 
     def after(self, event: Event) -> JobProgress:
         """The progress once `event` has happened."""
-        if event.kind == "message":
+        if event.kind in ("message", "job_stopped"):
             return self
         if event.kind == "job_done":
             return JobProgress(complete=self.complete, report=event.message)

@@ -20,12 +20,14 @@ from rich.console import Console
 from jobs.failures import advice, describe_failure, will_recur
 from jobs.progress import Reporter, duration
 from jobs.stage import JobIdentity, Stage, StageContext, prompts_hash, stages_for
+from jobs.tracking.listener import tracked, trackers_of
 from ppcl.calibration.prompts import check_prompts, count_prompts
 from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
 from ppcl.models.teacher import Teacher
 from ppcl.report import write_report
 from ppcl.search.checks import check_variants
+from ppcl.storage.atomic import remove_partials
 from ppcl.storage.manifest import CONFIG, EVENTS, LOG, Artifacts, write_atomically
 from ppcl.storage.mirror import upload
 
@@ -45,7 +47,8 @@ class Job:
         """Check everything the job reads, before anything is started or written. Raises `UserError`."""
         self.config = config
         self.artifacts = Artifacts(config.output)
-        self.artifacts.check()
+        self._trackers = trackers_of(config)
+        known = self.artifacts.job()
         prompts = prompts_hash(config)
         if config.evaluation.prompts is not None:
             check_prompts(
@@ -54,13 +57,27 @@ class Job:
                 limit=config.evaluation.max_prompts,
                 different=1,
             )
-        self.teacher = Teacher(config.teacher)
+        self.teacher = Teacher(config.teacher, known.get("teacher_hashes"))
         check_variants(config.variants, self.teacher.adapter.block_ranges(self.teacher.empty_transformer()))
+        if unread := self.teacher.bytes_without_sha256():
+            console.print(
+                f"reading {unread / 1e9:.1f} GB of weights in {self.teacher.place} once, which have no sha256 there",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         self.identity = JobIdentity(self.teacher.sha256(), self.teacher.part_hashes(), prompts)
-        self.artifacts.start(
-            {"teacher": self.teacher.place, "teacher_sha256": self.identity.teacher, "prompts": prompts}
-        )
+        self.artifacts.start(self._record())
         self.reporter = Reporter(console, self.artifacts.path(LOG))
+
+    def _record(self) -> dict[str, Any]:
+        """What the manifest says of the job."""
+        record = {
+            "teacher": self.teacher.place,
+            "teacher_sha256": self.identity.teacher,
+            "prompts": self.identity.prompts,
+        }
+        return record | ({"teacher_hashes": self.teacher.hashes} if self.teacher.hashes else {})
 
     def run(self, device: str, ablation: bool = False, check_memory: bool = True) -> str:
         """Run the stages whose result is not complete and intact, then write the report; gives where that is.
@@ -73,7 +90,10 @@ class Job:
 
         artifacts = self.artifacts
         stages = stages_for("ablation" if ablation else "evaluation", STAGES)
-        with artifacts.exclusive_lock(), self._log(), self._failure_event():
+        tracking = tracked(self._trackers, self.config, artifacts, self.reporter)
+        with artifacts.exclusive_lock(), self._log(), tracking, self._last_event():
+            remove_partials(artifacts.root)
+            artifacts.update_job(self._record())
             self._check_resources(stages, device)
             if check_memory:
                 self._check_memory(stages, device)
@@ -101,7 +121,8 @@ class Job:
         started_at = time.monotonic()
         with self.reporter.stage(stage.name, stage.describe(context), index, stages) as update:
             info = self._with_retries(stage, replace(context, events=update))
-        artifacts.commit(stage.name, context.key, time.monotonic() - started_at, info, stage.format)
+            # Whoever hears that the stage is done finds its files.
+            artifacts.commit(stage.name, context.key, time.monotonic() - started_at, info, stage.format)
         self._upload_log()
         for note in info.get("notes", ()):
             self.reporter.say(note)
@@ -126,8 +147,9 @@ class Job:
         artifacts = self.artifacts
         for attempt in range(1, _ATTEMPTS + 1):
             artifacts.invalidate(stage.name, keep=stage.resumes_from)
+            remove_partials(context.folder)
             context.folder.mkdir(parents=True, exist_ok=True)
-            self._log_missing_nodes(stage, context.device)
+            self._wait_for_resources(stage, context)
             try:
                 return stage.run(context)
             except UserError:
@@ -170,10 +192,14 @@ class Job:
                 upload(self.artifacts.path(name))
 
     @contextmanager
-    def _failure_event(self) -> Iterator[None]:
-        """An error that ends the job is its last event; a stopped job has not failed."""
+    def _last_event(self) -> Iterator[None]:
+        """What ends the job before its report is its last event; a stopped job has not failed."""
         try:
             yield
+        except KeyboardInterrupt:
+            with suppress(OSError):
+                self.reporter.job_stopped()
+            raise
         except Exception as error:
             # A full disk takes no event; the error itself counts.
             with suppress(OSError):
@@ -214,17 +240,22 @@ class Job:
         prompts = count_prompts(config.prompts, calibration.prompt_column, calibration.max_prompts)
         return job_size(config, teacher, prompts, _ASSUMED_INTERVAL, Device(), cpu)
 
-    def _log_missing_nodes(self, stage: Stage, device: str) -> None:
-        from jobs.runtime.resources import shortfall  # imports Ray, see `run`
+    def _wait_for_resources(self, stage: Stage, context: StageContext) -> None:
+        """Wait for missing nodes, then for other jobs that use what the stage needs. Raises `UserError`."""
+        from jobs.runtime.resources import Resources, shortfall  # imports Ray, see `run`
 
         if stage.workers is None:
             return
-        count, setting, least = stage.workers(self.config)
-        if missing := shortfall(least or count, device, setting):
+        workers = stage.workers(self.config)
+        workers = workers._replace(number=workers.least or workers.number)
+        if missing := shortfall(workers.number, context.device, workers.setting):
             self.reporter.say(
                 f"{stage.name}: waiting for nodes, {duration(self.config.worker_timeout_s)} from the last new one: "
                 f"{missing}"
             )
+        resources = Resources.of(workers, context.device, self.config)
+        resources.wait()
+        resources.wait_until_free(context.events)
 
 
 def _unheard(

@@ -62,6 +62,7 @@ class StageProgress:
         self.done: int | None = None
         self.total: int | None = None
         self.loss: float | None = None
+        self.values: dict[str, float] = {}
         self._updated_at = started_at
         # Means over updates of the seconds and of what was done in them.
         self._seconds, self._steps = 0.0, 0.0
@@ -70,7 +71,7 @@ class StageProgress:
         self, now: float, done: int, total: int | None, values: Mapping[str, float] | None, phase: str | None
     ) -> None:
         if phase != self.phase or self.done is None:
-            self.phase, self.loss, self._seconds, self._steps = phase, None, 0.0, 0.0
+            self.phase, self.loss, self.values, self._seconds, self._steps = phase, None, {}, 0.0, 0.0
             self._updated_at = now
         elif done > self.done:
             self._seconds = _mean(self._seconds or None, now - self._updated_at)
@@ -78,6 +79,7 @@ class StageProgress:
             self._updated_at = now
         self.done, self.total = done, total
         if values:
+            self.values.update(values)
             self.loss = _mean(self.loss, sum(values.values()) / len(values))
 
     @property
@@ -94,16 +96,24 @@ class StageProgress:
         """All that is known, in one line."""
         if self.done is None:
             return f"{self.name}: starting workers, {duration(now - self.started_at)}"
+        if not self.done and not self.total:
+            return self.title
         count = f"{self.done} of {self.total}" if self.total else str(self.done)
         left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
         loss = "" if self.loss is None else f", mean loss {self.loss:.4f}"
         return f"{self.title} {count}{left}{loss}"
 
 
+class Listener(Protocol):
+    """Hears every event of a job; `values`: the last losses by name, where it is one of progress. It must not wait."""
+
+    def __call__(self, event: Event, values: Mapping[str, float]) -> None: ...
+
+
 class Reporter:
     """Reports the running stage, its progress and the time left: on the console, in `log`, and in `events.jsonl`.
 
-    Where the environment variable `PRINT_EVENTS` is set, the console gets the events too.
+    Where the environment variable `PRINT_EVENTS` is set, the console gets the events too. `listeners` hear them, too.
     """
 
     def __init__(self, console: Console, log: Path, line_every: float = _LINE_EVERY):
@@ -111,6 +121,7 @@ class Reporter:
         self.log = log
         self.events = log.with_name(EVENTS)
         self.line_every = line_every
+        self.listeners: list[Listener] = []
         self._print_events = os.environ.get(PRINT_EVENTS) == "1"
         # The ticker of a stage writes beside the stage itself.
         self._lock = threading.RLock()
@@ -136,6 +147,10 @@ class Reporter:
     def job_failed(self, error: str) -> None:
         """The job's last event; it says nothing on the console."""
         self._emit("job_failed", message=error)
+
+    def job_stopped(self) -> None:
+        """The job's last event where its user ended it; it says nothing on the console."""
+        self._emit("job_stopped")
 
     @contextmanager
     def stage(self, name: str, what: str, index: int = 1, stages: int = 1) -> Iterator[Update]:
@@ -202,6 +217,9 @@ class Reporter:
             line = f"{progress.name}: done in {duration(time.monotonic() - progress.started_at)}"
             self._print(line)
             self._write(line)
+            if progress.loss is not None:
+                # The last losses, which may have come since the last line.
+                self._emit_progress(progress)
             self._emit(
                 "stage_done", stage=progress.name, index=progress.index, stages=progress.stages, loss=progress.loss
             )
@@ -217,6 +235,7 @@ class Reporter:
             total=progress.total,
             seconds_left=progress.seconds_left,
             loss=progress.loss,
+            values=progress.values,
         )
 
     def _emit(
@@ -232,6 +251,7 @@ class Reporter:
         seconds_left: float | None = None,
         loss: float | None = None,
         message: str | None = None,
+        values: Mapping[str, float] | None = None,
     ) -> None:
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
         event = Event(kind, now, stage, index, stages, phase, done, total, seconds_left, loss, message)
@@ -240,6 +260,8 @@ class Reporter:
                 file.write(json.dumps(event.to_json()) + "\n")
             if self._print_events:
                 self._print(event_line(event))
+            for listener in self.listeners:
+                listener(event, dict(values or {}))
 
     def _print_line(self, line: str) -> None:
         """A line of a stage, where there is no live line."""

@@ -19,13 +19,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from jobs.dependencies import pinned_dependencies
 from jobs.events import PRINT_EVENTS, EventFilter, JobProgress, printed_events, progress_after, without_events
 from jobs.runtime.cluster import needs_token
+from jobs.tracking.mlflow import absolute_uri
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 
+Env = Literal["pip", "uv"]
 _PACKAGES = ("ppcl", "jobs")
 _ANSWER_SECONDS = 10
 # A head that has just started answers so until its agents are there, which takes some seconds.
@@ -60,6 +63,15 @@ _BEGIN_SECONDS, _STOP_SECONDS = 180, 120
 # How often in a row, a second apart, a log is asked for in vain before following it is given up: a head may restart
 # meanwhile.
 _RECONNECTS = 120
+
+# How long a node may take to install what a job brings with it, seconds: torch for GPUs is some gigabytes.
+_INSTALL_SECONDS = 3600
+
+# What Ray says where it could not make a job's environment, and the drawing in an error of uv.
+_NO_ENVIRONMENT = "runtime_env setup failed"
+_UV_ERROR = ("×", "error:")
+_WITHOUT_DRAWING = {ord(character): " " for character in "×╰─▶│├"}
+_LONGEST_REASON = 300
 
 # What a command that failed says begins so.
 _ERROR = "ppcl: "
@@ -164,11 +176,12 @@ class Jobs:
                 f"the cluster at {self.address} does not answer any more ({type(error).__name__})"
             ) from None
 
-    def submit(self, config: Config, installed: bool = False) -> str:
-        """Send a job; gives its id. `installed`: the cluster has ppcl itself.
+    def submit(self, config: Config, installed: bool = False, env: Env | None = None) -> str:
+        """Send a job; gives its id. `installed`: the cluster has ppcl itself. `env`: what installs its dependencies.
 
-        Raises `UserError` where a job on the same output is under way already.
+        Raises `UserError` where a job on the same output is under way already, or a dependency cannot be sent.
         """
+        environment = _environment(config, env)
 
         def taken(by: str) -> UserError:
             return UserError(f"the job {by} works on {output} already; `ppcl logs {by} -f` follows it")
@@ -194,16 +207,7 @@ class Jobs:
                     entrypoint=f"{check} && {command} compress config.yaml --address auto",
                     submission_id=identity,
                     metadata={"ppcl": "compress", "output": output, "teacher": str(config.teacher)},
-                    runtime_env={
-                        "working_dir": folder,
-                        # A stopped job ends as by Ctrl-C: it gives its output free.
-                        "env_vars": {
-                            "RAY_JOB_STOP_SIGNAL": "SIGINT",
-                            "RAY_JOB_STOP_WAIT_TIME_S": "60",
-                            "COLUMNS": "120",
-                            PRINT_EVENTS: "1",
-                        },
-                    },
+                    runtime_env={"working_dir": folder, **environment},
                 )
             except RuntimeError as error:
                 # Somebody else sent it since our look at the jobs; Ray takes an id once.
@@ -347,6 +351,23 @@ class Jobs:
         return status
 
 
+def _environment(config: Config, env: Env | None) -> dict[str, Any]:
+    """What the job runs in on the nodes, beside its folder. Raises `UserError` where a dependency cannot be sent."""
+    environment: dict[str, Any] = {
+        # A stopped job ends as by Ctrl-C: it gives its output free.
+        "env_vars": {
+            "RAY_JOB_STOP_SIGNAL": "SIGINT",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            "COLUMNS": "120",
+            PRINT_EVENTS: "1",
+        }
+    }
+    if env is not None:
+        environment[env] = {"packages": pinned_dependencies(config)}
+        environment["config"] = {"setup_timeout_seconds": _INSTALL_SECONDS}
+    return environment
+
+
 def _check(needed: tuple[str, ...]) -> str:
     """Python for the cluster, of whatever age: ends with a sentence where a job could not run there."""
     oldest = ".".join(map(str, _OLDEST_PYTHON))
@@ -355,7 +376,8 @@ def _check(needed: tuple[str, ...]) -> str:
         f"sys.version_info >= {_OLDEST_PYTHON} or sys.exit('ppcl: the cluster runs a Python older than {oldest}'); "
         f"from importlib.util import find_spec; gone = [name for name in {needed} if not find_spec(name)]; "
         "gone and sys.exit('ppcl: the cluster has no ' + ', '.join(gone) + '; "
-        "install the dependencies of ppcl on its nodes, or give them the image of cluster/Dockerfile')"
+        "install the dependencies of ppcl on its nodes, send them with --env pip, or give the nodes the image of "
+        "cluster/Dockerfile')"
     )
 
 
@@ -370,8 +392,23 @@ def _last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no reason given")
 
 
+def _installer_error(message: str) -> str:
+    """What pip or uv had against the packages, in one line, out of Ray's traceback with the installer's output."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    of_pip = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    # uv draws its one error, over several lines.
+    of_uv = next((" ".join(lines[number:]) for number, line in enumerate(lines) if line.startswith(_UV_ERROR)), "")
+    words = of_pip[-1] if of_pip else of_uv or lines[-1]
+    return " ".join(words.translate(_WITHOUT_DRAWING).split())[:_LONGEST_REASON]
+
+
 def _last_words(message: str | None) -> str:
     """Why a job failed that did not say so itself, by what Ray says of it and the end of the log in there."""
+    if message and message.startswith(_NO_ENVIRONMENT):
+        return (
+            f"the nodes could not install what it needs ({_installer_error(message)}); they need an index that has it "
+            "(PIP_INDEX_URL or UV_INDEX_URL in their environment), or the image of cluster/Dockerfile and no --env"
+        )
     words, _, log = (message or "it left no word").partition(", last available logs")
     words = " ".join(words.split())
     # Ray's own line about the command may come late, behind what a short command said.
@@ -393,7 +430,11 @@ def absolute(config: Config) -> Config:
         (values, "prompts"),
         (values, "output"),
         (values["evaluation"], "prompts"),
+        (values["tracking"], "tensorboard"),
     ):
         if section[key] is not None and "://" not in section[key]:
             section[key] = str(Path(section[key]).absolute())
+    mlflow = values["tracking"]["mlflow"]
+    if mlflow is not None and mlflow["uri"] is not None:
+        mlflow["uri"] = absolute_uri(mlflow["uri"])
     return Config.model_validate(values)

@@ -42,7 +42,7 @@ class Result:
         self._check("variants")
         self.catalog = read_catalog(self.artifacts.path("variants"))
         self._check("students")
-        self.teacher = _teacher(teacher or job["teacher"], job["teacher_sha256"])
+        self.teacher = _teacher(teacher or job["teacher"], job)
         self.replacements = replacement_files(self.artifacts.stage_files("students").paths())
         self.tuned = self._tuned()
         self._switch = VariantSwitcher(self.teacher, self.replacements, self.tuned)
@@ -134,12 +134,13 @@ class Result:
         self._switch(pipeline.transformer, self.variant(variant).plan)
 
 
-def _teacher(folder: LocationLike, sha256: str) -> Teacher:
+def _teacher(folder: LocationLike, job: dict[str, Any]) -> Teacher:
+    """The teacher of a job in the manifest, which may lie in another place than then."""
     location = Location.of(folder)
     if not location.is_url and not location.path.is_dir():
         raise UserError(f"the teacher's folder {folder} does not exist any more; give its new path as teacher=")
-    teacher = Teacher(location)
-    if teacher.sha256() != sha256:
+    teacher = Teacher(location, job.get("teacher_hashes"))
+    if teacher.sha256() != job["teacher_sha256"]:
         raise UserError(
             f"the transformer in {folder} is not the teacher of this result (its sha256 differs from the manifest's); "
             "give the path of the unchanged teacher as teacher="

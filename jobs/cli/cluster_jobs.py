@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -42,14 +42,24 @@ def submit(
     installed: Annotated[
         bool, typer.Option("--installed", help="use the ppcl installed on the cluster instead of sending this one")
     ] = False,
+    env: Annotated[
+        Literal["pip", "uv"] | None,
+        typer.Option(
+            help="let the nodes install the dependencies of ppcl, in the versions installed here, by pip or uv"
+        ),
+    ] = None,
 ) -> None:
     """Submit a compression to a cluster; submit the same configuration again to continue a stopped or failed job."""
     from jobs.submission import Jobs, absolute
     from ppcl.config.schema import load_config
 
+    if installed and env is not None:
+        raise UserError(
+            f"--installed uses what the nodes have, --env {env} installs the dependencies there; leave one of them out"
+        )
     settings = absolute(load_config(config, set_, output))
     jobs = Jobs(address)
-    identity = jobs.submit(settings, installed)
+    identity = jobs.submit(settings, installed, env)
     typer.echo(f"{identity}: sent to {jobs.address}, its result goes to {settings.output}")
     if follow:
         _follow(jobs, identity)

@@ -109,13 +109,13 @@ class EvaluatorPool:
 
     def __init__(self, context: StageContext):
         """Start the actors. Raises `UserError` where the cluster has too few resources for too long."""
-        count, setting, _ = workers(context.config)
-        resources = Resources(count, context.device, setting, context.config.worker_timeout_s)
+        needed = workers(context.config)
+        resources = Resources.of(needed, context.device, context.config)
         resources.wait()
         self._exit = ExitStack()
         self._watchdog = self._exit.enter_context(Watchdog("an evaluator", resources))
         actor = _EvaluatorActor.options(**({"num_gpus": 1} if context.device == "cuda" else {"num_cpus": 1}))
-        self.actors = [actor.remote(self._watchdog.heartbeat) for _ in range(count)]
+        self.actors = [actor.remote(self._watchdog.heartbeat) for _ in range(needed.number)]
         for evaluator in self.actors:
             self._exit.callback(ray.kill, evaluator)
         self._loading = [evaluator.load.remote(context.for_workers()) for evaluator in self.actors]

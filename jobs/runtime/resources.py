@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
-from jobs.runtime import autoscaler
+import ray
+
+from jobs.progress import Update, duration
+from jobs.runtime import autoscaler, usage
 from jobs.runtime.cluster import number
+from jobs.stage import Workers
+from ppcl.config.schema import Config
 from ppcl.errors import UserError
 
 # Times the worker_timeout_s, at most, that is waited while an autoscaler has nodes on their way.
 _LAUNCHING = 4
+# Seconds between two looks at who uses what is waited for.
+_LOOK_EVERY = 5.0
 
 
 def shortfall(workers: int, device: str, key: str) -> str | None:
@@ -68,12 +76,23 @@ class Resources:
 
     What is missing is requested from the autoscaler, where one runs, and waited for: a lost node may come back, too.
     That takes at most `worker_timeout_s` seconds from when no node is on its way any more, and four times that in all.
+    What other jobs use is waited for, too, at most `busy_timeout_s` seconds.
     """
 
-    def __init__(self, workers: int, device: str, key: str, worker_timeout_s: float):
-        self.asked, self.worker_timeout_s = (workers, device, key), worker_timeout_s
+    def __init__(self, workers: int, device: str, key: str, worker_timeout_s: float, busy_timeout_s: float = math.inf):
+        self.asked, self.worker_timeout_s, self.busy_timeout_s = (
+            (workers, device, key),
+            worker_timeout_s,
+            busy_timeout_s,
+        )
         self.short_since: float | None = None
+        self._busy_since: float | None = None
         self._launching = 0.0
+
+    @classmethod
+    def of(cls, workers: Workers, device: str, config: Config) -> Resources:
+        """Those of a stage's workers."""
+        return cls(workers.number, device, workers.setting, config.worker_timeout_s, config.busy_timeout_s)
 
     def enough(self) -> bool:
         """Raises `UserError` once there have been too few for too long."""
@@ -100,3 +119,42 @@ class Resources:
         with autoscaler.asked(bundles(workers, device)):
             while not self.enough():
                 time.sleep(1)
+
+    def wait_until_free(self, progress: Update) -> None:
+        """Wait until no other job uses them; who does is the phase of `progress`. They are free, not reserved.
+
+        Raises `UserError` once they have been in use for too long, or as `enough` does.
+        """
+        workers, device, _ = self.asked
+        kind, needed = _kind(device), workers + _beside(device)
+        if usage.free(kind) >= needed:
+            return
+        told = False
+        # Ray gives a group all of it or nothing, in the order of the requests as far as it fits.
+        with autoscaler.asked(bundles(workers, device)) as group:
+            while not group.wait(min(_LOOK_EVERY, self.busy_timeout_s)):
+                if self.enough() and (sentence := self.busy()):
+                    progress(0, phase=sentence)
+                    told = True
+        if told:
+            progress(0, phase="starting workers")
+
+    def busy(self) -> str | None:
+        """What these workers wait for and who uses it, in words for the user; None where this job can have it, or does.
+
+        Raises `UserError` once it has been in use for too long.
+        """
+        workers, device, key = self.asked
+        kind, needed = _kind(device), workers + _beside(device)
+        used = usage.usage(kind)
+        if usage.free(kind) + used.by_job.get(ray.get_runtime_context().get_job_id(), 0) >= needed:
+            self._busy_since = None
+            return None
+        self._busy_since = self._busy_since or time.monotonic()
+        who = f"{number(kind)} exist, {usage.told(used)}"
+        if time.monotonic() - self._busy_since >= self.busy_timeout_s:
+            raise UserError(
+                f"{key} needs {_count(needed, kind)} and waited {duration(self.busy_timeout_s)} for them: {who}; the "
+                "same command continues when they are free; ask for fewer, or raise busy_timeout_s"
+            )
+        return f"waiting for {_count(needed, kind)}; {who}"

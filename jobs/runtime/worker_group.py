@@ -129,7 +129,7 @@ class _Training(threading.Thread):
 def _follow(training: _Training, board: Any, places: Resources, progress: ProgressReport) -> str | None:
     """Pass progress on until the training has ended; gives the sentence of a rank that refused its input.
 
-    Raises `UserError` where a node is lost before the ranks have begun.
+    Raises `UserError` where a node is lost, or another job uses what the ranks need, before they have begun.
     """
     refusal, looked = None, time.monotonic()
     while training.is_alive():
@@ -138,9 +138,11 @@ def _follow(training: _Training, board: Any, places: Resources, progress: Progre
         if total:
             progress(done, total, values, phase=phase)
         elif time.monotonic() - looked > _LOOK_EVERY:
-            # A node whose loss was not known yet may be missing now, and Ray Train would wait for ever.
+            # A node whose loss was not known yet may be missing now, or another job may have been faster, and Ray
+            # Train would wait for ever.
             looked = time.monotonic()
-            places.enough()
+            if places.enough() and (sentence := places.busy()):
+                progress(0, 0, {}, phase=sentence)
     return refusal
 
 

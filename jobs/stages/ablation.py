@@ -34,8 +34,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Run every seed that is not done yet; writes `ablation.json`. `folder/runs/<key>` keeps those that are."""
     config, folder = context.config, context.folder
     settings, runs = config.ablation, folder / _RUNS / context.key
-    count, setting, _ = workers(config)
-    resources = Resources(count, context.device, setting, config.worker_timeout_s)
+    resources = Resources.of(workers(config), context.device, config)
     notes = drop_damaged_checkpoints(NAME, runs)
     arguments = {"context": context.for_workers(), "runs": str(runs)}
     notes += run_worker_group(NAME, _rank, arguments, resources, folder / _RUNS / "ray", context.events)

@@ -92,8 +92,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Checkpoints lie under `folder/checkpoints/<key>` until all are written.
     """
     settings, folder, plan = context.config.distillation, context.folder, _plan(context)
-    count, setting, _ = workers(context.config)
-    resources = Resources(count, context.device, setting, context.config.worker_timeout_s)
+    resources = Resources.of(workers(context.config), context.device, context.config)
     notes = drop_damaged_checkpoints(NAME, context.checkpoints)
     arguments = {"context": context.for_workers(), "plan": [str(replacement) for replacement in plan]}
     scratch = folder / CHECKPOINTS / "ray"

@@ -35,8 +35,7 @@ def run(context: StageContext) -> dict[str, Any]:
     Checkpoints lie under `folder/checkpoints/<key>` until all is written.
     """
     folder = context.folder
-    count, setting, _ = workers(context.config)
-    resources = Resources(count, context.device, setting, context.config.worker_timeout_s)
+    resources = Resources.of(workers(context.config), context.device, context.config)
     notes = drop_damaged_checkpoints(NAME, context.checkpoints, drop_damaged_steps)
     arguments = {"context": context.for_workers()}
     scratch = folder / CHECKPOINTS / "ray"

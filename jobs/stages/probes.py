@@ -28,8 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     know.
     """
     folder = context.folder
-    count, setting, _ = workers(context.config)
-    resources = Resources(count, context.device, setting, context.config.worker_timeout_s)
+    resources = Resources.of(workers(context.config), context.device, context.config)
     arguments = {"context": context.for_workers()}
     run_worker_group("probes", _rank, arguments, resources, folder / "ray", context.events)
     download(folder)

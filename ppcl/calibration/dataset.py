@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ppcl.calibration.encoding import Embedding, collate
 from ppcl.calibration.trajectory_recorder import Call, State
 from ppcl.errors import UserError
 from ppcl.models import adapter_of
+from ppcl.storage.atomic import replacing
 from ppcl.storage.manifest import StageFiles, write_atomically
 
 PROMPTS, STATES, CALL, HELD_OUT = "prompts", "states", "call.json", "held_out.json"
@@ -112,14 +112,11 @@ def write_held_out(folder: Path, prompt_ids: Sequence[int]) -> None:
 
 def _write(path: Path, table: pa.Table) -> None:
     """The whole file or none, in row groups of about a megabyte."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     rows = max(1, math.ceil(table.num_rows * _ROW_GROUP_BYTES / max(table.nbytes, 1)))
     try:
-        pq.write_table(table, partial, row_group_size=rows, compression="zstd")
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            pq.write_table(table, partial, row_group_size=rows, compression="zstd")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({error}); free space or choose another output folder") from None
 
 

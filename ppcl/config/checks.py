@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from ppcl.config.plan_syntax import PLAN_SYNTAX, is_plan, is_replacement
 from ppcl.config.variant_names import names_of
 from ppcl.errors import UserError
 
 if TYPE_CHECKING:
-    from ppcl.config.schema import Config, Distillation, Finetuning, Variants
+    from ppcl.config.schema import Config, Distillation, Finetuning, Tracking, Variants
 
 
 def check_config(config: Config) -> None:
@@ -19,6 +20,7 @@ def check_config(config: Config) -> None:
     _check_warmup("distillation", config.distillation)
     _check_warmup("finetuning", config.finetuning)
     _check_finetuned_variants(config.finetuning, names)
+    _check_no_credentials(config.tracking)
 
 
 def _check_custom_variants(settings: Variants) -> None:
@@ -58,4 +60,13 @@ def _check_finetuned_variants(settings: Finetuning, names: list[str]) -> None:
         raise UserError(
             f"finetuning.plan is {settings.plan!r}: it is neither variants nor any, no variant ({known}) and no plan; "
             f"write {PLAN_SYNTAX}"
+        )
+
+
+def _check_no_credentials(settings: Tracking) -> None:
+    """A configuration is stored with its result and shown to whoever may see that."""
+    if settings.mlflow is not None and settings.mlflow.uri and "@" in urlsplit(settings.mlflow.uri).netloc:
+        raise UserError(
+            "tracking.mlflow.uri holds a user or a password, which no configuration may; set MLFLOW_TRACKING_USERNAME "
+            "and MLFLOW_TRACKING_PASSWORD in the environment"
         )

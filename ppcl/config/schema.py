@@ -353,6 +353,47 @@ class Ablation(Section):
     workers: int = Field(1, json_schema_extra=OPERATIONAL, ge=1, description="seeds to run at once")
 
 
+def _no_url(folder: Any) -> Any:
+    if "://" in str(folder):
+        raise ValueError(
+            "its files are appended to, which no bucket can do; give a folder of the coordinator's machine"
+        )
+    return folder
+
+
+class MlflowTracking(Section):
+    """An MLflow server; its user, password or token come from MLflow's own environment variables."""
+
+    uri: str | None = Field(
+        None, min_length=1, description="URL of the tracking server, or a folder; null: MLFLOW_TRACKING_URI"
+    )
+    experiment: str = Field("ppcl", min_length=1, description="name of the experiment; made where it does not exist")
+
+
+class WandbTracking(Section):
+    """A project of Weights & Biases; its key comes from `WANDB_API_KEY` or `wandb login`."""
+
+    project: str = Field("ppcl", min_length=1, description="name of the project")
+    entity: str | None = Field(None, description="user or team; null: that of the key")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: files in the folder wandb of the output, for `wandb sync`"
+    )
+
+
+class Tracking(Section):
+    """What a job logs to while it runs; a change makes nothing anew. Needs `ppcl[tracking]`."""
+
+    tensorboard: Annotated[Path, BeforeValidator(_no_url)] | None = Field(
+        None, json_schema_extra=OPERATIONAL, description="folder of TensorBoard's files, one folder a job in it"
+    )
+    mlflow: MlflowTracking | None = Field(
+        None, json_schema_extra=OPERATIONAL, description="{uri, experiment} of an MLflow server"
+    )
+    wandb: WandbTracking | None = Field(
+        None, json_schema_extra=OPERATIONAL, description="{project, entity, mode} of Weights & Biases"
+    )
+
+
 class Config(Section):
     """A compression job."""
 
@@ -374,6 +415,11 @@ class Config(Section):
         "missing nodes; up to "
         "four times as long while the cluster's autoscaler starts nodes",
     )
+    busy_timeout_s: float = Field(
+        3600.0,
+        gt=0,
+        description="seconds for which a stage waits for CPUs or GPUs that other jobs of the cluster use",
+    )
     sampling: Sampling = Sampling()
     calibration: Calibration = Calibration()
     probes: Probes = Probes()
@@ -384,6 +430,7 @@ class Config(Section):
     variants: Variants = Variants()
     evaluation: Evaluation = Evaluation()
     ablation: Ablation = Ablation()
+    tracking: Tracking = Tracking()
 
 
 def result_settings(section: Section) -> dict[str, Any]:

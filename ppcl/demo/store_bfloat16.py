@@ -8,12 +8,13 @@ Rounding the weights changes the teacher a little: `python -m ppcl.demo.score_te
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from ppcl.storage.atomic import replacing
 
 
 def store_bfloat16(folder: Path) -> None:
@@ -23,9 +24,8 @@ def store_bfloat16(folder: Path) -> None:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     rounded = {name: x.to(torch.bfloat16) if x.is_floating_point() else x for name, x in tensors.items()}
-    partial = path.with_suffix(".partial")
-    save_file(rounded, partial, metadata=metadata)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(rounded, partial, metadata=metadata)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from ppcl.demo import text, world
 from ppcl.demo.score_teacher import score
 from ppcl.demo.train_vae import Z_DIM, scenes, single_frame_convolutions, to_unit
+from ppcl.storage.atomic import replacing
 
 BLOCKS, HEADS, HEAD_DIM = 16, 4, 24
 TEXT_LENGTH = 15  # tokens of the longest caption, template included
@@ -191,12 +191,10 @@ class TeacherTraining:
         for name, p in self.parameters.items():
             state = self.optimizer.state.get(p, {})
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items() if key != "step"}
-        self.work.mkdir(parents=True, exist_ok=True)
-        partial = self.work / "checkpoint.partial"
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, partial, metadata={"step": str(self.step)})
-        (self.work / "curve.json").write_text(json.dumps(self.curve))
-        os.replace(partial, self.work / "checkpoint.safetensors")
+        with replacing(self.work / "checkpoint.safetensors") as partial:
+            save_file(contiguous, partial, metadata={"step": str(self.step)})
+            (self.work / "curve.json").write_text(json.dumps(self.curve))
 
     @torch.no_grad()
     def load(self) -> None:

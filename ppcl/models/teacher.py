@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +37,15 @@ class Teacher:
     """A diffusers pipeline: its files, classes and adapter are checked, no weights are loaded yet.
 
     `place`: the text of its location, a folder or an `s3://` URL. `folder`: its files on this node; of a bucket the
-    small ones, as they were when the bucket was listed. Raises `UserError` where the location holds no diffusers
-    pipeline, its transformer is not supported, it needs code of its own, or its weights are pickles.
+    small ones, as they were when the bucket was listed. `hashes`: of weights in a bucket the sha256 by URL and tag, as
+    far as they are known. Raises `UserError` where the location holds no diffusers pipeline, its transformer is not
+    supported, it needs code of its own, or its weights are pickles.
     """
 
-    def __init__(self, location: LocationLike):
+    def __init__(self, location: LocationLike, hashes: Mapping[str, str] | None = None):
+        """`hashes`: those of an earlier `Teacher`, which are not asked for and computed again."""
         location = Location.of(location)
+        self.hashes = dict(hashes or {})
         self.store = Store(location.url) if location.is_url else None
         if self.store:
             self._listed = self.store.objects()
@@ -141,12 +144,39 @@ class Teacher:
             return dict.fromkeys(file.keys(), single)
 
     def _sha256(self, name: str) -> str:
-        """A file's sha256. Weights in a bucket are not read: theirs is what the writer left, else the object's tag,
-        which changes with the content too.
+        """The sha256 of a file's content, the same wherever the file lies.
+
+        Weights in a bucket are read for it only where their writer left none, in constant memory.
         """
-        if self.store and name.endswith(_WEIGHTS):
-            return self.store.sha256(name) or f"tag {self._listed[name].tag}"
-        return file_sha256(self.folder / name)
+        if self.store is None or not name.endswith(_WEIGHTS):
+            return file_sha256(self.folder / name)
+        if (key := self._hash_key(name)) not in self.hashes:
+            self.hashes[key] = self.store.sha256(name) or self._sha256_of_content(name)
+        return self.hashes[key]
+
+    def _hash_key(self, name: str) -> str:
+        """Another content under the same URL has another tag."""
+        return f"{self.place}/{name} {self._listed[name].tag}"
+
+    def _sha256_of_content(self, name: str) -> str:
+        assert self.store is not None
+        size, tag = self._listed[name]
+        try:
+            return self.store.sha256_of_content(name, size, tag)
+        except FileExistsError:
+            raise UserError(
+                f"{self.place}/{name} was replaced while it was read; leave the teacher as it is until the job has "
+                "ended, and run the same command again"
+            ) from None
+
+    def bytes_without_sha256(self) -> int:
+        """The size of the weights in a bucket that have to be read for their sha256: their writer left none."""
+        if self.store is None:
+            return 0
+        names = [name for name in self._listed if name.endswith(_WEIGHTS) and self._hash_key(name) not in self.hashes]
+        left = dict(zip(names, parallel_map(self.store.sha256, names), strict=True))
+        self.hashes |= {self._hash_key(name): sha256 for name, sha256 in left.items() if sha256}
+        return sum(self._listed[name].size for name, sha256 in left.items() if not sha256)
 
     def sha256(self) -> str:
         """One hash over the transformer's configuration and weights, by which a result identifies its teacher."""

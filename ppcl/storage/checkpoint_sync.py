@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ppcl.storage.atomic import PARTIAL
 from ppcl.storage.mirror import store_of
 from ppcl.storage.node_cache import make_folder, once_a_node, parallel_map, scratch_folder
 from ppcl.storage.object_store import Store
@@ -67,7 +68,7 @@ class _Uploads:
         self.thread = threading.Thread(target=self._run, name="uploads", daemon=True)
 
     def _files(self) -> list[Path]:
-        return [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.suffix != ".partial"]
+        return [path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.suffix != PARTIAL]
 
     @staticmethod
     def _version(path: Path) -> tuple[int, int]:
@@ -99,7 +100,7 @@ class _Uploads:
             if self.known.get(path) == self._version(path):
                 continue
             # A second name keeps this checkpoint while it is uploaded: the first name may get the next one.
-            uploading = path.with_name(f"{path.name}.held.partial")
+            uploading = path.with_name(f"{path.name}.held{PARTIAL}")
             uploading.unlink(missing_ok=True)
             os.link(path, uploading)
             version = self._version(uploading)

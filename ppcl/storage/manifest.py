@@ -16,7 +16,6 @@ import fcntl
 import fnmatch
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,7 @@ from typing import Any
 
 from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
+from ppcl.storage.atomic import PARTIAL, replacing
 from ppcl.storage.lease import hold_lease
 from ppcl.storage.mirror import remove, store_of, to_local
 from ppcl.storage.node_cache import file_sha256, mirror, once_a_node, parallel_map
@@ -36,6 +36,8 @@ EVENTS = "events.jsonl"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"  # a folder in a stage's, of what is no part of its result
 FORMAT = 1
+# What tells one job from another, whatever the paths.
+_IDENTITY = {"teacher_sha256": "another teacher", "prompts": "other prompts"}
 
 
 def key_of(*parts: Any) -> str:
@@ -44,17 +46,11 @@ def key_of(*parts: Any) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """The whole content, or nothing: written beside, flushed to the disk, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    """The whole content, or nothing. Raises `UserError` where it cannot be written."""
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(
             f"{path} could not be written ({error.strerror}); free space or choose another output folder"
         ) from None
@@ -168,19 +164,32 @@ class Artifacts:
                 f"the output folder {self.place} is not empty and is not a ppcl job; choose another --output"
             )
 
-    def start(self, job: dict[str, Any]) -> None:
-        """Claim the folder for a job: `job` tells one job from another (the teacher's and prompts' identity)."""
+    def job(self) -> dict[str, Any]:
+        """What the manifest says of the job, `{}` where there is none yet. Raises `UserError` as `check` does."""
         self.check()
-        if self._read_manifest() is None:
+        return {} if self._read_manifest() is None else self.manifest()["job"]
+
+    def start(self, job: dict[str, Any]) -> None:
+        """Claim the folder for a job, which the hashes of its teacher and prompts tell from another.
+
+        `job` says where the teacher is, too: that may be another place than before. Raises `UserError` for another job.
+        """
+        other = self.job()
+        if not other:
             self._write_manifest({"format": FORMAT, "job": job, "stages": {}})
-        else:
-            other = self.manifest()["job"]
-            if other != job:
-                differs = [k for k in {**job, **other} if job.get(k) != other.get(k)]
+        for key, what in _IDENTITY.items():
+            if other and job.get(key) != other.get(key):
                 raise UserError(
-                    f"the output folder {self.place} holds another job: {differs[0]} is {other.get(differs[0])!r} "
-                    f"there and {job.get(differs[0])!r} here; choose another --output"
+                    f"the output folder {self.place} holds another job, of {what} than this one's "
+                    f"({key} is {other.get(key)!r} there and {job.get(key)!r} here; its teacher was "
+                    f"{other.get('teacher')}); choose another --output"
                 )
+
+    def update_job(self, job: dict[str, Any]) -> None:
+        """Note where the teacher of this job is now. Called by who holds the lock."""
+        manifest = self.manifest()
+        if manifest["job"] != job:
+            self._write_manifest({**manifest, "job": job})
 
     @contextlib.contextmanager
     def exclusive_lock(self) -> Iterator[None]:
@@ -250,12 +259,12 @@ class Artifacts:
     def commit(
         self, stage: str, key: str, seconds: float = 0.0, info: dict[str, Any] | None = None, format: int = 1
     ) -> None:
-        """Record a stage as complete, with every file now in its folder but for checkpoints."""
+        """Record a stage as complete, with every whole file now in its folder but for checkpoints."""
         folder = self.path(stage)
         paths = {
             str(path.relative_to(self.root)): path
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and CHECKPOINTS not in path.relative_to(folder).parts
+            if path.is_file() and path.suffix != PARTIAL and CHECKPOINTS not in path.relative_to(folder).parts
         }
         files = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in paths.items()}
         if self.store:

@@ -25,6 +25,7 @@ from fsspec.asyn import sync
 
 from ppcl.config.location import SCHEME
 from ppcl.errors import UserError, cannot_write
+from ppcl.storage.atomic import remove_partials, replacing
 from ppcl.storage.node_cache import T, file_sha256, once_a_node, parallel_map, scratch_folder
 
 _SHA256 = "sha256"  # in an object's metadata
@@ -33,6 +34,8 @@ _SHA256 = "sha256"  # in an object's metadata
 _ATTEMPTS = 8
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _CONNECT_SECONDS, _READ_SECONDS = 10, 30
+# Of an object that is read whole without a file.
+_PART_BYTES = 32 << 20
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError")
 _UNREACHABLE = ("EndpointConnectionError", "ConnectTimeoutError")
 _REFUSED = {
@@ -42,6 +45,10 @@ _REFUSED = {
     "ExpiredToken": "the session token has expired",
     "InvalidToken": "the session token is wrong",
 }
+
+
+class _Damaged(Exception):
+    """What was downloaded is not what its writer wrote."""
 
 
 class Object(NamedTuple):
@@ -184,6 +191,16 @@ class Store:
 
         return self._with_retries(lambda: sync(_files().loop, get))
 
+    def sha256_of_content(self, name: str, size: int, tag: str) -> str:
+        """The sha256 of an object of `size` bytes, which is read whole, a part at a time.
+
+        Raises `FileExistsError` where another than that of the tag stands in its place.
+        """
+        sha256 = hashlib.sha256()
+        for start in range(0, size, _PART_BYTES):
+            sha256.update(self.read(name, start, min(start + _PART_BYTES, size), tag))
+        return sha256.hexdigest()
+
     def write(self, name: str, content: bytes, **conditions: str) -> str:
         """Write a whole object and return its tag.
 
@@ -206,17 +223,14 @@ class Store:
         sha256 = sha256 or self.sha256(name)
         if sha256 and path.is_file() and file_sha256(path) == sha256:
             return True
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
-            self._with_retries(lambda: _files().get_file(self._path(name), str(partial)))
-            if sha256 and file_sha256(partial) != sha256:
-                return False
-            os.replace(partial, path)
-        except FileNotFoundError:
+            # Its content is compared whenever it is used, and it can be downloaded again.
+            with replacing(path, durable=False) as partial:
+                self._with_retries(lambda: _files().get_file(self._path(name), str(partial)))
+                if sha256 and file_sha256(partial) != sha256:
+                    raise _Damaged
+        except (FileNotFoundError, _Damaged):
             return False
-        finally:
-            partial.unlink(missing_ok=True)
         return True
 
     def remove(self, under: str) -> None:
@@ -244,6 +258,7 @@ class Store:
             / hashlib.sha256(f"{self.url} {sorted(listed.items())}".encode()).hexdigest()[:16]
         )
         with once_a_node(folder):
+            remove_partials(folder)
             parallel_map(
                 lambda name: self._snapshot_file(folder / name, name), [n for n in names if not (folder / n).exists()]
             )

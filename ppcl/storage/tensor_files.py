@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
+
+from ppcl.storage.atomic import replacing
 
 _SHA256 = "sha256"  # in a file's metadata
 
@@ -23,18 +24,13 @@ class DamagedError(Exception):
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata as one file, whole or not at all; the same content gives the same bytes."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, {**metadata, _SHA256: _sha256(tensors, metadata)})
-    with open(partial, "r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = file.read(length)
-        file.seek(8)
-        file.write(_with_sorted_metadata(header))
-        # Else a power failure could leave the name without the content.
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, {**metadata, _SHA256: _sha256(tensors, metadata)})
+        with open(partial, "r+b") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = file.read(length)
+            file.seek(8)
+            file.write(_with_sorted_metadata(header))
 
 
 def to_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,8 @@ from rich.console import Console
 from jobs.pipeline import Job
 from jobs.stage import Stage, stages_for
 from jobs.stages.registry import STAGES
-from ppcl.config.schema import Config
+from ppcl.config.location import Location
+from ppcl.config.schema import Config, Tracking
 from ppcl.errors import UserError
 from ppcl.storage.manifest import write_atomically
 from ppcl.storage.results import STAGE_FILES
@@ -147,6 +149,32 @@ def test_a_file_that_a_later_stage_does_not_read_does_not_change_its_key(job):
     assert chain.run(job) == ([], "1")
 
 
+def test_the_same_teacher_in_another_place_goes_on_with_the_result_and_another_in_its_place_does_not(
+    job, teacher_folder, tmp_path
+):
+    chain = Chain()
+    chain.run(job)
+    copied = shutil.copytree(teacher_folder, tmp_path / "elsewhere")
+    moved = Job(job.config.model_copy(update={"teacher": Location(str(copied))}), job.reporter.console)
+    assert chain.run(moved) == ([], "1")
+    weights = copied / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UserError, match="holds another job, of another teacher than this one's"):
+        Job(moved.config, job.reporter.console)
+
+
+def test_what_a_killed_writer_left_half_written_is_no_part_of_a_stage_and_is_removed(job):
+    def run(context):
+        (context.folder / "x.0123.partial").write_text("half")
+        return {"found": [path.name for path in (context.folder / "checkpoints").iterdir()]}
+
+    left = job.artifacts.path("probes", "checkpoints", "y.4567.partial")
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    job.run_stage(Stage("probes", run, lambda context: "a test", resumes_from="checkpoints"), "cpu")
+    assert job.artifacts.record("probes").info == {"found": []} and not job.artifacts.record("probes").files
+
+
 def test_a_stage_reads_what_the_manifest_names_and_not_what_else_lies_in_a_folder(job):
     chain = Chain()
     chain.run(job)
@@ -169,6 +197,8 @@ def test_a_key_changes_with_the_fields_that_matter_and_not_with_those_marked_ope
     chain.run(job)
     change = lambda **values: job.config.model_copy(update={"probes": job.config.probes.model_copy(update=values)})  # noqa: E731
     job.config = change(workers=3)
+    assert chain.run(job)[0] == []
+    job.config = job.config.model_copy(update={"tracking": Tracking(tensorboard="elsewhere")})
     assert chain.run(job)[0] == []
     job.config = change(ridge=0.5)
     assert chain.run(job)[0] == ["probes"]
@@ -219,13 +249,14 @@ def test_an_ablation_stands_in_place_of_everything_after_detection():
 
 
 def test_an_error_that_ends_a_job_is_its_last_event(job):
-    with pytest.raises(UserError), job._failure_event():
+    with pytest.raises(UserError), job._last_event():
         raise UserError("the disk is full; free space")
     last = json.loads(job.artifacts.path("events.jsonl").read_text().splitlines()[-1])
     assert (last["kind"], last["message"]) == ("job_failed", "the disk is full; free space")
 
 
 def test_a_job_that_is_stopped_has_not_failed(job):
-    with pytest.raises(KeyboardInterrupt), job._failure_event():
+    with pytest.raises(KeyboardInterrupt), job._last_event():
         raise KeyboardInterrupt
-    assert not job.artifacts.path("events.jsonl").exists()
+    (last,) = map(json.loads, job.artifacts.path("events.jsonl").read_text().splitlines())
+    assert last["kind"] == "job_stopped"

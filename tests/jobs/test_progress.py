@@ -156,3 +156,27 @@ def test_the_loss_is_a_running_mean():
 
 def test_a_duration_is_in_minutes_and_seconds():
     assert [duration(seconds) for seconds in (0.4, 59.4, 75.2)] == ["0 s", "59 s", "1 min 15 s"]
+
+
+def test_a_phase_that_counts_nothing_yet_is_its_sentence_alone():
+    progress = StageProgress("students", 4, 7, 0.0)
+    progress.update(5.0, 0, None, None, "waiting for 4 GPUs; 8 exist, 6 are in use by tasks")
+    assert progress.line(9.0) == "students: waiting for 4 GPUs; 8 exist, 6 are in use by tasks"
+    progress.update(10.0, 0, 600, None, "training")
+    assert progress.line(11.0) == "students: training 0 of 600"
+
+
+def test_listeners_hear_every_event_with_the_last_losses_by_name(tmp_path):
+    reporter = Reporter(Console(file=io.StringIO()), tmp_path / "log.txt", line_every=1e9)
+    heard = []
+    reporter.listeners.append(lambda event, values: heard.append((event.kind, event.done, values)))
+    with reporter.stage("students", "2 replacements", 1, 1) as update:
+        update(1, 9, {"a": 0.5, "b": 0.25})
+        update(2, 9, {"a": 0.125})
+    reporter.job_stopped()
+    assert heard == [
+        ("stage_started", None, {}),
+        ("progress", 2, {"a": 0.125, "b": 0.25}),
+        ("stage_done", None, {}),
+        ("job_stopped", None, {}),
+    ]

@@ -79,18 +79,21 @@ class Head:
 
 
 @contextlib.contextmanager
-def started(away, **settings):
-    """`ray start --head` with a dashboard, from the folder `away` where no ppcl is; gives its `Head`."""
+def started(away, python=sys.executable, **settings):
+    """`ray start --head` with a dashboard, from the folder `away` where no ppcl is; gives its `Head`.
+
+    `settings`: of its environment.
+    """
     dashboard, gcs = free_port(), free_port()
     # The names of sockets in it must be short, and pytest's own folders are not.
     short = tempfile.mkdtemp(prefix="ray")
     environment = (
         {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_JOB_START_TIMEOUT_SECONDS": "300"} | settings
     )
-    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    environment["PATH"] = os.pathsep.join([os.path.dirname(python), os.environ["PATH"]])
     head = subprocess.Popen(
         [
-            sys.executable,
+            python,
             "-m",
             "ray.scripts.scripts",
             "start",
@@ -326,9 +329,14 @@ def test_paths_are_made_absolute_before_a_job_is_sent_and_urls_are_not(tmp_path,
     from jobs.submission import absolute
 
     monkeypatch.chdir(tmp_path)
-    sent = absolute(Config(teacher="t", prompts="s3://b/p.txt", output="o", evaluation={"prompts": "e.txt"}))
+    tracking = {"tensorboard": "tb", "mlflow": {"uri": "mlruns"}}
+    values = {"teacher": "t", "prompts": "s3://b/p.txt", "output": "o", "evaluation": {"prompts": "e.txt"}}
+    sent = absolute(Config(**values, tracking=tracking))
     assert (sent.teacher.path, sent.prompts.url, sent.output.path) == (tmp_path / "t", "s3://b/p.txt", tmp_path / "o")
-    assert sent.evaluation.prompts.path == tmp_path / "e.txt"
+    assert sent.evaluation.prompts.path == tmp_path / "e.txt" and sent.tracking.tensorboard == tmp_path / "tb"
+    assert sent.tracking.mlflow.uri == (tmp_path / "mlruns").as_uri()
+    sent = absolute(Config(**values, tracking={"mlflow": {"uri": "http://mlflow:5000"}}))
+    assert sent.tracking.mlflow.uri == "http://mlflow:5000"
 
 
 def test_the_address_that_is_given_counts_and_not_that_of_the_environment(head, monkeypatch):

@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs.runtime.evaluator_pool import _Evaluator
 from tests.commands import as_process, stopped_cleanly
@@ -43,6 +44,7 @@ def job(tmp_path_factory, teacher_folder):
         "finetuning": {"steps": 20, "batch_size": 4, "warmup": 2, "measured_plans": 5, "checkpoint_every": 5},
         "variants": {"budgets": [0.9], "custom": {}},
         "evaluation": {"max_prompts": 3},
+        "tracking": {"tensorboard": str(folder / "tensorboard")},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -109,6 +111,20 @@ def test_the_end_is_a_table_and_a_report(finished):
     assert "<svg" in (result / "report.html").read_text()
     assert "students: done" in (result / "log.txt").read_text()
     assert not list(result.rglob("*.partial")) and not list(result.rglob("checkpoints"))
+
+
+def test_all_runs_of_the_job_were_tracked_as_one(finished, job):
+    (run,) = (job.parent / "tensorboard").iterdir()
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert {f"seconds/{stage}" for stage in STAGES} <= set(events.Tags()["scalars"])
+    for stage, steps in (("students", 30), ("finetuning", 20)):
+        losses = events.Scalars(f"{stage}/mean_loss")
+        assert losses[-1].step == steps and all(loss.value > 0 for loss in losses)
+    assert any(name.startswith("sensitivity/") for name in events.Tags()["scalars"])
+    assert events.Scalars("variants/p90/share")[-1].value <= 0.9
+    outcomes = [event.tensor_proto.string_val[0] for event in events.Tensors("outcome/text_summary")]
+    assert outcomes[0] == b"killed" and outcomes[-1] == b"finished"
 
 
 def test_the_same_command_again_computes_nothing(finished, job):

@@ -1,5 +1,6 @@
 """Worker groups that cannot start, and what they leave."""
 
+import threading
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from jobs.runtime import worker_group as ranks
 from jobs.runtime.process_group import GroupConfig, _Backend
 from jobs.runtime.resources import Resources
 from jobs.runtime.worker_group import run_worker_group
+from ppcl.errors import UserError
 
 
 class _Fails(_Backend):
@@ -50,3 +52,32 @@ def test_a_worker_group_that_fails_while_it_starts_leaves_no_place_taken(ray_clu
 def test_the_group_is_torchs_own_with_its_settings():
     config = GroupConfig(backend="gloo", timeout_s=7)
     assert isinstance(config, TorchConfig) and config.to_dict() == TorchConfig(backend="gloo", timeout_s=7).to_dict()
+
+
+class _Taken:
+    """Resources that another job was faster to take, and that stay in use."""
+
+    def __init__(self):
+        self.answers = iter([None, "waiting for 4 GPUs; 8 exist, 6 are in use by tasks"])
+
+    def enough(self):
+        return True
+
+    def busy(self):
+        for answer in self.answers:
+            return answer
+        raise UserError("waited 3600 s for them")
+
+
+def test_ranks_that_wait_for_what_another_job_has_taken_say_so_and_do_not_wait_for_ever(ray_cluster, monkeypatch):
+    monkeypatch.setattr(ranks, "_LOOK_EVERY", 0.0)
+    over, said = threading.Event(), []
+    training = threading.Thread(target=over.wait, args=(120,))
+    training.start()
+    try:
+        with pytest.raises(UserError, match="waited 3600 s for them"):
+            ranks._follow(training, ranks._ProgressActor.remote(), _Taken(), lambda *told, phase: said.append(phase))
+    finally:
+        over.set()
+        training.join()
+    assert said == ["waiting for 4 GPUs; 8 exist, 6 are in use by tasks"]

@@ -55,7 +55,7 @@ OLD_VALUES = {
     "width.modulations": False,
     "distillation.start": "middle",
     "finetuning.own_states": 0.25,
-    "finetuning.recompute": True,
+    "finetuning.recompute": False,
     "evaluation.world": "shapes",
 }
 

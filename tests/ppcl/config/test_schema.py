@@ -128,6 +128,18 @@ GOOD = {"teacher": "models/t", "prompts": "p.txt"}
         ),
         (GOOD | {"output": None}, [], "output is None: input should be a path or an s3:// URL"),
         (GOOD, [f"device={'x' * 5000}"], "device is 'x+…: input should be 'auto', 'cpu' or 'cuda'"),
+        (
+            GOOD,
+            ["tracking.tensorboard=s3://runs/tb"],
+            "tracking.tensorboard is 's3://runs/tb': its files are appended to",
+        ),
+        (GOOD, ["tracking.mlflow.url=http://x"], "unknown key tracking.mlflow.url; the nearest is tracking.mlflow.uri"),
+        (
+            GOOD,
+            ["tracking.mlflow.uri=https://me:pa55word@mlflow.example.org"],
+            "tracking.mlflow.uri holds a user or a password, which no configuration may; set MLFLOW_TRACKING_USERNAME",
+        ),
+        (GOOD, ["tracking.wandb.mode=later"], "tracking.wandb.mode is 'later': input should be 'online' or 'offline'"),
         (GOOD, ["seed=[1"], "not valid YAML"),
         ({"teacher": "t"}, [], "the key prompts is missing"),
         ("", [], "is not a mapping"),
@@ -139,6 +151,7 @@ def test_a_mistake_is_one_sentence(write, values, overrides, sentence):
     with pytest.raises(UserError, match=sentence) as caught:
         load_config(write(values), overrides)
     said = str(caught.value)
+    assert "pa55word" not in said
     assert "\n" not in said and "pydantic" not in said and "pathlib" not in said and len(said) < 400
 
 
@@ -181,6 +194,7 @@ def test_the_printed_defaults_are_the_defaults_and_every_key_is_described(tmp_pa
         ["finetuning.plan=mine", "variants.custom.mine=[[2, 4], 'text:5-7', modulations]"],
         ["finetuning.variants=[half, p90]", "variants.targets.half.speedup=1.5"],
         ["width.text=false", "sampling.height=24"],
+        ["tracking.mlflow={}", "tracking.wandb.project=shapes", "tracking.tensorboard=runs/tb"],
     ],
 )
 def test_what_is_right_is_not_refused(write, overrides):

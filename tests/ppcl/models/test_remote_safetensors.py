@@ -83,3 +83,39 @@ def test_a_model_in_a_bucket_that_cannot_be_used_is_told(store, teacher_folder, 
     with pytest.raises(UserError, match=sentence) as told:
         Teacher(store.url)
     assert store.url in str(told.value)
+
+
+def put_without_sha256(folder, store):
+    """As other tools than ours upload a folder."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = str(path.relative_to(folder))
+            store._call("put_object", Key=store._key(name), Body=path.read_bytes())
+
+
+def test_weights_without_a_sha256_in_the_bucket_are_those_of_the_folder_and_are_read_for_it_once(
+    store, s3, teacher_folder, monkeypatch
+):
+    monkeypatch.setattr("ppcl.storage.object_store._PART_BYTES", 10_000)
+    put_without_sha256(teacher_folder, store)
+    local, remote = Teacher(teacher_folder), Teacher(store.url)
+    size = sum(path.stat().st_size for path in teacher_folder.rglob("*.safetensors"))
+    assert remote.bytes_without_sha256() == size and local.bytes_without_sha256() == 0
+    assert remote.sha256() == local.sha256() and remote.part_hashes() == local.part_hashes()
+    s3.requests.clear()
+    again = Teacher(store.url, remote.hashes)
+    assert again.bytes_without_sha256() == 0
+    assert again.sha256() == local.sha256() and again.part_hashes() == local.part_hashes()
+    header = 100_000
+    assert sum(r.sent for r in s3.requests if r.method == "GET" and r.path.endswith("safetensors")) < header
+
+
+def test_other_weights_under_the_same_url_are_another_teacher_whatever_was_known(store, teacher_folder):
+    put_without_sha256(teacher_folder, store)
+    before = Teacher(store.url)
+    sha256, name = before.sha256(), "transformer/diffusion_pytorch_model.safetensors"
+    content = store.read(name)
+    store._call("put_object", Key=store._key(name), Body=content[:-4] + bytes(4))
+    assert Teacher(store.url, before.hashes).sha256() != sha256
+    with pytest.raises(UserError, match=f"{name} was replaced while it was read"):
+        before._sha256_of_content(name)

@@ -82,13 +82,22 @@ def test_a_write_that_is_stopped_leaves_the_old_file_whole_and_can_be_repeated(t
 
 def test_a_folder_of_another_kind_is_refused_and_left_alone(tmp_path, artifacts):
     artifacts.start(JOB)  # the same job goes on
-    with pytest.raises(UserError, match="holds another job: teacher_sha256 is '1' there and '2' here"):
+    sentence = "holds another job, of another teacher than this one's .teacher_sha256 is '1' there and '2' here"
+    with pytest.raises(UserError, match=sentence):
         artifacts.start(JOB | {"teacher_sha256": "2"})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="is not empty and is not a ppcl job"):
         Artifacts(tmp_path / "mine").start(JOB)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_teacher_that_was_moved_is_the_same_job_and_its_new_place_is_noted(artifacts):
+    moved = JOB | {"teacher": "s3://models/t"}
+    artifacts.start(moved)
+    assert artifacts.job() == JOB  # whoever only looks changes nothing
+    artifacts.update_job(moved)
+    assert artifacts.job() == moved
 
 
 @pytest.mark.parametrize(
