@@ -1,10 +1,9 @@
-"""Calibration as a plain Ray Data pipeline with Ray's own checkpoints, to compare the stage with.
+"""Calibration as a plain Ray Data pipeline with Ray's own checkpoints: what the stage is compared with.
 
-    python benchmarks/streaming.py --pipeline plain
-    python benchmarks/plain_ray_data.py            # what its checkpoints hold after a kill, and after damage
+    python benchmarks/streaming.py --demo --pipelines stage plain --repeats 3
 
-Two datasets: read_parquet → map_batches(encode) → write_parquet, then the same with sampling. Rows are prompts, and
-every row of a file that was written is in a checkpoint. `jobs/stages/calibration.py` says what this does not hold.
+Two datasets, read_parquet → map_batches(encode) → write_parquet and the same with sampling, for trajectories without
+guidance. Rows are prompts and states. `docs/architecture.md` says what this does not hold.
 """
 
 from __future__ import annotations

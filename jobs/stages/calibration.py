@@ -298,7 +298,8 @@ def _write_batches(config: Config, path: Path) -> dict[int, int]:
     negative = config.sampling.arguments.get("negative_prompt") or ""
     if not isinstance(negative, str):
         raise UserError(f"sampling.arguments has negative_prompt {negative!r}; give one prompt, as text")
-    prompts = read_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.max_prompts)
+    images = settings.image_column if settings.source == "images" else None
+    prompts = read_prompts(config.prompts, settings.prompt_column, images, settings.max_prompts)
     sizes: dict[int, int] = {}
     with pq.ParquetWriter(partial, _PROMPTS) as writer:
         writer.write_table(_table([Prompt(NEGATIVE, negative, None)]))
@@ -312,10 +313,6 @@ def _write_batches(config: Config, path: Path) -> dict[int, int]:
 
 def _table(prompts: list[Prompt]) -> pa.Table:
     return pa.Table.from_pylist([prompt._asdict() for prompt in prompts], _PROMPTS)
-
-
-def _image_column(config: Config) -> str | None:
-    return config.calibration.image_column if config.calibration.source == "images" else None
 
 
 def _names(numbers: Iterable[int]) -> list[str]:
