@@ -1,11 +1,14 @@
 """Calibration: peak memory by the number of prompts. What streams holds as much for 100,000 prompts as for 100.
 
     python benchmarks/streaming.py --json benchmarks/results/streaming.json
+    python benchmarks/streaming.py --demo --pipelines stage plain --repeats 3
 
 The whole stage as a job runs it, on an embedded Ray: prompts are cut, encoded by one pool of actors, sampled by
-another, written, split. The teacher is a tiny random Qwen-Image (images of 32 × 32, two steps of sampling, one state a
-prompt), so that 100,000 prompts take minutes: what a batch of a large teacher holds is not in these figures, and does
-not depend on the number of prompts either. Batches have the same size whatever their number.
+another, written, split. `--pipelines plain` runs `plain_ray_data.py` instead, to compare with. `--demo` takes the
+teacher, the prompts and the settings of `demo/demo.yaml`. Without it the teacher is a tiny random Qwen-Image (images
+of 32 × 32, two steps of sampling, one state a prompt), so that 100,000 prompts take minutes: what a batch of a large
+teacher holds is not in these figures, and does not depend on the number of prompts either. Batches have the same size
+whatever their number.
 
 Every process is read five times a second: its proportional share of anonymous memory (Pss_Anon), and of shared memory
 (Pss_Shmem), which of all processes together is the object store. Pages of program files are left out: they are shared
@@ -24,9 +27,11 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -68,24 +73,14 @@ def memory(driver: int) -> dict[str, float]:
     return found
 
 
-def _calibrate(folder: Path, teacher: Path, count: int, batch: int, answers: Any) -> None:
-    """One calibration, in a process of its own, which watches itself."""
-    import diffusers
-
-    from jobs.runtime.cluster import connected
-    from jobs.stage import JobIdentity, StageContext
-    from jobs.stages import calibration
-    from ppcl.calibration.dataset import CalibrationSet
+def _tiny_config(folder: Path, teacher: Path, count: int, batch: int) -> Any:
     from ppcl.config.schema import Calibration, Config, Sampling
-    from ppcl.models.teacher import Teacher
 
-    diffusers.logging.disable_progress_bar()
     lines = (ROOT / "demo" / "prompts.txt").read_text().splitlines()
-    folder.mkdir()
     with open(folder / "prompts.txt", "w") as file:
         for number in range(count):
             file.write(f"{lines[number % len(lines)]} {number}\n")
-    config = Config(
+    return Config(
         teacher=teacher,
         prompts=folder / "prompts.txt",
         output=folder / "out",
@@ -93,6 +88,43 @@ def _calibrate(folder: Path, teacher: Path, count: int, batch: int, answers: Any
         sampling=Sampling(steps=2, height=32, width=32),
         calibration=Calibration(states_per_prompt=1, batch_size=batch),
     )
+
+
+def _demo_config(folder: Path) -> Any:
+    from ppcl.config.schema import Config
+
+    demo = ROOT / "demo"
+    values = yaml.safe_load((demo / "demo.yaml").read_text())
+    places = {"teacher": demo / values["teacher"], "prompts": demo / values["prompts"], "output": folder / "out"}
+    return Config(**values | places | {"device": "cpu"})
+
+
+def _run_stage(config: Any, folder: Path) -> int:
+    from jobs.stage import JobIdentity, StageContext
+    from jobs.stages import calibration
+    from ppcl.models.teacher import Teacher
+
+    teacher, output = Teacher(config.teacher), folder / "calibration"
+    output.mkdir(parents=True)
+    identity = JobIdentity.of(config, teacher)
+    told = calibration.run(StageContext(config, teacher, identity, {}, output, "cpu", lambda done, total: None))
+    return told["prompts"]
+
+
+def _run_plain(config: Any, folder: Path) -> int:
+    from benchmarks.plain_ray_data import calibrate
+
+    return calibrate(config, folder / "calibration")
+
+
+def _calibrate(pipeline: str, config: Any, folder: Path, answers: Any) -> None:
+    """One calibration, in a process of its own, which watches itself."""
+    import diffusers
+
+    from jobs.runtime.cluster import connected
+
+    diffusers.logging.disable_progress_bar()
+    run = {"stage": _run_stage, "plain": _run_plain}[pipeline]
     peaks, course, ended = dict.fromkeys(KINDS, 0.0), [], threading.Event()
 
     def watch() -> None:
@@ -107,23 +139,32 @@ def _calibrate(folder: Path, teacher: Path, count: int, batch: int, answers: Any
     watcher = threading.Thread(target=watch)
     watcher.start()
     with connected(None, config):
-        opened_teacher, output = Teacher(teacher), folder / "out" / "calibration"
-        output.mkdir(parents=True)
-        identity = JobIdentity.of(config, opened_teacher)
-        told = calibration.run(
-            StageContext(config, opened_teacher, identity, {}, output, "cpu", lambda done, total: None)
-        )
+        count = run(config, folder)
     seconds = time.monotonic() - begun
     ended.set()
     watcher.join()
     before = memory(os.getpid())["driver"]
-    opened = CalibrationSet(folder / "out" / "calibration")
-    samples = len(opened.ids(held_out=False))
+    states = folder / "calibration" / "states"
+    from ppcl.calibration.dataset import _Rows
+
+    samples = _Rows(states, list(states.glob("*.parquet")), "sample_id")
     index = memory(os.getpid())["driver"] - before
-    if told["prompts"] != count or samples + told["held_out_prompts"] != count:
-        raise AssertionError(f"{count} prompts gave {told}, {samples} samples to train on")
+    made = len(samples.ids)
+    per_prompt = config.calibration.states_per_prompt
+    if made != count * per_prompt or len(set(samples.ids)) != made:
+        raise AssertionError(f"{count} prompts gave {made} samples instead of {per_prompt} each")
     course = course[:: max(1, len(course) // 100)]
-    answers.put({"prompts": count, "seconds": seconds, "peak_mb": peaks, "index_mb": index, "course": course})
+    answers.put(
+        {
+            "pipeline": pipeline,
+            "prompts": count,
+            "seconds": seconds,
+            "peak_mb": peaks,
+            "index_mb": index,
+            "files": len(list(states.glob("*.parquet"))),
+            "course": course,
+        }
+    )
 
 
 def main() -> None:
@@ -132,6 +173,9 @@ def main() -> None:
         "--prompts", type=int, nargs="+", default=[100, 100_000], help="the first is what others are compared to"
     )
     parser.add_argument("--batch", type=int, default=50, help="prompts a batch")
+    parser.add_argument("--demo", action="store_true", help="the demo's calibration instead")
+    parser.add_argument("--pipelines", nargs="+", choices=("stage", "plain"), default=["stage"])
+    parser.add_argument("--repeats", type=int, default=1, help="of all, in turns")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -140,18 +184,22 @@ def main() -> None:
     rows = []
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        teacher = tiny.qwen_pipeline(Path(folder) / "teacher", blocks=2)
-        for count in options.prompts:
-            answers, place = context.SimpleQueue(), Path(folder) / str(count)
-            process = context.Process(target=_calibrate, args=(place, teacher, count, options.batch, answers))
+        teacher = None if options.demo else tiny.qwen_pipeline(Path(folder) / "teacher", blocks=2)
+        counts = [None] if options.demo else options.prompts
+        for _, count, pipeline in product(range(options.repeats), counts, options.pipelines):
+            place = Path(folder) / "run"
+            place.mkdir()
+            config = _demo_config(place) if options.demo else _tiny_config(place, teacher, count, options.batch)
+            answers = context.SimpleQueue()
+            process = context.Process(target=_calibrate, args=(pipeline, config, place / "out", answers))
             process.start()
             process.join()
             if process.exitcode:
                 sys.exit(f"the calibration of {count} prompts ended with {process.exitcode}")
             rows.append(answers.get())
             shutil.rmtree(place)
-    table = Table(title=f"Peak memory of calibration, MB, batches of {options.batch} prompts")
-    for heading in ("prompts", "seconds", *KINDS, "together", "times the first", "index of the samples"):
+    table = Table(title="Peak memory of calibration, MB")
+    for heading in ("pipeline", "prompts", "seconds", *KINDS, "together", "times the first", "index of the samples"):
         table.add_column(heading, justify="right")
     for row in rows:
         row["times_first"] = {
@@ -161,6 +209,7 @@ def main() -> None:
         }
         peaks = [f"{row['peak_mb'][kind]:.0f}" for kind in (*KINDS, "together")]
         table.add_row(
+            row["pipeline"],
             f"{row['prompts']:,}",
             f"{row['seconds']:.0f}",
             *peaks,

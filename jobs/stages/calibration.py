@@ -1,27 +1,28 @@
 """The calibration stage on Ray Data: prompts are encoded by one pool of actors, then the teacher is run by another.
 
-The unit of work is a batch of prompts, known by its number. Only numbers and counts pass through Ray: an actor reads
-its batch from a file and writes one, whole or not at all, so a batch that is done twice is the same file, a stopped job
-continues where it stopped, and no memory grows with the number of prompts. The two passes follow each other, since the
-text encoders and the transformer of a large teacher do not fit on one GPU together.
+Ray Data starts as many actors as resources allow, gives each the next batch of prompts, and replaces one that is lost.
+The two passes follow each other, since the text encoders and the transformer of a large teacher do not fit on one GPU
+together.
+
+A row is the number of a batch. An actor reads the batch from a file and writes one, whole or not at all. So the same
+prompts share a batch however often a job was stopped, a batch that is done twice is the same file, what is there needs
+no other record, and no memory grows with the number of prompts. Why prompts, embeddings and states are not the rows,
+and Ray Data's own checkpoints not used, is in `docs/architecture.md`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import diffusers
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -31,25 +32,22 @@ import torch
 from jobs.runtime.resources import Resources
 from jobs.runtime.watchdog import Heartbeat, Watchdog
 from jobs.stage import Stage, StageContext, Workers
-from ppcl.calibration import dataset
-from ppcl.calibration.encoding import EncodedPrompts, encode, negative_prompt
+from ppcl.calibration import batch_files, dataset
+from ppcl.calibration.encoding import Embedding, EncodedPrompts, encode, negative_prompt
 from ppcl.calibration.noised_images import noise_images
-from ppcl.calibration.prompts import read_prompts
-from ppcl.calibration.seeding import hashes, held_out
-from ppcl.calibration.trajectory_recorder import NEGATIVE, StateSettings, check_arguments, record
+from ppcl.calibration.prompts import Prompt, read_prompts
+from ppcl.calibration.trajectory_recorder import NEGATIVE, Call, State, StateSettings, check_arguments, record
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
-from ppcl.storage.manifest import key_of, write_atomically
-from ppcl.storage.mirror import download, exists, local_file, remove, store_of, to_local, upload
-from ppcl.storage.node_cache import file_sha256, parallel_map
+from ppcl.storage.manifest import key_of
+from ppcl.storage.mirror import local_file, to_local, upload
 
 # Blocks a pass is cut into at most: each is one task of Ray.
 _MOST_BLOCKS = 1000
 
-_NEGATIVE = "negative.parquet"
-_TEXTS = "texts.parquet"
-_COMPLETE = "complete.json"
+_BATCHES = "texts.parquet"
+_PROMPTS = pa.schema([("id", pa.int64()), ("text", pa.string()), ("image", pa.string())])
 
 
 def workers(config: Config) -> Workers:
@@ -67,25 +65,21 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     config, folder, progress = context.config, context.folder, context.events
     work = _Work.of(context)
-    for path in _others(work.states):
-        remove(path)
-    count = _cut(config, work.embeddings / _TEXTS)
-    numbers = range(math.ceil(count / config.calibration.batch_size))
+    batch_files.remove_others(work.states, "states-")
+    sizes = _write_batches(config, work.embeddings / _BATCHES)
+    count = sum(sizes.values())
+    to_encode = {NEGATIVE: 0, **sizes}
     number, setting, least = workers(config)
     resources = Resources(least or number, context.device, setting, config.worker_timeout_s)
     resources.wait()
     with Watchdog("a worker of calibration", resources) as watchdog:
-        encoded = _Cache(work.embeddings, [_NEGATIVE, *(_name(n) for n in numbers)])
-        _pass(_Encoder, work, encoded, numbers, watchdog, lambda done: progress(done, 2 * count))
-        encoded.complete()
-        sampled = _Cache(work.states, [_name(n) for n in numbers])
-        _pass(_Sampler, work, sampled, numbers, watchdog, lambda done: progress(count + done, 2 * count))
-        sampled.complete()
-
-    encoded.link_to(folder / dataset.PROMPTS)
-    sampled.link_to(folder / dataset.STATES)
+        _make(_Encoder, work, to_encode, watchdog, lambda done: progress(done, 2 * count))
+        batch_files.publish(work.embeddings, _names(to_encode), folder / dataset.PROMPTS)
+        _make(_Sampler, work, sizes, watchdog, lambda done: progress(count + done, 2 * count))
+        batch_files.publish(work.states, _names(sizes), folder / dataset.STATES)
+    made = dataset.finish(folder, context.teacher.adapter.transformer, config.seed, config.calibration.held_out)
     notes = [f"calibration: {reason}; others did its work" for reason in watchdog.killed]
-    return _finish(context, count) | {"notes": notes}
+    return {"prompts": count, **made, "notes": notes}
 
 
 @dataclass(frozen=True)
@@ -140,25 +134,36 @@ class _Work:
             len([node for node in ray.nodes() if node["Alive"]]),
         )
 
+    def batch(self, number: int) -> list[Prompt]:
+        with pq.ParquetFile(local_file(self.embeddings / _BATCHES)) as file:
+            # The negative prompt's row group is the first.
+            return [Prompt(**row) for row in file.read_row_group(number - NEGATIVE).to_pylist()]
+
 
 class _Actor:
-    """Makes one file of a batch of prompts, given by its number.
+    """Makes one file of a batch of prompts, given by its number. `makes`: which folder of its work it goes to.
 
     Ray wraps what an actor raises in errors of its own, which do not keep the cause: a `UserError` goes home as a row.
     """
+
+    makes: ClassVar[Literal["embeddings", "states"]]
 
     def __init__(self, work: _Work, heartbeat: Heartbeat):
         heartbeat.start()
         self.work = work
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        number = int(batch["number"][0])
+        path = to_local(getattr(self.work, self.makes) / _name(number))
         try:
-            return {"prompts": [self.make(int(batch["number"][0]))], "refusal": [""]}
+            self.make(number, path)
+            upload(path)
         except UserError as error:
-            return {"prompts": [0], "refusal": [str(error)]}
+            return {"number": [number], "refusal": [str(error)]}
+        return {"number": [number], "refusal": [""]}
 
-    def make(self, number: int) -> int:
-        """Write the batch's file; gives the number of its prompts."""
+    def make(self, number: int, path: Path) -> None:
+        """Write the file of a batch."""
         raise NotImplementedError
 
     @cached_property
@@ -181,33 +186,22 @@ class _Actor:
 
 
 class _Encoder(_Actor):
-    """Embeddings of a batch of prompts, and of the negative prompt where it is not there yet."""
+    """Embeddings of a batch of prompts."""
 
-    def make(self, number: int) -> int:
-        work, sampling = self.work, self.work.config.sampling
+    makes = "embeddings"
+
+    def make(self, number: int, path: Path) -> None:
+        sampling = self.work.config.sampling
         check_arguments(type(self.pipeline), sampling)
-        negative = to_local(work.embeddings / _NEGATIVE)
-        if not exists(work.embeddings / _NEGATIVE):
-            text = negative_prompt(type(self.pipeline), sampling)
-            # An empty prompt stands there where none is used, so that the cache has the same files in any case.
-            dataset.write_embeddings(
-                negative,
-                [NEGATIVE],
-                [text or ""],
-                encode(self.pipeline, self.teacher.adapter, [text or ""], sampling),
-            )
-            upload(negative)
-        rows = _texts(work, number)
-        texts = [row["prompt"] for row in rows]
-        embeddings = encode(self.pipeline, self.teacher.adapter, texts, sampling)
-        path = to_local(work.embeddings / _name(number))
-        dataset.write_embeddings(path, [row["prompt_id"] for row in rows], texts, embeddings)
-        upload(path)
-        return len(rows)
+        prompts = self.work.batch(number)
+        embeddings = encode(self.pipeline, self.teacher.adapter, [p.text for p in prompts], sampling)
+        dataset.write_embeddings(path, [p.id for p in prompts], [p.text for p in prompts], embeddings)
 
 
 class _Sampler(_Actor):
     """States of a batch of prompts, on the teacher's trajectories or from images."""
+
+    makes = "states"
 
     def load(self, dtype: Any) -> Any:
         if self.work.config.calibration.source == "images":
@@ -217,92 +211,54 @@ class _Sampler(_Actor):
             setattr(pipeline, name, None)
         return pipeline.to(self.work.device)
 
-    def make(self, number: int) -> int:
-        work = self.work
-        ids, _, embeddings = dataset.read_embeddings(local_file(work.embeddings / _name(number)))
-        whole = [row for row, e in enumerate(embeddings) if all(t.isfinite().all() for t in e.values())]
-        states, call = [], None
-        if whole:
-            states, call = self._states(number, [ids[row] for row in whole], [embeddings[row] for row in whole], whole)
-        finite = [state for state in states if state.latents.isfinite().all()]
-        expected = len(states) * len(ids) // max(len(whole), 1) if whole else len(ids)
-        path = to_local(work.states / _name(number))
-        dataset.write_states(path, finite, call, dropped=expected - len(finite))
-        upload(path)
-        return len(ids)
-
-    def _states(self, number: int, ids: list[int], embeddings: list[Any], rows: list[int]) -> Any:
-        work, adapter = self.work, self.teacher.adapter
-        sampling, settings = work.config.sampling, work.config.calibration
-        state_settings = StateSettings(sampling, settings.states_per_prompt, work.config.seed)
-        if settings.source == "images":
-            images = [_texts(work, number)[row]["image"] for row in rows]
-            prompts = EncodedPrompts(ids, embeddings)
-            return noise_images(self.pipeline, adapter, prompts, images, self.teacher.config(), state_settings)
-        negative = None
-        if negative_prompt(type(self.pipeline), sampling) is not None:
-            _, _, (negative,) = dataset.read_embeddings(local_file(work.embeddings / _NEGATIVE))
-        return record(self.pipeline, adapter, EncodedPrompts(ids, embeddings, negative), state_settings)
-
-
-class _Cache:
-    """A folder of files of which some may be there already, from this job before it was stopped or from another."""
-
-    def __init__(self, folder: Path, names: list[str]):
-        self.folder, self.names = folder, names
-        self.there = set(names)
-        if above := store_of(folder):
-            # All is needed on this node in the end; what was damaged on the way is made again.
-            self.there &= set(above.objects())
-            whole = parallel_map(lambda name: above.download(name, folder / name), sorted(self.there))
-            for name in [name for name, right in zip(sorted(self.there), whole, strict=True) if not right]:
-                above.remove(name)
-                self.there.remove(name)
+    def make(self, number: int, path: Path) -> None:
+        ids, embeddings = self._embeddings(number)
+        finite = [row for row, e in enumerate(embeddings) if all(t.isfinite().all() for t in e.values())]
+        if not finite:
+            dataset.write_states(path, [], None, dropped=len(ids))
             return
-        marker = folder / _COMPLETE
-        known = json.loads(marker.read_text()) if marker.exists() else {}
-        # A file of the cache may share its disk blocks with one in a job's folder: a change there is one here.
-        for name, sha256 in known.items():
-            path = folder / name
-            if path.exists() and file_sha256(path) != sha256:
-                path.unlink()
+        encoded = EncodedPrompts([ids[row] for row in finite], [embeddings[row] for row in finite], self._negative())
+        states, call = self._states(number, encoded, finite)
+        expected = len(states) * len(ids) // len(finite)
+        states = [state for state in states if state.latents.isfinite().all()]
+        dataset.write_states(path, states, call, dropped=expected - len(states))
 
-    def has(self, name: str) -> bool:
-        return name in self.there and (self.folder / name).exists()
+    def _embeddings(self, number: int) -> tuple[list[int], list[Embedding]]:
+        ids, _, embeddings = dataset.read_embeddings(local_file(self.work.embeddings / _name(number)))
+        return ids, embeddings
 
-    def complete(self) -> None:
-        if store_of(self.folder):
-            download(self.folder)
-            return
-        hashes = {name: file_sha256(self.folder / name) for name in self.names}
-        write_atomically(self.folder / _COMPLETE, json.dumps(hashes))
+    def _negative(self) -> Embedding | None:
+        if self.work.config.calibration.source == "images":
+            return None
+        if negative_prompt(type(self.pipeline), self.work.config.sampling) is None:
+            return None
+        return self._embeddings(NEGATIVE)[1][0]
 
-    def link_to(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        for name in self.names:
-            try:
-                os.link(self.folder / name, folder / name)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(self.folder / name, folder / name)
+    def _states(self, number: int, encoded: EncodedPrompts, rows: list[int]) -> tuple[list[State], Call]:
+        """`rows`: those of the prompts in the batch."""
+        config, adapter = self.work.config, self.teacher.adapter
+        settings = StateSettings(config.sampling, config.calibration.states_per_prompt, config.seed)
+        if config.calibration.source == "trajectories":
+            return record(self.pipeline, adapter, encoded, settings)
+        prompts = self.work.batch(number)
+        images = [str(prompts[row].image) for row in rows]
+        return noise_images(self.pipeline, adapter, encoded, images, self.teacher.config(), settings)
 
 
-def _pass(
-    actor: type[_Actor], work: _Work, cache: _Cache, numbers: range, watchdog: Watchdog, progress: Callable[[int], None]
+def _make(
+    actor: type[_Actor], work: _Work, sizes: dict[int, int], watchdog: Watchdog, progress: Callable[[int], None]
 ) -> None:
-    """Let actors make the files of a cache that are not there."""
-    missing = [n for n in numbers if not cache.has(_name(n))]
-    if actor is _Encoder and not missing and not cache.has(_NEGATIVE):
-        missing = [0]
-    with pq.ParquetFile(work.embeddings / _TEXTS) as file:
-        sizes = [file.metadata.row_group(n).num_rows for n in numbers]
-    done = sum(sizes) - sum(sizes[n] for n in missing)
+    """Let actors make the files that are not there yet. `sizes`: by number of a batch, that of its prompts."""
+    whole = batch_files.whole_files(getattr(work, actor.makes), _names(sizes))
+    missing = [number for number in sizes if _name(number) not in whole]
+    done = sum(sizes.values()) - sum(sizes[number] for number in missing)
     progress(done)
     if not missing:
         return
     for row in watchdog.results(_rows(actor, work, missing, watchdog.heartbeat)):
         if row["refusal"]:
             raise UserError(row["refusal"])
-        done += int(row["prompts"])
+        done += sizes[row["number"]]
         progress(done)
 
 
@@ -330,87 +286,41 @@ def _rows(actor: type[_Actor], work: _Work, numbers: list[int], heartbeat: Heart
     return made.iter_rows()
 
 
-def _cut(config: Config, path: Path) -> int:
-    """Write the prompts as Parquet with one row group a batch, so that each can be read alone; gives their number."""
+def _write_batches(config: Config, path: Path) -> dict[int, int]:
+    """Write the prompts as Parquet, a row group for each batch, so that each can be read alone.
+
+    Gives the number of prompts by that of their batch. The negative prompt is a batch before the first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = config.calibration
-    schema = pa.schema([("prompt_id", pa.int64()), ("prompt", pa.string()), ("image", pa.string())])
     partial = path.with_name(path.name + ".partial")
-    count = 0
-    prompts = read_prompts(config.prompts, settings.prompt_column, _image_column(config), settings.max_prompts)
-    with pq.ParquetWriter(partial, schema) as writer:
+    # An empty prompt stands there where none is used, so that the cache has the same files in any case.
+    negative = config.sampling.arguments.get("negative_prompt") or ""
+    if not isinstance(negative, str):
+        raise UserError(f"sampling.arguments has negative_prompt {negative!r}; give one prompt, as text")
+    images = settings.image_column if settings.source == "images" else None
+    prompts = read_prompts(config.prompts, settings.prompt_column, images, settings.max_prompts)
+    sizes: dict[int, int] = {}
+    with pq.ParquetWriter(partial, _PROMPTS) as writer:
+        writer.write_table(_table([Prompt(NEGATIVE, negative, None)]))
         while batch := list(islice(prompts, settings.batch_size)):
-            columns = [pa.array(column, field.type) for column, field in zip(zip(*batch), schema)]
-            writer.write_table(pa.table(columns, schema=schema))
-            count += len(batch)
+            writer.write_table(_table(batch))
+            sizes[len(sizes)] = len(batch)
     os.replace(partial, path)
     upload(path)
-    return count
+    return sizes
 
 
-def _others(states: Path) -> list[Path]:
-    """The caches of states of other settings."""
-    names = {path.name for path in states.parent.glob("states-*")}
-    if above := store_of(states.parent):
-        names |= {name.split("/")[0] for name in above.objects() if name.startswith("states-")}
-    return [states.with_name(name) for name in sorted(names - {states.name})]
+def _table(prompts: list[Prompt]) -> pa.Table:
+    return pa.Table.from_pylist([prompt._asdict() for prompt in prompts], _PROMPTS)
 
 
-def _finish(context: StageContext, prompts: int) -> dict[str, Any]:
-    """Split the prompts, write what all samples share, count.
-
-    Reads no latents and no embeddings, and keeps a few bytes a prompt.
-    """
-    config, teacher, folder = context.config, context.teacher, context.folder
-    dropped, samples, call, sampled = 0, 0, None, []
-    for path in sorted((folder / dataset.STATES).glob("*.parquet")):
-        here, own_call = dataset.read_notes(path)
-        ids = np.concatenate(
-            [np.zeros(0, np.int64), *(batch["prompt_id"].to_numpy() for batch in _batches(path, ["prompt_id"]))]
-        )
-        dropped, samples, call = dropped + here, samples + len(ids), call or own_call
-        sampled.append(np.unique(ids))
-    if not samples or call is None:
-        raise UserError(
-            f"all states of the teacher {teacher.place} are NaN or infinite; check its weights and its precision"
-        )
-    ids = np.concatenate(sampled)
-    hashed = hashes(_sampled_texts(folder / dataset.PROMPTS, ids), config.seed)
-    if (hashed == hashed[0]).all():
-        raise UserError(
-            "only 1 prompt has finite states and at least 2 are needed; give more prompts or check the teacher"
-        )
-    out = held_out(hashed, config.calibration.held_out)
-    dataset.write_call(folder, teacher.adapter.transformer, call)
-    dataset.write_held_out(folder, ids[out])
-    return {"prompts": prompts, "held_out_prompts": len(out), "samples": samples, "dropped": dropped}
-
-
-def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(columns=columns)
-
-
-def _sampled_texts(folder: Path, ids: np.ndarray) -> Iterator[str]:
-    """The prompts with these ids, ascending, in their order: that of the files and of the rows in each."""
-    for path in sorted(folder.glob("*.parquet")):
-        for batch in _batches(path, ["prompt_id", "prompt"]):
-            here = batch["prompt_id"].to_numpy()
-            kept = ids[np.minimum(np.searchsorted(ids, here), len(ids) - 1)] == here
-            yield from (text for text, keep in zip(batch["prompt"].to_pylist(), kept, strict=True) if keep)
-
-
-def _texts(work: _Work, number: int) -> list[dict[str, Any]]:
-    with pq.ParquetFile(local_file(work.embeddings / _TEXTS)) as file:
-        return file.read_row_group(number).to_pylist()
-
-
-def _image_column(config: Config) -> str | None:
-    return config.calibration.image_column if config.calibration.source == "images" else None
+def _names(numbers: Iterable[int]) -> list[str]:
+    return [_name(number) for number in numbers]
 
 
 def _name(number: int) -> str:
-    return f"{number:08d}.parquet"
+    return "negative.parquet" if number == NEGATIVE else f"{number:08d}.parquet"
 
 
 STAGE = Stage(
