@@ -39,8 +39,9 @@ from ppcl.calibration.seeding import hashes, held_out
 from ppcl.calibration.trajectory_recorder import NEGATIVE, StateSettings, check_arguments, record
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
+from ppcl.models.placement import Images, place
 from ppcl.models.teacher import Teacher
-from ppcl.storage.manifest import key_of, write_atomically
+from ppcl.storage.manifest import CACHE, key_of, write_atomically
 from ppcl.storage.mirror import download, exists, local_file, remove, store_of, to_local, upload
 from ppcl.storage.node_cache import file_sha256, parallel_map
 
@@ -130,7 +131,7 @@ class _Work:
             settings.states_per_prompt,
             context.seed,
         )
-        cache = context.folder.parent / "cache"
+        cache = context.folder.parent / CACHE
         return cls(
             config,
             context.teacher.place,
@@ -177,7 +178,13 @@ class _Actor:
         return self.load(torch.bfloat16 if work.device == "cuda" else torch.float32)
 
     def load(self, dtype: Any) -> Any:
-        return self.teacher.pipeline_without_transformer(self.work.device, dtype)
+        return self.placed(self.teacher.pipeline_without_transformer("cpu", dtype))
+
+    def placed(self, pipeline: Any) -> Any:
+        config = self.work.config
+        images = Images(config.calibration.batch_size, config.sampling.height, config.sampling.width)
+        place(pipeline, self.work.device, config.memory, images)
+        return pipeline
 
 
 class _Encoder(_Actor):
@@ -215,7 +222,7 @@ class _Sampler(_Actor):
         pipeline = self.teacher.pipeline("cpu", dtype)
         for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
             setattr(pipeline, name, None)
-        return pipeline.to(self.work.device)
+        return self.placed(pipeline)
 
     def make(self, number: int) -> int:
         work = self.work
