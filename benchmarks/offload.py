@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -67,6 +69,9 @@ def main() -> None:
     parser.add_argument("--prompt", default="a photo of a red circle")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     teacher = Teacher(options.teacher)
     sampling = Sampling(steps=options.steps, height=options.size, width=options.size)
     rows = []
