@@ -28,8 +28,8 @@ from ppcl.models.teacher import Teacher
 from ppcl.report import write_report
 from ppcl.search.checks import check_variants
 from ppcl.storage.atomic import remove_partials
-from ppcl.storage.manifest import CONFIG, EVENTS, LOG, Artifacts, write_atomically
-from ppcl.storage.mirror import upload
+from ppcl.storage.manifest import CACHE, CONFIG, EVENTS, LOG, Artifacts, write_atomically
+from ppcl.storage.mirror import remove, upload
 
 if TYPE_CHECKING:
     from ppcl.sizing.job import JobSize
@@ -66,7 +66,7 @@ class Job:
                 highlight=False,
                 soft_wrap=True,
             )
-        self.identity = JobIdentity(self.teacher.sha256(), self.teacher.part_hashes(), prompts)
+        self.identity = JobIdentity.of(self.teacher, prompts)
         self.artifacts.start(self._record())
         self.reporter = Reporter(console, self.artifacts.path(LOG))
 
@@ -119,13 +119,31 @@ class Job:
             self.reporter.skipped(stage.name, index, stages)
             return
         started_at = time.monotonic()
-        with self.reporter.stage(stage.name, stage.describe(context), index, stages) as update:
+        with (
+            self.reporter.stage(stage.name, stage.describe(context), index, stages) as update,
+            self._one_teacher(stage),
+        ):
             info = self._with_retries(stage, replace(context, events=update))
             # Whoever hears that the stage is done finds its files.
             artifacts.commit(stage.name, context.key, time.monotonic() - started_at, info, stage.format)
         self._upload_log()
         for note in info.get("notes", ()):
             self.reporter.say(note)
+
+    @contextmanager
+    def _one_teacher(self, stage: Stage) -> Iterator[None]:
+        """Refuse a teacher that was replaced, before a stage and after it. Raises `UserError`; keeps nothing of it."""
+        self.identity = self.identity.confirmed(self.teacher)
+        try:
+            yield
+        finally:
+            # Also where the stage failed: that may be why.
+            try:
+                self.identity = self.identity.confirmed(self.teacher)
+            except UserError:
+                self.artifacts.invalidate(stage.name)
+                remove(self.artifacts.path(CACHE))
+                raise
 
     def _context(self, stage: Stage, device: str) -> StageContext:
         artifacts = self.artifacts

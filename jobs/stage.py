@@ -6,28 +6,55 @@ A stage is a `Stage` in a module of its own under `jobs/stages`; `jobs.stages.re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.progress import Update
 from ppcl.calibration.prompts import check_prompts
 from ppcl.config.schema import Config, result_settings
+from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import CHECKPOINTS, StageFiles, key_of
 
 
 @dataclass(frozen=True)
 class JobIdentity:
-    """Hashes of what a job reads from outside of its folder. `teacher_parts`: of every file of the other components."""
+    """Hashes of what a job reads from outside of its folder. `teacher_parts`: of every file of the other components.
+
+    `teacher_versions`: by file of the teacher, what tells without reading it that it was not replaced.
+    """
 
     teacher: str
     teacher_parts: Mapping[str, str]
     prompts: str
+    teacher_versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Config, teacher: Teacher) -> JobIdentity:
-        return cls(teacher.sha256(), teacher.part_hashes(), prompts_hash(config))
+    def of(cls, teacher: Teacher, prompts: str) -> JobIdentity:
+        """`prompts`: the hash of the prompts."""
+        # Before the files are read, so that one that is replaced meanwhile is noticed.
+        versions = teacher.versions()
+        return cls(teacher.sha256(), teacher.part_hashes(), prompts, versions)
+
+    def confirmed(self, teacher: Teacher) -> JobIdentity:
+        """The same, with the versions that files have now. Raises `UserError` where one has another content."""
+        now = teacher.versions()
+        names = sorted({*self.teacher_versions, *now})
+        changed = [name for name in names if now.get(name) != self.teacher_versions.get(name)]
+        if changed and not self._is_still(teacher):
+            raise UserError(
+                f"{teacher.place}/{changed[0]} was replaced during the job; what is complete is of the teacher as it "
+                "was at the job's begin: put that one back and run the same command again, or choose another --output"
+            )
+        return replace(self, teacher_versions=now)
+
+    def _is_still(self, teacher: Teacher) -> bool:
+        try:
+            again = Teacher(teacher.place)
+            return again.sha256() == self.teacher and again.part_hashes() == dict(self.teacher_parts)
+        except (UserError, OSError):
+            return False
 
 
 def prompts_hash(config: Config) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from ppcl.config.loading import validated
 from ppcl.config.location import Location, LocationLike
 from ppcl.config.plan_syntax import PLAN_SYNTAX
-from ppcl.config.schema import Sampling
+from ppcl.config.schema import Memory, Sampling
 from ppcl.errors import UserError
+from ppcl.models.placement import Images, Placement, place
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement, parse_text
 from ppcl.replacements.finetuned_selection import FinetunedSelection
@@ -32,11 +34,18 @@ Choice = str | Sequence[Replacement | str | Sequence[int]]
 class Result:
     """A compressed model: what `ppcl compress` wrote to a folder or an `s3://` URL, with its teacher.
 
-    `teacher`: where the teacher's folder is now, if it has moved. Raises `UserError` where a stage is missing, a file
-    is damaged, or the teacher is gone or not the one that was compressed.
+    `teacher`: where the teacher's folder is now, if it has moved. `memory`: the section of the configuration, or some
+    of its keys, such as `{"offload": "group"}`. Raises `UserError` where a stage is missing, a file is damaged, or the
+    teacher is gone or not the one that was compressed.
     """
 
-    def __init__(self, folder: LocationLike, teacher: LocationLike | None = None):
+    def __init__(
+        self,
+        folder: LocationLike,
+        teacher: LocationLike | None = None,
+        memory: Memory | Mapping[str, Any] | None = None,
+    ):
+        self.memory = memory if isinstance(memory, Memory) else validated(Memory, dict(memory or {}), "memory")
         self.artifacts = Artifacts(folder)
         job = self.artifacts.manifest()["job"]
         self._check("variants")
@@ -45,7 +54,9 @@ class Result:
         self.teacher = _teacher(teacher or job["teacher"], job)
         self.replacements = replacement_files(self.artifacts.stage_files("students").paths())
         self.tuned = self._tuned()
-        self._switch = VariantSwitcher(self.teacher, self.replacements, self.tuned)
+        self._switch = VariantSwitcher(
+            self.teacher, self.replacements, self.tuned, round(self.memory.replacements_gb * 1e9)
+        )
 
     def _tuned(self) -> FinetunedSelection | None:
         """The fine-tuned replacements, where fine-tuning was done for the variants as they are."""
@@ -119,11 +130,25 @@ class Result:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Any:
-        """A stock diffusers pipeline with the variant plugged in. Raises `UserError` for an unknown variant."""
+        """A stock diffusers pipeline with the variant plugged in, placed as `memory.offload` says.
+
+        Raises `UserError` for an unknown variant, and for a device that is too small.
+        """
+        return self.placed_pipeline(variant, device, dtype)[0]
+
+    def placed_pipeline(
+        self,
+        variant: Choice = TEACHER,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        images: Images | None = None,
+    ) -> tuple[Any, Placement]:
+        """`pipeline()`, and where its weights are. `images`: the largest call that it is made for."""
         plan = self.variant(variant).plan
-        pipeline = self.teacher.pipeline(device, dtype)
+        pipeline = self.teacher.pipeline("cpu", dtype)
+        placement = place(pipeline, device, self.memory, images, self._switch.most_bytes(dtype))
         self._switch(pipeline.transformer, plan)
-        return pipeline
+        return pipeline, placement
 
     def switch(self, pipeline: Any, variant: Choice) -> None:
         """Switch a pipeline that `pipeline()` made to another variant.

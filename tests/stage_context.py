@@ -21,6 +21,6 @@ def all_files(folder: Path) -> StageFiles:
 def context(config: Config, folder: Path, events=lambda *progress, phase=None: None, **inputs: Path) -> StageContext:
     """`inputs`: the folder of each stage that is read."""
     teacher = Teacher(config.teacher)
-    identity = JobIdentity(teacher.sha256(), teacher.part_hashes(), "prompts")
+    identity = JobIdentity.of(teacher, "prompts")
     files = {name: all_files(path) for name, path in inputs.items()}
     return StageContext(config, teacher, identity, files, folder, "cpu", events, "key")

@@ -45,6 +45,18 @@ def randomised(model: nn.Module, seed: int) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def aligned(model: Any) -> Any:
+    """A model or pipeline with copies of its weights, for comparisons of bits.
+
+    Sums on a CPU round by where numbers lie in memory: at other places in a mapped file than in a copy.
+    """
+    components = model.components.values() if hasattr(model, "components") else (model,)
+    for module in components:
+        for tensor in (*module.parameters(), *module.buffers()) if isinstance(module, nn.Module) else ():
+            tensor.data = tensor.data.clone()
+    return model
+
+
 def qwen_transformer(blocks: int = 6, seed: int = 0) -> QwenImageTransformer2DModel:
     """Width 32."""
     model = QwenImageTransformer2DModel(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from jobs.cli.shared import out
+from ppcl.config.offload import Offload
 from ppcl.errors import UserError
 
 
@@ -41,11 +42,16 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: those of the job")] = None,
     teacher: Annotated[str | None, typer.Option(help="path of the teacher, if it has moved")] = None,
+    offload: Annotated[
+        Offload | None,
+        typer.Option(help="weights on the device at once: all, a component's, a block's; auto, the default: what fits"),
+    ] = None,
 ) -> None:
     """Generate an image with a variant."""
     import torch
 
     from jobs.runtime.cluster import best_device
+    from ppcl.models.placement import Images
     from ppcl.result import Result
 
     if not prompt.strip():
@@ -54,9 +60,15 @@ def generate(
         raise UserError(f"the output {output} is not an image file; use a name that ends in .png, .jpg or .webp")
     if not output.absolute().parent.is_dir():
         raise UserError(f"the folder {output.absolute().parent} does not exist; make it or choose another --output")
-    opened = Result(result, teacher=teacher)
-    pipeline = opened.pipeline(variant, device=best_device())
+    opened = Result(result, teacher=teacher, memory={"offload": offload} if offload else None)
     sampling = opened.sampling
+    images = Images(1, sampling.height, sampling.width)
+    device = best_device()
+    # As in a job.
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    pipeline, placement = opened.placed_pipeline(variant, device, dtype, images)
+    if placement.mode != "none":
+        out.print(str(placement), highlight=False, markup=False)
     picture = pipeline(
         prompt,
         num_inference_steps=sampling.steps if steps is None else steps,

@@ -1,4 +1,4 @@
-"""Actors that measure variants: each loads the pipeline and all replacements once, and switches."""
+"""Actors that measure variants: each loads the pipeline once, and switches; replacements are read when needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.evaluation.images import generate_images, image_path, save_images, step_times
 from ppcl.evaluation.latency import forward_seconds, measure_latencies
+from ppcl.evaluation.prompt_cache import keep_embeddings
 from ppcl.evaluation.velocity_error import sensitivities, variant_errors
+from ppcl.models.placement import Images, place
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.finetuned_selection import FinetunedSelection
 from ppcl.replacements.io import replacement_files
@@ -53,7 +55,7 @@ def _finetuned(context: WorkerContext) -> FinetunedSelection | None:
 
 
 class _Evaluator:
-    """Holds one pipeline and all its students; every measurement is one call."""
+    """Holds one pipeline, and replacements within a limit; every measurement is one call."""
 
     def __init__(self, heartbeat: Heartbeat):
         heartbeat.start()
@@ -65,10 +67,19 @@ class _Evaluator:
         self.config, self.folder, self.device = context.config, context.folder, context.device
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         teacher = Teacher(context.teacher)
-        self.pipeline = teacher.pipeline(self.device, self.dtype)
         students = replacement_files(context.inputs["students"].fetch().paths())
-        self.switch = VariantSwitcher(teacher, students, _finetuned(context))
+        memory = self.config.memory
+        self.switch = VariantSwitcher(teacher, students, _finetuned(context), round(memory.replacements_gb * 1e9))
+        self.pipeline = teacher.pipeline("cpu", self.dtype)
+        sampling, count = self.config.sampling, self.config.evaluation.batch_size
+        images = Images(count, sampling.height, sampling.width)
+        self.placement = place(self.pipeline, self.device, memory, images, self.switch.most_bytes(self.dtype))
+        keep_embeddings(self.pipeline)
         self.samples = lru_cache(CalibrationSet.of)
+
+    def offload(self) -> tuple[str, str]:
+        """What became of `memory.offload`, as a word and as a sentence."""
+        return self.placement.mode, str(self.placement)
 
     def sensitivities(self, calibration: StageFiles, ids: np.ndarray) -> Any:
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
@@ -149,6 +160,11 @@ class EvaluatorPool:
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from error
             raise
+
+    def offload(self) -> tuple[str, list[str]]:
+        """What became of `memory.offload`, and a line for the log where weights come and go."""
+        mode, sentence = self.one(lambda evaluator: evaluator.offload.remote())
+        return mode, [] if mode == "none" else [sentence]
 
     def one(self, call: Callable[[Any], Any]) -> Any:
         """The result of one call on one actor, while nothing else runs."""

@@ -39,8 +39,9 @@ from ppcl.calibration.prompts import Prompt, read_prompts
 from ppcl.calibration.trajectory_recorder import NEGATIVE, Call, State, StateSettings, check_arguments, record
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
+from ppcl.models.placement import Images, place
 from ppcl.models.teacher import Teacher
-from ppcl.storage.manifest import key_of
+from ppcl.storage.manifest import CACHE, key_of
 from ppcl.storage.mirror import local_file, to_local, upload
 
 # Blocks a pass is cut into at most: each is one task of Ray.
@@ -124,7 +125,7 @@ class _Work:
             settings.states_per_prompt,
             context.seed,
         )
-        cache = context.folder.parent / "cache"
+        cache = context.folder.parent / CACHE
         return cls(
             config,
             context.teacher.place,
@@ -182,7 +183,13 @@ class _Actor:
         return self.load(torch.bfloat16 if work.device == "cuda" else torch.float32)
 
     def load(self, dtype: Any) -> Any:
-        return self.teacher.pipeline_without_transformer(self.work.device, dtype)
+        return self.placed(self.teacher.pipeline_without_transformer("cpu", dtype))
+
+    def placed(self, pipeline: Any) -> Any:
+        config = self.work.config
+        images = Images(config.calibration.batch_size, config.sampling.height, config.sampling.width)
+        place(pipeline, self.work.device, config.memory, images)
+        return pipeline
 
 
 class _Encoder(_Actor):
@@ -209,7 +216,7 @@ class _Sampler(_Actor):
         pipeline = self.teacher.pipeline("cpu", dtype)
         for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
             setattr(pipeline, name, None)
-        return pipeline.to(self.work.device)
+        return self.placed(pipeline)
 
     def make(self, number: int, path: Path) -> None:
         ids, embeddings = self._embeddings(number)

@@ -32,7 +32,7 @@ def run(context: StageContext) -> dict[str, Any]:
     plans = {name: variant.plan for name, variant in catalog.variants.items()}
     samples = CalibrationSet.of(context.inputs["calibration"])
     prompts = _prompts(config, samples)
-    measured = _measure(context, plans, samples, [prompt.text for prompt in prompts])
+    measured, offload, notes = _measure(context, plans, samples, [prompt.text for prompt in prompts])
     download(folder)
     scores, right = _score_images(context, list(plans), prompts)
     record = {
@@ -41,19 +41,21 @@ def run(context: StageContext) -> dict[str, Any]:
         "right": right,
         "sampling": config.sampling.model_dump(mode="json"),
         "device": context.device,
+        "offload": offload,
     }
     write_atomically(folder / "evaluation.json", json.dumps(record))
-    return {"pictures": len(plans) * len(prompts)}
+    return {"pictures": len(plans) * len(prompts), "notes": [f"evaluation: {note}" for note in notes]}
 
 
 def _measure(
     context: StageContext, plans: Mapping[str, Any], samples: CalibrationSet, texts: list[str]
-) -> dict[str, dict[str, Any]]:
-    """By variant, what is measured by running it; its images go to the stage's folder."""
+) -> tuple[dict[str, dict[str, Any]], str, list[str]]:
+    """By variant, what is measured by running it, and what became of `memory.offload`; images go to the folder."""
     calibration, size, progress = context.inputs["calibration"], context.config.evaluation.batch_size, context.events
     ids = chunks_of(spread_samples(samples.ids(held_out=True), REPORT_SAMPLES), size)
     work = [(name, chunk) for name in plans for chunk in chunks_of(list(range(len(texts))), size)]
     with EvaluatorPool(context) as evaluators:
+        offload, notes = evaluators.offload()
         # Timed first, while nothing else runs; the first run warms up.
         evaluators.one(lambda a: a.step_times.remote({TEACHER: ()}, texts[:size]))
         rounds = []
@@ -81,7 +83,7 @@ def _measure(
             "velocity_by_timestep": sums.by_timestep(),
             "seconds_per_step": seconds[name],
         }
-    return rows
+    return rows, offload, notes
 
 
 def _score_images(

@@ -28,6 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     ids = spread_samples(CalibrationSet.of(calibration).ids(held_out=True), SEARCH_SAMPLES)
     chunks = chunks_of(ids, size)
     with EvaluatorPool(context) as evaluators:
+        _, notes = evaluators.offload()
         parts = evaluators.all(
             lambda a, chunk: a.sensitivities.remote(calibration, chunk),
             chunks,
@@ -57,7 +58,8 @@ def run(context: StageContext) -> dict[str, Any]:
     variants = make_variants(settings, counts, sensitivity, block_ranges, chosen)
     catalog = VariantCatalog(counts.total, len(counts.blocks), block_ranges, sensitivity, variants)
     write_atomically(context.folder / "variants.json", json.dumps(catalog.to_json(), indent=1))
-    return {"variants": list(variants), "notes": missed_targets(settings, chosen, speedups)}
+    notes = [f"variants: {note}" for note in notes]
+    return {"variants": list(variants), "notes": notes + missed_targets(settings, chosen, speedups)}
 
 
 STAGE = Stage(

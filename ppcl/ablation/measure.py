@@ -13,6 +13,7 @@ from ppcl.evaluation.images import generate_images
 from ppcl.evaluation.prompt_checker import checker_prompts, correctness, load_checker
 from ppcl.evaluation.scoring import relative_drop
 from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
+from ppcl.models.placement import Images, place
 from ppcl.replacements import Replacement
 from ppcl.replacements.io import files_in
 from ppcl.replacements.parameter_counts import parameter_counts
@@ -31,8 +32,10 @@ class RowMeasurer:
     def __init__(self, inputs: AblationInputs, seed: int):
         self.config, self.teacher, self.samples, self.seed = inputs.config, inputs.teacher, inputs.samples, seed
         self.device, self.dtype = inputs.device, inputs.dtype
-        self.pipeline = self.teacher.pipeline(self.device, self.dtype)
-        evaluation = self.config.evaluation
+        self.pipeline = self.teacher.pipeline("cpu", self.dtype)
+        evaluation, sampling = self.config.evaluation, self.config.sampling
+        images = Images(evaluation.batch_size, sampling.height, sampling.width)
+        place(self.pipeline, self.device, self.config.memory, images)
         self.checker = load_checker(evaluation.checker) if evaluation.checker else None
         self.prompts = checker_prompts(self.checker, evaluation.max_prompts, self.config.seed) if self.checker else []
 

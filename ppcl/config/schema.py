@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, mod
 from ppcl.config.checks import check_config
 from ppcl.config.loading import Section, commented, current_keys, put, read_values, validated
 from ppcl.config.location import Location, LocationLike
+from ppcl.config.offload import Offload
 from ppcl.errors import UserError
 
 
@@ -394,6 +395,31 @@ class Tracking(Section):
     )
 
 
+class Memory(Section):
+    """Memory where the teacher's pipeline runs: in calibration, variants, evaluation, ablation and `ppcl generate`."""
+
+    offload: Offload = Field(
+        "auto",
+        json_schema_extra=OPERATIONAL,
+        description="weights that are on the device at once: none: all; model: those of a text encoder, of the "
+        "transformer or of the VAE, in turn; group: those of a block and the next one; auto: the first of these that "
+        "fits; the numbers are the same",
+    )
+    device_gb: float | None = Field(
+        None,
+        json_schema_extra=OPERATIONAL,
+        gt=0,
+        description="most memory of a device to use for weights and activations, in GB; null: all that is free",
+    )
+    replacements_gb: float = Field(
+        16.0,
+        json_schema_extra=OPERATIONAL,
+        gt=0,
+        description="most memory for replacements, in GB; the least recently used ones are read again when they are "
+        "needed",
+    )
+
+
 class Config(Section):
     """A compression job."""
 
@@ -420,6 +446,7 @@ class Config(Section):
         gt=0,
         description="seconds for which a stage waits for CPUs or GPUs that other jobs of the cluster use",
     )
+    memory: Memory = Memory()
     sampling: Sampling = Sampling()
     calibration: Calibration = Calibration()
     probes: Probes = Probes()

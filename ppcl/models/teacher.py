@@ -219,6 +219,23 @@ class Teacher:
             for tensor in file.keys():  # noqa: SIM118 - not a dict
                 yield file.get_slice(tensor).get_shape()
 
+    def versions(self) -> dict[str, str]:
+        """By file, what changes with its content and is had without reading it: size and times, or an object's tag.
+
+        Of a bucket as it is now, which may be another than was listed when the teacher was opened.
+        """
+        if self.store:
+            return {name: object.tag for name, object in self.store.objects().items()}
+        versions = {}
+        for path in sorted(self.folder.rglob("*")):
+            if path.is_file():
+                status = path.stat()
+                # The time of the last change of any kind, since a copy may keep that of the content.
+                versions[str(path.relative_to(self.folder))] = (
+                    f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+                )
+        return versions
+
     def with_weights(self, transformer: bool = True) -> Path:
         """The folder on this node with all weights, or with all but the transformer's; downloads missing ones."""
         if self.store:

@@ -13,6 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from ppcl.models.weight_cache import host_original
+
 
 def view(block: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     """A shallow copy of a block with modules put at `parts`, paths such as `attn.to_add_out`; shares all others."""
@@ -76,8 +78,9 @@ class Modulation(nn.Module):
             return
         for (first, last), rows in zip(runs, self.rows, strict=True):
             part = nn.Linear(linear.weight.shape[1], (last + 1 - first) * width, device="meta")
-            part.weight = nn.Parameter(linear.weight[rows], requires_grad=linear.weight.requires_grad)
-            part.bias = nn.Parameter(linear.bias[rows], requires_grad=linear.bias.requires_grad)
+            weight, bias = host_original(linear.weight), host_original(linear.bias)
+            part.weight = nn.Parameter(weight[rows], requires_grad=linear.weight.requires_grad)
+            part.bias = nn.Parameter(bias[rows], requires_grad=linear.bias.requires_grad)
             self.kept.append(part)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

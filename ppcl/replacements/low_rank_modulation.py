@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from ppcl.config import plan_syntax
 from ppcl.models import IdentityBlock, adapter_of, embed
+from ppcl.models.placement import cache_of
+from ppcl.models.weight_cache import host_original
 from ppcl.replacements.block_view import Modulation, linear_at, view
 from ppcl.replacements.replacement import Assembly, Replacement, TeacherStructure
 from ppcl.replacements.student_block import StudentBlock
@@ -73,42 +75,48 @@ class ModulationBasis(nn.Module):
     def coordinates(self, x: torch.Tensor) -> torch.Tensor:
         return (x - self.mean) @ self.directions
 
-    def folded(self, module: nn.Module, paths: Sequence[str]) -> nn.Module:
-        """A view of a block, or of its replacement, with the modulations at `paths` in low rank."""
-        return view(module, {path: self._fold(module.get_submodule(path)) for path in paths})
+    def folded(self, module: nn.Module, paths: Sequence[str], device: torch.device | None = None) -> nn.Module:
+        """A view of a block, or of its replacement, with the modulations at `paths` in low rank.
 
-    def _fold(self, modulation: nn.Module) -> nn.Module:
+        `device`: where products are computed, if not where the weights are.
+        """
+        return view(module, {path: self._fold(module.get_submodule(path), device) for path in paths})
+
+    def _fold(self, modulation: nn.Module, device: torch.device | None) -> nn.Module:
         if isinstance(modulation, Modulation):
             if modulation.source.weight.requires_grad:
                 return OntoBasis(modulation, self)
-            inner = self._restricted_once(modulation.source)
+            inner = self._restricted_once(modulation.source, device)
             return InBasis(Modulation(inner, modulation.width, modulation.constants), self)
         linear = linear_at(modulation, "")
         if linear.weight.requires_grad:
             # What was multiplied out now would be wrong after the next step, and pass no gradient on.
             return OntoBasis(modulation, self)
-        return InBasis(self._restricted_once(linear), self)
+        return InBasis(self._restricted_once(linear, device), self)
 
     def prepare(self, linears: Iterable[nn.Linear]) -> None:
         """Multiply modulations out now; of a sharded teacher that is possible only while their block is gathered."""
         for linear in linears:
             self._restricted_once(linear)
 
-    def _restricted_once(self, linear: nn.Linear) -> nn.Linear:
+    def _restricted_once(self, linear: nn.Linear, device: torch.device | None = None) -> nn.Linear:
         # The products are the costly part, and the same in every variant.
         if linear not in self._restricted:
-            self._restricted[linear] = self.restricted(linear)
+            self._restricted[linear] = self.restricted(linear, device)
         return self._restricted[linear]
 
     @torch.no_grad()
-    def restricted(self, linear: nn.Linear) -> nn.Linear:
-        """A linear map as one of the coordinates."""
-        weight = linear.weight.float()
-        directions, mean = self.directions.to(weight), self.mean.to(weight)
+    def restricted(self, linear: nn.Linear, device: torch.device | None = None) -> nn.Linear:
+        """A linear map as one of the coordinates, which is where that map is. `device`: where it is computed."""
+        original = host_original(linear.weight)
+        weight = original.to(device or original.device).float()
+        directions, mean = (host_original(tensor).to(weight) for tensor in (self.directions, self.mean))
         inner = nn.Linear(directions.shape[1], weight.shape[0], device="meta")
-        inner.weight = nn.Parameter((weight @ directions).to(linear.weight.dtype), requires_grad=False)
-        bias = weight @ mean + (0 if linear.bias is None else linear.bias.float())
-        inner.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+        inner.weight = nn.Parameter((weight @ directions).to(original), requires_grad=False)
+        bias = weight @ mean
+        if linear.bias is not None:
+            bias = bias + host_original(linear.bias).to(weight)
+        inner.bias = nn.Parameter(bias.to(original), requires_grad=False)
         return inner
 
 
@@ -184,13 +192,14 @@ class LowRankModulation(Replacement[ModulationBasis]):
         return ModulationBasis(width, rank)
 
     def assemble(self, module: ModulationBasis, variant: Assembly) -> None:
+        cache = cache_of(variant.structure.transformer)
         for number, block in enumerate(variant.structure.blocks):
             here = variant.standing.get(number, block)
             if not isinstance(here, IdentityBlock):
                 # These hold the block that is modulated.
                 inside = "block." if isinstance(here, StudentBlock | RunStart | RunBlock) else ""
                 paths = [inside + where.modulation for where in variant.structure.parts(number).values()]
-                variant.standing[number] = module.folded(here, paths)
+                variant.standing[number] = module.folded(here, paths, cache.device if cache else None)
 
     def parameters_removed(self, teacher: ParameterCounts, within: Replacement | None) -> int:
         return sum(sum(rows.values()) for rows in teacher.rows.values()) * teacher.parameters_per_row_saved()

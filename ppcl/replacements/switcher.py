@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from ppcl.errors import UserError
 from ppcl.models import swap
+from ppcl.models.placement import cache_of
 from ppcl.models.teacher import Teacher
+from ppcl.models.weight_cache import tensor_bytes
 from ppcl.replacements.assembly import block_map
 from ppcl.replacements.finetuned_selection import FinetunedSelection
-from ppcl.replacements.io import load_replacement
+from ppcl.replacements.io import load_replacement, stored_sizes
 from ppcl.replacements.registry import sort_key
 from ppcl.replacements.replacement import Replacement
 
@@ -26,30 +29,60 @@ if TYPE_CHECKING:
 _REMEMBERED = 64
 
 
+class _Key(NamedTuple):
+    """What a replacement in memory is of, and where. `tuned`: the fine-tuned one."""
+
+    replacement: Replacement
+    tuned: bool
+    device: str
+    dtype: torch.dtype
+
+
 class VariantSwitcher:
     """The replacements of one teacher, and the switch between variants of any transformer loaded from it.
 
     A replacement is read when it is first wanted, once a device and dtype, and shared by all pipelines. A transformer
-    is moved to its device and dtype before the first switch: what is unplugged would not move with it.
+    is moved to its device and dtype, or placed (see `ppcl.models.placement`), before the first switch: what is
+    unplugged would not move with it. Where blocks come and go, replacements do, too, and stay on the host.
     """
 
-    def __init__(self, teacher: Teacher, files: Mapping[Replacement, Path], tuned: FinetunedSelection | None = None):
-        """`files`: the replacements as distilled; `tuned`: the fine-tuned ones, and which plans take them."""
+    def __init__(
+        self,
+        teacher: Teacher,
+        files: Mapping[Replacement, Path],
+        tuned: FinetunedSelection | None = None,
+        limit: int | None = None,
+    ):
+        """`files`: the replacements as distilled; `tuned`: the fine-tuned ones, and which plans take them.
+
+        `limit`: bytes of replacements in memory, the least recently used ones go beyond it; None: all stay.
+        """
         self.teacher = teacher
         self.files = dict(files)
         self.tuned = tuned
-        self._loaded: dict[tuple[Replacement, bool, str, torch.dtype], nn.Module] = {}
+        self.limit = limit
+        self._loaded: OrderedDict[_Key, nn.Module] = OrderedDict()
         self._standing: WeakKeyDictionary[nn.Module, OrderedDict[tuple[Replacement, ...], dict[int, nn.Module]]] = (
             WeakKeyDictionary()
         )
         self._teachers_blocks: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
 
     def module(self, replacement: Replacement, device: str, dtype: torch.dtype, tuned: bool = False) -> nn.Module:
-        key = (replacement, tuned, str(device), dtype)
+        return self._module(_Key(replacement, tuned, str(device), dtype))
+
+    def _module(self, key: _Key) -> nn.Module:
         if key not in self._loaded:
-            files = self.tuned.files if tuned and self.tuned else self.files
-            self._loaded[key] = load_replacement(files[replacement], self.teacher, device, dtype)
+            self._loaded[key] = load_replacement(self._file(key), self.teacher, key.device, key.dtype)
+        self._loaded.move_to_end(key)
         return self._loaded[key]
+
+    def _file(self, key: _Key) -> Path:
+        files = self.tuned.files if key.tuned and self.tuned else self.files
+        return files[key.replacement]
+
+    @property
+    def bytes_in_memory(self) -> int:
+        return sum(map(tensor_bytes, self._loaded.values()))
 
     def finetuned(self, plan: Iterable[Replacement]) -> frozenset[Replacement]:
         """The replacements of a plan whose fine-tuned replacements it takes."""
@@ -58,11 +91,14 @@ class VariantSwitcher:
             return frozenset()
         return plan & self.tuned.files.keys()
 
+    def _keys(self, transformer: ModelMixin, plan: Sequence[Replacement]) -> list[_Key]:
+        tuned = self.finetuned(plan)
+        home = transformer.device if cache_of(transformer) is None else "cpu"
+        return [_Key(replacement, replacement in tuned, str(home), transformer.dtype) for replacement in plan]
+
     def in_memory(self, transformer: ModelMixin, plan: Iterable[Replacement]) -> bool:
         """Whether a plan can be switched to without reading a file."""
-        plan, place = list(plan), (str(transformer.device), transformer.dtype)
-        tuned = self.finetuned(plan)
-        return all((replacement, replacement in tuned, *place) in self._loaded for replacement in plan)
+        return all(key in self._loaded for key in self._keys(transformer, list(plan)))
 
     def blocks(self, transformer: ModelMixin) -> tuple[nn.Module, ...]:
         """The teacher's own blocks of a transformer, whatever is plugged into it."""
@@ -71,22 +107,70 @@ class VariantSwitcher:
         return self._teachers_blocks[transformer]
 
     def replacements(self, transformer: ModelMixin, plan: Iterable[Replacement]) -> dict[int, nn.Module]:
-        """The block at each block number with a plan on."""
-        key = tuple(sorted(plan, key=sort_key))
+        """The block at each block number with a plan on. Raises `UserError` for one larger than the limit."""
+        plan = tuple(sorted(plan, key=sort_key))
         known = self._standing.setdefault(transformer, OrderedDict())
-        if key not in known:
-            tuned = self.finetuned(key)
-            modules = {
-                replacement: self.module(replacement, transformer.device, transformer.dtype, replacement in tuned)
-                for replacement in key
-            }
-            known[key] = block_map(self.teacher.adapter, transformer, self.blocks(transformer), modules, key)
+        keys = self._keys(transformer, plan)
+        if plan not in known:
+            self._make_room(keys)
+            modules = {key.replacement: self._module(key) for key in keys}
+            known[plan] = block_map(self.teacher.adapter, transformer, self.blocks(transformer), modules, plan)
+            if cache := cache_of(transformer):
+                for module in known[plan].values():
+                    cache.attach(module)
             if len(known) > _REMEMBERED:
                 known.popitem(last=False)
-        known.move_to_end(key)
-        return known[key]
+        known.move_to_end(plan)
+        for key in keys:
+            self._loaded.move_to_end(key)
+        return known[plan]
 
     def __call__(self, transformer: ModelMixin, plan: Iterable[Replacement]) -> None:
         """Leave the transformer with exactly this plan on; an empty one is the teacher itself."""
+        plan = list(plan)
         everywhere = dict(enumerate(self.blocks(transformer)))
+        if self.limit is not None and not self.in_memory(transformer, plan):
+            self._check_limit(self._keys(transformer, plan))
+            # What is plugged in would stay in memory beside what is read now.
+            swap(transformer, everywhere)
         swap(transformer, everywhere | self.replacements(transformer, plan))
+
+    def most_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes that replacements take in memory at most: of all of them, or the limit."""
+        files = [*self.files.values(), *(self.tuned.files.values() if self.tuned else ())]
+        total = sum(sum(stored_sizes(path).values()) for path in files) * dtype.itemsize
+        return total if self.limit is None else min(total, self.limit)
+
+    def _size(self, key: _Key) -> int:
+        """Bytes of a replacement in memory, from its file's header."""
+        return sum(stored_sizes(self._file(key)).values()) * key.dtype.itemsize
+
+    def _check_limit(self, keys: Sequence[_Key]) -> None:
+        if self.limit is None or (size := sum(map(self._size, keys))) <= self.limit:
+            return
+        raise UserError(
+            f"the plan {','.join(str(key.replacement) for key in keys)} needs {size / 1e9:.3g} GB of replacements, "
+            f"more than memory.replacements_gb, {self.limit / 1e9:.3g}; raise it"
+        )
+
+    def _make_room(self, keys: Sequence[_Key]) -> None:
+        """Forget the least recently used replacements until those of a plan fit beside the others."""
+        if self.limit is None:
+            return
+        self._check_limit(keys)
+        left = self.limit - sum(map(self._size, keys))
+        others = {key: tensor_bytes(module) for key, module in self._loaded.items() if key not in keys}
+        for key in list(others):
+            if sum(others.values()) <= left:
+                return
+            self._forget(key)
+            del others[key]
+
+    def _forget(self, key: _Key) -> None:
+        """Let go of a replacement, and of the blocks that it is in."""
+        module = self._loaded.pop(key)
+        for transformer, known in self._standing.items():
+            for plan in [plan for plan in known if key in self._keys(transformer, plan)]:
+                del known[plan]
+            if cache := cache_of(transformer):
+                cache.forget(module)

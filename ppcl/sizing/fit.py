@@ -20,9 +20,14 @@ USABLE = 0.9
 _MORE = (2, 4, 8, 16, 32, 64)
 _FEWER = (8, 4, 2, 1)
 
+_OFFLOAD = ("memory.offload", ("auto",), "{}")
+
 # By stage, what to change, the gentlest first: the key, the values to try, and how a value is asked for.
 _LEVERS: dict[str, tuple[tuple[str, Sequence[Any], str], ...]] = {
-    "calibration": (("calibration.batch_size", _FEWER, "{} or less"),),
+    "calibration": (
+        _OFFLOAD,
+        ("calibration.batch_size", _FEWER, "{} or less"),
+    ),
     "probes": (("probes.workers", _MORE, "{} or more"), ("probes.batch_size", _FEWER, "{} or less")),
     "detection": (("detection.tokens", (2048, 1024, 512), "{} or less"),),
     "students": (
@@ -30,12 +35,18 @@ _LEVERS: dict[str, tuple[tuple[str, Sequence[Any], str], ...]] = {
         ("distillation.moments_gb", (8, 4, 2), "{} or less"),
         ("distillation.batch_size", _FEWER, "{} or less"),
     ),
-    "variants": (("evaluation.batch_size", _FEWER, "{} or less"),),
+    "variants": (
+        _OFFLOAD,
+        ("evaluation.batch_size", _FEWER, "{} or less"),
+    ),
     "finetuning": (
         ("finetuning.activation_checkpointing", (True,), "true"),
         ("finetuning.data_parallel", _MORE, "{} or more"),
     ),
-    "evaluation": (("evaluation.batch_size", _FEWER, "{} or less"),),
+    "evaluation": (
+        _OFFLOAD,
+        ("evaluation.batch_size", _FEWER, "{} or less"),
+    ),
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 
 from ppcl.storage.atomic import PARTIAL
 from ppcl.storage.mirror import store_of
-from ppcl.storage.node_cache import make_folder, once_a_node, parallel_map, scratch_folder
+from ppcl.storage.node_cache import make_folder, once_a_node, parallel_map
 from ppcl.storage.object_store import Store
+from ppcl.storage.scratch import keep_used, private_temporary, scratch_folder
 
 
 @contextlib.contextmanager
@@ -33,22 +33,24 @@ def synced_checkpoints(
         yield Path(folder)
         return
     downloaded = scratch_folder() / "checkpoints" / attempt
+    keep_used(downloaded)
     with once_a_node(downloaded):
         if not downloaded.exists():
             partial = make_folder(downloaded.with_name(f"{attempt}.coming"))
+            keep_used(partial)
             names = list(store.objects())
             intact = parallel_map(lambda name: store.download(name, partial / name) and is_whole(partial / name), names)
             for path in [partial / name for name, good in zip(names, intact, strict=True) if not good]:
                 path.unlink(missing_ok=True)
                 report_damaged(path)
             os.replace(partial, downloaded)
-    with tempfile.TemporaryDirectory(dir=make_folder(scratch_folder() / "made")) as temporary:
+    with private_temporary() as temporary:
         for path in [path for path in downloaded.rglob("*") if path.is_file()]:
-            own = Path(temporary) / path.relative_to(downloaded)
+            own = temporary / path.relative_to(downloaded)
             own.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, own)
-        with _Uploads(Path(temporary), store):
-            yield Path(temporary)
+        with _Uploads(temporary, store):
+            yield temporary
     shutil.rmtree(downloaded, ignore_errors=True)
 
 

@@ -34,6 +34,7 @@ CONFIG = "config.json"  # the full configuration of the last run
 LOG = "log.txt"
 EVENTS = "events.jsonl"
 LOCK = ".lock"
+CACHE = "cache"  # a folder beside the stages', of work that another run of a stage continues from
 CHECKPOINTS = "checkpoints"  # a folder in a stage's, of what is no part of its result
 FORMAT = 1
 # What tells one job from another, whatever the paths.

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ppcl.config.location import SCHEME, Location, LocationLike
 from ppcl.errors import UserError
-from ppcl.storage.node_cache import MIRROR, make_folder, mirror, once_a_node, parallel_map, scratch_folder
+from ppcl.storage.node_cache import MIRROR, file_sha256, mirror, once_a_node, parallel_map
 from ppcl.storage.object_store import Store
+from ppcl.storage.scratch import private_temporary
 
 
 def store_of(path: str | Path) -> Store | None:
@@ -47,15 +47,17 @@ def local_file(place: LocationLike) -> Path:
     store = Store(location.url) if location.is_url else store_of(location.path)
     if store is None:
         return location.path
-    path, tag = mirror(store.url), mirror(store.url).with_name(f".{store.url.rpartition('/')[2]}.tag")
+    path = mirror(store.url, is_file=True)
+    tag = path.with_name(f".{path.name}.tag")
     answer = store.head()
     if answer is None:
         raise UserError(f"{store.url} does not exist; upload it or correct the URL")
     with once_a_node(path):
-        if not path.is_file() or not tag.is_file() or tag.read_text() != answer["ETag"]:
+        # Not every writer leaves a hash, so that of what was downloaded is noted beside the tag.
+        if not path.is_file() or not tag.is_file() or tag.read_text() != f"{answer['ETag']} {file_sha256(path)}":
             if not store.download("", path):
                 raise UserError(f"{store.url} is damaged: its content does not match its sha256; upload it again")
-            tag.write_text(answer["ETag"])
+            tag.write_text(f"{answer['ETag']} {file_sha256(path)}")
     return path
 
 
@@ -121,7 +123,7 @@ def upload_on_exit(folder: str | Path) -> Iterator[Path]:
     if store is None:
         yield Path(folder)
         return
-    with tempfile.TemporaryDirectory(dir=make_folder(scratch_folder() / "made")) as temporary:
-        yield Path(temporary)
-        files = [path for path in sorted(Path(temporary).rglob("*")) if path.is_file()]
+    with private_temporary() as temporary:
+        yield temporary
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
         parallel_map(lambda path: store.upload(path, str(path.relative_to(temporary))), files)

@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Collection
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +26,14 @@ from fsspec.asyn import sync
 from ppcl.config.location import SCHEME
 from ppcl.errors import UserError, cannot_write
 from ppcl.storage.atomic import remove_partials, replacing
-from ppcl.storage.node_cache import T, file_sha256, once_a_node, parallel_map, scratch_folder
+from ppcl.storage.node_cache import T, file_sha256, once_a_node, parallel_map
+from ppcl.storage.scratch import keep_used, reserve, scratch_folder
 
 _SHA256 = "sha256"  # in an object's metadata
+_HASHES = ".sha256"  # a folder in a snapshot, with the hash of each file as it was downloaded
+
+# An object is downloaded by requests of so many bytes, so many of them at once: a thread's memory is bounded.
+_PART_BYTES, _PARTS_AT_ONCE = 16 << 20, 4
 
 # Attempts of one request, unless AWS_MAX_ATTEMPTS is set, and the pause after the first one, seconds; it doubles.
 _ATTEMPTS = 8
@@ -215,23 +220,55 @@ class Store:
         if self.sha256(name) != sha256:
             self._with_retries(lambda: _files().put_file(str(path), self._path(name), Metadata={_SHA256: sha256}))
 
-    def download(self, name: str, path: Path, sha256: str | None = None) -> bool:
+    def download(self, name: str, path: Path, sha256: str | None = None, tag: str | None = None) -> bool:
         """Download an object into a file, whole or not at all. False where it does not exist or its sha256 differs.
 
-        `sha256`: the expected one; by default that of the object's writer. A file that has it already is kept.
+        `sha256`: the expected one; by default that of the object's writer. A file that has it already is kept. `tag`:
+        that of the object as it was listed. Raises `FileExistsError` where another stands in its place, and `UserError`
+        where there is no room for the file.
         """
-        sha256 = sha256 or self.sha256(name)
+        if sha256 and path.is_file() and file_sha256(path) == sha256:
+            return True
+        answer = self.head(name)
+        if answer is None:
+            return False
+        if tag is not None and answer["ETag"] != tag:
+            raise FileExistsError(self.url)
+        sha256 = sha256 or answer["Metadata"].get(_SHA256)
         if sha256 and path.is_file() and file_sha256(path) == sha256:
             return True
         try:
             # Its content is compared whenever it is used, and it can be downloaded again.
             with replacing(path, durable=False) as partial:
-                self._with_retries(lambda: _files().get_file(self._path(name), str(partial)))
+                reserve(partial, answer["ContentLength"], f"{self.url}/{name}".rstrip("/"))
+                self._read_into(partial, name, answer["ContentLength"], answer["ETag"])
                 if sha256 and file_sha256(partial) != sha256:
                     raise _Damaged
         except (FileNotFoundError, _Damaged):
             return False
+        except FileExistsError:
+            if tag is not None:
+                raise
+            return False
         return True
+
+    def _read_into(self, path: Path, name: str, size: int, tag: str) -> None:
+        """Read an object of `size` bytes into a file, by requests of its parts that all ask for the same content."""
+        starts = range(0, size, _PART_BYTES)
+        try:
+            with open(path, "r+b") as file:
+                for first in range(0, len(starts), _PARTS_AT_ONCE):
+                    together = starts[first : first + _PARTS_AT_ONCE]
+                    for start, part in zip(together, parallel_map(partial(self._part, name, size, tag), together)):
+                        file.seek(start)
+                        file.write(part)
+        except OSError as error:
+            if sentence := None if isinstance(error, FileExistsError | FileNotFoundError) else cannot_write(error):
+                raise UserError(f"{sentence}; free space, or set PPCL_SCRATCH to another folder") from None
+            raise
+
+    def _part(self, name: str, size: int, tag: str, start: int) -> bytes:
+        return self.read(name, start, min(start + _PART_BYTES, size), tag)
 
     def remove(self, under: str) -> None:
         """Remove an object, or all objects under a name."""
@@ -248,27 +285,40 @@ class Store:
         return (now - answer["LastModified"]).total_seconds()
 
     def snapshot(self, names: Collection[str], listed: dict[str, Object]) -> Path:
-        """A folder of this node with the objects `names` as they were when `listed`. Missing ones are downloaded.
+        """A folder of this node with the objects `names` as they were when `listed`.
 
-        Raises `UserError` for one that is damaged or missing.
+        Missing ones are downloaded, those that are there compared with their sha256. Raises `UserError` for one that is
+        damaged or missing, or that another has replaced since.
         """
         folder = (
             scratch_folder()
             / "snapshots"
             / hashlib.sha256(f"{self.url} {sorted(listed.items())}".encode()).hexdigest()[:16]
         )
+        keep_used(folder)
         with once_a_node(folder):
             remove_partials(folder)
-            parallel_map(
-                lambda name: self._snapshot_file(folder / name, name), [n for n in names if not (folder / n).exists()]
-            )
+            parallel_map(lambda name: self._snapshot_file(folder, name, listed[name].tag), names)
         return folder
 
-    def _snapshot_file(self, path: Path, name: str) -> None:
-        if not self.download(name, path):
+    def _snapshot_file(self, folder: Path, name: str, tag: str) -> None:
+        path, noted = folder / name, folder / _HASHES / f"{name}.sha256"
+        if path.is_file() and noted.is_file() and file_sha256(path) == noted.read_text():
+            return
+        try:
+            intact = self.download(name, path, tag=tag)
+        except FileExistsError:
+            raise UserError(
+                f"{self.url}/{name} was replaced while it was read; leave it as it is until the job has ended, and run "
+                "the same command again"
+            ) from None
+        if not intact:
             raise UserError(
                 f"{self.url}/{name} is damaged or missing: its content does not match its sha256; upload it again"
             )
+        # Not every writer leaves a hash.
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        noted.write_text(file_sha256(path))
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -260,3 +261,81 @@ def test_a_job_that_is_stopped_has_not_failed(job):
         raise KeyboardInterrupt
     (last,) = map(json.loads, job.artifacts.path("events.jsonl").read_text().splitlines())
     assert last["kind"] == "job_stopped"
+
+
+@pytest.fixture
+def own_teacher(teacher_folder, tmp_path):
+    """A copy of the teacher that a test may change."""
+    return shutil.copytree(teacher_folder, tmp_path / "teacher")
+
+
+def job_of(teacher, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    config = Config(teacher=teacher, prompts=tmp_path / "prompts.txt", output=tmp_path / "result")
+    return Job(config, Console(file=io.StringIO(), width=300))
+
+
+def during(change, failure=None):
+    """A stage that leaves a checkpoint and a result, during which something is changed."""
+
+    def run(context):
+        for name in ("checkpoints/half", "result"):
+            write_atomically(context.folder / name, "made")
+        write_atomically(context.folder.parent / "cache" / "states", "made")
+        change()
+        if failure:
+            raise failure
+        return {}
+
+    return Stage("probes", run, lambda context: "a test", resumes_from="checkpoints")
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+ENCODER = "text_encoder/model.safetensors"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, ENCODER])
+@pytest.mark.parametrize("failure", [None, UserError("a student does not fit")])
+def test_a_teacher_that_is_replaced_during_a_stage_ends_the_job_and_nothing_of_the_stage_stays(
+    own_teacher, tmp_path, name, failure
+):
+    job, path = job_of(own_teacher, tmp_path), own_teacher / name
+    before, status = path.read_bytes(), path.stat()
+
+    def change():
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    with pytest.raises(UserError, match=f"{own_teacher}/{name} was replaced during the job; .* put that one back"):
+        job.run_stage(during(change, failure), "cpu")
+    assert job.artifacts.record("probes") is None
+    assert not job.artifacts.path("probes").exists() and not job.artifacts.path("cache").exists()
+    path.write_bytes(before)
+    job.run_stage(during(lambda: None), "cpu")
+    assert job.artifacts.record("probes")
+
+
+def test_a_teacher_that_is_replaced_between_two_stages_ends_the_job_before_the_second(own_teacher, tmp_path):
+    job, ran = job_of(own_teacher, tmp_path), []
+    job.run_stage(during(lambda: None), "cpu")
+    (own_teacher / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"{WEIGHTS} was replaced during the job"):
+        job.run_stage(replace(during(lambda: ran.append(1)), name="detection"), "cpu")
+    assert not ran and job.artifacts.record("probes")
+
+
+def test_a_teacher_whose_files_were_copied_over_with_the_same_content_is_the_same(own_teacher, tmp_path):
+    job, path = job_of(own_teacher, tmp_path), own_teacher / WEIGHTS
+    job.run_stage(during(lambda: path.write_bytes(path.read_bytes())), "cpu")
+    assert job.artifacts.record("probes")
+
+
+def test_a_teacher_in_a_bucket_that_is_replaced_during_a_stage_ends_the_job(store, teacher_folder, tmp_path):
+    for path in sorted(path for path in teacher_folder.rglob("*") if path.is_file()):
+        store.upload(path, str(path.relative_to(teacher_folder)))
+    job = job_of(store.url, tmp_path)
+    job.run_stage(during(lambda: None), "cpu")
+    change = during(lambda: store.write(WEIGHTS, store.read(WEIGHTS) + b"\0"))
+    with pytest.raises(UserError, match=f"{store.url}/{WEIGHTS} was replaced during the job"):
+        job.run_stage(replace(change, name="detection"), "cpu")
+    assert job.artifacts.record("detection") is None and job.artifacts.record("probes")

@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import replace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -191,6 +192,13 @@ def test_variants_and_generate_from_the_command_line(finished, tmp_path):
         pictures[name] = Image.open(path)
         assert pictures[name].size == (32, 32)
     assert pictures["named"].tobytes() == pictures["intervals"].tobytes() != pictures["teacher"].tobytes()
+    path = tmp_path / "group.png"
+    code, said, error = ppcl(
+        "generate", result, "a red circle", "--variant", smallest["variant"], "-o", path, "--offload", "group"
+    )
+    assert code == 0 and "offload: group (one block at a time)" in said, error
+    # Sums on a CPU round by where weights lie in memory.
+    assert (np.asarray(Image.open(path)) != np.asarray(pictures["named"])).mean() < 0.01
 
 
 def test_more_workers_than_the_cluster_has_are_refused_at_once(job, ray_cluster, tmp_path):

@@ -228,3 +228,18 @@ def test_a_missing_stage_and_another_teacher_are_refused(copy, tmp_path):
     Artifacts(copy).drop_record("variants")
     with pytest.raises(UserError, match="has no variants yet"):
         Result(copy)
+
+
+def test_a_result_runs_and_switches_in_less_memory(root, result, pipeline):
+    small = Result(root, memory={"offload": "group"})
+    moved = small.pipeline("ends")
+    for name in ("ends", "all", "teacher"):
+        result.switch(pipeline, name)
+        small.switch(moved, name)
+        assert torch.allclose(velocity(moved), velocity(pipeline), atol=1e-5)
+    result.switch(pipeline, "teacher")
+
+
+def test_a_key_of_memory_that_is_none_is_refused(root):
+    with pytest.raises(UserError, match="memory: unknown key offlod; the nearest is offload; known here: offload,"):
+        Result(root, memory={"offlod": "group"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ppcl.sizing.job import JobSize, WorkerSize
+from ppcl.sizing.pipeline import host_bytes, pipeline_bytes
 
 # A text encoder keeps the hidden states of all its layers, and works on a few of an FFN's width.
 _TEXT_STATES = 48
@@ -18,10 +19,10 @@ def workers(job: JobSize) -> list[WorkerSize]:
         worker="encoder",
         count=count,
         device={
-            "text encoders": job.encoders,
-            "VAE": job.other_components,
+            **pipeline_bytes(job, encoders=True),
             "activations": batch * text * _TEXT_STATES if job.encoders else 0,
         },
+        host=host_bytes(job, encoders=True),
         written=job.prompts * text,
         seconds=job.compute_seconds(2 * job.encoders / job.number * model.text_tokens * job.prompts / count),
     )
@@ -33,11 +34,10 @@ def workers(job: JobSize) -> list[WorkerSize]:
         worker="sampler",
         count=count,
         device={
-            "teacher": job.teacher,
-            "VAE": job.other_components,
+            **pipeline_bytes(job, transformer=True),
             "activations": job.forward_bytes(batch * job.sides_at_once),
         },
-        host={"states": batch * settings.states_per_prompt * job.sides * latents},
+        host={"states": batch * settings.states_per_prompt * job.sides * latents} | host_bytes(job, transformer=True),
         written=job.samples * latents,
         seconds=job.compute_seconds(forwards * job.forward_flops / count),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ppcl.evaluation.images import TIMED_ROUNDS
 from ppcl.evaluation.samples import REPORT_SAMPLES
 from ppcl.sizing.job import JobSize, WorkerSize
+from ppcl.sizing.pipeline import host_bytes
 from ppcl.sizing.stages.variants import evaluator_bytes
 
 _CHANNELS = 3
@@ -27,6 +28,7 @@ def workers(job: JobSize) -> list[WorkerSize]:
             worker="evaluator",
             count=settings.workers,
             device=evaluator_bytes(job),
+            host=host_bytes(job, encoders=True, transformer=True, replacements=True),
             written=variants * prompts * pixels,
             seconds=None if job.cpu else job.compute_seconds(forwards * job.forward_flops / settings.workers),
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ppcl.evaluation.samples import SEARCH_SAMPLES
 from ppcl.sizing.job import JobSize, WorkerSize
+from ppcl.sizing.pipeline import host_bytes, pipeline_bytes
 
 # Plans that are measured as a whole for each budget or target, about.
 _PLANS = 10
@@ -24,6 +25,7 @@ def workers(job: JobSize) -> list[WorkerSize]:
             worker="evaluator",
             count=count,
             device=evaluator_bytes(job),
+            host=host_bytes(job, encoders=True, transformer=True, replacements=True),
             seconds=None if job.cpu else job.compute_seconds(forwards * job.forward_flops / count),
         )
     ]
@@ -32,9 +34,6 @@ def workers(job: JobSize) -> list[WorkerSize]:
 def evaluator_bytes(job: JobSize) -> dict[str, int]:
     """What an evaluator holds on its device."""
     return {
-        "teacher": job.teacher,
-        "text encoders": job.encoders,
-        "VAE": job.other_components,
-        "replacements": job.number * job.replacements.all,
+        **pipeline_bytes(job, encoders=True, transformer=True, replacements=True),
         "activations": job.forward_bytes(job.config.evaluation.batch_size * job.sides_at_once),
     }

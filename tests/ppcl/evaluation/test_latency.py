@@ -36,7 +36,7 @@ def switch(teacher_folder):
     parts = teacher.adapter.parts_of(teacher.transformer(), 5, block)
     modules |= {LinearFfn(number): LinearFfnMaps.new(parts, 32) for number in (2, 5)}
     switch = VariantSwitcher(teacher, dict.fromkeys(modules))
-    switch._loaded = {(entry, False, "cpu", torch.float32): module for entry, module in modules.items()}
+    switch._loaded.update({(entry, False, "cpu", torch.float32): module for entry, module in modules.items()})
     return switch
 
 

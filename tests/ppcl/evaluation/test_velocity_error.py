@@ -36,7 +36,7 @@ def test_damage_of_one_interval_is_the_error_of_the_variant_with_it_alone(teache
     students = {i: made_result.student(teacher, i, affine=False) for i in (Interval(0, 1), Interval(3, 5))}
     model, inputs = teacher.transformer(), MemorySamples(8).batch(range(8))
     switch = VariantSwitcher(teacher, dict.fromkeys(students))
-    switch._loaded = {(i, False, "cpu", torch.float32): s for i, s in students.items()}
+    switch._loaded.update({(i, False, "cpu", torch.float32): s for i, s in students.items()})
     found = sensitivities(model, switch, inputs)
     errors = variant_errors(model, switch, {"a": [Interval(0, 1)], "b": [Interval(3, 5)], "teacher": []}, inputs)
     assert errors["teacher"].overall() == 0

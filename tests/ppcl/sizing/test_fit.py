@@ -64,7 +64,7 @@ def test_what_no_setting_makes_fit_is_told_with_the_memory_that_does(qwen):
     job = job_of(qwen)
     sampler = worker(job, "calibration", "sampler")
     least = int(
-        re.search(r"no setting makes it fit; use devices of (\d+) GB or more", refusal(job, sampler, 24 * GB))[1]
+        re.search(r"no setting makes it fit; use devices of (\d+) GB or more", refusal(job, sampler, 2 * GB))[1]
     )
     smallest = worker(job_of(qwen, calibration={"batch_size": 1}), "calibration", "sampler").device_bytes
     assert least - 1 <= smallest / USABLE / GB <= least
@@ -103,3 +103,22 @@ def test_guidance_doubles_the_teachers_work(qwen):
     assert twice.sides == 2 and twice.samples == 2 * once.samples
     assert worker(twice, "calibration", "sampler").seconds == 2 * worker(once, "calibration", "sampler").seconds
     assert replace(once, prompts=500).samples * 2 == once.samples
+
+
+def test_weights_that_come_and_go_are_counted_as_they_are(qwen):
+    sizes = {}
+    for offload in ("none", "model", "group", "auto"):
+        job = job_of(qwen, memory={"offload": offload})
+        sizes[offload] = [worker(job, *names) for names in (("calibration", "encoder"), ("evaluation", "evaluator"))]
+    for none, model, group, auto in zip(*sizes.values(), strict=True):
+        assert none.device_bytes >= model.device_bytes > group.device_bytes == auto.device_bytes
+        assert not none.host_bytes and model.host_bytes == group.host_bytes > 15 * GB
+    _, evaluator = sizes["model"]
+    assert evaluator.device["teacher"] == pytest.approx(41 * GB, rel=0.02) and "text encoders" not in evaluator.device
+    said = refusal(job_of(qwen, memory={"offload": "none"}), sizes["none"][1], 80 * GB)
+    assert said.endswith("set memory.offload to auto")
+
+
+def test_on_a_cpu_all_weights_are_in_its_memory(qwen):
+    job = replace(job_of(qwen), cpu=True)
+    assert worker(job, "evaluation", "evaluator").device["teacher"] == job.teacher

@@ -52,3 +52,10 @@ def test_one_file_is_downloaded_when_it_changed(store, s3, tmp_path):
 
 def test_publishing_an_ordinary_file_does_nothing(tmp_path):
     upload(_file(tmp_path / "f", b"1"))
+
+
+def test_one_file_is_compared_before_it_is_used_again(store):
+    store._call("put_object", Key=store._key("p.txt"), Body=b"right")
+    url = f"{store.url}/p.txt"
+    local_file(url).write_bytes(b"wrong")
+    assert local_file(url).read_bytes() == b"right"

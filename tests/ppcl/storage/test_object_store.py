@@ -1,6 +1,9 @@
 """What lies in a bucket, on a real S3 server: read by range, written whole, tried again, told in one sentence."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -161,3 +164,125 @@ def test_a_place_with_something_else_in_it_is_refused(store):
     with pytest.raises(UserError, match="is not empty and is not a ppcl job"):
         Artifacts(store.url).start({})
     assert set(store.objects()) == {"thesis.tex"}
+
+
+def test_a_large_object_is_read_in_parts_of_one_content(store, s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_PART_BYTES", 3)
+    content = bytes(range(100))
+    store.write("f", content)
+    assert store.download("f", tmp_path / "f") and (tmp_path / "f").read_bytes() == content
+    assert len([r for r in s3.requests if r.method == "GET"]) == 34
+    store.write("empty", b"")
+    assert store.download("empty", tmp_path / "empty") and (tmp_path / "empty").read_bytes() == b""
+
+
+def _replaced_at_the_second_part(store, s3, name):
+    """A fault: before the second part is sent, another object of the same size takes the place."""
+    seen = []
+
+    def fault(request):
+        seen.append(request)
+        if len(seen) == 2:
+            _write_without_a_hash(store, name, b"2" * 30)
+
+    return s3.failing(fault, lambda r: r.method == "GET" and r.range is not None)
+
+
+def _write_without_a_hash(store, name, content):
+    """As other tools upload."""
+    store._call("put_object", Key=store._key(name), Body=content)
+
+
+def test_an_object_that_is_replaced_while_it_is_downloaded_is_not_mixed(store, s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "_PART_BYTES", 10)
+    monkeypatch.setattr(storage, "_PARTS_AT_ONCE", 1)
+    _write_without_a_hash(store, "f", b"1" * 30)
+    with _replaced_at_the_second_part(store, s3, "f"):
+        assert not store.download("f", tmp_path / "f")
+    assert not list(tmp_path.glob("f*"))
+    _write_without_a_hash(store, "f", b"1" * 30)
+    listed = store.objects()
+    with (
+        _replaced_at_the_second_part(store, s3, "f"),
+        pytest.raises(UserError, match="f was replaced while it was read"),
+    ):
+        store.snapshot(["f"], listed)
+    with pytest.raises(UserError, match="f was replaced while it was read"):
+        store.snapshot(["f"], listed)
+
+
+@pytest.mark.parametrize("hashed", [True, False], ids=["with a writer's hash", "without"])
+def test_a_file_of_a_snapshot_is_compared_before_it_is_used_again(store, s3, hashed):
+    store.write("f", b"right") if hashed else _write_without_a_hash(store, "f", b"right")
+    listed = store.objects()
+    folder = store.snapshot(["f"], listed)
+    s3.requests.clear()
+    assert store.snapshot(["f"], listed) == folder and not s3.requests
+    (folder / "f").write_bytes(b"wrong")
+    assert (store.snapshot(["f"], listed) / "f").read_bytes() == b"right"
+
+
+def test_a_download_that_the_scratch_folder_has_no_room_for_is_told(store, s3, monkeypatch, tmp_path):
+    monkeypatch.setenv("PPCL_SCRATCH_GB", "1e-6")
+    store.write("f", b"1" * 2000)
+    with pytest.raises(UserError, match=f"the scratch folder .* is full: .* and {store.url}/f needs 2e-06 more"):
+        store.snapshot(["f"], store.objects())
+    assert not [path for path in (tmp_path / "scratch").rglob("f*") if path.is_file()]
+
+
+def test_a_teacher_that_nobody_uses_any_more_makes_room_for_another(store, s3, monkeypatch):
+    monkeypatch.setenv("PPCL_SCRATCH_GB", "3e-6")
+    code = """
+import sys
+from ppcl.storage.object_store import Store
+store = Store(sys.argv[1])
+print(store.snapshot(store.objects(), store.objects()))
+"""
+    folders = []
+    for number in "12":
+        store.write(f"{number}/f", number.encode() * 2000)
+        made = subprocess.run(
+            [sys.executable, "-c", code, f"{store.url}/{number}"], capture_output=True, text=True, check=True
+        )
+        folders.append(Path(made.stdout.strip()))
+    assert not folders[0].exists() and (folders[1] / "f").read_bytes() == b"2" * 2000
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("share", [0.8, 100], ids=["by the bound", "by the disk"])
+def test_a_disk_that_is_too_small_is_told_before_anything_is_read(store, s3, monkeypatch, small_disk, share):
+    monkeypatch.setenv("PPCL_SCRATCH", str(small_disk / "scratch"))
+    monkeypatch.setattr("ppcl.storage.scratch._SHARE", share)
+    store.write("f", b"1" * 100_000)
+    s3.requests.clear()
+    sentence = (
+        "is full: it may hold 5.24e-05 GB" if share < 1 else "the disk of the scratch folder .* GB free, and .*/f"
+    )
+    with pytest.raises(UserError, match=sentence):
+        store.snapshot(["f"], store.objects())
+    assert not [r for r in s3.requests if r.range is not None]
+
+
+def test_a_disk_that_others_fill_meanwhile_is_told_in_one_sentence(store, s3, monkeypatch, small_disk):
+    monkeypatch.setenv("PPCL_SCRATCH", str(small_disk / "scratch"))
+    store.write("f", b"1" * 30_000)
+
+    def fill(request):
+        (small_disk / "other").write_bytes(b"1" * 40_000)
+
+    with (
+        s3.failing(fill, lambda r: r.range is not None, times=1),
+        pytest.raises(UserError, match="No space left on device; free space, or set PPCL_SCRATCH"),
+    ):
+        store.snapshot(["f"], store.objects())
+    assert not list((small_disk / "scratch").rglob("f.*"))
