@@ -264,7 +264,7 @@ def test_plan_of_a_published_model_says_what_does_not_fit_a_kind_of_gpu(ppcl):
     code, said, _ = ppcl("plan", "qwen-image", "--stages", "--gpus", "8", "--device", "rtx4090", "--prompts", "100")
     assert code == 0
     assert "every stage on 8 GPUs (RTX 4090" in said and "finetuning" in said
-    assert "calibration needs" in said and "and the largest GPU here has 24 GB" in said
+    assert "students needs" in said and "and the largest GPU here has 24 GB" in said
 
 
 @pytest.mark.parametrize(

@@ -43,5 +43,9 @@ class Tracked:
 
 
 @pytest.fixture
-def job(tmp_path):
+def job(tmp_path, monkeypatch):
+    # A busy machine may start a tracker's own process slowly; what a job would not wait for, a test does.
+    monkeypatch.setattr("jobs.tracking.sender._END", 300.0)
+    monkeypatch.setattr("jobs.tracking.wandb._INIT", 300.0)
+    monkeypatch.setattr("jobs.tracking.wandb._FINISH", 300.0)
     return Tracked(tmp_path / "result")
