@@ -161,12 +161,13 @@ class EvaluatorPool:
                 raise UserError(str(error.cause)) from error
             raise
 
-    def offload(self) -> tuple[str, list[str]]:
-        """What became of `memory.offload`, and a line for the log where weights come and go."""
-        mode, sentence = self.one(lambda evaluator: evaluator.offload.remote())
-        return mode, [] if mode == "none" else [sentence]
-
     def one(self, call: Callable[[Any], Any]) -> Any:
         """The result of one call on one actor, while nothing else runs."""
         (result,) = self.all(lambda actor, _: call(actor), [None], lambda _: None, by=1)
         return result
+
+
+def offload_of(evaluators: EvaluatorPool) -> tuple[str, list[str]]:
+    """What became of `memory.offload`, and a line for the log where weights come and go."""
+    mode, sentence = evaluators.one(lambda evaluator: evaluator.offload.remote())
+    return mode, [] if mode == "none" else [sentence]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, workers
+from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, offload_of, workers
 from jobs.stage import Stage, StageContext
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.calibration.prompts import read_prompts
@@ -55,7 +55,7 @@ def _measure(
     ids = chunks_of(spread_samples(samples.ids(held_out=True), REPORT_SAMPLES), size)
     work = [(name, chunk) for name in plans for chunk in chunks_of(list(range(len(texts))), size)]
     with EvaluatorPool(context) as evaluators:
-        offload, notes = evaluators.offload()
+        offload, notes = offload_of(evaluators)
         # Timed first, while nothing else runs; the first run warms up.
         evaluators.one(lambda a: a.step_times.remote({TEACHER: ()}, texts[:size]))
         rounds = []

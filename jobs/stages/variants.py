@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, workers
+from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, offload_of, workers
 from jobs.stage import Stage, StageContext
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.evaluation.samples import SEARCH_SAMPLES
@@ -28,7 +28,7 @@ def run(context: StageContext) -> dict[str, Any]:
     ids = spread_samples(CalibrationSet.of(calibration).ids(held_out=True), SEARCH_SAMPLES)
     chunks = chunks_of(ids, size)
     with EvaluatorPool(context) as evaluators:
-        _, notes = evaluators.offload()
+        _, notes = offload_of(evaluators)
         parts = evaluators.all(
             lambda a, chunk: a.sensitivities.remote(calibration, chunk),
             chunks,

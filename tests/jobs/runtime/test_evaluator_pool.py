@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jobs.runtime.evaluator_pool import EvaluatorPool
+from jobs.runtime.evaluator_pool import EvaluatorPool, offload_of
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.evaluation.images import image_path, load_images
@@ -37,7 +37,7 @@ def test_evaluators_draw_the_same_where_weights_come_and_go(ray_cluster, teacher
         )
         given = context(config, tmp_path / offload, students=root / "students")
         with EvaluatorPool(given) as evaluators:
-            mode, notes = evaluators.offload()
+            mode, notes = offload_of(evaluators)
             assert mode == offload and [note.partition(" (")[0] for note in notes] == ["offload: group"] * (
                 mode != "none"
             )
@@ -57,4 +57,4 @@ def test_a_device_that_is_too_small_for_any_mode_is_told(ray_cluster, teacher_fo
         pytest.raises(UserError, match="the device has 1e-06 GB .* the smallest that would do has .* GB free"),
         EvaluatorPool(context(config, tmp_path / "evaluation", students=root / "students")) as evaluators,
     ):
-        evaluators.offload()
+        offload_of(evaluators)
