@@ -13,14 +13,12 @@ from __future__ import annotations
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import torch
 
@@ -121,10 +119,11 @@ def finish(folder: Path, transformer: str, seed: int, share: float) -> dict[str,
     """
     notes = [read_notes(path) for path in sorted((folder / STATES).glob("*.parquet"))]
     call = next((call for _, call in notes if call is not None), None)
-    samples = pads.dataset(folder / STATES).to_table(columns=["prompt_id"])["prompt_id"]
-    if not len(samples) or call is None:
+    samples = [batch["prompt_id"].to_numpy() for batch in _columns(folder / STATES, ["prompt_id"])]
+    count = sum(map(len, samples))
+    if not count or call is None:
         raise UserError("all states of the teacher are NaN or infinite; check its weights and its precision")
-    ids, hashed = _hashed_prompts(folder / PROMPTS, pc.unique(samples), seed)
+    ids, hashed = _hashed_prompts(folder / PROMPTS, np.unique(np.concatenate(samples)), seed)
     if (hashed == hashed[0]).all():
         raise UserError(
             "only 1 prompt has finite states and at least 2 are needed; give more prompts or check the teacher"
@@ -132,16 +131,26 @@ def finish(folder: Path, transformer: str, seed: int, share: float) -> dict[str,
     out = ids[held_out(hashed, share)]
     write_call(folder, transformer, call)
     write_held_out(folder, out)
-    return {"held_out_prompts": len(out), "samples": len(samples), "dropped": sum(dropped for dropped, _ in notes)}
+    return {"held_out_prompts": len(out), "samples": count, "dropped": sum(dropped for dropped, _ in notes)}
 
 
-def _hashed_prompts(folder: Path, ids: pa.Array, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that are there of these, ascending, and the hashes of their prompts."""
-    wanted = pads.dataset(folder).scanner(columns=["prompt_id", "prompt"], filter=pads.field("prompt_id").isin(ids))
-    batches = [(b["prompt_id"].to_numpy(), hashes(b["prompt"].to_pylist(), seed)) for b in wanted.to_batches()]
-    found, hashed = (np.concatenate(columns) for columns in zip(*batches))
-    order = np.argsort(found)
-    return found[order], hashed[order]
+def _hashed_prompts(folder: Path, wanted: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that are there of these, both ascending, and the hashes of their prompts."""
+    found, hashed = [], []
+    for batch in _columns(folder, ["prompt_id", "prompt"]):
+        ids = batch["prompt_id"].to_numpy()
+        kept = wanted[np.minimum(np.searchsorted(wanted, ids), len(wanted) - 1)] == ids
+        found.append(ids[kept])
+        hashed.append(hashes(batch["prompt"].filter(pa.array(kept)).to_pylist(), seed))
+    order = np.argsort(np.concatenate(found))
+    return np.concatenate(found)[order], np.concatenate(hashed)[order]
+
+
+def _columns(folder: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """File by file: a dataset of Arrow keeps the metadata of all files."""
+    for path in sorted(folder.glob("*.parquet")):
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(columns=columns)
 
 
 def _write(path: Path, table: pa.Table) -> None:
