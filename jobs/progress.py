@@ -174,6 +174,9 @@ class Reporter:
         ) -> None:
             with self._lock:
                 new_phase = phase != progress.phase
+                if new_phase and progress.loss is not None:
+                    # The last losses of the phase, which may have come since the last line.
+                    self._emit_progress(progress)
                 progress.update(time.monotonic(), done, total, values, phase)
                 show(force=new_phase)
 
@@ -218,7 +221,6 @@ class Reporter:
             self._print(line)
             self._write(line)
             if progress.loss is not None:
-                # The last losses, which may have come since the last line.
                 self._emit_progress(progress)
             self._emit(
                 "stage_done", stage=progress.name, index=progress.index, stages=progress.stages, loss=progress.loss

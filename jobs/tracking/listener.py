@@ -10,7 +10,7 @@ from datetime import datetime
 
 from jobs.events import Event
 from jobs.progress import Reporter
-from jobs.tracking.metrics import losses, parameters, stage_metrics
+from jobs.tracking.metrics import losses, parameters, recorded_losses, stage_metrics
 from jobs.tracking.mlflow import MlflowTracker
 from jobs.tracking.sender import Entry, Sender, close
 from jobs.tracking.tensorboard import TensorBoardTracker
@@ -88,6 +88,8 @@ class _Listener:
             self._log(lambda tracker: tracker.log_metrics(metrics, time, event.done))
         elif event.kind in ("stage_done", "stage_skipped") and event.stage:
             self._complete.append(event.stage)
+            if event.kind == "stage_done":
+                self._log(self._losses_after(event.stage, time))
             self._log(self._results_of([event.stage], time))
         elif outcome := _OUTCOMES.get(event.kind):
             self._log(self._end(outcome, time), important=True)
@@ -107,6 +109,16 @@ class _Listener:
                     tracker.log_artifact(self._artifacts.path(REPORT))
             finally:
                 tracker.finish(outcome)
+
+        return entry
+
+    def _losses_after(self, stage: str, time: float) -> Entry:
+        """The losses of a stage since its last progress: a short training may end before it is asked for any."""
+        last = self._last[1] or 0 if self._last[0] == stage else 0
+
+        def entry(tracker: Tracker) -> None:
+            for step, metrics in recorded_losses(read_results(self._artifacts.place), stage, last).items():
+                tracker.log_metrics(metrics, time, step)
 
         return entry
 

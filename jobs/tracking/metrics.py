@@ -11,6 +11,7 @@ from typing import Any
 from jobs.events import Event
 from ppcl import __version__
 from ppcl.config.schema import Config
+from ppcl.replacements import parse_replacement
 from ppcl.report.summary import rows_of
 from ppcl.storage.results import Results
 
@@ -35,6 +36,20 @@ def losses(event: Event, values: Mapping[str, float]) -> dict[str, float]:
         return {}
     own = {metric_name(event.stage, "loss", name): value for name, value in values.items()}
     return _finite({metric_name(event.stage, "mean_loss"): event.loss, **own})
+
+
+def recorded_losses(results: Results, stage: str, after: int) -> dict[int, dict[str, float]]:
+    """By optimizer step, the losses that a stage's result has of the steps after one; empty where it has none."""
+    found = results.stage(stage)
+    curves = {"velocity": found["curve"]} if "curve" in found else {}
+    curves |= {parse_replacement(text).name: made["curve"] for text, made in found.get("replacements", {}).items()}
+    steps: dict[int, dict[str, float]] = {}
+    for name, curve in curves.items():
+        for point in curve:
+            # In files the first step is number 0, in progress it is 1.
+            if (step := int(point["step"]) + 1) > after:
+                steps.setdefault(step, {})[metric_name(stage, "loss", name)] = point["loss"]
+    return {step: _finite(steps[step]) for step in sorted(steps)}
 
 
 def stage_metrics(results: Results, stage: str) -> dict[str, float]:

@@ -1,8 +1,9 @@
 """Names and values of what is logged."""
 
 from jobs.events import Event
-from jobs.tracking.metrics import losses, metric_name, parameters, stage_metrics
+from jobs.tracking.metrics import losses, metric_name, parameters, recorded_losses, stage_metrics
 from ppcl.config.schema import Config
+from ppcl.replacements import parse_replacement
 from ppcl.storage.results import read_results
 from tests.ppcl.report import made
 
@@ -36,3 +37,16 @@ def test_parameters_are_the_configuration_by_dotted_key_without_where_it_is_trac
     )
     assert found["distillation.steps"] == 6000 and found["variants.custom.a"] == '["1-2"]' and found["teacher"] == "t"
     assert not any(name.startswith("tracking") for name in found)
+
+
+def test_losses_that_no_progress_told_are_those_of_the_stages_files_by_step_from_one(tmp_path):
+    results = read_results(made.job(tmp_path / "result", ("students", "variants", "finetuning")))
+    (name, first), *_ = results.stage("students")["replacements"].items()
+    found = recorded_losses(results, "students", 0)
+    steps = [point["step"] + 1 for point in first["curve"]]
+    assert list(found) == steps and len(found[steps[0]]) == len(results.stage("students")["replacements"])
+    key = f"students/loss/{parse_replacement(name).name}"
+    assert [found[step][key] for step in steps] == [point["loss"] for point in first["curve"]]
+    assert list(recorded_losses(results, "students", steps[3])) == steps[4:]
+    assert recorded_losses(results, "finetuning", 0).popitem()[1].keys() == {"finetuning/loss/velocity"}
+    assert recorded_losses(results, "variants", 0) == recorded_losses(results, "evaluation", 0) == {}
