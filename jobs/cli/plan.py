@@ -90,19 +90,19 @@ def plan(
         return
     if grow or given:
         raise UserError("--grow and --set are for the simulation; add --simulate")
-    made = {model: list(layouts(model, intervals(model, interval), batch, counts)) for model in found}
+    made = [(model, list(layouts(model, intervals(model, interval), batch, counts))) for model in found]
     if json_:
         typer.echo(
             json.dumps(
                 [
                     {"model": m.name, "parameters": m.parameters, "ranks": [asdict(r) for r in rows]}
-                    for m, rows in made.items()
+                    for m, rows in made
                 ],
                 indent=1,
             )
         )
         return
-    for model, rows in made.items():
+    for model, rows in made:
         out.print(table(model, rows, interval, batch, size))
     typer.echo(FORMULAS)
 

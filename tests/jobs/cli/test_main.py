@@ -282,3 +282,10 @@ def test_plan_of_a_published_model_says_what_does_not_fit_a_kind_of_gpu(ppcl):
 def test_plan_tells_what_does_not_go_together(ppcl, given, told):
     code, _, said = ppcl("plan", "qwen-image", *given)
     assert code == 2 and told in said
+
+
+def test_plan_of_the_distillation_is_a_table_of_numbers_of_gpus(ppcl):
+    code, said, _ = ppcl("plan", "sd3.5-large", "--gpus", "1,8")
+    assert code == 0 and "SD3.5-large: 8.06 billion parameters" in said and "8 × 1" in said
+    code, said, _ = ppcl("plan", "sd3.5-large", "--gpus", "1,8", "--json")
+    assert [rank["gpus"] for rank in json.loads(said)[0]["ranks"]] == [1, 8]
