@@ -161,4 +161,4 @@ class TrainState:
         """Keep the last step's losses in the history: one step in `every`, and the last of all."""
         step = self.step - 1
         if step % every == 0 or self.step == self.settings.steps:
-            self.loss_history.append({"step": step, **{name: round(value, 6) for name, value in losses.items()}})
+            self.loss_history.append({"step": step, **{name: float(f"{value:.6g}") for name, value in losses.items()}})

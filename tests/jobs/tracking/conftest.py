@@ -45,6 +45,7 @@ class Tracked:
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     # A busy machine may start a tracker's own process slowly; what a job would not wait for, a test does.
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")
     monkeypatch.setattr("jobs.tracking.sender._END", 300.0)
     monkeypatch.setattr("jobs.tracking.wandb._INIT", 300.0)
     monkeypatch.setattr("jobs.tracking.wandb._FINISH", 300.0)
