@@ -94,10 +94,7 @@ def plan(
     if json_:
         typer.echo(
             json.dumps(
-                [
-                    {"model": m.name, "parameters": m.parameters, "ranks": [asdict(r) for r in rows]}
-                    for m, rows in made
-                ],
+                [{"model": m.name, "parameters": m.parameters, "ranks": [asdict(r) for r in rows]} for m, rows in made],
                 indent=1,
             )
         )
