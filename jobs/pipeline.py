@@ -241,9 +241,9 @@ class Job:
         }
         memory = largest_memory(device)
         if memory is not None:
-            check_fits(self._size(device), memory, waiting)
+            check_fits(self._size(device, memory), memory, waiting)
 
-    def _size(self, device: str) -> JobSize:
+    def _size(self, device: str, memory: int) -> JobSize:
         import torch
 
         from ppcl.sizing.device import Device
@@ -256,7 +256,7 @@ class Job:
             self.teacher, sampling.height, sampling.width, torch.float32 if cpu else torch.bfloat16
         )
         prompts = count_prompts(config.prompts, calibration.prompt_column, calibration.max_prompts)
-        return job_size(config, teacher, prompts, _ASSUMED_INTERVAL, Device(), cpu)
+        return job_size(config, teacher, prompts, _ASSUMED_INTERVAL, Device(size=memory), cpu)
 
     def _wait_for_resources(self, stage: Stage, context: StageContext) -> None:
         """Wait for missing nodes, then for other jobs that use what the stage needs. Raises `UserError`."""

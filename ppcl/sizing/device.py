@@ -9,6 +9,9 @@ from pydantic import Field
 from ppcl.config.loading import Section
 from ppcl.errors import UserError
 
+# A device's memory that CUDA, NCCL and the gaps of an allocator leave.
+USABLE = 0.9
+
 
 class Device(Section):
     """An H100 SXM of 80 GB, 8 a node, one 400 Gb/s port a GPU: the vendor's rates, and the share reached."""

@@ -9,13 +9,11 @@ from typing import Any
 
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
+from ppcl.sizing.device import USABLE
 from ppcl.sizing.job import JobSize, WorkerSize
 from ppcl.sizing.memory import intervals, meshes
 from ppcl.sizing.model import TeacherSize
 from ppcl.sizing.stages import worker_sizes
-
-# A device's memory that libraries and the gaps of an allocator leave.
-USABLE = 0.9
 
 _MORE = (2, 4, 8, 16, 32, 64)
 _FEWER = (8, 4, 2, 1)

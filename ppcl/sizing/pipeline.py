@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from ppcl.sizing.device import USABLE
 from ppcl.sizing.job import JobSize
 
 # A text encoder's embeddings and two of its layers, as a share of it: a fifth of Qwen-Image's, a ninth of FLUX.1's.
 _LAYERS_SHARE = 4
+# Those of `memory.offload`, from the fastest to the smallest.
+_MODES = ["none", "model", "group"]
 
 
-def mode_of(job: JobSize) -> str:
-    """The mode that is sized. `auto` comes down to group where it has to; on a CPU nothing is anywhere else."""
+Bytes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The parts of the pipeline that a worker loads, and the bytes of its `activations`."""
+
+    activations: int
+    encoders: bool = False
+    transformer: bool = False
+    replacements: bool = False
+
+
+def pipeline_memory(job: JobSize, loaded: Loaded) -> tuple[Bytes, Bytes]:
+    """What is on the device at the fullest moment, and the weights that the host keeps where they come and go.
+
+    `auto` is the first mode that fits the device, and group where none does; on a CPU nothing is anywhere else.
+    """
     offload = job.config.memory.offload
-    return "none" if job.cpu else "group" if offload == "auto" else offload
+    modes = ["none"] if job.cpu else _MODES if offload == "auto" else [offload]
+    held: Bytes = {}
+    for mode in modes:
+        held = _on_device(job, loaded, mode) | {"activations": loaded.activations}
+        if sum(held.values()) <= USABLE * job.device.size:
+            break
+    return held, {} if mode == "none" else {"weights": _on_host(job, loaded)}
 
 
-def pipeline_bytes(
-    job: JobSize, encoders: bool = False, transformer: bool = False, replacements: bool = False
-) -> dict[str, int]:
-    """What is on the device at the fullest moment, without activations, of the parts that a worker loads."""
-    text = job.encoders if encoders else 0
-    model, number, mode = job.model, job.number, mode_of(job)
-    rest = number * model.rest if transformer else 0
-    blocks = number * sum(model.blocks) if transformer else 0
+def _on_device(job: JobSize, loaded: Loaded, mode: str) -> Bytes:
+    text = job.encoders if loaded.encoders else 0
+    model, number = job.model, job.number
+    rest = number * model.rest if loaded.transformer else 0
+    blocks = number * sum(model.blocks) if loaded.transformer else 0
     held = {"VAE": job.other_components}
     if mode == "none":
         held |= {"teacher": rest + blocks, "text encoders": text}
-        return held | ({"replacements": replacement_bytes(job)} if replacements else {})
+        return held | ({"replacements": replacement_bytes(job)} if loaded.replacements else {})
     if mode == "group":
         text //= _LAYERS_SHARE
-        blocks = 2 * number * max(model.blocks) if transformer else 0
+        blocks = 2 * number * max(model.blocks) if loaded.transformer else 0
     # They are there in turn.
     return held | ({"teacher": rest + blocks} if blocks >= text else {"teacher": rest, "text encoders": text})
 
 
-def host_bytes(
-    job: JobSize, encoders: bool = False, transformer: bool = False, replacements: bool = False
-) -> dict[str, int]:
-    """The weights that the host keeps where they come and go."""
-    if mode_of(job) == "none":
-        return {}
-    weights = (job.encoders if encoders else 0) + (job.teacher if transformer else 0)
-    return {"weights": weights + (replacement_bytes(job) if replacements else 0)}
+def _on_host(job: JobSize, loaded: Loaded) -> int:
+    weights = (job.encoders if loaded.encoders else 0) + (job.teacher if loaded.transformer else 0)
+    return weights + (replacement_bytes(job) if loaded.replacements else 0)
 
 
 def replacement_bytes(job: JobSize) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ppcl.errors import UserError
 from ppcl.replacements import Interval
-from ppcl.sizing.device import Device
+from ppcl.sizing.device import USABLE, Device
 from ppcl.sizing.memory import GRADIENT_BYTES, TEACHER_BYTES, meshes, rank_of, segment
 from ppcl.sizing.model import Model
 from ppcl.training.pipeline import IN_FLIGHT, balanced_segments
@@ -25,8 +25,6 @@ _REDUCE_TRAFFIC = 16
 _MESSAGES = 3
 # Bytes that adding one chunk of tokens to `X^T X` and `X^T Y` moves, by the square of the width; tokens of a chunk.
 _SUMS_TRAFFIC, _CHUNK = 272, 16384
-# A GPU's memory that CUDA, NCCL and the allocator's gaps leave.
-_USABLE = 0.9
 
 MODEL = """\
 step        = the step of the slowest rank, or longer if streams arrive late; all ranks are simulated, step by step
@@ -133,7 +131,7 @@ def play(works: Sequence[Work], send: Sequence[float], steps: int) -> list[list[
 def distillation(model: Model, plan: Sequence[Interval], batch: int, gpus: int, device: Device) -> Step:
     """The fastest mesh of that many GPUs which the memory of the device holds. Raises `UserError` where none does."""
     can = meshes(model, plan, batch, gpus)
-    fit = [dims for dims in can if _memory(model, plan, batch, *dims) <= _USABLE * device.size]
+    fit = [dims for dims in can if _memory(model, plan, batch, *dims) <= USABLE * device.size]
     if not fit:
         least = min(_memory(model, plan, batch, *dims) for dims in can)
         raise UserError(

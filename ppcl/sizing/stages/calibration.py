@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ppcl.sizing.job import JobSize, WorkerSize
-from ppcl.sizing.pipeline import host_bytes, pipeline_bytes
+from ppcl.sizing.pipeline import Loaded, pipeline_memory
 
 # A text encoder keeps the hidden states of all its layers, and works on a few of an FFN's width.
 _TEXT_STATES = 48
@@ -14,30 +14,26 @@ def workers(job: JobSize) -> list[WorkerSize]:
     count, batch = settings.workers, settings.batch_size
     text = model.text_bytes
     latents = model.latent_bytes
+    device, host = pipeline_memory(job, Loaded(batch * text * _TEXT_STATES if job.encoders else 0, encoders=True))
     encoder = WorkerSize(
         stage="calibration",
         worker="encoder",
         count=count,
-        device={
-            **pipeline_bytes(job, encoders=True),
-            "activations": batch * text * _TEXT_STATES if job.encoders else 0,
-        },
-        host=host_bytes(job, encoders=True),
+        device=device,
+        host=host,
         written=job.prompts * text,
         seconds=job.compute_seconds(2 * job.encoders / job.number * model.text_tokens * job.prompts / count),
     )
     if settings.source == "images":
         return [encoder]
+    device, host = pipeline_memory(job, Loaded(job.forward_bytes(batch * job.sides_at_once), transformer=True))
     forwards = job.prompts * job.config.sampling.steps * job.sides
     sampler = WorkerSize(
         stage="calibration",
         worker="sampler",
         count=count,
-        device={
-            **pipeline_bytes(job, transformer=True),
-            "activations": job.forward_bytes(batch * job.sides_at_once),
-        },
-        host={"states": batch * settings.states_per_prompt * job.sides * latents} | host_bytes(job, transformer=True),
+        device=device,
+        host={"states": batch * settings.states_per_prompt * job.sides * latents} | host,
         written=job.samples * latents,
         seconds=job.compute_seconds(forwards * job.forward_flops / count),
     )

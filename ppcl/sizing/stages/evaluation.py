@@ -5,8 +5,7 @@ from __future__ import annotations
 from ppcl.evaluation.images import TIMED_ROUNDS
 from ppcl.evaluation.samples import REPORT_SAMPLES
 from ppcl.sizing.job import JobSize, WorkerSize
-from ppcl.sizing.pipeline import host_bytes
-from ppcl.sizing.stages.variants import evaluator_bytes
+from ppcl.sizing.stages.variants import evaluator_memory
 
 _CHANNELS = 3
 
@@ -21,14 +20,15 @@ def workers(job: JobSize) -> list[WorkerSize]:
     forwards = variants * (
         min(REPORT_SAMPLES, job.held_out) + prompts * steps + TIMED_ROUNDS * settings.batch_size * steps
     )
+    device, host = evaluator_memory(job)
     pixels = sampling.height * sampling.width * _CHANNELS
     return [
         WorkerSize(
             stage="evaluation",
             worker="evaluator",
             count=settings.workers,
-            device=evaluator_bytes(job),
-            host=host_bytes(job, encoders=True, transformer=True, replacements=True),
+            device=device,
+            host=host,
             written=variants * prompts * pixels,
             seconds=None if job.cpu else job.compute_seconds(forwards * job.forward_flops / settings.workers),
         ),

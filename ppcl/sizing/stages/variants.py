@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ppcl.evaluation.samples import SEARCH_SAMPLES
 from ppcl.sizing.job import JobSize, WorkerSize
-from ppcl.sizing.pipeline import host_bytes, pipeline_bytes
+from ppcl.sizing.pipeline import Bytes, Loaded, pipeline_memory
 
 # Plans that are measured as a whole for each budget or target, about.
 _PLANS = 10
@@ -18,22 +18,21 @@ def workers(job: JobSize) -> list[WorkerSize]:
     percents = len(set(job.config.width.ffn_keep_percents))
     tails += sum((percents + 1) * (blocks - block) for block in sizes.pruned)
     plans = _PLANS * job.variants
+    device, host = evaluator_memory(job)
     forwards = samples * (tails / blocks + plans + 1)
     return [
         WorkerSize(
             stage="variants",
             worker="evaluator",
             count=count,
-            device=evaluator_bytes(job),
-            host=host_bytes(job, encoders=True, transformer=True, replacements=True),
+            device=device,
+            host=host,
             seconds=None if job.cpu else job.compute_seconds(forwards * job.forward_flops / count),
         )
     ]
 
 
-def evaluator_bytes(job: JobSize) -> dict[str, int]:
-    """What an evaluator holds on its device."""
-    return {
-        **pipeline_bytes(job, encoders=True, transformer=True, replacements=True),
-        "activations": job.forward_bytes(job.config.evaluation.batch_size * job.sides_at_once),
-    }
+def evaluator_memory(job: JobSize) -> tuple[Bytes, Bytes]:
+    """What an evaluator holds on its device, and on its host."""
+    activations = job.forward_bytes(job.config.evaluation.batch_size * job.sides_at_once)
+    return pipeline_memory(job, Loaded(activations, encoders=True, transformer=True, replacements=True))

@@ -106,16 +106,20 @@ def test_guidance_doubles_the_teachers_work(qwen):
 
 
 def test_weights_that_come_and_go_are_counted_as_they_are(qwen):
-    sizes = {}
-    for offload in ("none", "model", "group", "auto"):
-        job = job_of(qwen, memory={"offload": offload})
-        sizes[offload] = [worker(job, *names) for names in (("calibration", "encoder"), ("evaluation", "evaluator"))]
-    for none, model, group, auto in zip(*sizes.values(), strict=True):
-        assert none.device_bytes >= model.device_bytes > group.device_bytes == auto.device_bytes
+    def sizes(offload, size=80 * GB):
+        job = replace(job_of(qwen, memory={"offload": offload}), device=Device(size=size))
+        return [worker(job, *names) for names in (("calibration", "encoder"), ("evaluation", "evaluator"))]
+
+    for none, model, group in zip(sizes("none"), sizes("model"), sizes("group"), strict=True):
+        assert none.device_bytes >= model.device_bytes > group.device_bytes
         assert not none.host_bytes and model.host_bytes == group.host_bytes > 15 * GB
-    _, evaluator = sizes["model"]
+    # Each gets the first that fits its device.
+    assert sizes("auto") == [sizes("none")[0], sizes("model")[1]]
+    assert sizes("auto", 24 * GB) == [sizes("none")[0], sizes("group")[1]]
+    assert sizes("auto", 12 * GB) == sizes("group")
+    _, evaluator = sizes("model")
     assert evaluator.device["teacher"] == pytest.approx(41 * GB, rel=0.02) and "text encoders" not in evaluator.device
-    said = refusal(job_of(qwen, memory={"offload": "none"}), sizes["none"][1], 80 * GB)
+    said = refusal(job_of(qwen, memory={"offload": "none"}), sizes("none")[1], 80 * GB)
     assert said.endswith("set memory.offload to auto")
 
 
