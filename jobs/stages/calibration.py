@@ -41,6 +41,7 @@ from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.placement import Images, place
 from ppcl.models.teacher import Teacher
+from ppcl.storage.atomic import replacing
 from ppcl.storage.manifest import CACHE, key_of
 from ppcl.storage.mirror import local_file, to_local, upload
 
@@ -298,9 +299,7 @@ def _write_batches(config: Config, path: Path) -> dict[int, int]:
 
     Gives the number of prompts by that of their batch. The negative prompt is a batch before the first.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     settings = config.calibration
-    partial = path.with_name(path.name + ".partial")
     # An empty prompt stands there where none is used, so that the cache has the same files in any case.
     negative = config.sampling.arguments.get("negative_prompt") or ""
     if not isinstance(negative, str):
@@ -308,12 +307,11 @@ def _write_batches(config: Config, path: Path) -> dict[int, int]:
     images = settings.image_column if settings.source == "images" else None
     prompts = read_prompts(config.prompts, settings.prompt_column, images, settings.max_prompts)
     sizes: dict[int, int] = {}
-    with pq.ParquetWriter(partial, _PROMPTS) as writer:
+    with replacing(path) as partial, pq.ParquetWriter(partial, _PROMPTS) as writer:
         writer.write_table(_table([Prompt(NEGATIVE, negative, None)]))
         while batch := list(islice(prompts, settings.batch_size)):
             writer.write_table(_table(batch))
             sizes[len(sizes)] = len(batch)
-    os.replace(partial, path)
     upload(path)
     return sizes
 
