@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 # A stage is tried so often before its failure is the user's.
 _ATTEMPTS = 3
-# Blocks that one student replaces, before detection knows.
-_ASSUMED_INTERVAL = 4
 
 
 class Job:
@@ -239,7 +237,7 @@ class Job:
         waiting = {
             stage.name for stage in stages if stage.enabled(self.config) and self.artifacts.record(stage.name) is None
         }
-        memory = largest_memory(device)
+        memory = largest_memory(device) if waiting else None
         if memory is not None:
             check_fits(self._size(device, memory), memory, waiting)
 
@@ -247,7 +245,7 @@ class Job:
         import torch
 
         from ppcl.sizing.device import Device
-        from ppcl.sizing.job import job_size
+        from ppcl.sizing.job import ASSUMED_INTERVAL, job_size
         from ppcl.sizing.model import TeacherSize
 
         config, cpu = self.config, device == "cpu"
@@ -256,7 +254,7 @@ class Job:
             self.teacher, sampling.height, sampling.width, torch.float32 if cpu else torch.bfloat16
         )
         prompts = count_prompts(config.prompts, calibration.prompt_column, calibration.max_prompts)
-        return job_size(config, teacher, prompts, _ASSUMED_INTERVAL, Device(size=memory), cpu)
+        return job_size(config, teacher, prompts, ASSUMED_INTERVAL, Device(size=memory), cpu)
 
     def _wait_for_resources(self, stage: Stage, context: StageContext) -> None:
         """Wait for missing nodes, then for other jobs that use what the stage needs. Raises `UserError`."""

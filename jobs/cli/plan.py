@@ -74,11 +74,12 @@ def plan(
     width, height = _size(size)
     given = set_ or []
     whole_job = stages or job is not None
-    rates = _device(device, [one for one in given if not (whole_job and "." in one.split("=")[0])])
+    # A key of the configuration has a section before its dot, a rate has none.
+    keys = [one for one in given if whole_job and "." in one.split("=")[0]]
+    rates = _device(device, [one for one in given if one not in keys])
     if whole_job:
         if simulate or grow:
             raise UserError("--simulate and --grow are for the distillation alone; leave out --stages and --job")
-        keys = [one for one in given if "." in one.split("=")[0]]
         _stages(models, job, keys, _StageOptions(gpus, prompts, interval, (width, height), json_), rates)
         return
     if prompts is not None:

@@ -67,30 +67,26 @@ def refusal(job: JobSize, worker: WorkerSize, memory: float) -> str:
 def advice(job: JobSize, worker: WorkerSize, memory: float) -> str:
     """The least change of the configuration by which a worker fits; where none does, the memory that it needs."""
     least = worker.device_bytes
-    for together in (1, 2):
-        levers = _LEVERS[worker.stage][:together] if together > 1 else _LEVERS[worker.stage]
-        for changes in _combinations(levers, together):
-            found = _with(job, changes, worker)
-            if found is None:
-                continue
-            least = min(least, found.device_bytes)
-            if not too_large([found], memory):
-                return "set " + " and ".join(f"{key} to {words.format(value)}" for key, value, words in changes)
+    for changes in _changes(worker.stage):
+        found = _with(job, changes, worker)
+        if found is None:
+            continue
+        least = min(least, found.device_bytes)
+        if not too_large([found], memory):
+            return "set " + " and ".join(f"{key} to {words.format(value)}" for key, value, words in changes)
     return f"no setting makes it fit; use devices of {math.ceil(least / USABLE / 1e9)} GB or more"
 
 
 Change = tuple[str, Any, str]
 
 
-def _combinations(levers: Sequence[tuple[str, Sequence[Any], str]], together: int) -> Iterator[list[Change]]:
-    """Each lever alone, or the first value of one with each value of the next."""
-    if together == 1:
-        for key, values, words in levers:
-            yield from ([(key, value, words)] for value in values)
-    elif len(levers) == 2:
-        (first, first_values, first_words), (second, second_values, second_words) = levers
-        for value in second_values:
-            yield from ([(first, one, first_words), (second, value, second_words)] for one in first_values)
+def _changes(stage: str) -> Iterator[list[Change]]:
+    """What to try: each lever of a stage alone, then the first two together."""
+    levers = [[(key, value, words) for value in values] for key, values, words in _LEVERS[stage]]
+    for lever in levers:
+        yield from ([change] for change in lever)
+    if len(levers) > 1:
+        yield from ([first, second] for second in levers[1] for first in levers[0])
 
 
 def _with(job: JobSize, changes: Sequence[Change], worker: WorkerSize) -> WorkerSize | None:

@@ -16,6 +16,8 @@ from ppcl.sizing.device import Device
 from ppcl.sizing.memory import intervals
 from ppcl.sizing.model import Model, TeacherSize
 
+# Blocks that one student replaces, before detection knows.
+ASSUMED_INTERVAL = 4
 # A low-rank modulation's directions are this share of the width, at most: five of 3072 in Qwen-Image.
 _DIRECTIONS = 64
 

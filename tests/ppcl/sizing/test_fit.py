@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from jobs.stage import stages_for
+from jobs.stages.registry import STAGES
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.sizing.device import Device
@@ -32,15 +34,8 @@ def worker(job, stage, kind="rank"):
 
 def test_every_stage_of_the_default_job_is_sized(qwen):
     found = [(one.stage, one.worker) for one in worker_sizes(job_of(qwen))]
-    assert list(dict.fromkeys(stage for stage, _ in found)) == [
-        "calibration",
-        "probes",
-        "detection",
-        "students",
-        "variants",
-        "finetuning",
-        "evaluation",
-    ]
+    names = [stage.name for stage in stages_for("evaluation", STAGES)]
+    assert list(dict.fromkeys(stage for stage, _ in found)) == names
     assert "finetuning" not in {one.stage for one in worker_sizes(job_of(qwen, finetuning={"steps": 0}))}
 
 
