@@ -62,7 +62,6 @@ def make_teacher(folder: Path, blocks: int) -> None:
     from ppcl.demo import text
 
     config = published()["qwen-image"]["config"] | {"num_layers": blocks}
-    text.WIDTH = config["joint_attention_dim"]
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -81,7 +80,7 @@ def make_teacher(folder: Path, blocks: int) -> None:
     pipeline = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        text_encoder=text.new_text_encoder(len(tokenizer), 0),
+        text_encoder=text.new_text_encoder(len(tokenizer), 0, config["joint_attention_dim"]),
         tokenizer=tokenizer,
         transformer=transformer,
     )

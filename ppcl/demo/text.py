@@ -53,16 +53,17 @@ def new_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def new_text_encoder(vocabulary: int, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def new_text_encoder(vocabulary: int, seed: int, width: int = WIDTH) -> Qwen2_5_VLForConditionalGeneration:
+    """One layer of random weights, with heads of 16 channels."""
     torch.manual_seed(seed)
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     config = Qwen2_5_VLConfig(
         text_config={
-            "hidden_size": WIDTH,
-            "intermediate_size": 2 * WIDTH,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
             "num_hidden_layers": 1,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_attention_heads": width // 16,
+            "num_key_value_heads": width // 32,
             "vocab_size": vocabulary,
             "max_position_embeddings": 2048,
             "rope_parameters": rope,
@@ -76,7 +77,7 @@ def new_text_encoder(vocabulary: int, seed: int) -> Qwen2_5_VLForConditionalGene
             "hidden_size": 16,
             "intermediate_size": 16,
             "num_heads": 2,
-            "out_hidden_size": WIDTH,
+            "out_hidden_size": width,
             "fullatt_block_indexes": [0],
         },
         tie_word_embeddings=True,
