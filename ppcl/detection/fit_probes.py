@@ -8,7 +8,7 @@ tokens of the boundaries behind its own blocks, the first rank those of `X_0` to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from ppcl.models.teacher import Teacher
 from ppcl.storage.manifest import write_atomically
 from ppcl.storage.tensor_files import to_bytes
 from ppcl.training.captured import CapturedActivations, CaptureSpec
-from ppcl.training.data import Samples
+from ppcl.training.data import Samples, spread_samples
 from ppcl.training.pipeline import PipelineStage, balanced_segments
 from ppcl.training.run_context import Precision, RunContext
 from ppcl.training.teacher_segment import TeacherSegment, text_mask
@@ -38,18 +38,24 @@ def tokens_file(folder: Path, boundary: int) -> Path:
     return folder / f"tokens-{boundary:02d}.safetensors"
 
 
+def fit_tokens_file(folder: Path, boundary: int) -> Path:
+    return folder / f"fit-tokens-{boundary:02d}.safetensors"
+
+
 def fit_probes(
     teacher: Teacher,
     samples: Samples,
     settings: Probes,
     run: RunContext,
     tokens: int,
+    fit_tokens: int = 0,
     precision: Precision = "auto",
 ) -> None:
-    """Fit the probes of this rank's blocks and write them, and the held-out tokens behind them, to `run.folder`.
+    """Fit the probes of this rank's blocks and write them, and tokens behind them, to `run.folder`.
 
-    `tokens`: how many held-out tokens of a stream are enough, over all samples. Memory: `16 d²` bytes a stream and
-    block and as much for its FFN, and `4 d` bytes a kept token and boundary.
+    `tokens`: how many held-out tokens of a stream are enough, over all samples; `fit_tokens`: the same of the samples
+    that are fitted on, in the precision of the streams. Memory: `16 d²` bytes a stream and block and as much for its
+    FFN, and `4 d` bytes a kept token and boundary.
     """
     dims, device, folder = run.dims, run.device, run.folder
     count = teacher.adapter.block_ranges(teacher.empty_transformer())[-1].stop
@@ -62,36 +68,64 @@ def fit_probes(
     # By block and stream; those of an FFN's own map are called `ffn_img` and `ffn_txt`.
     sums: dict[tuple[int, str], Moments] = {}
     ffns = CaptureSpec(residuals=frozenset(part))
+    wanted = range(part.start if dims.pp_rank == 0 else part.start + 1, part.stop + 1)
+    to_fit = _KeptTokens(wanted, settings.tokens_per_sample, run.seed)
+    kept_ids = set(spread_samples(fitted, -(-fit_tokens // settings.tokens_per_sample)).tolist())
     for start in range(0, len(fitted), settings.batch_size):
         before = None
-        for boundary, streams, captured in _walk(
-            segment, pipeline_stage, samples, fitted[start : start + settings.batch_size], ffns
-        ):
+        ids = fitted[start : start + settings.batch_size]
+        for boundary, streams, captured in _walk(segment, pipeline_stage, samples, ids, ffns):
             if before is not None:
                 _add(sums, boundary - 1, before, streams, captured, start, device)
             before = streams
+            to_fit.add(boundary, streams, captured, ids, [id in kept_ids for id in ids.tolist()])
         run.report(min(start + settings.batch_size, len(fitted)), total, {})
     for block in part:
         # Taken out, so that they are gone when the held-out tokens come.
         moments_of = {name: sums.pop((block, name)) for b, name in list(sums) if b == block}
         _write_probe(folder, block, moments_of, settings.ridge)
 
-    per_sample = tokens_per_sample(settings, len(held_out), tokens)
-    kept_tokens: dict[tuple[int, str], list[torch.Tensor]] = {}
-    wanted = range(part.start if dims.pp_rank == 0 else part.start + 1, part.stop + 1)
+    if fit_tokens:
+        to_fit.write(lambda boundary: fit_tokens_file(folder, boundary))
+    compared = _KeptTokens(wanted, tokens_per_sample(settings, len(held_out), tokens), run.seed, torch.float32)
     for start in range(0, len(held_out), settings.batch_size):
         ids = held_out[start : start + settings.batch_size]
         for boundary, streams, captured in _walk(segment, pipeline_stage, samples, ids, CaptureSpec()):
-            for name, x in streams._asdict().items():
-                if boundary in wanted and x is not None:
-                    chosen = _chosen(x, name, captured.text_mask, ids, per_sample, run.seed)
-                    kept_tokens.setdefault((boundary, name), []).append(chosen.float().cpu())
+            compared.add(boundary, streams, captured, ids)
         run.report(len(fitted) + min(start + settings.batch_size, len(held_out)), total, {})
-    for boundary in wanted:
-        kept = {n: torch.cat(parts) for (b, n), parts in kept_tokens.items() if b == boundary}
-        _save(tokens_file(folder, boundary), kept, {})
+    compared.write(lambda boundary: tokens_file(folder, boundary))
     pipeline_stage.flush()
     dims.barrier()
+
+
+class _KeptTokens:
+    """Some tokens of every sample at some boundaries, on the host: the same ones at every boundary."""
+
+    def __init__(self, boundaries: range, per_sample: int, seed: int, dtype: torch.dtype | None = None):
+        """`dtype`: what they are kept in; None: the streams' own."""
+        self.boundaries, self.per_sample, self.seed, self.dtype = boundaries, per_sample, seed, dtype
+        self.parts: dict[tuple[int, str], list[torch.Tensor]] = {}
+
+    def add(
+        self,
+        boundary: int,
+        streams: Streams,
+        captured: CapturedActivations,
+        ids: np.ndarray,
+        rows: Sequence[bool] | None = None,
+    ) -> None:
+        """Keep tokens of a batch at a boundary; `rows`: whether of a sample any are kept, None: of all."""
+        if boundary not in self.boundaries or (rows is not None and not any(rows)):
+            return
+        for name, x in streams._asdict().items():
+            if x is not None:
+                chosen = _chosen(x, name, captured.text_mask, ids, self.per_sample, self.seed, rows)
+                self.parts.setdefault((boundary, name), []).append(chosen.to("cpu", self.dtype or x.dtype))
+
+    def write(self, path_of: Callable[[int], Path]) -> None:
+        """One file a boundary, one tensor `(n, d)` a stream."""
+        for boundary in self.boundaries:
+            _save(path_of(boundary), {n: torch.cat(parts) for (b, n), parts in self.parts.items() if b == boundary}, {})
 
 
 def tokens_per_sample(settings: Probes, samples: int, tokens: int) -> int:
@@ -143,11 +177,19 @@ def _add(
 
 
 def _chosen(
-    x: torch.Tensor, name: str, mask: torch.Tensor | None, ids: np.ndarray, most: int, seed: int
+    x: torch.Tensor,
+    name: str,
+    mask: torch.Tensor | None,
+    ids: np.ndarray,
+    most: int,
+    seed: int,
+    rows: Sequence[bool] | None,
 ) -> torch.Tensor:
     """At most `most` tokens of each sample, the same ones at every boundary, whatever the batches: `(n, d)`."""
     chosen = []
     for row, sample in enumerate(ids):
+        if rows is not None and not rows[row]:
+            continue
         length = x.shape[1]
         places = np.arange(length)
         if name == "txt" and mask is not None:

@@ -28,9 +28,14 @@ def _synchronized() -> float:
 
 
 def min_time(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """The least seconds each call took, which is what it takes undisturbed.
+    """The least seconds each call took, which is what it takes undisturbed."""
+    return list(map(min, interleaved_times(calls)))
 
-    The calls take turns, so that a drift of the machine's speed falls on all alike.
+
+def interleaved_times(calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
+    """By call, the seconds it took in each round.
+
+    The calls take turns, so that a drift of the machine's speed falls on all alike. The first round warms up.
     """
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS + 1):
@@ -38,7 +43,7 @@ def min_time(calls: Sequence[Callable[[], Any]]) -> list[float]:
             started_at = _synchronized()
             call()
             taken[index].append(_synchronized() - started_at)
-    return [min(seconds[1:]) for seconds in taken]
+    return [seconds[1:] for seconds in taken]
 
 
 @torch.no_grad()
@@ -90,14 +95,17 @@ def _each(group: Sequence[Replacement], seconds: Sequence[float]) -> dict[Replac
 @torch.no_grad()
 def forward_seconds(
     transformer: nn.Module, switch: VariantSwitcher, plans: Sequence[Sequence[Replacement]], inputs: Mapping[str, Any]
-) -> list[float]:
-    """The least seconds of one forward with each plan on. The teacher is left on."""
+) -> list[list[float]]:
+    """By plan, the seconds of one forward in each of some rounds, in which all plans take turns.
+
+    The teacher is left on.
+    """
 
     def forward(plan: Sequence[Replacement]) -> None:
         switch(transformer, plan)
         transformer(**{**inputs, "return_dict": False})
 
     try:
-        return min_time([partial(forward, plan) for plan in plans])
+        return interleaved_times([partial(forward, plan) for plan in plans])
     finally:
         switch(transformer, ())

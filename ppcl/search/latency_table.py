@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ppcl.replacements import Replacement, enclosing
+
+
+# The standard error of a median of normal values, over that of their mean.
+_MEDIAN = 1.2533
+
+
+class Speedup(NamedTuple):
+    """How many times the teacher's speed a plan was measured at. `spread`: the standard error of `value`."""
+
+    value: float
+    spread: float = 0.0
+
+    @classmethod
+    def of(cls, teacher: Sequence[float], plan: Sequence[float]) -> Speedup:
+        """From the seconds of rounds in each of which both ran, so that a drift of the machine's speed cancels."""
+        ratios = [a / b for a, b in zip(teacher, plan, strict=True)]
+        value = statistics.median(ratios)
+        # From the median deviation: one round that was disturbed says nothing of the others.
+        deviation = 1.4826 * statistics.median(abs(ratio - value) for ratio in ratios)
+        return cls(value, _MEDIAN * deviation / len(ratios) ** 0.5)
+
+    def meets(self, target: float | None) -> bool:
+        """Whether the plan is as fast as asked, as far as was measured."""
+        return target is None or self.value + self.spread >= target
 
 
 @dataclass(frozen=True)

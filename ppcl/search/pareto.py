@@ -186,8 +186,8 @@ def choose(budget: float, sizes: ParameterCounts, front: ParetoFront) -> Plan:
 
 
 @dataclass(frozen=True)
-class _RemovedBlocks:
-    """The number of blocks, and how many of them a replacement removes."""
+class RemovedBlocks:
+    """A quantity to save: the number of blocks, of which a replacement removes some."""
 
     blocks: Sized
 
@@ -207,7 +207,7 @@ def choose_blocks(most: int, blocks: Sized, sensitivity: Mapping[Replacement, fl
     intervals: dict[Replacement, float] = {
         entry: cost for entry, cost in sensitivity.items() if isinstance(entry, Interval)
     }
-    front = pareto_front(_RemovedBlocks(blocks), intervals)
+    front = pareto_front(RemovedBlocks(blocks), intervals)
     for removed, _, plan in front:
         if len(blocks) - removed <= most:
             return plan

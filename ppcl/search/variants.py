@@ -14,7 +14,8 @@ from ppcl.errors import UserError
 from ppcl.replacements import Interval, Plan, Replacement, checked_plan, parse_replacement, sort_key
 from ppcl.replacements.parameter_counts import ParameterCounts
 from ppcl.search.candidates import CandidateSearch
-from ppcl.search.latency_table import LatencyTable
+from ppcl.search.error_model import ErrorModel
+from ppcl.search.latency_table import LatencyTable, Speedup
 from ppcl.search.pareto import choose_blocks
 
 
@@ -70,13 +71,13 @@ def custom_plans(
 
 
 def plans_to_measure(
-    settings: Variants, sizes: ParameterCounts, times: LatencyTable | None, sensitivity: Mapping[Replacement, float]
+    settings: Variants, sizes: ParameterCounts, times: LatencyTable | None, errors: ErrorModel
 ) -> dict[str, list[Plan]]:
     """By name, the plans among which those of the budgets and targets are chosen; `times` is needed for targets.
 
     Raises `UserError` where one cannot be met.
     """
-    search = CandidateSearch(sizes, sensitivity, times)
+    search = CandidateSearch(sizes, errors, times)
     budgets = {budget_name(budget): search.for_budget(budget) for budget in settings.budgets}
     return budgets | {name: search.for_target(name, target) for name, target in settings.targets.items()}
 
@@ -85,27 +86,27 @@ def best_plans(
     settings: Variants,
     plans: Mapping[str, Sequence[Plan]],
     errors: Mapping[Plan, float],
-    speedups: Mapping[Plan, float],
+    speedups: Mapping[Plan, Speedup],
 ) -> dict[str, Plan]:
     """By name, the plan of the smallest velocity error among those as fast as the target asks, else the fastest.
 
-    `errors` and `speedups` (times the teacher's speed) are measured, of each plan as a whole.
+    `errors` and `speedups` are measured, of each plan as a whole. One within the spread of its timing is fast enough.
     """
     chosen = {}
     for name, candidates in plans.items():
         speedup = settings.targets[name].speedup if name in settings.targets else None
-        fast = [plan for plan in candidates if speedup is None or speedups[plan] >= speedup]
+        fast = [plan for plan in candidates if speedup is None or speedups[plan].meets(speedup)]
         chosen[name] = min(fast, key=errors.__getitem__) if fast else max(candidates, key=speedups.__getitem__)
     return chosen
 
 
-def missed_targets(settings: Variants, chosen: Mapping[str, Plan], speedups: Mapping[Plan, float]) -> list[str]:
+def missed_targets(settings: Variants, chosen: Mapping[str, Plan], speedups: Mapping[Plan, Speedup]) -> list[str]:
     """One sentence for each target whose plan was measured to be slower than asked."""
     return [
-        f"variants: {name} was measured at {speedups[chosen[name]]:.2f} times the teacher's speed, not the "
+        f"variants: {name} was measured at {speedups[chosen[name]].value:.2f} times the teacher's speed, not the "
         f"{target.speedup:g} that variants.targets asks for; no plan measured was faster"
         for name, target in settings.targets.items()
-        if target.speedup and speedups[chosen[name]] < target.speedup
+        if target.speedup and not speedups[chosen[name]].meets(target.speedup)
     ]
 
 

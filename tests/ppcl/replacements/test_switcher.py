@@ -117,7 +117,7 @@ def test_measurements_that_run_blocks_one_by_one_give_the_same(teacher, files, m
     expected = variant_errors(tiny.aligned(teacher.transformer()), plain, plans, inputs)
     made = variant_errors(pipeline.transformer, switch, plans, inputs)
     assert all(torch.equal(made[name].error, expected[name].error) for name in plans)
-    assert all(seconds > 0 for seconds in forward_seconds(pipeline.transformer, switch, PLANS, inputs))
+    assert all(min(seconds) > 0 for seconds in forward_seconds(pipeline.transformer, switch, PLANS, inputs))
 
 
 @pytest.mark.parametrize("mode", ["none", "model", "group"])

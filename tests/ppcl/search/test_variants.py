@@ -1,11 +1,13 @@
 """Variants under their names, and the way of a family of them through JSON."""
 
+import numpy as np
 import pytest
 
 from ppcl.config.schema import Variants
 from ppcl.errors import UserError
 from ppcl.replacements import Interval
 from ppcl.replacements.parameter_counts import ParameterCounts
+from ppcl.search.latency_table import Speedup
 from ppcl.search.variants import VariantCatalog, best_plans, make_variants, names_of
 
 INTERVALS = [Interval(0, 2), Interval(3, 4), Interval(5, 8), Interval(9, 10), Interval(12, 13)]
@@ -58,5 +60,20 @@ def test_the_smallest_error_is_chosen_among_the_plans_that_are_fast_enough():
     slow, good, fast = (INTERVALS[0],), (INTERVALS[1],), (INTERVALS[2],)
     settings = Variants(budgets=[0.9], targets={"quick": {"speedup": 1.5}, "quicker": {"speedup": 3.0}})
     plans = {"p90": [slow, good], "quick": [slow, good, fast], "quicker": [slow, fast]}
-    errors, speedups = {slow: 0.1, good: 0.2, fast: 0.3}, {slow: 1.2, good: 1.6, fast: 1.9}
+    errors = {slow: 0.1, good: 0.2, fast: 0.3}
+    speedups = {slow: Speedup(1.2), good: Speedup(1.6), fast: Speedup(1.9)}
     assert best_plans(settings, plans, errors, speedups) == {"p90": slow, "quick": good, "quicker": fast}
+    # Within the spread of its timing a plan is as fast as asked, and the smaller error wins.
+    speedups[slow] = Speedup(1.47, 0.04)
+    assert best_plans(settings, plans, errors, speedups)["quick"] == slow
+
+
+def test_a_speedup_is_the_median_of_rounds_whatever_the_machine_does():
+    rng = np.random.default_rng(0)
+    drift = rng.uniform(1, 5, 31)
+    speedup = Speedup.of(drift, drift / 2 * (1 + 0.01 * rng.normal(size=31)))
+    assert speedup.value == pytest.approx(2, rel=0.01) and 0 < speedup.spread < 0.01
+    # One round that was disturbed changes nothing.
+    disturbed = drift / 2
+    disturbed[7] *= 100
+    assert Speedup.of(drift, disturbed) == (pytest.approx(2), pytest.approx(0, abs=1e-12))
