@@ -45,7 +45,11 @@ def run(folder: Path) -> dict[str, Path]:
     )
     block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
     found = detect(
-        made["probes"], block_ranges, Detection(), Width(text_similarity=0.5, ffn_keep_percents=[50]), _silent
+        made["probes"],
+        block_ranges,
+        Detection(method="first_difference"),
+        Width(text_similarity=0.5, ffn_keep_percents=[50]),
+        _silent,
     )
     plan = [parse_replacement(text) for text in found["plan"]]
     (folder / "plan.json").write_text(json.dumps(found["plan"]))

@@ -20,13 +20,15 @@ from jobs.runtime.watchdog import Heartbeat, Watchdog
 from jobs.stage import StageContext, WorkerContext, Workers
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
+from ppcl.detection.surrogates import Surrogate, fit_surrogates
 from ppcl.errors import UserError
 from ppcl.evaluation.images import generate_images, image_path, save_images, step_times
 from ppcl.evaluation.latency import forward_seconds, measure_latencies
 from ppcl.evaluation.prompt_cache import keep_embeddings
-from ppcl.evaluation.velocity_error import sensitivities, variant_errors
+from ppcl.evaluation.velocity_error import sensitivities, surrogate_errors, variant_errors
 from ppcl.models.placement import Images, place
 from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval
 from ppcl.replacements.finetuned_selection import FinetunedSelection
 from ppcl.replacements.io import replacement_files
 from ppcl.replacements.switcher import VariantSwitcher
@@ -60,22 +62,27 @@ class _Evaluator:
     def __init__(self, heartbeat: Heartbeat):
         heartbeat.start()
 
-    def load(self, context: WorkerContext) -> None:
-        """Called first: Ray does not keep the error of a constructor as it was."""
+    def load(self, context: WorkerContext, replacements: str | None, count: int) -> None:
+        """Called first: Ray does not keep the error of a constructor as it was.
+
+        `replacements`: the stage whose files they are; None: there are none. `count`: of the evaluators.
+        """
         diffusers.utils.logging.set_verbosity_error()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.config.evaluation.workers))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
         self.config, self.folder, self.device = context.config, context.folder, context.device
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         teacher = Teacher(context.teacher)
-        students = replacement_files(context.inputs["students"].fetch().paths())
+        files = replacement_files(context.inputs[replacements].fetch().paths()) if replacements else {}
         memory = self.config.memory
-        self.switch = VariantSwitcher(teacher, students, _finetuned(context), round(memory.replacements_gb * 1e9))
+        self.switch = VariantSwitcher(teacher, files, _finetuned(context), round(memory.replacements_gb * 1e9))
         self.pipeline = teacher.pipeline("cpu", self.dtype)
         sampling, count = self.config.sampling, self.config.evaluation.batch_size
         images = Images(count, sampling.height, sampling.width)
         self.placement = place(self.pipeline, self.device, memory, images, self.switch.most_bytes(self.dtype))
         keep_embeddings(self.pipeline)
         self.samples = lru_cache(CalibrationSet.of)
+        # Those of the last calls: calls for the same intervals come one after another.
+        self.surrogates = lru_cache(maxsize=1)(self._fit_surrogates)
 
     def offload(self) -> tuple[str, str]:
         """What became of `memory.offload`, as a word and as a sentence."""
@@ -85,11 +92,30 @@ class _Evaluator:
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return sensitivities(self.pipeline.transformer, self.switch, inputs)
 
+    def _fit_surrogates(self, probes: StageFiles, intervals: tuple[Interval, ...]) -> dict[Interval, Surrogate]:
+        folder, ridge = probes.fetch().folder, self.config.probes.ridge
+        lasts: dict[int, list[int]] = {}
+        for interval in intervals:
+            lasts.setdefault(interval.first, []).append(interval.last)
+        found: dict[Interval, Surrogate] = {}
+        for first, ends in lasts.items():
+            found |= fit_surrogates(folder, first, ends, ridge, self.device, self.dtype)
+        return found
+
+    def surrogate_errors(
+        self, probes: StageFiles, calibration: StageFiles, intervals: tuple[Interval, ...], ids: np.ndarray
+    ) -> tuple[dict[Interval, Any], set[Interval]]:
+        """The errors of the surrogates of some intervals, and those that were fitted on too few tokens."""
+        surrogates = self.surrogates(probes, intervals)
+        inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
+        errors = surrogate_errors(self.pipeline.transformer, surrogates, inputs)
+        return errors, {interval for interval, surrogate in surrogates.items() if surrogate.underdetermined}
+
     def times(self, calibration: StageFiles, ids: np.ndarray) -> Any:
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return measure_latencies(self.pipeline.transformer, self.switch, inputs)
 
-    def forward_seconds(self, calibration: StageFiles, ids: np.ndarray, plans: list[Any]) -> list[float]:
+    def forward_seconds(self, calibration: StageFiles, ids: np.ndarray, plans: list[Any]) -> list[list[float]]:
         inputs = self.samples(calibration).batch(ids, self.device, self.dtype)
         return forward_seconds(self.pipeline.transformer, self.switch, plans, inputs)
 
@@ -118,9 +144,17 @@ _EvaluatorActor: Any = ray.remote(_Evaluator)
 class EvaluatorPool:
     """A pool of them, given back at the end of a `with` block."""
 
-    def __init__(self, context: StageContext):
-        """Start the actors. Raises `UserError` where the cluster has too few resources for too long."""
-        needed = workers(context.config)
+    def __init__(
+        self,
+        context: StageContext,
+        replacements: str | None = "students",
+        workers_of: Callable[[Config], Workers] = workers,
+    ):
+        """Start the actors. Raises `UserError` where the cluster has too few resources for too long.
+
+        `replacements`: the stage whose replacements they can switch on; None: none. `workers_of`: how many there are.
+        """
+        needed = workers_of(context.config)
         resources = Resources.of(needed, context.device, context.config)
         resources.wait()
         self._exit = ExitStack()
@@ -129,7 +163,9 @@ class EvaluatorPool:
         self.actors = [actor.remote(self._watchdog.heartbeat) for _ in range(needed.number)]
         for evaluator in self.actors:
             self._exit.callback(ray.kill, evaluator)
-        self._loading = [evaluator.load.remote(context.for_workers()) for evaluator in self.actors]
+        self._loading = [
+            evaluator.load.remote(context.for_workers(), replacements, needed.number) for evaluator in self.actors
+        ]
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,7 @@
-"""Detection of what can be replaced, from the probes: rows of the similarity tables are Ray tasks of their own."""
+"""Detection of what can be replaced.
+
+Rows of the similarity tables are Ray tasks of their own; evaluators measure the intervals, each some of them at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,138 @@ from typing import Any
 
 import ray
 
-from jobs.stage import Stage, StageContext
-from ppcl.detection.detect import Task, detect, run_here, write_detection
+from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, offload_of
+from jobs.stage import Stage, StageContext, Workers
+from ppcl.calibration.dataset import CalibrationSet
+from ppcl.config.schema import Config
+from ppcl.detection.detect import (
+    Task,
+    detection_record,
+    intervals_from_similarity,
+    run_here,
+    similarity_tables,
+    write_detection,
+)
 from ppcl.detection.similarity import Similarity
+from ppcl.detection.surrogates import candidate_intervals
+from ppcl.errors import UserError
+from ppcl.evaluation.velocity_error import ErrorSums, error_model, resampled_models
+from ppcl.replacements import Interval, Replacement, sort_key
+from ppcl.search.shortlist import shortlist, unstable
+from ppcl.search.variants import custom_intervals, removed_blocks
 from ppcl.storage.manifest import StageFiles
+from ppcl.training.data import spread_samples
 
 # Multiplications; a core does some ten thousand million a second.
 _WORTH_A_TASK = 5e11
+# First blocks whose intervals are measured together.
+_STARTS = 3
+# Below this share of boundaries that come again on resamples a choice is called uncertain.
+_LEAST_STABILITY = 0.6
+
+
+def workers(config: Config) -> Workers:
+    return Workers(config.detection.workers, "detection.workers")
+
+
+def check(context: StageContext) -> list[str]:
+    """Raises `UserError` where intervals are asked for that no list of blocks has."""
+    settings = context.config.detection
+    longest = max(map(len, _block_ranges(context)))
+    # The default is for large teachers; a small one has shorter intervals.
+    given = settings.method == "measured" and "max_length" in settings.model_fields_set
+    if given and settings.max_length > longest:
+        raise UserError(
+            f"detection.max_length is {settings.max_length}, and the longest list of blocks of this teacher has "
+            f"{longest}; give {longest} or less"
+        )
+    return []
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Find the redundant intervals, text runs and FFNs; writes `detection.json`."""
-    config, teacher = context.config, context.teacher
-    block_ranges = teacher.adapter.block_ranges(teacher.empty_transformer())
-    probes = context.inputs["probes"].folder
-    run_tasks = _RayTasks(context.inputs["probes"], context.device)
-    detection = detect(probes, block_ranges, config.detection, config.width, context.events, run_tasks, context.device)
+    config = context.config
+    probes = context.inputs["probes"]
+    run_tasks = _RayTasks(probes, context.device)
+    tables = similarity_tables(
+        probes.folder, _block_ranges(context), config.detection, config.width, context.events, run_tasks, context.device
+    )
+    notes: list[str] = []
+    if config.detection.method == "measured":
+        measured, intervals, layouts, notes = _measure(context)
+        tables |= {"measured": measured}
+    else:
+        intervals = intervals_from_similarity(tables, config.detection)
+        layouts = [intervals]
+    custom = custom_intervals(config.variants)
+    intervals = sorted({*intervals, *custom}, key=sort_key)
+    detection = detection_record(tables, intervals, layouts, config.width, probes.folder)
     write_detection(context.folder, detection)
-    return {"plan": detection["plan"]}
+    return {"plan": detection["plan"], "notes": notes}
+
+
+def _block_ranges(context: StageContext) -> list[range]:
+    return context.teacher.adapter.block_ranges(context.teacher.empty_transformer())
+
+
+def _measure(context: StageContext) -> tuple[dict[str, Any], list[Interval], list[list[Interval]], list[str]]:
+    """Measure every interval in closed form: the record, the shortlist, plans of some lengths, and notes."""
+    settings, progress, block_ranges = context.config.detection, context.events, _block_ranges(context)
+    calibration, probes = context.inputs["calibration"], context.inputs["probes"]
+    ids = spread_samples(CalibrationSet.of(calibration).ids(held_out=True), settings.samples)
+    candidates = candidate_intervals(block_ranges, settings.max_length)
+    work = [
+        (tuple(group), chunk)
+        for group in _by_start(candidates)
+        for chunk in chunks_of(ids, context.config.evaluation.batch_size)
+    ]
+    with EvaluatorPool(context, None, workers) as evaluators:
+        _, notes = offload_of(evaluators)
+        parts = evaluators.all(
+            lambda a, item: a.surrogate_errors.remote(probes, calibration, *item),
+            work,
+            lambda done: progress(done, len(work), phase=f"measuring {len(candidates)} intervals"),
+        )
+    sums: dict[Replacement, ErrorSums] = {
+        interval: ErrorSums.joined(errors[interval] for errors, _ in parts if interval in errors)
+        for interval in candidates
+    }
+    few = {interval for _, underdetermined in parts for interval in underdetermined}
+    if few:
+        notes.append(
+            f"{len(few)} of {len(candidates)} intervals had no more tokens to fit on than the streams have channels, "
+            "so the ridge decided; raise detection.fit_tokens or use more prompts"
+        )
+    asked = removed_blocks(context.config.variants, block_ranges)
+    found = shortlist(
+        error_model(sums),
+        lambda: resampled_models(sums, settings.resamples, context.seed),
+        block_ranges,
+        max(asked.values(), default=block_ranges[-1].stop // 2),
+        settings.max_candidates or max(12, block_ranges[-1].stop // 2),
+        2 * settings.max_length,
+        lambda done: progress(done, settings.resamples, phase="choosing on resamples"),
+    )
+    notes += unstable(found, asked, _LEAST_STABILITY)
+    record = {
+        "samples": len(ids),
+        "sensitivity": {str(interval): one.overall() for interval, one in sums.items()},
+        "plans": {str(count): [str(r) for r in plan] for count, plan in found.plans.items()},
+        "recurrence": {
+            str(count): {str(border): share for border, share in shares.items()}
+            for count, shares in found.recurrence.items()
+        },
+    }
+    plans = [[i for i in plan if isinstance(i, Interval)] for plan in found.plans.values()]
+    layouts = [plans[round(i * (len(plans) - 1) / 2)] for i in range(3)] if plans else [[]]
+    return record, found.intervals, layouts, [f"detection: {note}" for note in notes]
+
+
+def _by_start(intervals: Sequence[Interval]) -> list[list[Interval]]:
+    """Groups of intervals that are measured together, `_STARTS` first blocks each: they share the way to there."""
+    starts = sorted({interval.first for interval in intervals})
+    groups = [set(starts[i : i + _STARTS]) for i in range(0, len(starts), _STARTS)]
+    return [[interval for interval in intervals if interval.first in group] for group in groups]
 
 
 class _RayTasks:
@@ -52,12 +169,21 @@ def _rows(probes: StageFiles, task: Task) -> dict[int, list[Similarity | None]]:
     return replace(task, spec=replace(task.spec, folder=probes.fetch().folder))()
 
 
+def _also_reads(context: StageContext) -> list[Any]:
+    variants = context.config.variants
+    asked = removed_blocks(variants, _block_ranges(context)) if context.config.detection.method == "measured" else {}
+    return [max(asked.values(), default=0), [str(interval) for interval in custom_intervals(variants)]]
+
+
 STAGE = Stage(
     name="detection",
     run=run,
     describe=lambda context: (
-        "CKA of every interval, the contiguous redundant ones, and the text runs and FFNs that can go"
+        "the similarity and the velocity error of every interval, and the intervals, text runs and FFNs that can go"
     ),
-    depends_on=("probes",),
+    depends_on=("calibration", "probes"),
     sections=("detection", "width"),
+    workers=workers,
+    check=check,
+    also_reads=_also_reads,
 )

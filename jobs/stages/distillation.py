@@ -13,11 +13,13 @@ from jobs.runtime.resources import Resources
 from jobs.runtime.worker_group import run_worker_group
 from jobs.stage import Stage, StageContext, WorkerContext, Workers
 from ppcl.calibration.dataset import CalibrationSet
-from ppcl.config.schema import Config
+from ppcl.config.schema import Config, Distillation
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import LowRankModulation, Replacement, parse_replacement
+from ppcl.replacements.io import replacement_files
 from ppcl.search.checks import check_reachable, optimistic_counts
+from ppcl.search.pareto import deepest_plan
 from ppcl.search.variants import names_of
 from ppcl.storage.manifest import CHECKPOINTS
 from ppcl.storage.mirror import download, remove, upload_on_exit
@@ -37,10 +39,10 @@ def workers(config: Config) -> Workers:
     )
 
 
-def check(context: StageContext) -> list[str]:
+def check_plan(context: StageContext) -> list[str]:
     """The summary of what detection found. Raises `UserError` where it is nothing, or too little for the variants."""
     config, detection = context.config, _detection(context)
-    plan = _plan(context)
+    plan = detected_plan(context)
     if not plan:
         raise UserError(
             "nothing redundant was found: no interval, text run or FFN of this teacher can be replaced; nothing to "
@@ -56,12 +58,18 @@ def check(context: StageContext) -> list[str]:
     return [plan_summary(plan, detection["blocks"])]
 
 
+def _check(context: StageContext) -> list[str]:
+    # Where there is a screening, that was checked before it.
+    return [] if "screening" in context.inputs else check_plan(context)
+
+
 def plan_summary(plan: Sequence[Replacement], blocks: int) -> str:
     """One line: the intervals, and the number of replacements of the other kinds; `detection.json` lists them."""
     intervals = [replacement for replacement in plan if replacement.removed]
     parts = []
     if intervals:
-        removed = sum(interval.removed for interval in intervals)
+        # They may overlap.
+        removed = sum(one.removed for one in deepest_plan(range(blocks), dict.fromkeys(intervals, 1.0)))
         parts.append(
             f"{_count(len(intervals), 'interval')} ({', '.join(map(str, intervals))}), by which {removed} of "
             f"{blocks} blocks can go"
@@ -82,19 +90,47 @@ def _detection(context: StageContext) -> dict[str, Any]:
     return json.loads((context.inputs["detection"].folder / "detection.json").read_text())
 
 
-def _plan(context: StageContext) -> list[Replacement]:
+def detected_plan(context: StageContext) -> list[Replacement]:
+    """Every replacement that detection found worth making."""
     return [parse_replacement(text) for text in _detection(context)["plan"]]
 
 
-def run(context: StageContext) -> dict[str, Any]:
-    """Train a replacement for every entry of detection's plan; writes `training.json`.
+def _plan(context: StageContext) -> list[Replacement]:
+    """What is trained to the end: what the selection chose, or all that detection found."""
+    if "selection" not in context.inputs:
+        return detected_plan(context)
+    selection = json.loads((context.inputs["selection"].folder / "selection.json").read_text())
+    return [parse_replacement(text) for text in selection["plan"]]
 
-    Checkpoints lie under `folder/checkpoints/<key>` until all are written.
-    """
-    settings, folder, plan = context.config.distillation, context.folder, _plan(context)
-    resources = Resources.of(workers(context.config), context.device, context.config)
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Train a replacement for every entry of the plan; writes `training.json`."""
     notes = drop_damaged_checkpoints(NAME, context.checkpoints)
-    arguments = {"context": context.for_workers(), "plan": [str(replacement) for replacement in plan]}
+    start = "screening" if "screening" in context.inputs else None
+    return run_distillation(context, NAME, _plan(context), context.config.distillation, start, notes)
+
+
+def run_distillation(
+    context: StageContext,
+    stage: str,
+    plan: Sequence[Replacement],
+    settings: Distillation,
+    start: str | None,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Train a plan on Ray Train, from the replacements of the stage `start`; gives the manifest's info.
+
+    Checkpoints lie under `folder/checkpoints/<key>` until all are written. `notes`: what is to be said already.
+    """
+    folder = context.folder
+    resources = Resources.of(workers(context.config), context.device, context.config)
+    arguments = {
+        "context": context.for_workers(),
+        "plan": [str(replacement) for replacement in plan],
+        "stage": stage,
+        "settings": settings,
+        "start": start,
+    }
     scratch = folder / CHECKPOINTS / "ray"
     notes += run_worker_group("distillation", _rank, arguments, resources, scratch, context.events)
     download(folder)
@@ -114,7 +150,7 @@ def run(context: StageContext) -> dict[str, Any]:
     if skipped:
         most = max(curves, key=lambda replacement: curves[replacement]["skipped_steps"])
         notes.append(
-            f"students: {skipped} steps were left out, since a batch or a gradient had NaN or infinite values; most of "
+            f"{stage}: {skipped} steps were left out, since a batch or a gradient had NaN or infinite values; most of "
             f"them for {most}: {curves[most]['skipped_steps']} of {settings.steps} steps"
         )
     return {"replacements": len(curves), "skipped_steps": skipped, "notes": notes}
@@ -123,9 +159,10 @@ def run(context: StageContext) -> dict[str, Any]:
 def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
     context: WorkerContext = arguments["context"]
     config = context.config
-    settings = config.distillation
-    resumed = open_checkpoints(NAME, str(context.checkpoints), arguments["attempt"], report)
+    settings: Distillation = arguments["settings"]
+    resumed = open_checkpoints(arguments["stage"], str(context.checkpoints), arguments["attempt"], report)
     with resumed as checkpoints, upload_on_exit(context.folder) as folder:
+        start = replacement_files(context.inputs[arguments["start"]].fetch().paths()) if arguments["start"] else {}
         distil(
             Teacher(context.teacher),
             CalibrationSet.of(context.inputs["calibration"]),
@@ -140,6 +177,7 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
                 report=report,
             ),
             modulation_error=config.width.modulation_error,
+            start=start,
         )
 
 
@@ -147,9 +185,10 @@ STAGE = Stage(
     name=NAME,
     run=run,
     describe=lambda context: f"{len(_plan(context))} replacements, {context.config.distillation.steps} steps",
-    depends_on=("calibration", "detection"),
+    depends_on=("calibration", "detection", "screening", "selection"),
+    reads={"screening": "*.safetensors"},  # not the curves, which have times in them
     sections=("distillation", "width"),
     workers=workers,
-    check=check,
+    check=_check,
     resumes_from=CHECKPOINTS,
 )

@@ -61,7 +61,13 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
                 report=report,
             ),
             config.detection.tokens,
+            _fit_tokens(config),
         )
+
+
+def _fit_tokens(config: Config) -> int:
+    """How many tokens the closed forms of intervals are fitted on."""
+    return config.detection.fit_tokens if config.detection.method == "measured" else 0
 
 
 STAGE = Stage(
@@ -71,6 +77,6 @@ STAGE = Stage(
     depends_on=("calibration",),
     sections=("probes",),
     workers=workers,
-    # It keeps as many tokens as detection compares.
-    also_reads=lambda context: [context.config.detection.tokens],
+    # It keeps as many tokens as detection compares and fits on.
+    also_reads=lambda context: [context.config.detection.tokens, _fit_tokens(context.config)],
 )

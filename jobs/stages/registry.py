@@ -6,12 +6,25 @@ Importing it imports Ray, which reads its environment at that moment: see `jobs.
 from __future__ import annotations
 
 from jobs.stage import Stage
-from jobs.stages import ablation, calibration, detection, distillation, evaluation, finetuning, probes, variants
+from jobs.stages import (
+    ablation,
+    calibration,
+    detection,
+    distillation,
+    evaluation,
+    finetuning,
+    probes,
+    screening,
+    selection,
+    variants,
+)
 
 STAGES: tuple[Stage, ...] = (
     calibration.STAGE,
     probes.STAGE,
     detection.STAGE,
+    screening.STAGE,
+    selection.STAGE,
     distillation.STAGE,
     variants.STAGE,
     finetuning.STAGE,

@@ -23,6 +23,7 @@ from ppcl.ablation.sequential import SequentialRun
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config, Distillation, Finetuning
 from ppcl.detection.fit_probes import tokens_file
+from ppcl.detection.selection import cheapest, evenly, threshold
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import (
@@ -84,7 +85,7 @@ TEACHER_SCORE = 0.894
 
 def removed_blocks(config: Config, detection: Mapping[str, Any]) -> int:
     """How many blocks go: what was asked for, or two fifths, as in the paper, but not more than Algorithm 1 finds."""
-    most = sum(last - first for first, last in detection["intervals"])
+    most = sum(last - first for first, last in detection["first_difference"])
     return config.ablation.removed or min(most, round(0.4 * detection["blocks"]))
 
 
@@ -154,14 +155,14 @@ def choices(
     settings = config.ablation
     logits = learned_gates(transformer, calibration, count, settings.gate_steps, settings.batch_size, seed, tell)
     return {
-        "sensitivity": selection.cheapest([-s for s in similar], count, block_ranges),
+        "sensitivity": cheapest([-s for s in similar], count, block_ranges),
         "nonsequential": selection.algorithm1(detection["delta"], count, block_ranges),
-        "threshold": selection.threshold(table, count, block_ranges),
+        "threshold": threshold(table, count, block_ranges),
         "equal": selection.equal_lengths(count, block_ranges),
-        "uniform": selection.evenly(count, block_ranges),
-        "influence": selection.cheapest(selection.influence(boundaries), count, block_ranges),
-        "gates": selection.cheapest(logits, count, block_ranges),
-        "position": selection.cheapest(selection.by_position(errors), count, block_ranges),
+        "uniform": evenly(count, block_ranges),
+        "influence": cheapest(selection.influence(boundaries), count, block_ranges),
+        "gates": cheapest(logits, count, block_ranges),
+        "position": cheapest(selection.by_position(errors), count, block_ranges),
     }
 
 

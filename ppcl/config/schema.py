@@ -101,9 +101,40 @@ class Probes(Section):
 
 
 class Detection(Section):
-    """Contiguous redundant intervals (Eq. 3 to 5, Algorithm 1)."""
+    """Contiguous redundant intervals: by measured sensitivity, or from similarities (Eq. 3 to 5, Algorithm 1)."""
 
-    method: Literal["first_difference"] = Field("first_difference", description="Algorithm 1 of the paper, exactly")
+    method: Literal["measured", "first_difference", "cka_threshold", "uniform"] = Field(
+        "measured",
+        description="measured: the velocity error of every interval in closed form, then of the best after a short "
+        "distillation; first_difference: Algorithm 1 of the paper, exactly; cka_threshold: as far as CKA stays above a "
+        "threshold; uniform: blocks spread evenly",
+    )
+    max_length: int = Field(5, ge=2, description="measured: blocks of the longest interval that is tried")
+    samples: int = Field(64, ge=2, description="measured: held-out samples on which intervals are tried")
+    resamples: int = Field(
+        50, ge=0, description="measured: resamples of the samples, which tell how certain the choice is"
+    )
+    fit_tokens: int = Field(
+        8192, ge=1, description="measured: tokens of each stream that the closed forms of intervals are fitted on"
+    )
+    max_candidates: int | None = Field(
+        None,
+        ge=1,
+        description="measured: intervals that are distilled for a short time, at most; null: half as many as the "
+        "teacher has blocks, and 12 at least",
+    )
+    screening_steps: int = Field(
+        500,
+        ge=0,
+        description="measured: optimizer steps of the short distillation, after which intervals are chosen again; 0: "
+        "the first choice is distilled as it is",
+    )
+    removed: int | None = Field(
+        None, ge=1, description="cka_threshold, uniform: blocks to remove; null: two fifths of all, as in the paper"
+    )
+    workers: int = Field(
+        1, json_schema_extra=OPERATIONAL, ge=1, description="measured: Ray actors, each with the whole teacher"
+    )
     stream: Literal["img", "txt", "mean"] = Field("mean", description="stream whose CKA is used, or the mean of both")
     standardize: bool = Field(
         False, description="z-score every channel before CKA, which removes the effect of shared outlier channels"

@@ -19,9 +19,10 @@ from ppcl.config.schema import Detection, Width
 from ppcl.detection.cka import FEWEST_TOKENS
 from ppcl.detection.fit_probes import ffn_error, has_text, probe_file, tokens_file
 from ppcl.detection.intervals import Table, differences, first_difference
+from ppcl.detection.selection import evenly, threshold
 from ppcl.detection.similarity import Similarity, TableSpec, stream_rows, surrogate_rows
 from ppcl.errors import UserError
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, TextRun
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, TextRun, sort_key
 from ppcl.storage.manifest import write_atomically
 
 STREAMS = ("img", "txt")
@@ -133,7 +134,7 @@ def _bounded(finite: torch.Tensor, most: int) -> torch.Tensor:
     return numbers[torch.linspace(0, len(numbers) - 1, most, dtype=torch.float64).round().long()]
 
 
-def detect(
+def similarity_tables(
     probes_folder: Path,
     block_ranges: list[range],
     settings: Detection,
@@ -142,13 +143,12 @@ def detect(
     run: RunTasks = run_here,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """The tables of both streams and their mean, Δ, and what can be replaced.
+    """The tables of both streams and their mean, Δ, and how well FFNs and text streams are linear maps.
 
     `cka`, and `cka_standardized` where it is asked for; `cka_error`: the standard error of the table that is used, from
-    groups of tokens. `intervals`: those of two blocks or more. `text_map`: see `stream_rows`. `ffn_errors`: by block,
-    see `ppcl.detection.fit_probes.ffn_error`. `plan`: every replacement that is to be made. `tokens`: those compared,
-    `left_out`: those that were not finite, of each stream. `tell(done, total)` counts rows of tables, which `run`
-    computes on `device`.
+    groups of tokens. `first_difference`: the intervals of Algorithm 1. `text_map`: see `stream_rows`. `ffn_errors`: by
+    block, see `ppcl.detection.fit_probes.ffn_error`. `tokens`: those compared, `left_out`: those that were not finite,
+    of each stream. `tell(done, total)` counts rows of tables, which `run` computes on `device`.
     """
     blocks = block_ranges[-1].stop
     finite = {name: finite_tokens(probes_folder, blocks, name) for name in STREAMS}
@@ -160,19 +160,8 @@ def detect(
     computed = _Tables(probes_folder, blocks, tokens, device).compute(requests, run, tell)
     tables = {kind: _with_mean(dict(zip(STREAMS, computed[2 * i : 2 * i + 2]))) for i, kind in enumerate(kinds)}
     used, standard_errors = tables[settings.standardize]
-    text_map = computed[-1][0] if width.text else None
     delta = differences(used[settings.stream])
-    intervals = [i for i in first_difference(delta, block_ranges) if i.removed]
-    all_errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
-    errors = {block: error for block, error in all_errors.items() if error is not None}
-    ffns = sorted(errors, key=errors.__getitem__)[: width.linear_ffns]
-    runs = (
-        text_runs(text_map, _apart(_with_text(probes_folder, block_ranges), intervals), width.text_similarity)
-        if text_map is not None
-        else []
-    )
-    pruned = [PrunedFfn(block, kept) for block in errors for kept in sorted(set(width.ffn_keep_percents), reverse=True)]
-    low_rank = [LowRankModulation()] if width.low_rank_modulations else []
+    errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
     return {
         "blocks": blocks,
         "spans": [[span.start, span.stop] for span in block_ranges],
@@ -184,13 +173,76 @@ def detect(
         **{_TABLE_NAMES[kind]: values for kind, (values, _) in tables.items()},
         "cka_error": standard_errors,
         "delta": delta,
-        "intervals": [[interval.first, interval.last] for interval in intervals],
-        "text_map": text_map,
-        "ffn_errors": errors,
-        "plan": [
-            str(replacement) for replacement in [*intervals, *runs, *map(LinearFfn, sorted(ffns)), *pruned, *low_rank]
-        ],
+        "first_difference": [[i.first, i.last] for i in first_difference(delta, block_ranges) if i.removed],
+        "text_map": computed[-1][0] if width.text else None,
+        "ffn_errors": {block: error for block, error in errors.items() if error is not None},
     }
+
+
+def intervals_from_similarity(tables: Mapping[str, Any], settings: Detection) -> list[Interval]:
+    """The intervals of a method that measures no velocity."""
+    block_ranges = [range(*span) for span in tables["spans"]]
+    if settings.method == "first_difference":
+        return [Interval(*ends) for ends in tables["first_difference"]]
+    count = settings.removed or round(0.4 * tables["blocks"])
+    if settings.method == "uniform":
+        return evenly(count, block_ranges)
+    return threshold(tables[_TABLE_NAMES[settings.standardize]][settings.stream], count, block_ranges)
+
+
+def detection_record(
+    tables: Mapping[str, Any],
+    intervals: Sequence[Interval],
+    layouts: Sequence[Sequence[Interval]],
+    width: Width,
+    probes_folder: Path,
+) -> dict[str, Any]:
+    """What the stage leaves: the tables, `intervals` that may overlap, and `plan`, every replacement to be made.
+
+    `layouts`: plans of intervals; text runs are found in what each of them leaves.
+    """
+    block_ranges = [range(*span) for span in tables["spans"]]
+    errors = tables["ffn_errors"]
+    ffns = sorted(errors, key=errors.__getitem__)[: width.linear_ffns]
+    runs: dict[TextRun, None] = {}
+    if tables["text_map"] is not None:
+        for layout in layouts:
+            places = _apart(_with_text(probes_folder, block_ranges), [*layout, *_chains(intervals)])
+            runs |= dict.fromkeys(text_runs(tables["text_map"], places, width.text_similarity))
+    pruned = [PrunedFfn(block, kept) for block in errors for kept in sorted(set(width.ffn_keep_percents), reverse=True)]
+    low_rank = [LowRankModulation()] if width.low_rank_modulations else []
+    plan = [*intervals, *sorted(runs, key=sort_key), *map(LinearFfn, sorted(ffns)), *pruned, *low_rank]
+    return {
+        **tables,
+        "intervals": [[interval.first, interval.last] for interval in intervals],
+        "plan": [str(replacement) for replacement in plan],
+    }
+
+
+def detect(
+    probes_folder: Path,
+    block_ranges: list[range],
+    settings: Detection,
+    width: Width,
+    tell: Callable[[int, int], None],
+    run: RunTasks = run_here,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Everything that can be replaced, by a method that measures no velocity; see `similarity_tables`."""
+    tables = similarity_tables(probes_folder, block_ranges, settings, width, tell, run, device)
+    intervals = intervals_from_similarity(tables, settings)
+    return detection_record(tables, intervals, [intervals], width, probes_folder)
+
+
+def _chains(intervals: Sequence[Interval]) -> list[Interval]:
+    """The runs of blocks that overlapping intervals cover together."""
+    chains: list[Interval] = []
+    for interval in sorted(intervals, key=lambda interval: interval.first):
+        if chains and interval.first <= chains[-1].last:
+            chains[-1] = Interval(chains[-1].first, max(chains[-1].last, interval.last))
+        else:
+            chains.append(interval)
+    return chains
 
 
 def _apart(block_ranges: list[range], intervals: list[Interval]) -> list[range]:

@@ -70,7 +70,8 @@ def fit_probes(
     ffns = CaptureSpec(residuals=frozenset(part))
     wanted = range(part.start if dims.pp_rank == 0 else part.start + 1, part.stop + 1)
     to_fit = _KeptTokens(wanted, settings.tokens_per_sample, run.seed)
-    kept_ids = set(spread_samples(fitted, -(-fit_tokens // settings.tokens_per_sample)).tolist())
+    kept_samples = -(-fit_tokens // settings.tokens_per_sample)
+    kept_ids = set(spread_samples(fitted, kept_samples).tolist() if kept_samples else ())
     for start in range(0, len(fitted), settings.batch_size):
         before = None
         ids = fitted[start : start + settings.batch_size]

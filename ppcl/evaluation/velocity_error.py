@@ -5,7 +5,7 @@ Everything is kept as sums of squares a sample, which add up exactly over batche
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -92,13 +92,22 @@ def error_sketch(error: torch.Tensor) -> torch.Tensor:
 
 
 def error_model(sums: Mapping[Replacement, ErrorSums]) -> ErrorModel:
-    """The model that predicts plans from the errors of replacements alone; `sums` with sketches, of the same samples."""
+    """The model that predicts plans, from the errors of replacements alone, on the same samples and with sketches."""
     sketches = torch.stack([one.sketch.flatten() for one in sums.values()]).double()
     products = sketches @ sketches.T
     # A replacement's own error is known without noise.
     products.diagonal().copy_(torch.stack([one.error.sum() for one in sums.values()]))
     norm = float(next(iter(sums.values())).norm.sum())
     return ErrorModel(list(sums), np.asarray(products / norm))
+
+
+def resampled_models(sums: Mapping[Replacement, ErrorSums], count: int, seed: int) -> Iterator[ErrorModel]:
+    """Error models of `count` bootstrap resamples of the samples, which are of prompts and timesteps."""
+    rng = np.random.default_rng([seed, count])
+    samples = len(next(iter(sums.values())).error)
+    for _ in range(count):
+        rows = torch.from_numpy(rng.integers(samples, size=samples))
+        yield error_model({replacement: one.of_samples(rows) for replacement, one in sums.items()})
 
 
 @torch.no_grad()

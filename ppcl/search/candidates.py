@@ -110,7 +110,9 @@ class CandidateSearch:
             plan, costs = start, dict(self.errors.sensitivity)
             for _ in range(_ROUNDS):
                 around = self.errors.costs_around(plan)
-                costs = {replacement: cost + share * (around[replacement] - cost) for replacement, cost in costs.items()}
+                costs = {
+                    replacement: cost + share * (around[replacement] - cost) for replacement, cost in costs.items()
+                }
                 plan = best(costs)
                 yield plan
 

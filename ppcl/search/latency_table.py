@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from ppcl.replacements import Replacement, enclosing
 
-
 # The standard error of a median of normal values, over that of their mean.
 _MEDIAN = 1.2533
 

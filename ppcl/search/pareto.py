@@ -199,15 +199,25 @@ class RemovedBlocks:
         return replacement.removed
 
 
+def _depth_front(blocks: Sized, sensitivity: Mapping[Replacement, float]) -> ParetoFront:
+    """The front of removed blocks, of the intervals alone."""
+    intervals: dict[Replacement, float] = {
+        entry: cost for entry, cost in sensitivity.items() if isinstance(entry, Interval)
+    }
+    return pareto_front(RemovedBlocks(blocks), intervals)
+
+
+def deepest_plan(blocks: Sized, sensitivity: Mapping[Replacement, float]) -> Plan:
+    """The intervals that remove the most blocks, of the least summed sensitivity; empty where there is none."""
+    return _depth_front(blocks, sensitivity).plan(-1)
+
+
 def choose_blocks(most: int, blocks: Sized, sensitivity: Mapping[Replacement, float]) -> Plan:
     """The intervals of least summed sensitivity that leave at most `most` of the blocks running.
 
     Raises `UserError`, with the smallest number that can be met, where all intervals together do not meet it.
     """
-    intervals: dict[Replacement, float] = {
-        entry: cost for entry, cost in sensitivity.items() if isinstance(entry, Interval)
-    }
-    front = pareto_front(RemovedBlocks(blocks), intervals)
+    front = _depth_front(blocks, sensitivity)
     for removed, _, plan in front:
         if len(blocks) - removed <= most:
             return plan

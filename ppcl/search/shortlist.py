@@ -112,7 +112,8 @@ def boundaries(plan: Plan) -> set[int]:
 
 def _recurrence(plan: Plan, others: Sequence[Plan]) -> dict[int, float]:
     return {
-        border: sum(border in boundaries(other) for other in others) / len(others) for border in sorted(boundaries(plan))
+        border: sum(border in boundaries(other) for other in others) / len(others)
+        for border in sorted(boundaries(plan))
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ppcl.replacements.parameter_counts import ParameterCounts
 from ppcl.search.candidates import CandidateSearch
 from ppcl.search.error_model import ErrorModel
 from ppcl.search.latency_table import LatencyTable, Speedup
-from ppcl.search.pareto import choose_blocks
+from ppcl.search.pareto import choose_blocks, deepest_plan
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,27 @@ def custom_plans(
     return plans
 
 
+def custom_intervals(settings: Variants) -> list[Interval]:
+    """The intervals of the custom plans, which are trained whatever detection finds."""
+    replacements = (parse_replacement(item) for plan in settings.custom.values() for item in plan)
+    return sorted({r for r in replacements if isinstance(r, Interval)}, key=sort_key)
+
+
+def removed_blocks(settings: Variants, block_ranges: Sequence[range]) -> dict[str, int]:
+    """By variant, how many blocks go at most: those that would have to if nothing else were replaced."""
+    blocks = block_ranges[-1].stop
+    # A block of each list stays.
+    most = blocks - len(block_ranges)
+    shares = {budget_name(budget): budget for budget in settings.budgets}
+    shares |= {
+        name: min(target.parameters or 1.0, 1 / target.speedup if target.speedup else 1.0)
+        for name, target in settings.targets.items()
+    }
+    removed = {name: math.ceil((1 - share) * blocks) for name, share in shares.items()}
+    removed |= {blocks_name(count): blocks - count for count in settings.blocks}
+    return {name: min(count, most) for name, count in removed.items() if count > 0}
+
+
 def plans_to_measure(
     settings: Variants, sizes: ParameterCounts, times: LatencyTable | None, errors: ErrorModel
 ) -> dict[str, list[Plan]]:
@@ -117,7 +139,7 @@ def make_variants(
     block_ranges: list[range],
     chosen: Mapping[str, Plan],
 ) -> dict[str, Variant]:
-    """The named variants: the teacher, one a budget, number of blocks and target, all intervals, and the custom ones.
+    """The named variants: the teacher, one a budget, number of blocks and target, the deepest, the custom ones.
 
     `chosen`: the plans of the budgets and targets. Raises `UserError`.
     """
@@ -126,8 +148,8 @@ def make_variants(
     plans |= {budget_name(budget): chosen[budget_name(budget)] for budget in settings.budgets}
     plans |= {blocks_name(most): choose_blocks(most, sizes.blocks, sensitivity) for most in settings.blocks}
     plans |= {name: chosen[name] for name in settings.targets}
-    if intervals := [replacement for replacement in sensitivity if isinstance(replacement, Interval)]:
-        plans[ALL] = intervals
+    if deepest := deepest_plan(sizes.blocks, sensitivity):
+        plans[ALL] = deepest
     plans |= custom_plans(settings, block_ranges, sizes.replacements)
     budgets = {budget_name(budget): budget for budget in settings.budgets}
     return {name: Variant.of(name, plan, sizes, budgets.get(name)) for name, plan in plans.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from ppcl.config.schema import Distillation
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval, LowRankModulation, Replacement
-from ppcl.replacements.io import save_replacement
+from ppcl.replacements.io import load_replacement, save_replacement
 from ppcl.replacements.low_rank_modulation import fit_basis
 from ppcl.storage.manifest import write_atomically
 from ppcl.training.captured import CapturedActivations, CaptureSpec
@@ -54,20 +54,26 @@ def distil(
     settings: Distillation,
     run: RunContext,
     modulation_error: float = 0.0,
+    start: Mapping[Replacement, Path] | None = None,
 ) -> None:
     """Train this rank's replacements of `plan`; write each to `<name>.safetensors`, its losses to `<name>.json`.
 
-    `modulation_error`: see `ppcl.config.schema.Width`. A stopped run resumes from its checkpoints: a replacement that
-    is further on than others waits for them and is not trained again.
+    `modulation_error`: see `ppcl.config.schema.Width`. `start`: files of replacements, made before, to begin with: they
+    are trained on, and those that are not trained are taken as they are. A stopped run resumes from its checkpoints: a
+    replacement that is further on than others waits for them and is not trained again.
     """
-    rank = _Rank(teacher, samples, plan, settings, run)
+    start = start or {}
+    rank = _Rank(teacher, samples, plan, settings, run, start)
     rank.initialize()
     rank.train()
     rank.write()
     low_rank = next((r for r in plan if isinstance(r, LowRankModulation)), None)
     if low_rank and run.dims.rank == 0:
-        basis = fit_basis(rank.segment.transformer, samples, rank.ids, settings.batch_size, modulation_error)
-        save_replacement(basis, low_rank, teacher.adapter, _file(run.folder, low_rank))
+        if low_rank in start:
+            write_atomically(_file(run.folder, low_rank), start[low_rank].read_bytes())
+        else:
+            basis = fit_basis(rank.segment.transformer, samples, rank.ids, settings.batch_size, modulation_error)
+            save_replacement(basis, low_rank, teacher.adapter, _file(run.folder, low_rank))
         _write_record(run.folder, low_rank)
     run.dims.barrier()
 
@@ -82,9 +88,11 @@ class _Rank:
         plan: Sequence[Replacement],
         settings: Distillation,
         run: RunContext,
+        start: Mapping[Replacement, Path],
     ):
+        self.start = start
         self.samples, self.settings, self.run, self.dims = samples, settings, run, run.dims
-        self.adapter = teacher.adapter
+        self.teacher, self.adapter = teacher, teacher.adapter
         self.ids = samples.ids(held_out=False)
         self.plan: list[Replacement] = [r for r in plan if not isinstance(r, LowRankModulation)]
         count = self.adapter.block_ranges(teacher.empty_transformer())[-1].stop
@@ -111,15 +119,21 @@ class _Rank:
         return self.segment.run(inputs, self.pipeline_stage, spec)
 
     def initialize(self) -> None:
-        """Initialise in closed form what has no checkpoint, and load the checkpoints of the others."""
-        if self._has_closed_form() and not all(self.has_checkpoint.values()):
+        """Initialise in closed form what has no checkpoint and no file to start from; load those of the others."""
+        if self._has_closed_form() and any(self._is_fresh(replacement) for replacement in self.plan):
             self._fit_closed_form()
         for replacement, objective in self.objectives.items():
             if is_trained(objective, self.settings) and replacement not in self.trainees:
+                if replacement in self.start and not self.has_checkpoint[replacement]:
+                    made = load_replacement(self.start[replacement], self.teacher, self.run.device, torch.float32)
+                    objective.module.load_state_dict(made.state_dict())
                 self.trainees[replacement] = Trainee(objective, self.settings, self.dims)
                 if self.has_checkpoint[replacement]:
                     self.trainees[replacement].load(_file(self.run.checkpoints, replacement))
         self.trainees = {r: self.trainees[r] for r in self.objectives if r in self.trainees}
+
+    def _is_fresh(self, replacement: Replacement) -> bool:
+        return not self.has_checkpoint[replacement] and replacement not in self.start
 
     def _has_closed_form(self) -> bool:
         """Whether any objective of any rank starts in closed form: then all take part in that pass."""
@@ -129,7 +143,7 @@ class _Rank:
 
     def _fit_closed_form(self) -> None:
         """Fit this rank's share of what has no checkpoint; each is saved as soon as it is fitted."""
-        fresh = [objective for r, objective in self.objectives.items() if not self.has_checkpoint[r]]
+        fresh = [objective for r, objective in self.objectives.items() if self._is_fresh(r)]
         ClosedForm(fresh, self.settings, self.run).fit(self._stream, self.ids, self._save_fitted)
         self.pipeline_stage.flush()
 
@@ -187,8 +201,8 @@ class _Rank:
             _write_record(folder, replacement, trainee.state, self.seconds)
         for replacement in self.closed_form:
             folder.mkdir(parents=True, exist_ok=True)
-            content = _file(self.run.checkpoints, replacement).read_bytes()
-            write_atomically(_file(folder, replacement), content)
+            made = self.start.get(replacement) or _file(self.run.checkpoints, replacement)
+            write_atomically(_file(folder, replacement), made.read_bytes())
             _write_record(folder, replacement)
 
 

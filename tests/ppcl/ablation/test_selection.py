@@ -5,6 +5,7 @@ import torch
 
 from ppcl.ablation import selection
 from ppcl.detection.intervals import differences
+from ppcl.detection.selection import cheapest, contracted, evenly, threshold
 from ppcl.errors import UserError
 from ppcl.replacements import Interval
 
@@ -26,14 +27,14 @@ ONE, TWO = [range(8)], [range(4), range(4, 8)]
     ],
 )
 def test_removed_blocks_join_the_block_before_them(removed, block_ranges, expected):
-    found = selection.contracted(removed, block_ranges)
+    found = contracted(removed, block_ranges)
     assert found == [Interval(*pair) for pair in expected]
     assert sum(i.removed for i in found) == len(removed)
 
 
 def test_a_whole_list_cannot_go():
     with pytest.raises(UserError, match="all blocks from 4 to 7 would go"):
-        selection.contracted({4, 5, 6, 7}, TWO)
+        contracted({4, 5, 6, 7}, TWO)
 
 
 def test_every_way_takes_as_many_blocks_as_asked():
@@ -42,16 +43,16 @@ def test_every_way_takes_as_many_blocks_as_asked():
     for block_ranges in (ONE, TWO):
         for count in range(1, 5):
             for found in (
-                selection.cheapest(scores, count, block_ranges),
-                selection.evenly(count, block_ranges),
+                cheapest(scores, count, block_ranges),
+                evenly(count, block_ranges),
                 selection.equal_lengths(count, block_ranges),
-                selection.threshold(table, count, block_ranges),
+                threshold(table, count, block_ranges),
             ):
                 assert sum(i.removed for i in found) == count, found
                 assert all(any(i.first in s and i.last in s for s in block_ranges) for i in found)
                 assert all(a.last < b.first for a, b in zip(found, found[1:]))
     # Of the second list one block stays, though all of its scores are the smallest.
-    assert selection.cheapest(scores, 4, TWO) == [Interval(0, 1), Interval(4, 7)]
+    assert cheapest(scores, 4, TWO) == [Interval(0, 1), Interval(4, 7)]
 
 
 def test_algorithm_1_gives_its_worst_steps_back():
@@ -73,8 +74,8 @@ def test_a_threshold_stops_where_the_similarity_falls_below_it():
     table[1][1:] = [1, 0.9, 0.5]
     table[2][2:] = [1, 0.95]
     table[3][3] = 1
-    assert selection.threshold(table, 1, [range(4)]) == [Interval(0, 1)]
-    assert selection.threshold(table, 2, [range(4)]) == [Interval(0, 1), Interval(2, 3)]
+    assert threshold(table, 1, [range(4)]) == [Interval(0, 1)]
+    assert threshold(table, 2, [range(4)]) == [Interval(0, 1), Interval(2, 3)]
 
 
 def test_influence_and_similarity_of_a_block_that_does_nothing():

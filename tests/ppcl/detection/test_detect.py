@@ -19,6 +19,7 @@ WIDTH = 24
 
 
 def found_in(folder, blocks, tell=lambda done, total: None, block_ranges=None, **settings):
+    settings = {"method": "first_difference"} | settings
     return detect(folder, block_ranges or [range(blocks)], Detection(**settings), Width(), tell)
 
 

@@ -41,7 +41,9 @@ def test_candidates_are_all_intervals_up_to_a_length_within_a_list():
 
 def test_planted_runs_are_recovered_exactly():
     runs = [(1, 3), (6, 8)]
-    found = shortlist(ErrorModel.additive(planted(runs)), noisy(planted(runs), 0.1, 20), RANGES, 4, 8, 8, lambda _: None)
+    found = shortlist(
+        ErrorModel.additive(planted(runs)), noisy(planted(runs), 0.1, 20), RANGES, 4, 8, 8, lambda _: None
+    )
     assert found.plans[4] == Plan([(1, 3), (6, 8)])
     assert {Interval(1, 3), Interval(6, 8)} <= set(found.intervals)
     # All that is shortlisted lies within the runs: nothing else is worth a step.
