@@ -18,7 +18,7 @@ def test_tasks_on_ray_make_the_tables_that_one_process_makes(tmp_path, monkeypat
     for name, least in (("here", float("inf")), ("tasks", 0.0)):
         monkeypatch.setattr(detection, "_WORTH_A_TASK", least)
         run = detection._RayTasks(files, "cpu")
-        tables[name] = detection.detect(
+        tables[name] = detection.similarity_tables(
             files.folder, [range(BLOCKS)], Detection(), Width(), lambda *done: counts.append(done), run
         )
     assert tables["here"] == tables["tasks"]

@@ -24,7 +24,12 @@ COUNT = 24
 def config(teacher_folder, workers):
     settings = {"workers": workers, "batch_size": 5, "tokens_per_sample": 4}
     return Config(
-        teacher=teacher_folder, prompts=teacher_folder / "none.txt", device="cpu", probes=settings, worker_timeout_s=0.5
+        teacher=teacher_folder,
+        prompts=teacher_folder / "none.txt",
+        device="cpu",
+        probes=settings,
+        detection={"method": "first_difference"},
+        worker_timeout_s=0.5,
     )
 
 
@@ -81,7 +86,7 @@ def test_two_workers_leave_the_probes_of_one(ray_cluster, teacher_folder, calibr
     for folder in (together, alone):
         info = detection.run(context(two, tmp_path / "detection", probes=folder))
         found.append(json.loads((tmp_path / "detection" / "detection.json").read_text()))
-        assert info == {"plan": found[-1]["plan"]}
+        assert info == {"plan": found[-1]["plan"], "notes": []}
     assert found[0]["intervals"] == found[1]["intervals"] != []
     tables = [torch.tensor([[v or 0.0 for v in row] for row in f["cka"]["mean"]]) for f in found]
     torch.testing.assert_close(*tables, rtol=0, atol=1e-5)
