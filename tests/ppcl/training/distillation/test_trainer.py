@@ -214,3 +214,46 @@ def test_a_batch_with_nan_is_left_out_and_counted(folder, tmp_path, monkeypatch)
 def _clean(tmp_path):
     yield
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_a_faded_student_ends_as_a_stock_block_also_after_a_stop(folder, tmp_path):
+    """What is left is the block alone, trained without its map in the end: worse than with it, better than untrained."""
+    teacher, faded = Teacher(folder), SETTINGS.model_copy(update={"affine": "fade", "steps": 60})
+    train(folder, tmp_path / "whole", faded)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "stopped", faded, stop_after=31)
+    train(folder, tmp_path / "stopped", faded)
+    assert_same(students(tmp_path / "whole"), students(tmp_path / "stopped"))
+    for interval in INTERVALS:
+        path = tmp_path / "whole" / f"{interval.name}.safetensors"
+        module = load_replacement(path, teacher)
+        block = teacher.adapter.blocks(teacher.transformer())[interval.first]
+        assert not module.affine and not any(name.startswith("affine") for name in load_file(path))
+        assert module.block.state_dict().keys() == block.state_dict().keys()
+        losses = [
+            row["loss"] for row in json.loads((tmp_path / "whole" / f"{interval.name}.json").read_text())["curve"]
+        ]
+        # While the map fades out the loss rises; then the block makes up for it.
+        assert losses[-1] < max(losses) and losses[-1] > 0
+
+
+def test_students_are_trained_on_from_files_and_others_taken_as_they_are(folder, alone, tmp_path):
+    """Zero learning rate: what comes out is what was given."""
+    start = files_in(alone)
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-12, "steps": 1, "warmup": 0})
+    with torch.enable_grad():
+        distil(
+            Teacher(folder), MemorySamples(), INTERVALS, settings, RunContext(tmp_path, tmp_path / "ck"), start=start
+        )
+    assert_same(students(alone), students(tmp_path))
+    # A longer training from there starts where it was left: below where one without it starts.
+    curves = {}
+    for name, given in (("fresh", {}), ("continued", start)):
+        out = tmp_path / name
+        with torch.enable_grad():
+            run = RunContext(out, out / "ck")
+            distil(Teacher(folder), MemorySamples(), INTERVALS, SETTINGS, run, start=given)
+        curves[name] = [
+            json.loads((out / f"{interval.name}.json").read_text())["curve"][0]["loss"] for interval in INTERVALS
+        ]
+    assert all(b < a for a, b in zip(curves["fresh"], curves["continued"], strict=True))
