@@ -37,6 +37,8 @@ from ppcl.training.data import spread_samples
 _WORTH_A_TASK = 5e11
 # First blocks whose intervals are measured together.
 _STARTS = 3
+# The most intervals that are distilled is at least this where the configuration says nothing.
+_FEWEST_CANDIDATES = 16
 # Below this share of boundaries that come again on resamples a choice is called uncertain.
 _LEAST_STABILITY = 0.6
 
@@ -119,7 +121,7 @@ def _measure(context: StageContext) -> tuple[dict[str, Any], list[Interval], lis
         lambda: resampled_models(sums, settings.resamples, context.seed),
         block_ranges,
         max(asked.values(), default=block_ranges[-1].stop // 2),
-        settings.max_candidates or max(12, block_ranges[-1].stop // 2),
+        settings.max_candidates or max(_FEWEST_CANDIDATES, block_ranges[-1].stop // 2),
         2 * settings.max_length,
         lambda done: progress(done, settings.resamples, phase="choosing on resamples"),
     )

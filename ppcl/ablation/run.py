@@ -38,6 +38,8 @@ from ppcl.replacements import (
     sort_key,
 )
 from ppcl.replacements.io import files_in
+from ppcl.search.error_model import ErrorModel
+from ppcl.search.shortlist import best_depth_plans
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
 from ppcl.training.run_context import RunContext
@@ -70,6 +72,7 @@ ROWS = [
     Row("text", "+ text streams to linear", LADDER, 0.860),
     Row("ffn", "+ FFNs to linear", LADDER, 0.850),
     Row("finetuned", "+ fine-tuning", LADDER, 0.870),
+    Row("measured", "measured sensitivity in closed form", CHOICE),
     Row("threshold", "CKA threshold", CHOICE, 0.718),
     Row("equal", "intervals of one length", CHOICE),
     Row("uniform", "blocks spread evenly", CHOICE),
@@ -154,7 +157,7 @@ def choices(
     table = (detection.get("cka") or detection["cka_standardized"])[detection["stream"]]
     settings = config.ablation
     logits = learned_gates(transformer, calibration, count, settings.gate_steps, settings.batch_size, seed, tell)
-    return {
+    chosen = {
         "sensitivity": cheapest([-s for s in similar], count, block_ranges),
         "nonsequential": selection.algorithm1(detection["delta"], count, block_ranges),
         "threshold": threshold(table, count, block_ranges),
@@ -164,6 +167,11 @@ def choices(
         "gates": cheapest(logits, count, block_ranges),
         "position": cheapest(selection.by_position(errors), count, block_ranges),
     }
+    if "measured" in detection:
+        sensitivity = {Interval(*map(int, i.split("-"))): e for i, e in detection["measured"]["sensitivity"].items()}
+        plan = best_depth_plans(ErrorModel.additive(sensitivity), blocks, [count]).get(count, ())
+        chosen["measured"] = [replacement for replacement in plan if isinstance(replacement, Interval)]
+    return chosen
 
 
 def plans_of(
@@ -172,7 +180,11 @@ def plans_of(
     """By row, what is on, but for what differs in training alone."""
     plan: list[Replacement] = list(chosen["nonsequential"])
     known = [parse_replacement(text) for text in detection["plan"]]
-    runs: list[Replacement] = [e for e in known if isinstance(e, TextRun) and not any(conflicts(e, i) for i in plan)]
+    runs: list[Replacement] = []
+    # Those of several layouts overlap.
+    for run in sorted((e for e in known if isinstance(e, TextRun)), key=lambda run: -len(run.blocks)):
+        if not any(conflicts(run, other) for other in (*plan, *runs)):
+            runs.append(run)
     taken = {block for interval in plan for block in interval.blocks}
     errors = {int(block): error for block, error in detection["ffn_errors"].items() if int(block) not in taken}
     maps: list[Replacement] = [LinearFfn(block) for block in sorted(errors, key=errors.__getitem__)[:ffns]]
@@ -182,7 +194,7 @@ def plans_of(
     rows["text"] = plan + runs
     rows["ffn"] = rows["finetuned"] = plan + runs + maps
     rows["hidden"] = rows["hidden_finetuned"] = plan + runs + halves + [LowRankModulation()]
-    return {row.name: sorted(rows[row.name], key=sort_key) for row in ROWS}
+    return {row.name: sorted(rows[row.name], key=sort_key) for row in ROWS if row.name in rows}
 
 
 class _SeedProgress:
@@ -240,7 +252,7 @@ def run_seed(inputs: AblationInputs, work: Path, seed: int, report: Callable[[in
             RunContext(work / name, work / name / "checkpoints", seed, device, report=progress.of(part)),
             config.sampling,
         )
-    folders = {row.name: work / (row.name if (work / row.name).is_dir() else "library") for row in ROWS}
+    folders = {name: work / (name if (work / name).is_dir() else "library") for name in plans}
     rows = RowMeasurer(inputs, seed)
     return rows.measure(plans, folders, files_in(work / "library"), progress.of(6))
 

@@ -24,7 +24,9 @@ def summary(seeds: Mapping[int, Mapping[str, Any]], confidence: float) -> list[d
     """One dict a row, in order; `velocity_error` and `R` (in %, None without a checker) as mean, low and high."""
     rows = []
     for row in ROWS:
-        made = [seed[row.name] for seed in seeds.values()]
+        made = [seed[row.name] for seed in seeds.values() if row.name in seed]
+        if not made:  # the measured choice, of a detection by similarity
+            continue
         drops = [m["R"] for m in made if m.get("R") is not None]
         rows.append(
             {

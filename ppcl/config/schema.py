@@ -121,7 +121,7 @@ class Detection(Section):
         None,
         ge=1,
         description="measured: intervals that are distilled for a short time, at most; null: half as many as the "
-        "teacher has blocks, and 12 at least",
+        "teacher has blocks, and 16 at least",
     )
     screening_steps: int = Field(
         500,

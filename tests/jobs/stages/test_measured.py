@@ -77,7 +77,7 @@ def test_every_interval_is_measured_as_its_surrogate_in_the_teacher(made, teache
 def test_the_shortlist_holds_the_best_plans_and_what_the_user_asks_for(made):
     found = read(made[0], "detection", "detection.json")
     shortlist = {tuple(ends) for ends in found["intervals"]}
-    assert tuple(CUSTOM) in shortlist and len(shortlist) <= 12 + 1
+    assert tuple(CUSTOM) in shortlist and len(shortlist) <= 16 + 1
     assert set(found["measured"]["plans"]) == set(found["measured"]["recurrence"]) == {"1", "2"}
     best = min(found["measured"]["sensitivity"].items(), key=lambda one: one[1])[0]
     assert tuple(map(int, best.split("-"))) in shortlist

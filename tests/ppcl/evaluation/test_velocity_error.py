@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl.evaluation.velocity_error import ErrorSums, sensitivities, variant_errors
+from ppcl.evaluation.velocity_error import (
+    SKETCH,
+    ErrorSums,
+    error_model,
+    error_sketch,
+    resampled_models,
+    sensitivities,
+    variant_errors,
+)
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval
 from ppcl.replacements.switcher import VariantSwitcher
@@ -52,3 +60,49 @@ def test_damage_of_one_interval_is_the_error_of_the_variant_with_it_alone(teache
     assert errors["a"].overall() == pytest.approx(
         float((velocity - teachers).square().sum() / teachers.square().sum()), rel=1e-5
     )
+
+
+def sums_of(errors, samples=40):
+    """`ErrorSums` with sketches of made-up errors, each `(samples, N)`, on a target of ones."""
+    target = torch.ones(samples, errors[0].shape[1], dtype=torch.float64)
+    return {
+        Interval(i, i + 1): ErrorSums.of(target + e, target, torch.linspace(0, 1, samples), sketch=True)
+        for i, e in enumerate(errors)
+    }
+
+
+def test_products_of_sketches_are_those_of_the_errors():
+    """Whatever the length: a multiple of the sketch's, more or less than it."""
+    generator = torch.Generator().manual_seed(0)
+    for length in (SKETCH * 3, SKETCH * 3 + 17, SKETCH // 2):
+        a, b = (torch.randn(400, length, generator=generator, dtype=torch.float64) for _ in range(2))
+        b += 0.5 * a
+        sketches = error_sketch(a), error_sketch(b)
+        assert sketches[0].shape == (400, SKETCH)
+        exact, found = (a * b).sum(), (sketches[0] * sketches[1]).sum()
+        noise = float(a.norm() * b.norm()) / (400 * SKETCH) ** 0.5
+        assert abs(float(found - exact)) < 4 * noise
+
+
+def test_a_plans_error_is_predicted_from_the_errors_alone():
+    generator = torch.Generator().manual_seed(1)
+    common = torch.randn(40, 300, generator=generator, dtype=torch.float64)
+    errors = [0.1 * (common + torch.randn(40, 300, generator=generator, dtype=torch.float64)) for _ in range(3)]
+    model = error_model(sums_of(errors))
+    whole = sum(errors)
+    assert model(model.replacements) == pytest.approx(float(whole.square().sum()) / (40 * 300), rel=0.03)
+    for interval, error in zip(model.replacements, errors, strict=True):
+        assert model([interval]) == pytest.approx(float(error.square().sum()) / (40 * 300), rel=1e-6)
+
+
+def test_resamples_spread_as_the_samples_do():
+    """Samples of very different errors: the spread of the resamples is the standard error of the mean."""
+    scale = torch.linspace(0.1, 2, 40, dtype=torch.float64)[:, None]
+    error = scale * torch.randn(40, 300, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sums = sums_of([error])
+    values = [model.products[0, 0] for model in resampled_models(sums, 400, 0)]
+    each = error.square().sum(1) / 300
+    assert np.mean(values) == pytest.approx(float(each.mean()), rel=0.05)
+    assert np.std(values) == pytest.approx(float(each.std()) / 40**0.5, rel=0.15)
+    again = [model.products[0, 0] for model in resampled_models(sums, 400, 0)]
+    assert again == values
