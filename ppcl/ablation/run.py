@@ -168,7 +168,8 @@ def choices(
         "position": cheapest(selection.by_position(errors), count, block_ranges),
     }
     if "measured" in detection:
-        sensitivity = {Interval(*map(int, i.split("-"))): e for i, e in detection["measured"]["sensitivity"].items()}
+        measured = detection["measured"]["sensitivity"]
+        sensitivity = {parse_replacement(text): float(error) for text, error in measured.items()}
         plan = best_depth_plans(ErrorModel.additive(sensitivity), blocks, [count]).get(count, ())
         chosen["measured"] = [replacement for replacement in plan if isinstance(replacement, Interval)]
     return chosen

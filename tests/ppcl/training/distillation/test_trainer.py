@@ -217,7 +217,7 @@ def _clean(tmp_path):
 
 
 def test_a_faded_student_ends_as_a_stock_block_also_after_a_stop(folder, tmp_path):
-    """What is left is the block alone, trained without its map in the end: worse than with it, better than untrained."""
+    """What is left is the block alone, trained without its map in the end."""
     teacher, faded = Teacher(folder), SETTINGS.model_copy(update={"affine": "fade", "steps": 60})
     train(folder, tmp_path / "whole", faded)
     with pytest.raises(KeyboardInterrupt):
