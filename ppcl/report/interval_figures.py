@@ -91,7 +91,8 @@ def _ring(axes: Axes, first: int, last: int, size: float) -> None:
 
 def _powers_of_ten(axis: Axis, low: float, high: float) -> None:
     """Plain numbers on an axis of decimal logarithms."""
-    ticks = LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)).tick_values(low, high)
+    between = (1,) if high / low >= 1000 else (1, 2, 5) if high / low >= 10 else range(1, 10)
+    ticks = LogLocator(subs=between).tick_values(low, high)
     axis.set_major_locator(FixedLocator([float(np.log10(tick)) for tick in ticks if low <= tick <= high]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{10**value:g}"))
 

@@ -46,6 +46,11 @@ def test_the_map_has_first_blocks_in_rows_and_leaves_blank_what_was_not_measured
     assert shown[0, 1, :3].sum() > shown[1, 3, :3].sum(), "the smaller sensitivity is the brighter one"
 
 
+def test_the_colours_have_several_numbers_also_over_less_than_a_decade():
+    drawing = interval_figures.sensitivity_map({(0, 1): 0.0006, (1, 2): 0.0015}, [(0, 3)], [], [])
+    assert all(f">{number}</text>" in drawing.svg for number in ("0.0007", "0.0008", "0.0009", "0.001"))
+
+
 def test_fronts_sum_the_sensitivities_of_plans_and_of_algorithm_1(page):
     told = label(page, "Summed sensitivity by number of removed blocks. ")
     assert "Best plans of all measured intervals: 1: 0.00212; 3: 0.00889; 7: 0.0226." in told
