@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -110,7 +111,7 @@ def block_map(rows: list[dict[str, Any]], blocks: int, block_ranges: list[BlockP
                 # Low-rank modulations are in every block: nothing to tell blocks apart by.
                 if mark := _BLOCK_MARKS.get(type(replacement)):
                     mark(axes, replacement, y)
-        _span_borders(axes, block_ranges, 0)
+        span_borders(axes, block_ranges, 0)
         axes.set(xlim=(0, blocks), ylim=(len(rows) - 0.5, -0.5), xlabel="block")
         ticks = np.arange(0, blocks, 1 if blocks <= 24 else 5)
         axes.set_xticks(ticks + 0.5, [str(tick) for tick in ticks])
@@ -137,37 +138,46 @@ def heat_map(
     """CKA by row and column, such as of the surrogate that keeps block `u` and is linear up to `k`, with intervals."""
     values = np.array([[np.nan if v is None else v for v in row] for row in table], dtype=float)
     blocks = len(values)
-    side, left, bottom, width, height = 244, 44, 42, 350, 294  # the automatic layout cannot hold a bar to a square
-    with canvas(width, height) as figure:
-        figure.set_layout_engine("none")
-        axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
-        bar = figure.add_axes(((left + side + 8) / width, bottom / height, 12 / width, side / height))
+    with canvas(350, 294) as figure:
+        axes, bar = map_axes(figure, 350, 294, side=244)
         axes.imshow(values, cmap=COLOUR_MAP, vmin=low, vmax=1, interpolation="none")
         for first, last in intervals:
             corners = _staircase(first, last)
             axes.add_patch(Polygon(corners, fill=False, edgecolor="white", linewidth=3.2, joinstyle="miter"))
             axes.add_patch(Polygon(corners, fill=False, edgecolor=ON_MAP, linewidth=1.8, joinstyle="miter"))
-        _span_borders(axes, block_ranges, -0.5)
+        span_borders(axes, block_ranges, -0.5)
         axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(6, integer=True))
         axes.spines[:].set_visible(False)
-        bar.imshow(
-            np.linspace(1, low, 64)[:, None],
-            cmap=COLOUR_MAP,
-            extent=(0, 1, low, 1),
-            aspect="auto",
-            interpolation="none",
-        )
-        bar.set_xticks([])
-        bar.yaxis.tick_right()
-        bar.yaxis.set_major_locator(MaxNLocator(5))
-        bar.spines[:].set_visible(False)
+        colour_bar(bar, COLOUR_MAP, low, 1)
         upper = values[np.triu_indices(blocks, 1)]
         told = f"from {np.nanmin(upper):.3f} to {np.nanmax(upper):.3f}" if np.isfinite(upper).any() else "no values"
         marked = ", ".join(interval_name(pair) for pair in intervals) or "none"
         label = f"Heat map of CKA, {title}: {blocks} by {blocks} blocks, {told}. Intervals outlined: {marked}."
         return Drawing(inline(figure, name, label), title)
+
+
+def map_axes(figure: Figure, width: int, height: int, side: int) -> tuple[Axes, Axes]:
+    """Axes of a heat map with sides of `side` pixels, and of the bar of its colours, on a canvas of that size.
+
+    The automatic layout cannot hold a bar to a square.
+    """
+    left, bottom = 44, 42
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    bar = figure.add_axes(((left + side + 8) / width, bottom / height, 12 / width, side / height))
+    return axes, bar
+
+
+def colour_bar(bar: Axes, colour_map: str, low: float, high: float) -> None:
+    """Which colour stands for which value from `low` to `high`."""
+    colours = np.linspace(high, low, 64)[:, None]
+    bar.imshow(colours, cmap=colour_map, extent=(0, 1, low, high), aspect="auto", interpolation="none")
+    bar.set_xticks([])
+    bar.yaxis.tick_right()
+    bar.yaxis.set_major_locator(MaxNLocator(5))
+    bar.spines[:].set_visible(False)
 
 
 def _staircase(first: int, last: int) -> list[tuple[float, float]]:
@@ -201,7 +211,7 @@ def delta_curves(table: Table, intervals: list[BlockPair], block_ranges: list[Bl
                     linewidth=1.4,
                 )
             shown += curve[first + 1 : last + 2]
-        _span_borders(axes, block_ranges, -0.5)
+        span_borders(axes, block_ranges, -0.5)
         seen = [v for v in shown if np.isfinite(v)]
         if seen:
             # Curves of other starts may leave the frame: the intervals' own are what is to be read.
@@ -227,7 +237,7 @@ def loss_curves(trained: dict[str, Any]) -> Drawing:
             axes.plot(steps, losses, linewidth=1.5, **look)
         if any((finite(point["loss"]) or 0) > 0 for curve in curves.values() for point in curve):
             axes.set_yscale("log")
-            _plain_log(axes.yaxis)
+            plain_log(axes.yaxis)
         axes.grid(axis="y")
         axes.set(xlabel="step", ylabel="loss")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -252,7 +262,7 @@ def before_and_after(plans: list[dict[str, Any]]) -> Drawing | None:
         axes.plot(*zip(*points), "o", color=COLOURS["mark"], markersize=4.5, markeredgewidth=0, alpha=0.8)
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
         for axis in (axes.xaxis, axes.yaxis):
-            _plain_log(axis)
+            plain_log(axis)
         axes.set(xlabel="velocity error before", ylabel="velocity error after")
         better = sum(a < b for b, a in points)
         label = (
@@ -273,7 +283,7 @@ def ablation_bars(rows: list[dict[str, Any]]) -> Drawing:
             axes.plot([max(low, mean / 10), high], [y, y], color=COLOURS[roles[row["group"]]], linewidth=2)
             axes.plot([mean], [y], "o", color=COLOURS[roles[row["group"]]], markersize=6, markeredgewidth=0)
         axes.set(xscale="log", ylim=(len(rows) - 0.5, -0.5), xlabel="velocity error")
-        _plain_log(axes.xaxis)
+        plain_log(axes.xaxis)
         axes.set_yticks(range(len(rows)), [row["label"].strip() for row in rows], color=COLOURS["ink"])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
@@ -380,14 +390,14 @@ def _category(index: int, category: str, worlds: dict[str, Any], looks: dict[str
         return Drawing(inline(figure, f"category-{index}", f"Checker score, {title}: {', '.join(told)}."), title)
 
 
-def _span_borders(axes: Axes, block_ranges: list[BlockPair], offset: float) -> None:
+def span_borders(axes: Axes, block_ranges: list[BlockPair], offset: float) -> None:
     """Dashed lines where one block list ends and the next begins."""
     for start, _ in block_ranges[1:]:
         axes.axvline(start + offset, color=COLOURS["soft"], linewidth=1, linestyle=(0, (4, 3)))
 
 
-def _plain_log(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers, also where it block_ranges less than a decade."""
+def plain_log(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers, also where it spans less than a decade."""
     low, high = axis.get_view_interval()
     decades = np.log10(high / low)
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))

@@ -34,6 +34,11 @@ def percent(value: float | None, places: int = 1, scale: float = 100) -> str:
     return MISSING if value is None else f"{_signed(scale * value, places)}\u202f%"
 
 
+def correlation(value: float | None) -> str:
+    """A correlation from -1 to 1: `0.93`, with a true minus sign."""
+    return MISSING if value is None else _signed(value, 2)
+
+
 def between(low: float | None, high: float | None, places: int = 1, scale: float = 100) -> str:
     """An interval of confidence in per cent, `70.2 to 78.0`; empty where there is none. `scale` as for `percent`."""
     return "" if low is None or high is None else f"{_signed(scale * low, places)} to {_signed(scale * high, places)}"

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ppcl.config.location import LocationLike
 from ppcl.replacements import Interval, TextRun, parse_replacement, sort_key
 from ppcl.report import figures, numbers
+from ppcl.report.measured import CLOSED_FORM, FINAL, SCREENED, measured_detection, sensitivities
 from ppcl.report.pictures import picture_rows
 from ppcl.report.summary import finite, rows_of
 from ppcl.search.variants import TEACHER
@@ -80,11 +81,12 @@ def _context(results: Results) -> dict[str, Any]:
         "best": best_of(rows),
         "block_map": _block_map(results, rows),
         "detection": detection,
-        "intervals": [tuple(pair) for pair in detection.get("intervals", [])],
+        "intervals": _by_similarity(detection),
         "interval_name": figures.interval_name,
         "heat_maps": _heat_maps(detection, "cka"),
         "heat_maps_standardized": _heat_maps(detection, "cka_standardized"),
         "deltas": _deltas(detection),
+        "measured": measured_detection(results),
         "training": results.stage("students"),
         "losses": _losses(results.stage("students")),
         "text_map": _text_map(detection),
@@ -174,6 +176,12 @@ def _block_map(results: Results, rows: list[dict[str, Any]]) -> figures.Drawing 
     return figures.block_map(rows, teacher["blocks"], teacher["spans"]) if teacher else None
 
 
+def _by_similarity(detection: dict[str, Any]) -> list[figures.BlockPair]:
+    """The intervals that similarity gives: those of Algorithm 1 where the job's own were measured."""
+    chosen = "first_difference" if "measured" in detection else "intervals"
+    return [(first, last) for first, last in detection.get(chosen, [])]
+
+
 def _heat_maps(detection: dict[str, Any], key: str) -> list[figures.Drawing]:
     """The heat maps of all streams on one scale, so that they can be compared."""
     tables = detection.get(key) or {}
@@ -182,7 +190,7 @@ def _heat_maps(detection: dict[str, Any], key: str) -> list[figures.Drawing]:
     low = low if low < 1 else 0.0
     return [
         figures.heat_map(
-            f"{key}-{stream}", STREAMS[stream], tables[stream], detection["intervals"], detection["spans"], low
+            f"{key}-{stream}", STREAMS[stream], tables[stream], _by_similarity(detection), detection["spans"], low
         )
         for stream in STREAMS
         if stream in tables
@@ -242,12 +250,14 @@ def _losses(training: dict[str, Any]) -> figures.Drawing | None:
 
 
 def _deltas(detection: dict[str, Any]) -> figures.Drawing | None:
-    return figures.delta_curves(detection["delta"], detection["intervals"], detection["spans"]) if detection else None
+    if not detection:
+        return None
+    return figures.delta_curves(detection["delta"], _by_similarity(detection), detection["spans"])
 
 
 def _students(results: Results) -> list[dict[str, Any]]:
-    """One dict a replacement that was trained: its losses at the start and the end, and its sensitivity; by kind."""
-    sensitivity = results.stage("variants").get("damage", {})
+    """One dict a replacement that was trained: its losses at the start and the end, and its sensitivities; by kind."""
+    times = sensitivities(results)
     trained = {
         parse_replacement(text): told for text, told in results.stage("students").get("replacements", {}).items()
     }
@@ -262,7 +272,9 @@ def _students(results: Results) -> list[dict[str, Any]]:
                 "first": finite(curve[0]["loss"]) if curve else None,
                 "last": finite(curve[-1]["loss"]) if curve else None,
                 "seconds": finite(trained[replacement].get("seconds")),
-                "damage": finite(sensitivity.get(str(replacement))),
+                "closed_form": times[CLOSED_FORM].get(replacement),
+                "screened": times[SCREENED].get(replacement),
+                "sensitivity": times[FINAL].get(replacement),
             }
         )
     return students

@@ -15,6 +15,7 @@ from ppcl.storage.manifest import CONFIG, Artifacts
 
 STAGE_FILES = {
     "detection": "detection.json",
+    "selection": "selection.json",
     "students": "training.json",
     "finetuning": "finetuning.json",
     "variants": "variants.json",
@@ -27,7 +28,8 @@ STAGE_FILES = {
 class Results:
     """The parsed stage files. `stages`: those that could be read; `absent`: a sentence for each other one.
 
-    `config`: the job's full configuration, `{}` where it cannot be read.
+    A stage that the configuration does not run is in neither. `config`: the job's full configuration, `{}` where it
+    cannot be read.
     """
 
     root: Path
@@ -44,11 +46,12 @@ class Results:
 def read_results(location: LocationLike) -> Results:
     """Read every stage that the manifest calls complete. Raises `UserError` where the location is no result."""
     artifacts = Artifacts(location)
-    manifest = artifacts.manifest()
+    manifest, config = artifacts.manifest(), _config(artifacts)
     stages, absent = {}, {}
     for stage, name in STAGE_FILES.items():
         if stage not in manifest["stages"]:
-            absent[stage] = f"The stage {stage} has not run yet"
+            if stage != "selection" or _has_selection(config):
+                absent[stage] = f"The stage {stage} has not run yet"
             continue
         try:
             stages[stage] = json.loads(artifacts.file(stage, name).read_text())
@@ -56,7 +59,7 @@ def read_results(location: LocationLike) -> Results:
             absent[stage] = f"The file {stage}/{name} is missing (run the job again to make it)"
         except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
             absent[stage] = f"The file {stage}/{name} cannot be read ({error}; run the job again to make it)"
-    return Results(artifacts.root, manifest, stages, absent, _config(artifacts))
+    return Results(artifacts.root, manifest, stages, absent, config)
 
 
 def _config(artifacts: Artifacts) -> dict[str, Any]:
@@ -66,3 +69,9 @@ def _config(artifacts: Artifacts) -> dict[str, Any]:
         return rename_keys(Config, stored)[0] if isinstance(stored, dict) else {}
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, UserError):
         return {}
+
+
+def _has_selection(config: dict[str, Any]) -> bool:
+    """Whether a job with this configuration chooses its intervals again after a short distillation."""
+    detection = config.get("detection", {})
+    return detection.get("method") == "measured" and detection.get("screening_steps", 0) > 0

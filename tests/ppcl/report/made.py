@@ -17,25 +17,37 @@ from ppcl.storage.results import STAGE_FILES
 
 BLOCKS = 16
 INTERVALS = [(1, 2), (4, 6), (7, 8), (9, 11), (13, 14)]
+# What measured detection has besides: Algorithm 1's intervals, and the blocks of the longest one that is measured.
+ALGORITHM = [(0, 2), (4, 6), (7, 8), (9, 14)]
+LONGEST = 5
+MEASURED = ("detection", "selection", "students", "variants", "evaluation")
 VARIANTS = {"p90": (0.9, [1]), "p80": (0.8, [1, 3]), "p70": (0.7, [0, 1, 2, 3]), "all": (None, [0, 1, 2, 3, 4])}
 PROMPTS = 12
 
 
 def job(
-    root: Path, stages: tuple[str, ...] = ("detection", "students", "variants", "evaluation"), **changes: Any
+    root: Path,
+    stages: tuple[str, ...] = ("detection", "students", "variants", "evaluation"),
+    config: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Path:
-    """A job's folder with those stages complete. `changes` replaces a stage's artifact by a function of it."""
+    """A job's folder with those stages complete. `changes` replaces a stage's artifact by a function of it.
+
+    `config`: sections of the configuration; without it, that of the artifact's method of detection.
+    """
     rng = np.random.default_rng(0)
     artifacts = Artifacts(root)
     artifacts.start({"teacher": "/models/shapes-qwen", "teacher_sha256": "ab" * 32, "prompts": "cd" * 32})
-    config = Config(teacher="/models/shapes-qwen", prompts="prompts.txt")
-    artifacts.path(CONFIG).write_text(config.model_dump_json())
     made = {"detection": detection(), "students": training(rng), "variants": variants(), "evaluation": evaluation(rng)}
-    made |= {"finetuning": finetuning(rng), "ablation": ablation()}
+    made |= {"finetuning": finetuning(rng), "ablation": ablation(), "selection": selection()}
+    made |= {stage: change(made[stage]) for stage, change in changes.items()}
+    sections = config or {"detection": {"method": made["detection"]["method"]}}
+    full = Config(teacher="/models/shapes-qwen", prompts="prompts.txt", **sections)
+    artifacts.path(CONFIG).write_text(full.model_dump_json())
     for index, stage in enumerate(stages):
         folder = artifacts.path(stage)
         folder.mkdir()
-        content = changes.get(stage, lambda same: same)(made[stage])
+        content = made[stage]
         (folder / STAGE_FILES[stage]).write_text(json.dumps(content))
         if stage == "evaluation":
             pictures(folder / "pictures", content, rng)
@@ -73,6 +85,33 @@ def detection() -> dict[str, Any]:
         "plan": [f"{u}-{v}" for u, v in INTERVALS],
         "text_map": None,
     }
+
+
+def measured(detection: dict[str, Any]) -> dict[str, Any]:
+    """The same with the velocity error of every interval of up to `LONGEST` blocks: a change of stage detection.
+
+    Algorithm 1 has one interval that is longer, and one that is distilled to the end.
+    """
+    sensitivity = {
+        f"{u}-{v}": 0.002 * 3 ** (v - u) * (1 + np.sin(u) ** 2) * (0.3 if (u, v) in INTERVALS else 1)
+        for u in range(BLOCKS)
+        for v in range(u + 1, min(u + LONGEST, BLOCKS))
+    }
+    plans = {"1": ["13-14"], "3": ["7-8", "9-11"], "8": [f"{u}-{v}" for u, v in INTERVALS]}
+    recurrence = {"1": {"13": 1.0, "15": 0.5}, "3": {"7": 0.94, "9": 0.8, "12": 0.0}}
+    return {
+        **detection,
+        "method": "measured",
+        "first_difference": [list(pair) for pair in ALGORITHM],
+        "intervals": [list(pair) for pair in sorted([*INTERVALS, (2, 3), (5, 6)])],
+        "measured": {"samples": 64, "sensitivity": sensitivity, "plans": plans, "recurrence": recurrence},
+    }
+
+
+def selection() -> dict[str, Any]:
+    """The shortlist's sensitivities after the short distillation, in the order of those in closed form but for two."""
+    sensitivity = {f"{u}-{v}": 0.001 * (v - u) + 0.0001 * u for u, v in [*INTERVALS, (2, 3), (5, 6)]}
+    return {"plan": ["modulations", *(f"{u}-{v}" for u, v in INTERVALS)], "sensitivity": sensitivity}
 
 
 def training(rng: np.random.Generator) -> dict[str, Any]:
@@ -143,7 +182,7 @@ def variants() -> dict[str, Any]:
         }
     return {
         "teacher": {"parameters": total, "blocks": BLOCKS, "spans": [[0, BLOCKS]]},
-        "damage": {f"{u:02d}-{v:02d}": 0.012 * (v - u) for u, v in INTERVALS},
+        "damage": {f"{u}-{v}": 0.012 * (v - u) for u, v in INTERVALS},
         "variants": made,
     }
 

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the report was not looked at in a browser"),
 ]
 
-EVERY_STAGE = ("detection", "students", "variants", "finetuning", "evaluation", "ablation")
+EVERY_STAGE = (*made.MEASURED, "finetuning", "ablation")
 
 
 def test_a_browser_renders_the_report_and_asks_for_nothing_outside(tmp_path):
@@ -52,7 +52,7 @@ def test_a_browser_renders_the_report_and_asks_for_nothing_outside(tmp_path):
 
 
 def test_a_page_on_a_phone_does_not_scroll_sideways(tmp_path):
-    path = write_report(made.job(tmp_path / "job", EVERY_STAGE))
+    path = write_report(made.job(tmp_path / "job", EVERY_STAGE, detection=made.measured))
     browser = Browser(tmp_path / "profile", width=390, height=844)
     try:
         browser.resize(390, 844, phone=True)

@@ -19,6 +19,8 @@ from ppcl.report import numbers
         (numbers.percent(-0.031), "\u22123.1\u202f%"),
         (numbers.percent(-0.0001), "0.0\u202f%"),
         (numbers.percent(6.1, scale=1), "6.1\u202f%"),
+        (numbers.correlation(-0.1786), "\u22120.18"),
+        (numbers.correlation(None), "–"),
         (numbers.between(0.7, 0.78), "70.0 to 78.0"),
         (numbers.between(None, 1), ""),
         (numbers.seconds(0.0382), "38.2 ms"),
