@@ -1,7 +1,8 @@
 """Selection: which of the screened intervals are distilled to the end.
 
 Sensitivities are measured again after the short distillation, and plans are searched as for the variants. The intervals
-of the best few plans of each variant stay; all replacements in closed form do.
+of the best few plans of each variant stay, and those of the best plan of intervals alone that leaves as many blocks:
+such a plan is what other engines can load. All replacements in closed form stay.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from jobs.stage import Stage, StageContext
 from jobs.stages import screening
 from jobs.stages.variants import search_plans
 from ppcl.replacements import Interval, Replacement, sort_key
-from ppcl.search.pareto import choose_blocks, deepest_plan
-from ppcl.search.variants import custom_intervals
+from ppcl.search.shortlist import best_depth_plans
+from ppcl.search.variants import custom_intervals, removed_blocks
 from ppcl.storage.manifest import write_atomically
 
 # Plans of each variant whose intervals stay.
@@ -33,20 +34,19 @@ def run(context: StageContext) -> dict[str, Any]:
         fast = [plan for plan in plans if target is None or found.speedups[plan].meets(target.speedup)]
         for plan in sorted(fast or plans, key=found.measured.__getitem__)[:_PLANS]:
             kept.update(plan)
-    for most in settings.blocks:
-        kept.update(choose_blocks(most, found.counts.blocks, sensitivity))
-    if not any(isinstance(replacement, Interval) for replacement in kept):
-        # No variant needs one: those that go together stay, for the plans of users.
-        kept.update(deepest_plan(found.counts.blocks, sensitivity))
+    block_ranges = context.teacher.adapter.block_ranges(context.teacher.empty_transformer())
+    asked = sorted(set(removed_blocks(settings, block_ranges).values()))
+    intervals = [r for r in sensitivity if isinstance(r, Interval)]
+    for depth_plan in best_depth_plans(found.errors.of(intervals), len(found.counts.blocks), asked).values():
+        kept.update(depth_plan)
     chosen = sorted(kept, key=sort_key)
     record = {
         "plan": [str(replacement) for replacement in chosen],
         "sensitivity": {str(replacement): value for replacement, value in sensitivity.items()},
     }
     write_atomically(context.folder / "selection.json", json.dumps(record, indent=1))
-    tried = sum(isinstance(r, Interval) for r in sensitivity)
-    intervals = [str(r) for r in chosen if isinstance(r, Interval)]
-    note = f"selection: {len(intervals)} of {tried} intervals are distilled to the end: {', '.join(intervals)}"
+    stay = [str(r) for r in chosen if isinstance(r, Interval)]
+    note = f"selection: {len(stay)} of {len(intervals)} intervals are distilled to the end: {', '.join(stay)}"
     return {"plan": record["plan"], "notes": [*(f"selection: {line}" for line in found.notes), note]}
 
 

@@ -31,6 +31,11 @@ class ErrorModel:
         """A model in which errors have nothing to do with each other."""
         return cls(list(sensitivity), np.diag(list(sensitivity.values())))
 
+    def of(self, replacements: Sequence[Replacement]) -> ErrorModel:
+        """The same of some replacements alone."""
+        rows = self._numbers(replacements)
+        return ErrorModel(replacements, self.products[np.ix_(rows, rows)])
+
     @property
     def sensitivity(self) -> dict[Replacement, float]:
         """Each replacement's error alone."""
