@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ppcl.config.schema import Detection
 from ppcl.replacements import Interval, Plan, Replacement
 from ppcl.search.error_model import ErrorModel
 from ppcl.search.pareto import RemovedBlocks, pareto_front
@@ -37,6 +38,16 @@ class Shortlist:
         """The mean recurrence of the boundaries of one plan."""
         shares = self.recurrence[removed].values()
         return sum(shares) / len(shares)
+
+
+def most_intervals(settings: Detection, blocks: int) -> int:
+    """The most intervals of a shortlist, of a teacher with so many blocks."""
+    return settings.max_candidates or max(12, blocks // 2)
+
+
+def longest_chain(settings: Detection) -> int:
+    """The most blocks that overlapping intervals of a shortlist cover together."""
+    return 2 * settings.max_length
 
 
 def best_depth_plans(errors: ErrorModel, blocks: int, counts: Sequence[int]) -> dict[int, Plan]:
