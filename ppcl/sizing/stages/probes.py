@@ -35,8 +35,9 @@ def workers(job: JobSize) -> list[WorkerSize]:
 
     fullest = max((rank(part) for part in parts), key=lambda one: sum(one.values()))
     tokens = tokens_per_sample(settings, job.held_out, job.config.detection.tokens) * job.held_out
-    kept = len(model.blocks) * 2 * tokens * model.width * _SINGLE
-    to_fit = len(model.blocks) * 2 * fit_tokens(job) * model.width * job.number
+    # Both streams, before the first block and behind each.
+    numbers = 2 * (len(model.blocks) + 1) * model.width
+    kept, to_fit = numbers * tokens * _SINGLE, numbers * fit_tokens(job) * job.number
     steps = -(-job.samples // batch)
     return [
         WorkerSize(
