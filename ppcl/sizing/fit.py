@@ -107,7 +107,9 @@ def _with(job: JobSize, changes: Sequence[Change], worker: WorkerSize) -> Worker
         except ValueError:
             return None
         config = config.model_copy(update={section: changed})
-    if config.distillation.pipeline_parallel > max(job.config.distillation.pipeline_parallel, _most_ranks(job, config)):
+    if config.distillation.pipeline_parallel > max(
+        job.config.distillation.pipeline_parallel, _longest_pipeline(job, config)
+    ):
         return None
     return next(
         one
@@ -116,8 +118,8 @@ def _with(job: JobSize, changes: Sequence[Change], worker: WorkerSize) -> Worker
     )
 
 
-def _most_ranks(job: JobSize, config: Config) -> int:
-    """Ranks that a pipeline can have at least, however the intervals that are distilled together lie."""
+def _longest_pipeline(job: JobSize, config: Config) -> int:
+    """The ranks of a pipeline for which the intervals that are assumed leave places to cut."""
     if config.detection.method != "measured":
         return longest_pipeline(job.model, list(job.replacements.students))
     return longest_pipeline(job.model, assumed_shortlist(config.detection, job.model))

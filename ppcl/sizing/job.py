@@ -184,7 +184,8 @@ class JobSize:
 def assumed_shortlist(settings: Detection, model: Model) -> list[Interval]:
     """As many intervals as a shortlist has at most, spread over the blocks in chains of overlapping ones.
 
-    The chains are as long as they may be: the fewest places remain where a pipeline of ranks can be cut.
+    The chains are as long as they may be. So a full shortlist leaves the fewest places where a pipeline can be cut; one
+    of few intervals may leave more than are found in the end.
     """
     most, length = most_intervals(settings, len(model.blocks)), longest_chain(settings)
     chains = [chain for span in model.block_ranges for chain in _parts(span, -(-len(span) // length))]
