@@ -98,6 +98,7 @@ device: cpu
 sampling: {{height: {SIZE}, width: {SIZE}, steps: {options.sampling_steps}}}
 calibration: {{batch_size: 4}}
 probes: {{batch_size: 8}}
+detection: {{screening_steps: {options.steps}}}
 distillation: {{steps: {options.steps}, warmup: 1, batch_size: 4}}
 finetuning: {{steps: {options.steps}, warmup: 1, batch_size: 4, measured_plans: 2}}
 variants: {{budgets: [0.9, 0.7]}}

@@ -24,21 +24,17 @@ from ppcl.detection.detect import (
     write_detection,
 )
 from ppcl.detection.similarity import Similarity
-from ppcl.detection.surrogates import candidate_intervals
+from ppcl.detection.surrogates import by_start, candidate_intervals
 from ppcl.errors import UserError
 from ppcl.evaluation.velocity_error import ErrorSums, error_model, resampled_models
 from ppcl.replacements import Interval, Replacement, sort_key
-from ppcl.search.shortlist import shortlist, unstable
+from ppcl.search.shortlist import longest_chain, most_intervals, shortlist, unstable
 from ppcl.search.variants import custom_intervals, removed_blocks
 from ppcl.storage.manifest import StageFiles
 from ppcl.training.data import spread_samples
 
 # Multiplications; a core does some ten thousand million a second.
 _WORTH_A_TASK = 5e11
-# First blocks whose intervals are measured together.
-_STARTS = 3
-# The most intervals that are distilled is at least this where the configuration says nothing.
-_FEWEST_CANDIDATES = 16
 # Below this share of boundaries that come again on resamples a choice is called uncertain.
 _LEAST_STABILITY = 0.6
 
@@ -95,7 +91,7 @@ def _measure(context: StageContext) -> tuple[dict[str, Any], list[Interval], lis
     candidates = candidate_intervals(block_ranges, settings.max_length)
     work = [
         (tuple(group), chunk)
-        for group in _by_start(candidates)
+        for group in by_start(candidates)
         for chunk in chunks_of(ids, context.config.evaluation.batch_size)
     ]
     with EvaluatorPool(context, None, workers) as evaluators:
@@ -121,8 +117,8 @@ def _measure(context: StageContext) -> tuple[dict[str, Any], list[Interval], lis
         lambda: resampled_models(sums, settings.resamples, context.seed),
         block_ranges,
         max(asked.values(), default=block_ranges[-1].stop // 2),
-        settings.max_candidates or max(_FEWEST_CANDIDATES, block_ranges[-1].stop // 2),
-        2 * settings.max_length,
+        most_intervals(settings, block_ranges[-1].stop),
+        longest_chain(settings, block_ranges[-1].stop),
         lambda done: progress(done, settings.resamples, phase="choosing on resamples"),
     )
     notes += unstable(found, asked, _LEAST_STABILITY)
@@ -138,13 +134,6 @@ def _measure(context: StageContext) -> tuple[dict[str, Any], list[Interval], lis
     plans = [[i for i in plan if isinstance(i, Interval)] for plan in found.plans.values()]
     layouts = [plans[round(i * (len(plans) - 1) / 2)] for i in range(3)] if plans else [[]]
     return record, found.intervals, layouts, [f"detection: {note}" for note in notes]
-
-
-def _by_start(intervals: Sequence[Interval]) -> list[list[Interval]]:
-    """Groups of intervals that are measured together, `_STARTS` first blocks each: they share the way to there."""
-    starts = sorted({interval.first for interval in intervals})
-    groups = [set(starts[i : i + _STARTS]) for i in range(0, len(starts), _STARTS)]
-    return [[interval for interval in intervals if interval.first in group] for group in groups]
 
 
 class _RayTasks:

@@ -17,7 +17,7 @@ NAME = "screening"
 
 
 def is_enabled(config: Config) -> bool:
-    return config.detection.method == "measured" and config.detection.screening_steps > 0
+    return config.detection.screens
 
 
 def settings_of(config: Config) -> Distillation:

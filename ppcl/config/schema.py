@@ -146,6 +146,11 @@ class Detection(Section):
         4096, ge=4, description="maximum held-out tokens of a stream for CKA, whose standard error is reported"
     )
 
+    @property
+    def screens(self) -> bool:
+        """Whether a short distillation of all shortlisted intervals comes before those of the students are chosen."""
+        return self.method == "measured" and self.screening_steps > 0
+
 
 class Width(Section):
     """Width pruning: what linear maps replace within blocks (Eq. 7 to 9)."""

@@ -20,6 +20,9 @@ from ppcl.linalg.moments import Moments
 from ppcl.models import Streams
 from ppcl.replacements import Interval
 
+# First blocks whose intervals are measured together.
+STARTS = 3
+
 
 def candidate_intervals(block_ranges: Sequence[range], max_length: int) -> list[Interval]:
     """Every interval of two blocks to `max_length`, within a block list: about `(max_length - 1)` a block."""
@@ -29,6 +32,13 @@ def candidate_intervals(block_ranges: Sequence[range], max_length: int) -> list[
         for first in span
         for last in range(first + 1, min(first + max_length, span.stop))
     ]
+
+
+def by_start(intervals: Sequence[Interval]) -> list[list[Interval]]:
+    """Groups of intervals that are measured together, `STARTS` first blocks each: they share the way to there."""
+    starts = sorted({interval.first for interval in intervals})
+    groups = [set(starts[i : i + STARTS]) for i in range(0, len(starts), STARTS)]
+    return [[interval for interval in intervals if interval.first in group] for group in groups]
 
 
 @dataclass(frozen=True)

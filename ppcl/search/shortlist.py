@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ppcl.config.schema import Detection
 from ppcl.replacements import Interval, Plan, Replacement
 from ppcl.search.error_model import ErrorModel
 from ppcl.search.pareto import RemovedBlocks, pareto_front
@@ -37,6 +38,21 @@ class Shortlist:
         """The mean recurrence of the boundaries of one plan."""
         shares = self.recurrence[removed].values()
         return sum(shares) / len(shares)
+
+
+def most_intervals(settings: Detection, blocks: int) -> int:
+    """The most intervals of a shortlist, of a teacher with so many blocks."""
+    return settings.max_candidates or max(16, blocks // 2)
+
+
+def longest_chain(settings: Detection, blocks: int) -> int:
+    """The most blocks that overlapping intervals of a shortlist cover together, in a teacher of so many blocks.
+
+    Only between such chains can a pipeline of ranks be cut. A large teacher needs eight ranks, so an eighth of its
+    blocks is the most; one that has fewer than eight intervals' worth of them needs fewer ranks.
+    """
+    eighth = blocks // 8
+    return eighth if eighth >= settings.max_length else 2 * settings.max_length
 
 
 def best_depth_plans(errors: ErrorModel, blocks: int, counts: Sequence[int]) -> dict[int, Plan]:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from ppcl.calibration.guidance import Guidance
-from ppcl.config.schema import Config
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, Replacement, TextRun
+from ppcl.config.schema import Config, Detection
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, Replacement, TextRun, sort_key
+from ppcl.search.shortlist import longest_chain, most_intervals
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import intervals
 from ppcl.sizing.model import Model, TeacherSize
@@ -167,17 +168,67 @@ class JobSize:
         return operations / (self.device.flops * self.device.utilisation)
 
     @property
+    def screened(self) -> JobSize:
+        """The job with the intervals of a shortlist instead of the chosen ones; see `assumed_shortlist`."""
+        shortlist = assumed_shortlist(self.config.detection, self.model)
+        students = replacement_sizes(self.config, self.model, shortlist).students
+        return replace(self, replacements=replace(self.replacements, students=students))
+
+    @property
     def variants(self) -> int:
         """The number of variants, without the teacher and the one of all replacements."""
         variants = self.config.variants
         return len(variants.budgets) + len(variants.blocks) + len(variants.targets) + len(variants.custom)
 
 
+def assumed_shortlist(settings: Detection, model: Model) -> list[Interval]:
+    """As many intervals as a shortlist has at most, spread over the blocks in chains of overlapping ones.
+
+    The chains are as long as they may be. So a full shortlist leaves the fewest places where a pipeline can be cut; one
+    of few intervals may leave more than are found in the end.
+    """
+    most, length = most_intervals(settings, len(model.blocks)), longest_chain(settings, len(model.blocks))
+    chains = [chain for span in model.block_ranges for chain in _parts(span, -(-len(span) // length))]
+    borders = [round(most * chain.stop / len(model.blocks)) for chain in chains]
+    counts = [behind - before for before, behind in zip([0, *borders], borders)]
+    return [i for chain, count in zip(chains, counts) for i in _overlapping(chain, count, settings.max_length)]
+
+
+def _overlapping(chain: range, count: int, longest: int) -> list[Interval]:
+    """At most `count` intervals over these blocks, as long as they may be, then shorter ones; by their blocks."""
+    found: list[Interval] = []
+    for length in range(min(longest, len(chain)), 1, -1):
+        firsts = range(chain.start, chain.stop - length + 1)
+        found += [Interval(first, first + length - 1) for first in _spread(firsts, count - len(found))]
+    return sorted(found, key=sort_key)
+
+
+def _parts(span: range, count: int) -> list[range]:
+    """Cut a list of blocks into so many runs of about the same length."""
+    borders = [span.start + i * len(span) // count for i in range(count + 1)]
+    return [range(first, stop) for first, stop in zip(borders, borders[1:])]
+
+
+def _spread(numbers: range, count: int) -> list[int]:
+    """At most `count` of them, spread evenly, the first and the last among them."""
+    last = len(numbers) - 1
+    return sorted({numbers[round(i * last / max(1, count - 1))] for i in range(count)})
+
+
 def assumed_plan(config: Config, model: Model, interval: int) -> list[Replacement]:
-    """What detection can find at most: a student for every `interval` blocks, text runs there too, all FFNs' kinds."""
-    width = config.width
+    """What is distilled to the end at most: a student and a text run for every `interval` blocks, all kinds of FFN.
+
+    Where intervals are measured and not screened, the whole shortlist is distilled.
+    """
+    width, detection = config.width, config.detection
     depth = intervals(model, interval)
-    runs = [TextRun(i.first, i.last) for i in depth if width.text and all("txt" in model.ffns[b] for b in i.blocks)]
+    if detection.method == "measured" and not detection.screens:
+        depth = assumed_shortlist(detection, model)
+    runs = [
+        TextRun(i.first, i.last)
+        for i in intervals(model, interval)
+        if width.text and all("txt" in model.ffns[b] for b in i.blocks)
+    ]
     blocks = [block for block, ffns in enumerate(model.ffns) if ffns]
     linear = [LinearFfn(block) for block in blocks[: width.linear_ffns]]
     pruned = [PrunedFfn(block, percent) for block in blocks for percent in sorted(set(width.ffn_keep_percents))]

@@ -76,8 +76,8 @@ def layouts(model: Model, plan: Sequence[Interval], batch: int, gpus: Sequence[i
 
 
 def longest_pipeline(model: Model, plan: Sequence[Interval]) -> int:
-    """The largest number of segments: no cut falls inside an interval."""
-    return len(model.blocks) - sum(len(interval.blocks) - 1 for interval in plan)
+    """The largest number of segments: no cut falls inside an interval. Intervals may overlap."""
+    return len(model.blocks) - len({block for interval in plan for block in interval.blocks[1:]})
 
 
 def longest_dividing(model: Model, plan: Sequence[Interval], gpus: int) -> int:

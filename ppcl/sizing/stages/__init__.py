@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from ppcl.sizing.job import JobSize, WorkerSize
-from ppcl.sizing.stages import calibration, detection, evaluation, finetuning, probes, students, variants
+from ppcl.sizing.stages import (
+    calibration,
+    detection,
+    evaluation,
+    finetuning,
+    probes,
+    screening,
+    selection,
+    students,
+    variants,
+)
 
-_STAGES = (calibration, probes, detection, students, variants, finetuning, evaluation)
+_STAGES = (calibration, probes, detection, screening, selection, students, variants, finetuning, evaluation)
 
 
 def worker_sizes(job: JobSize) -> list[WorkerSize]:

@@ -18,6 +18,11 @@ _ELIMINATION = 5.6
 
 
 def workers(job: JobSize) -> list[WorkerSize]:
+    """The ranks of the stage; where intervals are screened, all closed forms are made before it."""
+    return [rank_size(job, "students", closed_form=not job.config.detection.screens)]
+
+
+def rank_size(job: JobSize, stage: str, closed_form: bool) -> WorkerSize:
     """The fullest rank, at its fullest moment: the closed-form pass, its solving, or a training step."""
     settings, model, all_sizes = job.config.distillation, job.model, job.replacements
     plan = list(all_sizes.students)
@@ -25,28 +30,31 @@ def workers(job: JobSize) -> list[WorkerSize]:
     pp, dp = min(settings.pipeline_parallel, longest_pipeline(model, plan)), settings.data_parallel
     segments = [segment_of(rank, pp, len(model.blocks), plan, settings.train) for rank in range(pp)]
     fullest = max(
-        (moment for part in segments for moment in rank_moments(job, part)), key=lambda moment: sum(moment.values())
+        (moment for part in segments for moment in rank_moments(job, part, closed_form)),
+        key=lambda moment: sum(moment.values()),
     )
     trained = sum(all_sizes.students.values()) + (all_sizes.maps if settings.train == "all" else 0)
     step = None
     if not job.cpu and settings.train == "students":
         step = simulation.distillation_on(model, plan, settings.batch_size, pp, dp, job.device).step
-    return [
-        WorkerSize(
-            stage="students",
-            worker="rank",
-            count=settings.pipeline_parallel * dp,
-            device=fullest,
-            written=_SINGLE * trained + _DOUBLE * trained + job.number * all_sizes.maps,
-            sent=settings.steps * settings.batch_size * (pp - 1) * job.stream
-            + round(2 * (dp - 1) * GRADIENT_BYTES * trained * settings.steps),
-            seconds=None if step is None else step * settings.steps + _closed_form_seconds(job, pp, dp),
-        )
-    ]
+    fitting = _closed_form_seconds(job, pp, dp) if closed_form else 0.0
+    return WorkerSize(
+        stage=stage,
+        worker="rank",
+        count=settings.pipeline_parallel * dp,
+        device=fullest,
+        written=_SINGLE * trained + _DOUBLE * trained + job.number * all_sizes.maps,
+        sent=settings.steps * settings.batch_size * (pp - 1) * job.stream
+        + round(2 * (dp - 1) * GRADIENT_BYTES * trained * settings.steps),
+        seconds=None if step is None else step * settings.steps + fitting,
+    )
 
 
-def rank_moments(job: JobSize, part: range) -> Iterator[dict[str, int]]:
-    """What a rank with these blocks holds at each moment that can be its fullest."""
+def rank_moments(job: JobSize, part: range, closed_form: bool = True) -> Iterator[dict[str, int]]:
+    """What a rank with these blocks holds at each moment that can be its fullest, the training step last.
+
+    `closed_form`: whether it fits closed forms before it trains.
+    """
     settings, model = job.config.distillation, job.model
     own = job.replacements.within(part)
     samples = -(-settings.batch_size // settings.data_parallel)
@@ -55,19 +63,8 @@ def rank_moments(job: JobSize, part: range) -> Iterator[dict[str, int]]:
         "teacher": job.number * (model.rest + sum(model.blocks[b] for b in part)),
         "closed-form maps": _closed_form_bytes(job, own, settings.train),
     }
-    moments = [gram for _, gram in _grams(job, part)]
-    held = min(sum(moments), max(round(settings.moments_gb * 1e9), max(moments, default=0)))
-    yield base | {
-        "students": _SINGLE * trained,
-        "moments": held,
-        "activations": 2 * samples * job.stream + max(job.forward_bytes(samples), _counting(job, samples)),
-    }
-    largest = max((units for units, _ in _grams(job, part)), default=0)
-    yield base | {
-        "students": _SINGLE * trained,
-        "moments": held,
-        "solving": round(_ELIMINATION * _DOUBLE * largest**2),
-    }
+    if closed_form:
+        yield from _closed_form_moments(job, part, base | {"students": _SINGLE * trained}, samples)
     saved = max((model.memory[i.first].saved.of(samples) for i in own.students), default=0)
     yield base | {
         "students": STUDENT_BYTES * trained,
@@ -75,6 +72,22 @@ def rank_moments(job: JobSize, part: range) -> Iterator[dict[str, int]]:
         * job.stream
         * (len(_boundaries(own.students)) + (IN_FLIGHT if part.stop < len(model.blocks) else 0)),
         "activations": max(saved, job.forward_bytes(samples)),
+    }
+
+
+def _closed_form_moments(job: JobSize, part: range, base: dict[str, int], samples: int) -> Iterator[dict[str, int]]:
+    """While the samples pass, and while maps are solved for; `base`: what is there all the time."""
+    settings = job.config.distillation
+    moments = [gram for _, gram in _grams(job, part)]
+    held = min(sum(moments), max(round(settings.moments_gb * 1e9), max(moments, default=0)))
+    yield base | {
+        "moments": held,
+        "activations": 2 * samples * job.stream + max(job.forward_bytes(samples), _counting(job, samples)),
+    }
+    largest = max((units for units, _ in _grams(job, part)), default=0)
+    yield base | {
+        "moments": held,
+        "solving": round(_ELIMINATION * _DOUBLE * largest**2),
     }
 
 

@@ -11,6 +11,11 @@ _PLANS = 10
 
 
 def workers(job: JobSize) -> list[WorkerSize]:
+    return [evaluator_size(job, "variants")]
+
+
+def evaluator_size(job: JobSize, stage: str) -> WorkerSize:
+    """An evaluator of a stage that measures all replacements of the job, and plans of them."""
     samples, count = min(SEARCH_SAMPLES, job.held_out), job.config.evaluation.workers
     sizes, blocks = job.replacements, len(job.model.blocks)
     # By its first block: from there on, the teacher's blocks run again.
@@ -20,19 +25,22 @@ def workers(job: JobSize) -> list[WorkerSize]:
     plans = _PLANS * job.variants
     device, host = evaluator_memory(job)
     forwards = samples * (tails / blocks + plans + 1)
-    return [
-        WorkerSize(
-            stage="variants",
-            worker="evaluator",
-            count=count,
-            device=device,
-            host=host,
-            seconds=None if job.cpu else job.compute_seconds(forwards * job.forward_flops / count),
-        )
-    ]
+    return WorkerSize(
+        stage=stage,
+        worker="evaluator",
+        count=count,
+        device=device,
+        host=host,
+        seconds=None if job.cpu else job.compute_seconds(forwards * job.forward_flops / count),
+    )
 
 
 def evaluator_memory(job: JobSize) -> tuple[Bytes, Bytes]:
     """What an evaluator holds on its device, and on its host."""
-    activations = job.forward_bytes(job.config.evaluation.batch_size * job.sides_at_once)
-    return pipeline_memory(job, Loaded(activations, encoders=True, transformer=True, replacements=True))
+    loaded = Loaded(evaluator_activations(job), encoders=True, transformer=True, replacements=True)
+    return pipeline_memory(job, loaded)
+
+
+def evaluator_activations(job: JobSize) -> int:
+    """Bytes of the activations of a batch of evaluation."""
+    return job.forward_bytes(job.config.evaluation.batch_size * job.sides_at_once)

@@ -11,7 +11,8 @@ from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.sizing.device import Device
 from ppcl.sizing.fit import USABLE, check_fits, job_sentences, laid_out, refusal, too_large
-from ppcl.sizing.job import job_size
+from ppcl.sizing.job import assumed_shortlist, job_size
+from ppcl.sizing.memory import longest_pipeline
 from ppcl.sizing.model import TeacherSize
 from ppcl.sizing.stages import worker_sizes
 
@@ -37,6 +38,47 @@ def test_every_stage_of_the_default_job_is_sized(qwen):
     names = [stage.name for stage in stages_for("evaluation", STAGES)]
     assert list(dict.fromkeys(stage for stage, _ in found)) == names
     assert "finetuning" not in {one.stage for one in worker_sizes(job_of(qwen, finetuning={"steps": 0}))}
+
+
+def test_a_method_that_measures_nothing_has_neither_evaluators_of_detection_nor_screening(qwen):
+    found = {(one.stage, one.worker) for one in worker_sizes(job_of(qwen, detection={"method": "first_difference"}))}
+    assert ("detection", "task") in found and ("detection", "evaluator") not in found
+    assert not {"screening", "selection"} & {stage for stage, _ in found}
+    # Without a short distillation, all of the shortlist is distilled to the end.
+    unscreened = job_of(qwen, detection={"screening_steps": 0})
+    assert "screening" not in {one.stage for one in worker_sizes(unscreened)}
+    assert len(unscreened.replacements.students) == 30 and len(job_of(qwen).replacements.students) == 15
+
+
+def test_a_shortlist_is_assumed_with_the_fewest_places_to_cut(qwen):
+    settings = job_of(qwen).config.detection
+    shortlist = assumed_shortlist(settings, qwen.model)
+    assert len(set(shortlist)) == len(shortlist) == 30
+    # Chains of ten blocks each.
+    assert longest_pipeline(qwen.model, shortlist) == 6
+    few = assumed_shortlist(settings.model_copy(update={"max_candidates": 3, "max_length": 2}), qwen.model)
+    assert len(few) == 3 and all(len(interval.blocks) == 2 for interval in few)
+
+
+def test_every_kind_of_worker_that_does_not_fit_gets_advice(qwen):
+    job = job_of(qwen)
+    for one in worker_sizes(job):
+        if one.device_bytes:
+            assert re.search(
+                "; (set .* to .*|no setting makes it fit; use devices of .* GB or more)$", refusal(job, one, 30 * GB)
+            )
+
+
+def test_no_pipeline_is_advised_that_overlapping_intervals_may_not_be_cut_into(qwen):
+    said = refusal(job_of(qwen), worker(job_of(qwen), "screening"), 80 * GB)
+    assert said.endswith("; set distillation.pipeline_parallel to 6 or more")
+    said = refusal(job_of(qwen), worker(job_of(qwen), "screening"), 40 * GB)
+    found = re.search(
+        r"set distillation.pipeline_parallel to (\d+) or more and detection.max_candidates to (\d+) or", said
+    )
+    ranks, most = map(int, found.groups())
+    settings = job_of(qwen, detection={"max_candidates": most}).config.detection
+    assert ranks <= longest_pipeline(qwen.model, assumed_shortlist(settings, qwen.model))
 
 
 def test_the_pipeline_that_is_advised_fits_and_half_of_it_does_not(qwen):
@@ -78,7 +120,7 @@ def test_a_layout_uses_all_gpus_and_its_ranks_become_smaller(qwen):
     for gpus in (2, 8, 16):
         made = laid_out(config, qwen, gpus, 4)
         assert made.distillation.pipeline_parallel * made.distillation.data_parallel == gpus
-        assert made.finetuning.data_parallel == made.calibration.workers == gpus
+        assert made.finetuning.data_parallel == made.calibration.workers == made.detection.workers == gpus
         job = job_size(made, qwen, 1000, 4, Device())
         sizes.append([worker(job, stage).device_bytes for stage in ("probes", "students", "finetuning")])
     assert all(earlier > later for a, b in zip(sizes, sizes[1:]) for earlier, later in zip(a, b))

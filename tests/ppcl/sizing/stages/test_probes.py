@@ -27,3 +27,27 @@ def test_two_real_ranks_hold_what_is_computed(tmp_path):
     counted = max(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     (rank,) = probes.workers(sized.job_of(folder, [], **SECTIONS))
     assert 0.9 < rank.device_bytes / counted < 1.1
+
+
+def test_the_files_are_as_large_as_is_computed(tmp_path):
+    """With as many tokens to fit on as the default method keeps, of 12 of the 24 samples that are fitted on."""
+    sections = {
+        "calibration": {"held_out": 0.25},
+        "probes": {"batch_size": 8, "tokens_per_sample": 8},
+        "detection": {"fit_tokens": 96, "tokens": 64},
+    }
+    folder, out = sized.pipeline(tmp_path / "teacher"), tmp_path / "out"
+    out.mkdir()
+    job = sized.job_of(folder, [], **sections)
+    settings = job.config.detection
+    fit_probes(
+        Teacher(folder),
+        sized.SizedSamples(job.samples),
+        job.config.probes,
+        RunContext(out, out),
+        settings.tokens,
+        settings.fit_tokens,
+    )
+    written = sum(path.stat().st_size for path in out.iterdir())
+    (rank,) = probes.workers(job)
+    assert 0.9 < rank.written / written < 1.1
