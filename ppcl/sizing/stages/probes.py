@@ -34,18 +34,19 @@ def workers(job: JobSize) -> list[WorkerSize]:
         }
 
     fullest = max((rank(part) for part in parts), key=lambda one: sum(one.values()))
-    tokens = tokens_per_sample(settings, job.held_out, job.config.detection.tokens) * job.held_out
+    tokens = tokens_per_sample(settings, job.validation, job.config.detection.tokens) * job.validation
     kept = len(model.blocks) * 2 * tokens * model.width * _SINGLE
-    steps = -(-job.samples // batch)
+    samples = job.train + job.validation
+    steps = -(-samples // batch)
     return [
         WorkerSize(
             stage="probes",
             worker="rank",
             count=count,
             device=fullest,
-            host={"held-out tokens": kept // len(parts)},
+            host={"validation tokens": kept // len(parts)},
             written=kept + len(model.blocks) * 2 * _SINGLE * model.width**2,
-            sent=(len(parts) - 1) * job.samples * job.stream,
+            sent=(len(parts) - 1) * samples * job.stream,
             seconds=None if job.cpu else simulation.probes(model, batch, count, job.device).step * steps,
         )
     ]

@@ -11,7 +11,7 @@ _PLANS = 10
 
 
 def workers(job: JobSize) -> list[WorkerSize]:
-    samples, count = min(SEARCH_SAMPLES, job.held_out), job.config.evaluation.workers
+    samples, count = min(SEARCH_SAMPLES, job.validation), job.config.evaluation.workers
     sizes, blocks = job.replacements, len(job.model.blocks)
     # By its first block: from there on, the teacher's blocks run again.
     tails = sum(blocks - one.first for one in sizes.students) + sum(blocks - one.first for one in sizes.text)
