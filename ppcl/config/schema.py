@@ -58,10 +58,7 @@ class Sampling(Section):
 
 
 class Calibration(Section):
-    """The samples that everything is fitted and measured on: latents, timestep and prompt embedding.
-
-    The prompts are split in three: everything is fitted on train, chosen on validation, and reported on test.
-    """
+    """Samples of the teacher. Their prompts are split: train to fit on, validation to choose on, test to report on."""
 
     renamed: ClassVar[dict[str, str]] = {"limit": "max_prompts", "held_out": "validation"}
 
