@@ -1,6 +1,6 @@
 """How many pictures R needs: the width of its 95 % interval against the number of pictures, from a finished job.
 
-    python benchmarks/pictures_needed.py runs/demo --output benchmarks/results/pictures_needed.json
+    python benchmarks/pictures_needed.py runs/demo --variants p50 half --draws 100
 
 For each number, pictures are drawn with replacement from the result's own, equally many of each category, the same ones
 for the variant and the teacher; R and its paired bootstrap interval are computed as evaluation does. The width is the
