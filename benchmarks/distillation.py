@@ -37,6 +37,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ppcl.calibration.splits import Split
 from ppcl.config.schema import Distillation
 from ppcl.models import adapter_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
@@ -57,7 +58,7 @@ class RandomSamples:
     def __init__(self, count: int):
         self.count = count
 
-    def ids(self, held_out: bool) -> np.ndarray:
+    def ids(self, split: Split) -> np.ndarray:
         return np.arange(self.count)
 
     def batch(self, ids: Sequence[int], device: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def reference(options: argparse.Namespace, folder: Path, intervals: list[Interva
     optimizer = torch.optim.AdamW(students.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, foreach=True)
     samples, times = RandomSamples(256), []
     for step in range(options.steps):
-        inputs = samples.batch(batch_of(step, samples.ids(False), options.batch, 0), "cpu", torch.float32)
+        inputs = samples.batch(batch_of(step, samples.ids("train"), options.batch, 0), "cpu", torch.float32)
         with torch.no_grad():
             start = embed(model, inputs)
         loss = joint_loss(adapter, blocks, students, intervals, start, "normalized")

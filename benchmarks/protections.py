@@ -30,6 +30,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppcl.calibration.dataset import CalibrationSet
+from ppcl.calibration.splits import Split
 from ppcl.config.schema import Config, Distillation
 from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
 from ppcl.models.teacher import Teacher
@@ -55,8 +56,8 @@ class Watched:
         self.samples, self.adapter = samples, teacher.adapter
         self.noise = torch.zeros(0)
 
-    def ids(self, held_out: bool) -> np.ndarray:
-        return self.samples.ids(held_out)
+    def ids(self, split: Split) -> np.ndarray:
+        return self.samples.ids(split)
 
     def batch(self, ids: Sequence[int], device: str, dtype: torch.dtype) -> dict[str, Any]:
         inputs = self.samples.batch(ids, device, dtype)
@@ -178,7 +179,7 @@ def velocity_errors(
 ) -> tuple[float, float]:
     """The velocity error on held-out samples with all students on: of all, and of those with more noise than image."""
     model, switch = teacher.transformer(), VariantSwitcher(teacher, files_in(students))
-    ids = samples.ids(held_out=True)
+    ids = samples.ids("validation")
     parts = [
         variant_errors(model, switch, {"all": intervals}, samples.batch(ids[i : i + 32], "cpu", torch.float32))["all"]
         for i in range(0, len(ids), 32)

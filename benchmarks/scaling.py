@@ -48,6 +48,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.distillation import SIDE, TEXT_TOKENS, RandomSamples, joint_loss, make_teacher
+from ppcl.calibration.splits import Split
 from ppcl.config.schema import Distillation, Probes
 from ppcl.detection import fit_probes as probes_run
 from ppcl.linalg import Moments
@@ -149,8 +150,8 @@ def _distil(
 
 def _probe(options: argparse.Namespace, folder: Path, pp: int, step_done: Callable[[], None]) -> None:
     class Fitted(RandomSamples):
-        def ids(self, held_out: bool) -> np.ndarray:
-            return np.arange(1 if held_out else options.batch * options.steps)
+        def ids(self, split: Split) -> np.ndarray:
+            return np.arange(1 if split == "validation" else options.batch * options.steps)
 
     with tempfile.TemporaryDirectory() as out:
         probes_run.fit_probes(
@@ -184,7 +185,7 @@ def _fsdp(options: argparse.Namespace, folder: Path, step_done: Callable[[], Non
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02, foreach=True)
     samples = RandomSamples(256)
     for step in range(options.steps):
-        rows = batch_of(step, samples.ids(False), options.batch, 0)[rank::world]
+        rows = batch_of(step, samples.ids("train"), options.batch, 0)[rank::world]
         with torch.no_grad():
             start = embed(model, samples.batch(rows, "cpu", BF16))
         loss = joint_loss(adapter, blocks, students, intervals, start, "relative")

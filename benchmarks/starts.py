@@ -35,7 +35,7 @@ from ppcl.training.run_context import RunContext
 
 def velocity_error(teacher: Teacher, students: Path, intervals: list[Interval], samples: CalibrationSet) -> float:
     model, switch = teacher.transformer(), VariantSwitcher(teacher, files_in(students))
-    ids = samples.ids(held_out=True)
+    ids = samples.ids("validation")
     parts = [
         variant_errors(model, switch, {"all": intervals}, samples.batch(ids[i : i + 32]))["all"]
         for i in range(0, len(ids), 32)

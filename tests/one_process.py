@@ -69,11 +69,11 @@ def _run_rank(
 class _EvaluatorHere:
     """In place of `EvaluatorPool`."""
 
-    def __init__(self, context: Any):
+    def __init__(self, context: Any, replacements: str | None = "students", workers_of: Any = None):
         from jobs.runtime.evaluator_pool import _Evaluator
 
         self.evaluator = _Evaluator(_NO_HEARTBEAT)
-        self.evaluator.load(context.for_workers())
+        self.evaluator.load(context.for_workers(), replacements, 1)
 
     def __enter__(self) -> _EvaluatorHere:
         return self

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ppcl.calibration.splits import Split
 from ppcl.demo import text
 from tests import tiny
 
 
 class MemorySamples:
-    """`count` samples, the last quarter held out; prompts have 4 to 7 tokens."""
+    """`count` samples, the last quarter both of validation and of test; prompts have 4 to 7 tokens."""
 
     def __init__(self, count: int = 32, seed: int = 0):
         g = torch.Generator().manual_seed(seed)
@@ -24,9 +25,9 @@ class MemorySamples:
         self.mask[:, :4] = 1
         self.embeddings = torch.randn(count, 7, text.WIDTH, generator=g) * self.mask[..., None]
 
-    def ids(self, held_out: bool) -> np.ndarray:
-        split = self.count - self.count // 4
-        return np.arange(split, self.count) if held_out else np.arange(split)
+    def ids(self, split: Split) -> np.ndarray:
+        border = self.count - self.count // 4
+        return np.arange(border) if split == "train" else np.arange(border, self.count)
 
     def batch(self, ids: Sequence[int], device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         rows = torch.as_tensor(np.asarray(ids))

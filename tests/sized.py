@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from diffusers import QwenImageTransformer2DModel
 
+from ppcl.calibration.splits import Split
 from ppcl.config.schema import Config
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement
@@ -55,14 +56,14 @@ def job_of(folder: Path, plan: Sequence[Replacement], **sections: Any) -> JobSiz
 
 
 class SizedSamples:
-    """`count` random samples, the last quarter held out; no text is padded."""
+    """`count` random samples, the last quarter both of validation and of test; no text is padded."""
 
     def __init__(self, count: int = 32):
         self.count = count
 
-    def ids(self, held_out: bool) -> np.ndarray:
-        split = self.count - self.count // 4
-        return np.arange(split, self.count) if held_out else np.arange(split)
+    def ids(self, split: Split) -> np.ndarray:
+        border = self.count - self.count // 4
+        return np.arange(border) if split == "train" else np.arange(border, self.count)
 
     def batch(self, ids: Any, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         rows, side = len(ids), PIXELS // 16

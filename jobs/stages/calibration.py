@@ -79,7 +79,8 @@ def run(context: StageContext) -> dict[str, Any]:
         batch_files.publish(work.embeddings, _names(to_encode), folder / dataset.PROMPTS)
         _make(_Sampler, work, sizes, watchdog, lambda done: progress(count + done, 2 * count))
         batch_files.publish(work.states, _names(sizes), folder / dataset.STATES)
-    made = dataset.finish(folder, context.teacher.adapter.transformer, config.seed, config.calibration.held_out)
+    shares = config.calibration.validation, config.calibration.test
+    made = dataset.finish(folder, context.teacher.adapter.transformer, config.seed, *shares)
     notes = [f"calibration: {reason}; others did its work" for reason in watchdog.killed]
     return {"prompts": count, **made, "notes": notes}
 

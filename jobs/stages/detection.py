@@ -87,7 +87,7 @@ def _measure(context: StageContext) -> tuple[dict[str, Any], list[Interval], lis
     """Measure every interval in closed form: the record, the shortlist, plans of some lengths, and notes."""
     settings, progress, block_ranges = context.config.detection, context.events, _block_ranges(context)
     calibration, probes = context.inputs["calibration"], context.inputs["probes"]
-    ids = spread_samples(CalibrationSet.of(calibration).ids(held_out=True), settings.samples)
+    ids = spread_samples(CalibrationSet.of(calibration).ids("validation"), settings.samples)
     candidates = candidate_intervals(block_ranges, settings.max_length)
     work = [
         (tuple(group), chunk)

@@ -12,6 +12,7 @@ from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, offload_of, wo
 from jobs.stage import Stage, StageContext
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.calibration.prompts import read_prompts
+from ppcl.calibration.splits import SPLIT_NAMES
 from ppcl.config.schema import Config
 from ppcl.evaluation.image_scores import ImageScorer
 from ppcl.evaluation.images import TIMED_ROUNDS, image_path, load_images, seconds_per_step
@@ -26,12 +27,17 @@ from ppcl.training.data import spread_samples
 
 
 def run(context: StageContext) -> dict[str, Any]:
-    """Velocity errors, images, scores and seconds a step of every variant; writes `evaluation.json`."""
+    """Velocity errors, images, scores and seconds a step of every variant; writes `evaluation.json`.
+
+    Nothing was fitted or chosen on the samples; nor on the prompts, except those that a note counts.
+    """
     config, folder = context.config, context.folder
     catalog = read_catalog(context.inputs["variants"].folder)
     plans = {name: variant.plan for name, variant in catalog.variants.items()}
     samples = CalibrationSet.of(context.inputs["calibration"])
-    prompts = _prompts(config, samples)
+    seen = samples.seen_prompts()
+    prompts = _prompts(config, samples, seen)
+    splits = _splits(samples, prompts, seen)
     measured, offload, notes = _measure(context, plans, samples, [prompt.text for prompt in prompts])
     download(folder)
     scores, right = _score_images(context, list(plans), prompts)
@@ -39,11 +45,17 @@ def run(context: StageContext) -> dict[str, Any]:
         "variants": {name: measured[name] | scores[name] for name in plans},
         "prompts": [prompt.to_json() for prompt in prompts],
         "right": right,
+        "splits": splits,
         "sampling": config.sampling.model_dump(mode="json"),
         "device": context.device,
         "offload": offload,
     }
     write_atomically(folder / "evaluation.json", json.dumps(record))
+    if count := splits["seen_prompts"]:
+        notes.append(
+            f"{count} of {len(prompts)} test prompts are also among the calibration prompts that things were fitted or "
+            "chosen on"
+        )
     return {"pictures": len(plans) * len(prompts), "notes": [f"evaluation: {note}" for note in notes]}
 
 
@@ -52,7 +64,7 @@ def _measure(
 ) -> tuple[dict[str, dict[str, Any]], str, list[str]]:
     """By variant, what is measured by running it, and what became of `memory.offload`; images go to the folder."""
     calibration, size, progress = context.inputs["calibration"], context.config.evaluation.batch_size, context.events
-    ids = chunks_of(spread_samples(samples.ids(held_out=True), REPORT_SAMPLES), size)
+    ids = chunks_of(spread_samples(samples.ids("test"), REPORT_SAMPLES), size)
     work = [(name, chunk) for name in plans for chunk in chunks_of(list(range(len(texts))), size)]
     with EvaluatorPool(context) as evaluators:
         offload, notes = offload_of(evaluators)
@@ -102,8 +114,11 @@ def _score_images(
     return {name: score.record for name, score in scores.items()}, correct
 
 
-def _prompts(config: Config, calibration: CalibrationSet) -> list[TestPrompt]:
-    """The test prompts: those of the configuration, else the checker's, else calibration's held-out ones."""
+def _prompts(config: Config, calibration: CalibrationSet, seen: set[str]) -> list[TestPrompt]:
+    """The test prompts: those of the configuration, else the checker's, else those of calibration's split test.
+
+    `seen`: prompts that variants were fitted or chosen on; the checker gives others, as far as it has them.
+    """
     settings = config.evaluation
     if settings.prompts is not None:
         texts = [
@@ -113,8 +128,14 @@ def _prompts(config: Config, calibration: CalibrationSet) -> list[TestPrompt]:
             named_prompts(load_checker(settings.checker), texts) if settings.checker else [TestPrompt(t) for t in texts]
         )
     if settings.checker:
-        return checker_prompts(load_checker(settings.checker), settings.max_prompts, config.seed)
-    return [TestPrompt(text) for _, text in calibration.prompts(held_out=True)][: settings.max_prompts]
+        return checker_prompts(load_checker(settings.checker), settings.max_prompts, config.seed, seen)
+    return [TestPrompt(text) for _, text in calibration.prompts("test")][: settings.max_prompts]
+
+
+def _splits(samples: CalibrationSet, prompts: list[TestPrompt], seen: set[str]) -> dict[str, int]:
+    """What the report says of its data: prompts of each split, and test prompts that are of the other two as well."""
+    counts = {split: len(samples.prompt_ids(split)) for split in SPLIT_NAMES}
+    return counts | {"seen_prompts": sum(prompt.text in seen for prompt in prompts)}
 
 
 def _also_reads(context: StageContext) -> list[Any]:

@@ -47,7 +47,7 @@ def search_plans(context: StageContext, replacements: str) -> PlanSearch:
     calibration, files = context.inputs["calibration"], context.inputs[replacements]
     settings, size = config.variants, config.evaluation.batch_size
     counts = parameter_counts(teacher, replacement_files(files.paths()))
-    ids = spread_samples(CalibrationSet.of(calibration).ids(held_out=True), SEARCH_SAMPLES)
+    ids = spread_samples(CalibrationSet.of(calibration).ids("validation"), SEARCH_SAMPLES)
     chunks = chunks_of(ids, size)
     with EvaluatorPool(context, replacements) as evaluators:
         _, notes = offload_of(evaluators)

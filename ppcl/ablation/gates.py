@@ -65,7 +65,7 @@ def learned_gates(
     logits = torch.zeros(len(blocks), device=device, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=_RATE)
     generator = torch.Generator().manual_seed(seed)
-    ids, gates = samples.ids(held_out=False), [torch.ones(len(blocks), device=device)]
+    ids, gates = samples.ids("train"), [torch.ones(len(blocks), device=device)]
     gated = {number: _Gated(adapter, block, gates, number) for number, block in enumerate(blocks)}
     for step in range(steps):
         inputs = {**samples.batch(batch_of(step, ids, batch_size, seed), device, dtype), "return_dict": False}

@@ -1,4 +1,4 @@
-"""Measuring the rows of the ablation: velocity error on held-out samples, and images that a checker looks at."""
+"""Measuring the rows of the ablation: velocity error on the split test, and images that a checker looks at."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class RowMeasurer:
         images = Images(evaluation.batch_size, sampling.height, sampling.width)
         place(self.pipeline, self.device, self.config.memory, images)
         self.checker = load_checker(evaluation.checker) if evaluation.checker else None
-        self.prompts = checker_prompts(self.checker, evaluation.max_prompts, self.config.seed) if self.checker else []
+        seen = self.samples.seen_prompts()
+        self.prompts = (
+            checker_prompts(self.checker, evaluation.max_prompts, self.config.seed, seen) if self.checker else []
+        )
 
     @torch.no_grad()
     def measure(
@@ -82,7 +85,7 @@ class RowMeasurer:
         return row
 
     def _velocity_error(self, switch: VariantSwitcher, plan: Sequence[Replacement]) -> float:
-        ids, size = self.samples.ids(held_out=True), self.config.evaluation.batch_size
+        ids, size = self.samples.ids("test"), self.config.evaluation.batch_size
         batches = (self.samples.batch(ids[i : i + size], self.device, self.dtype) for i in range(0, len(ids), size))
         sums = (variant_errors(self.pipeline.transformer, switch, {"row": plan}, batch)["row"] for batch in batches)
         return ErrorSums.joined(sums).overall()

@@ -151,7 +151,7 @@ def choices(
         tokens = load_file(tokens_file(inputs.probes, boundary))
         boundaries.append([tokens[name] for name in ("img", "txt") if name in tokens])
     similar = selection.adjacent_similarity(boundaries)
-    ids = calibration.ids(held_out=False)[:_LOOKED_AT]
+    ids = calibration.ids("train")[:_LOOKED_AT]
     batches = [calibration.batch(ids, transformer.device, transformer.dtype)]
     errors = selection.skip_errors(transformer, batches, lambda _: None)
     table = (detection.get("cka") or detection["cka_standardized"])[detection["stream"]]

@@ -44,7 +44,7 @@ class SequentialRun:
         """Train the students of `intervals` and write them to `folder/<interval>.safetensors`. `tell(steps)` counts."""
         adapter, dims = self.teacher.adapter, ParallelDims()
         segment, trainees = self._trainees(sorted(intervals, key=sort_key), dims)
-        ids, pipeline_stage = self.samples.ids(held_out=False), PipelineStage(0, 1, 0)
+        ids, pipeline_stage = self.samples.ids("train"), PipelineStage(0, 1, 0)
         spec = CaptureSpec(frozenset({0, *(interval.last + 1 for interval in trainees)}))
         for step in range(self.settings.steps):
             rows = batch_of(step, ids, self.settings.batch_size, self.seed)
@@ -73,7 +73,7 @@ class SequentialRun:
                 segment.stream(self.samples.batch(ids, self.device, segment.dtype), pipeline_stage, consumers)
 
             closed_form = ClosedForm(list(objectives.values()), settings, run)
-            closed_form.fit(stream, self.samples.ids(held_out=False), lambda objective: None)
+            closed_form.fit(stream, self.samples.ids("train"), lambda objective: None)
         return segment, {interval: Trainee(objective, settings, dims) for interval, objective in objectives.items()}
 
     def _train_step(

@@ -3,7 +3,7 @@
     prompts/*.parquet   prompt_id, prompt, one column a prompt argument; the negative prompt has the id -1
     states/*.parquet    sample_id, prompt_id, embedding_id, timestep, latents
     call.json           the transformer's class and the arguments that all samples share
-    held_out.json       the ids of the held-out prompts
+    splits.json         the ids of the prompts of the splits validation and test; all others are of train
 
 Row groups are small, so that reading one sample reads about a megabyte around it.
 """
@@ -23,14 +23,17 @@ import pyarrow.parquet as pq
 import torch
 
 from ppcl.calibration.encoding import Embedding, collate
-from ppcl.calibration.seeding import hashes, held_out
+from ppcl.calibration.splits import LEAST_PROMPTS, Split, hashes, split_prompts
 from ppcl.calibration.trajectory_recorder import Call, State
 from ppcl.errors import UserError
 from ppcl.models import adapter_of
 from ppcl.storage.atomic import replacing
 from ppcl.storage.manifest import StageFiles, write_atomically
 
-PROMPTS, STATES, CALL, HELD_OUT = "prompts", "states", "call.json", "held_out.json"
+PROMPTS, STATES, CALL, SPLITS = "prompts", "states", "call.json", "splits.json"
+# In place of `SPLITS` in results of 0.1.0, which reported on the prompts that they chose on.
+_HELD_OUT = "held_out.json"
+_SEEN: tuple[Split, ...] = ("train", "validation")
 
 _TENSOR = pa.struct([("data", pa.binary()), ("shape", pa.list_(pa.int32())), ("dtype", pa.string())])
 _STATE_SCHEMA = pa.schema(
@@ -107,15 +110,26 @@ def write_call(folder: Path, transformer: str, call: Call) -> None:
     write_atomically(folder / CALL, json.dumps({"transformer": transformer, **vars(call)}, indent=1))
 
 
-def write_held_out(folder: Path, prompt_ids: Sequence[int]) -> None:
-    write_atomically(folder / HELD_OUT, json.dumps([int(i) for i in prompt_ids]))
+def write_splits(folder: Path, validation: Sequence[int], test: Sequence[int]) -> None:
+    """Write the ids of the prompts of these two splits."""
+    splits = {"validation": [int(i) for i in validation], "test": [int(i) for i in test]}
+    write_atomically(folder / SPLITS, json.dumps(splits))
 
 
-def finish(folder: Path, transformer: str, seed: int, share: float) -> dict[str, int]:
+def _read_splits(folder: Path) -> dict[Split, np.ndarray]:
+    """The ids of the prompts of validation and test; the same ones for both in results of 0.1.0."""
+    if (folder / SPLITS).exists():
+        splits = json.loads((folder / SPLITS).read_text())
+    else:
+        splits = dict.fromkeys(("validation", "test"), json.loads((folder / _HELD_OUT).read_text()))
+    return {split: np.array(ids, dtype=np.int64) for split, ids in splits.items()}
+
+
+def finish(folder: Path, transformer: str, seed: int, validation: float, test: float) -> dict[str, int]:
     """Split the prompts of a folder of embeddings and states, write what all samples share, and count.
 
-    `share`: of the prompts that are held out. Reads no latents and no embeddings; memory: 8 bytes a sample, 16 a
-    prompt. Raises `UserError` where no state is finite, or those of one prompt only.
+    `validation`, `test`: shares of the prompts that have finite states. Reads no latents and no embeddings; memory: 8
+    bytes a sample, 16 a prompt. Raises `UserError` where no state is finite, or those of too few prompts.
     """
     notes = [read_notes(path) for path in sorted((folder / STATES).glob("*.parquet"))]
     call = next((call for _, call in notes if call is not None), None)
@@ -124,14 +138,17 @@ def finish(folder: Path, transformer: str, seed: int, share: float) -> dict[str,
     if not count or call is None:
         raise UserError("all states of the teacher are NaN or infinite; check its weights and its precision")
     ids, hashed = _hashed_prompts(folder / PROMPTS, np.unique(np.concatenate(samples)), seed)
-    if (hashed == hashed[0]).all():
+    if (different := len(np.unique(hashed))) < LEAST_PROMPTS:
         raise UserError(
-            "only 1 prompt has finite states and at least 2 are needed; give more prompts or check the teacher"
+            f"only {different} different prompt{'s have' if different > 1 else ' has'} finite states and at least "
+            f"{LEAST_PROMPTS} are needed, one to train, one to validate and one to test; give more prompts or check "
+            "the teacher"
         )
-    out = ids[held_out(hashed, share)]
+    splits = {split: ids[rows] for split, rows in split_prompts(hashed, validation, test).items()}
     write_call(folder, transformer, call)
-    write_held_out(folder, out)
-    return {"held_out_prompts": len(out), "samples": count, "dropped": sum(dropped for dropped, _ in notes)}
+    write_splits(folder, splits["validation"], splits["test"])
+    counts = {f"{split}_prompts": len(prompts) for split, prompts in splits.items()}
+    return counts | {"samples": count, "dropped": sum(dropped for dropped, _ in notes)}
 
 
 def _hashed_prompts(folder: Path, wanted: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +248,8 @@ class CalibrationSet:
     def __init__(self, folder: str | Path, files: Sequence[Path] | None = None):
         self.folder = Path(folder)
         files = sorted(self.folder.glob("*/*.parquet")) if files is None else files
-        if not (self.folder / CALL).exists() or not (self.folder / HELD_OUT).exists():
+        has_splits = any((self.folder / name).exists() for name in (SPLITS, _HELD_OUT))
+        if not (self.folder / CALL).exists() or not has_splits:
             raise UserError(f"{self.folder} holds no complete calibration set; run ppcl compress again")
         call = json.loads((self.folder / CALL).read_text())
         self.adapter = adapter_of(call["transformer"])
@@ -240,23 +258,35 @@ class CalibrationSet:
         prompts = [path for path in files if path.parent.name == PROMPTS]
         self._states = _Rows(self.folder / STATES, states, "sample_id", also=["prompt_id"])
         self._prompts = _Rows(self.folder / PROMPTS, prompts, "prompt_id")
-        self._held_out = np.array(json.loads((self.folder / HELD_OUT).read_text()), dtype=np.int64)
+        self._splits = _read_splits(self.folder)
 
-    def ids(self, held_out: bool) -> np.ndarray:
-        """Sample ids of one side of the split, ascending. Samples of one prompt are all on the same side."""
-        on_side = np.isin(self._states.others["prompt_id"], self._held_out) == held_out
-        return self._states.ids[on_side]
+    def ids(self, split: Split) -> np.ndarray:
+        """Sample ids of one split, ascending. Samples of one prompt are all of the same split."""
+        return self._states.ids[self._is_of(split, self._states.others["prompt_id"])]
 
-    def prompts(self, held_out: bool) -> list[tuple[int, str]]:
-        """(prompt id, prompt) of one side of the split, ascending; only prompts that have samples."""
+    def prompt_ids(self, split: Split) -> np.ndarray:
+        """The ids of the prompts of one split that have samples, ascending."""
         sampled = np.unique(self._states.others["prompt_id"])
-        wanted = set(sampled[np.isin(sampled, self._held_out) == held_out].tolist())
+        return sampled[self._is_of(split, sampled)]
+
+    def prompts(self, split: Split) -> list[tuple[int, str]]:
+        """(prompt id, prompt) of one split, ascending; only prompts that have samples."""
+        wanted = set(self.prompt_ids(split).tolist())
         found = []
         for path in self._prompts.files:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(columns=["prompt_id", "prompt"]):
                     found += [(i, t) for i, t in zip(*batch.to_pydict().values(), strict=True) if i in wanted]
         return sorted(found)
+
+    def seen_prompts(self) -> set[str]:
+        """The prompts that something was fitted or chosen on: those of train and validation."""
+        return {text for split in _SEEN for _, text in self.prompts(split)}
+
+    def _is_of(self, split: Split, prompt_ids: np.ndarray) -> np.ndarray:
+        if split == "train":
+            return ~np.isin(prompt_ids, np.concatenate(list(self._splits.values())))
+        return np.isin(prompt_ids, self._splits[split])
 
     def batch(
         self, ids: Sequence[int] | np.ndarray, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32

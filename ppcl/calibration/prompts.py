@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ppcl.calibration.splits import LEAST_PROMPTS
 from ppcl.config.location import LocationLike
 from ppcl.errors import UserError
 from ppcl.storage.manifest import key_of
@@ -56,12 +57,12 @@ def check_prompts(
     column: str,
     image_column: str | None = None,
     limit: int | None = None,
-    different: int = 2,
+    different: int = LEAST_PROMPTS,
 ) -> str:
     """Read a prompt file once, so that its mistakes are found before any work is done; return a hash of its content.
 
-    `different`: how many prompts must differ: 2 where some are held out, 1 where none are. Images enter the hash by
-    path, size and time of change. Raises `UserError` as `read_prompts` does, for fewer than `different` prompts that
+    `different`: how many prompts must differ; by default one for each split. Images enter the hash by path, size and
+    time of change. Raises `UserError` as `read_prompts` does, for fewer than `different` prompts that
     differ, and for images that do not exist.
     """
     count = 0
@@ -69,7 +70,7 @@ def check_prompts(
     images: list[tuple[Any, ...]] = []
     for prompt in read_prompts(location, column, image_column, limit):
         count += 1
-        if len(texts) < 2:
+        if len(texts) < different:
             texts.add(prompt.text)
         if prompt.image is not None:
             version = file_version(Path(prompt.image))
@@ -80,8 +81,9 @@ def check_prompts(
         raise UserError(f"the prompt file {location} holds no prompts")
     if len(texts) < different:
         raise UserError(
-            f"the prompt file {location} gives only 1 different prompt{f' in its first {limit}' if limit else ''}; at "
-            "least 2 are needed, since some are held out"
+            f"the prompt file {location} gives only {len(texts)} different prompt{'s' if len(texts) > 1 else ''}"
+            f"{f' in its first {limit}' if limit else ''}; at least {different} are needed, one to train, one to "
+            "validate and one to test"
         )
     path = local_file(location)
     return key_of(file_sha256(path), path.suffix, images)

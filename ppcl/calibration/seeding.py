@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -37,26 +36,3 @@ def chosen_steps(seed: int, prompt_id: int, count: int, steps: int) -> list[int]
     if count >= steps:
         return list(range(steps))
     return [int(position * steps) for position in strata(seed, prompt_id, count)]
-
-
-def hashes(texts: Iterable[str], seed: int) -> np.ndarray:
-    """One number a prompt, `(n,) int64`, the same for the same text: what `held_out` orders prompts by."""
-    return np.fromiter((seed_of("held out", seed, text) for text in texts), np.int64)
-
-
-def held_out(hashes: np.ndarray, share: float) -> np.ndarray:
-    """Indices of the held-out prompts, in order: `share` of them, at least one, and never all.
-
-    The order is a hash of the text: the same prompt written twice falls on one side, which moves the border a little.
-    There are at least two different prompts.
-    """
-    order = np.argsort(hashes, kind="stable")
-    border = min(max(round(share * len(order)), 1), len(order) - 1)
-    last = border
-    while last < len(order) and hashes[order[last]] == hashes[order[last - 1]]:
-        last += 1
-    if last == len(order):
-        last = border
-        while hashes[order[last]] == hashes[order[last - 1]]:
-            last -= 1
-    return np.sort(order[:last])

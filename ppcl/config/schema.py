@@ -58,9 +58,9 @@ class Sampling(Section):
 
 
 class Calibration(Section):
-    """The samples that everything is fitted and measured on: latents, timestep and prompt embedding."""
+    """Samples of the teacher. Their prompts are split: train to fit on, validation to choose on, test to report on."""
 
-    renamed: ClassVar[dict[str, str]] = {"limit": "max_prompts"}
+    renamed: ClassVar[dict[str, str]] = {"limit": "max_prompts", "held_out": "validation"}
 
     source: Literal["trajectories", "images"] = Field(
         "trajectories",
@@ -73,16 +73,26 @@ class Calibration(Section):
     states_per_prompt: int = Field(
         4, ge=1, description="timesteps kept of each prompt's trajectory, or noised of each image"
     )
-    held_out: float = Field(
+    validation: Share = Field(
         0.125,
-        gt=0,
-        lt=1,
-        description="share of the prompts held out for CKA and velocity errors; nothing is fitted on them",
+        description="share of the prompts that CKA, sensitivities and plans are measured on; nothing is fitted on them",
+    )
+    test: Share = Field(
+        0.125, description="share of the prompts that evaluation alone looks at; nothing is fitted or chosen on them"
     )
     batch_size: int = Field(16, json_schema_extra=OPERATIONAL, ge=1, description="prompts per batch")
     workers: int = Field(
         1, json_schema_extra=OPERATIONAL, ge=1, description="Ray actors that encode prompts and run the teacher"
     )
+
+    @model_validator(mode="after")
+    def _leaves_prompts_to_train_on(self) -> Calibration:
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation and test are {self.validation:g} and {self.test:g}, which leaves no prompts to train on; "
+                "give shares whose sum is below 1"
+            )
+        return self
 
 
 class Probes(Section):
@@ -110,7 +120,7 @@ class Detection(Section):
         "threshold; uniform: blocks spread evenly",
     )
     max_length: int = Field(5, ge=2, description="measured: blocks of the longest interval that is tried")
-    samples: int = Field(64, ge=2, description="measured: held-out samples on which intervals are tried")
+    samples: int = Field(64, ge=2, description="measured: samples of the split validation on which intervals are tried")
     resamples: int = Field(
         50, ge=0, description="measured: resamples of the samples, which tell how certain the choice is"
     )
@@ -143,7 +153,9 @@ class Detection(Section):
         False, description="compute CKA both with and without z-scored channels, for the report; costs as much again"
     )
     tokens: int = Field(
-        4096, ge=4, description="maximum held-out tokens of a stream for CKA, whose standard error is reported"
+        4096,
+        ge=4,
+        description="maximum tokens of a stream for CKA, of the split validation, whose standard error is reported",
     )
 
     @property
@@ -369,7 +381,7 @@ class Evaluation(Section):
     renamed: ClassVar[dict[str, str]] = {"world": "checker", "limit": "max_prompts"}
 
     prompts: Location | None = Field(
-        None, description="prompts of the test images; null: the held-out prompts of calibration"
+        None, description="prompts of the test images; null: the checker's, or those of calibration's split test"
     )
     max_prompts: int | None = Field(64, ge=1, description="maximum number of test prompts to use; null: all")
     batch_size: int = Field(16, ge=1, description="images per batch")

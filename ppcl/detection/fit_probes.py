@@ -62,7 +62,7 @@ def fit_probes(
     part = balanced_segments([1.0] * count, dims.pp)[dims.pp_rank]
     segment = TeacherSegment(teacher, part, [], device, run.dtype(precision))
     pipeline_stage = PipelineStage(dims.pp_rank, dims.pp, dims.rank)
-    fitted, held_out = samples.ids(held_out=False), samples.ids(held_out=True)
+    fitted, held_out = samples.ids("train"), samples.ids("validation")
     total = len(fitted) + len(held_out)
 
     # By block and stream; those of an FFN's own map are called `ffn_img` and `ffn_txt`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
 
@@ -32,18 +32,20 @@ def load_checker(name: str) -> ModuleType:
     return importlib.import_module(_CHECKERS[name])
 
 
-def checker_prompts(checker: ModuleType, limit: int | None, seed: int) -> list[TestPrompt]:
+def checker_prompts(checker: ModuleType, limit: int | None, seed: int, seen: Collection[str] = ()) -> list[TestPrompt]:
     """Captions that were held out of training, equally many of each category, in an order drawn from the seed.
 
     A category without held-out captions gives its trained ones. Where a category has fewer than its part, its captions
-    come again, to be drawn with other noise. `limit`: prompts in total; None: every held-out caption once.
+    come again, to be drawn with other noise. `limit`: prompts in total; None: every held-out caption once. `seen`:
+    captions that a variant was fitted or chosen on; they come after all others of their category.
     """
     rng = np.random.default_rng(seed)
     by_category = {}
     for category in checker.CATEGORIES:
         captions = [c for c in checker.captions() if c.category == category]
         chosen = [c for c in captions if c.held_out] or captions
-        by_category[category] = [TestPrompt(chosen[i].text, category) for i in rng.permutation(len(chosen))]
+        texts = [chosen[i].text for i in rng.permutation(len(chosen))]
+        by_category[category] = [TestPrompt(text, category) for text in sorted(texts, key=lambda text: text in seen)]
     if limit is None:
         return [prompt for prompts in by_category.values() for prompt in prompts]
     part, rest = divmod(limit, len(by_category))

@@ -1,4 +1,4 @@
-"""How many held-out samples are measured on; `ppcl.training.data.spread_samples` says which."""
+"""How many samples are measured on, of validation and of test; `ppcl.training.data.spread_samples` says which."""
 
 # Samples for the sensitivity of each replacement, and to compare candidate plans.
 SEARCH_SAMPLES = 192

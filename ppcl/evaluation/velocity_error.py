@@ -1,4 +1,4 @@
-"""Velocity errors against the teacher, on held-out calibration samples: ‖v - v_T‖² / ‖v_T‖².
+"""Velocity errors against the teacher, on calibration samples of validation or test: ‖v - v_T‖² / ‖v_T‖².
 
 Everything is kept as sums of squares a sample, which add up exactly over batches and workers.
 """

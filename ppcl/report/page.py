@@ -127,10 +127,26 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("Blocks", None if blocks is None else str(blocks)),
         ("Parameters", numbers.count(made["parameters"]) if made else None),
         ("Device", results.stage("evaluation").get("device")),
+        ("Measured on", _measured_on(results.stage("evaluation"))),
         ("Written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("ppcl", _version()),
     ]
     return [(name, value) for name, value in facts if value is not None]
+
+
+def _measured_on(evaluation: dict[str, Any]) -> str | None:
+    """Which prompts the figures of the variants are of; None where there are none."""
+    if not evaluation:
+        return None
+    splits = evaluation.get("splits")
+    if splits is None:
+        return "the held-out prompts that variants were chosen on"
+    told = (
+        f"{splits['test']} prompts of the split test (fitted on {splits['train']} of train, chosen on "
+        f"{splits['validation']} of validation)"
+    )
+    seen, images = splits["seen_prompts"], len(evaluation["prompts"])
+    return told + (f"; {seen} of {images} test images show prompts of train or validation" if seen else "")
 
 
 def _version() -> str:

@@ -142,12 +142,17 @@ class JobSize:
         return self.prompts * self.config.calibration.states_per_prompt * self.sides
 
     @property
-    def held_out(self) -> int:
-        return round(self.samples * self.config.calibration.held_out)
+    def validation(self) -> int:
+        """Samples of that split, and so the two below."""
+        return round(self.samples * self.config.calibration.validation)
 
     @property
-    def fitted(self) -> int:
-        return self.samples - self.held_out
+    def test(self) -> int:
+        return round(self.samples * self.config.calibration.test)
+
+    @property
+    def train(self) -> int:
+        return self.samples - self.validation - self.test
 
     @property
     def forward_flops(self) -> int:

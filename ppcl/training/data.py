@@ -9,14 +9,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ppcl.calibration.splits import Split
+
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Samples(Protocol):
     """The part of the calibration set that training needs; see `ppcl.calibration.dataset.CalibrationSet`."""
 
-    def ids(self, held_out: bool) -> np.ndarray:
-        """Sample ids of one side of the split, ascending."""
+    def ids(self, split: Split) -> np.ndarray:
+        """Sample ids of one split of the prompts, ascending."""
         ...
 
     def batch(self, ids: Sequence[int] | np.ndarray, device: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def values(tmp_path_factory, teacher_folder):
         "prompts": str(prompts),
         "device": "cpu",
         "sampling": {"steps": 3, "height": 32, "width": 32},
-        "calibration": {"states_per_prompt": 2, "held_out": 0.3, "batch_size": 4},
+        "calibration": {"states_per_prompt": 2, "validation": 0.3, "batch_size": 4},
         "probes": {"workers": 2, "batch_size": 4},
         "width": {"ffn_keep_percents": [50], "text": False, "linear_ffns": 1},
         # Every replacement is trained, so that the steps of each can be counted.

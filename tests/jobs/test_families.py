@@ -34,7 +34,7 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
         output=tmp_path / "result",
         device="cpu",
         sampling={"steps": 2, "height": 16, "width": 16, "arguments": ARGUMENTS[family]},
-        calibration={"states_per_prompt": 2, "held_out": 0.3},
+        calibration={"states_per_prompt": 2, "validation": 0.3},
         width={"text_similarity": 0.2, "ffn_keep_percents": [50]},
         distillation={"steps": 3, "batch_size": 4, "warmup": 1},
         finetuning={"steps": 2, "batch_size": 4, "warmup": 1, "measured_plans": 2},

@@ -19,7 +19,7 @@ def workers(job: JobSize) -> list[WorkerSize]:
 
 def _task(job: JobSize) -> WorkerSize:
     settings, probes, model = job.config.detection, job.config.probes, job.model
-    n, d, blocks = min(settings.tokens, probes.tokens_per_sample * job.held_out), model.width, len(model.blocks)
+    n, d, blocks = min(settings.tokens, probes.tokens_per_sample * job.validation), model.width, len(model.blocks)
     # A task has two rows: their surrogates, the teacher's tokens, a probe, and a representation of each.
     task = _SINGLE * (3 * n * d + d * d) + 3 * _DOUBLE * n * min(n, d)
     tables = 2 * (2 if settings.compare_standardized else 1) + job.config.width.text
@@ -78,7 +78,7 @@ def measuring_operations(job: JobSize) -> float:
     for group in by_start(candidate_intervals(model.block_ranges, settings.max_length)):
         operations += job.forward_flops + sum(model.flops[: group[-1].first + 1])
         operations += sum(maps + model.rest_flops + sum(model.flops[interval.last + 1 :]) for interval in group)
-    return min(settings.samples, job.held_out) * operations
+    return min(settings.samples, job.validation) * operations
 
 
 def fit_operations(job: JobSize) -> float:
@@ -88,7 +88,7 @@ def fit_operations(job: JobSize) -> float:
     """
     settings, model = job.config.detection, job.model
     candidates = candidate_intervals(model.block_ranges, settings.max_length)
-    chunks = -(-min(settings.samples, job.held_out) // job.config.evaluation.batch_size)
+    chunks = -(-min(settings.samples, job.validation) // job.config.evaluation.batch_size)
     n, d, starts = fit_tokens(job), model.width, len({interval.first for interval in candidates})
     moments = 2 * n * d**2 * (starts + len(candidates))
     solving = d**3 * (starts / 3 + 6 * len(candidates))

@@ -17,9 +17,7 @@ def workers(job: JobSize) -> list[WorkerSize]:
     variants = job.variants + 2
     prompts = settings.max_prompts or job.prompts
     steps = sampling.steps * job.sides
-    forwards = variants * (
-        min(REPORT_SAMPLES, job.held_out) + prompts * steps + TIMED_ROUNDS * settings.batch_size * steps
-    )
+    forwards = variants * (min(REPORT_SAMPLES, job.test) + prompts * steps + TIMED_ROUNDS * settings.batch_size * steps)
     device, host = evaluator_memory(job)
     pixels = sampling.height * sampling.width * _CHANNELS
     return [

@@ -33,7 +33,7 @@ def workers(job: JobSize) -> list[WorkerSize]:
     # Forward, backward through all blocks, the target's forward; and the forward again where it is recomputed.
     passes = 4 + settings.activation_checkpointing
     plans = settings.measured_plans + job.variants
-    forwards = passes * settings.steps * settings.batch_size + 2 * plans * min(SAMPLES, job.held_out)
+    forwards = passes * settings.steps * settings.batch_size + 2 * plans * min(SAMPLES, job.validation)
     gathers = (2 + settings.activation_checkpointing) * job.number * blocks * (ranks - 1)
     traffic = settings.steps * (gathers + _SINGLE * trained * (ranks - 1)) if sharded else 0
     seconds = None
@@ -70,5 +70,5 @@ def _activations(job: JobSize, samples: int) -> int:
         step = len(blocks) * samples * job.stream + max([*without, *on])
     else:
         step = max(sum(without), sum(on))
-    measured = -(-min(BATCH, job.held_out) // settings.data_parallel)
+    measured = -(-min(BATCH, job.validation) // settings.data_parallel)
     return max(step, job.forward_bytes(measured))

@@ -34,20 +34,21 @@ def workers(job: JobSize) -> list[WorkerSize]:
         }
 
     fullest = max((rank(part) for part in parts), key=lambda one: sum(one.values()))
-    tokens = tokens_per_sample(settings, job.held_out, job.config.detection.tokens) * job.held_out
+    tokens = tokens_per_sample(settings, job.validation, job.config.detection.tokens) * job.validation
     # Both streams, before the first block and behind each.
     numbers = 2 * (len(model.blocks) + 1) * model.width
     kept, to_fit = numbers * tokens * _SINGLE, numbers * fit_tokens(job) * job.number
-    steps = -(-job.samples // batch)
+    samples = job.train + job.validation
+    steps = -(-samples // batch)
     return [
         WorkerSize(
             stage="probes",
             worker="rank",
             count=count,
             device=fullest,
-            host={"held-out tokens": kept // len(parts), "tokens to fit on": to_fit // len(parts)},
+            host={"validation tokens": kept // len(parts), "tokens to fit on": to_fit // len(parts)},
             written=kept + to_fit + len(model.blocks) * 2 * _SINGLE * model.width**2,
-            sent=(len(parts) - 1) * job.samples * job.stream,
+            sent=(len(parts) - 1) * samples * job.stream,
             seconds=None if job.cpu else simulation.probes(model, batch, count, job.device).step * steps,
         )
     ]
@@ -58,7 +59,7 @@ def fit_tokens(job: JobSize) -> int:
     if job.config.detection.method != "measured":
         return 0
     per_sample = job.config.probes.tokens_per_sample
-    return per_sample * min(job.fitted, -(-job.config.detection.fit_tokens // per_sample))
+    return per_sample * min(job.train, -(-job.config.detection.fit_tokens // per_sample))
 
 
 def fits(job: JobSize, block: int) -> int:

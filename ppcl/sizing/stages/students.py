@@ -132,9 +132,9 @@ def _closed_form_seconds(job: JobSize, pp: int, dp: int) -> float:
     model, settings = job.model, job.config.distillation
     everything = sum(gram for _, gram in _grams(job, range(len(model.blocks))))
     passes = max(1, -(-everything // round(settings.moments_gb * 1e9 * pp)))
-    forward = job.compute_seconds(passes * job.fitted * job.forward_flops / (pp * dp))
+    forward = job.compute_seconds(passes * job.train * job.forward_flops / (pp * dp))
     rate = job.device.sums * job.device.utilisation
-    tokens = job.fitted * model.tokens / 2
+    tokens = job.train * model.tokens / 2
     counting = sum(2 * gram / _DOUBLE for _, gram in _grams(job, range(len(model.blocks)))) * tokens
     solving = sum(4.0 * p**3 for p, _ in _grams(job, range(len(model.blocks))))
     return forward + counting / (rate * pp * dp) + solving / (rate * pp)

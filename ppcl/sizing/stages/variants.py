@@ -16,7 +16,7 @@ def workers(job: JobSize) -> list[WorkerSize]:
 
 def evaluator_size(job: JobSize, stage: str) -> WorkerSize:
     """An evaluator of a stage that measures all replacements of the job, and plans of them."""
-    samples, count = min(SEARCH_SAMPLES, job.held_out), job.config.evaluation.workers
+    samples, count = min(SEARCH_SAMPLES, job.validation), job.config.evaluation.workers
     sizes, blocks = job.replacements, len(job.model.blocks)
     # By its first block: from there on, the teacher's blocks run again.
     tails = sum(blocks - one.first for one in sizes.students) + sum(blocks - one.first for one in sizes.text)

@@ -93,7 +93,7 @@ class _Rank:
         self.start = start
         self.samples, self.settings, self.run, self.dims = samples, settings, run, run.dims
         self.teacher, self.adapter = teacher, teacher.adapter
-        self.ids = samples.ids(held_out=False)
+        self.ids = samples.ids("train")
         self.plan: list[Replacement] = [r for r in plan if not isinstance(r, LowRankModulation)]
         count = self.adapter.block_ranges(teacher.empty_transformer())[-1].stop
         blocks = segment_of(self.dims.pp_rank, self.dims.pp, count, self.plan, settings.train)

@@ -44,7 +44,7 @@ def velocity_errors(
 
     Every replica measures its share of each batch; all have the result.
     """
-    ids = spread_samples(samples.ids(held_out=True), SAMPLES)
+    ids = spread_samples(samples.ids("validation"), SAMPLES)
     batches = [ids[start : start + BATCH] for start in range(0, len(ids), BATCH)]
     # The plans' errors, and the target's energy.
     sums = torch.zeros(len(plans) + 1, dtype=torch.float64, device=model.device)

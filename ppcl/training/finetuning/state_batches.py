@@ -51,7 +51,7 @@ class StateBatches:
     ):
         self.samples, self.adapter, self.settings, self.run = samples, adapter, settings, run
         self.dtype = run.dtype(settings.precision)
-        self.ids = samples.ids(held_out=False)
+        self.ids = samples.ids("train")
         self.guidance = guidance
         self.rollouts = self._start_rollouts(sampling_steps) if settings.rollout_share else None
 

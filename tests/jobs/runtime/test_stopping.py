@@ -23,7 +23,7 @@ def job(tmp_path_factory, teacher_folder):
         "output": str(folder / "result"),
         "device": "cpu",
         "sampling": {"steps": 2, "height": 32, "width": 32},
-        "calibration": {"states_per_prompt": 1, "held_out": 0.3},
+        "calibration": {"states_per_prompt": 1, "validation": 0.3},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))

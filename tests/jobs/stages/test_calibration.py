@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from jobs.stage import prompts_hash
 from jobs.stages import calibration
 from ppcl.calibration.dataset import CalibrationSet
+from ppcl.calibration.splits import SPLIT_NAMES
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from tests import tiny
@@ -39,8 +40,14 @@ def config(teacher_folder, prompts, arguments=None, **calibration):
         prompts=prompts,
         device="cpu",
         sampling={"steps": 4, "height": 32, "width": 32, "arguments": arguments or {}},
-        calibration={"states_per_prompt": 2, "held_out": 0.25, "batch_size": 5} | calibration,
+        calibration={"states_per_prompt": 2, "validation": 0.25, "batch_size": 5} | calibration,
     )
+
+
+def counts(prompts, train, validation, test, samples, dropped=0):
+    """What the stage says of what it made."""
+    of_splits = {"train_prompts": train, "validation_prompts": validation, "test_prompts": test}
+    return {"prompts": prompts, **of_splits, "samples": samples, "dropped": dropped, "notes": []}
 
 
 def run(made, folder, progress=lambda done, total: None):
@@ -69,11 +76,13 @@ def reference(ray_cluster, teacher_folder, prompts, tmp_path_factory):
 
 def test_twelve_prompts_become_a_calibration_set(reference):
     folder, info, captured = reference
-    assert info == {"prompts": 12, "held_out_prompts": 3, "samples": 24, "dropped": 0, "notes": []}
+    assert info == counts(12, train=7, validation=3, test=2, samples=24)
     samples = CalibrationSet(folder / "calibration")
-    assert len(samples.ids(True)) == 6 and len(samples.ids(False)) == 18
-    known = dict(samples.prompts(True) + samples.prompts(False))
-    assert known == dict(enumerate(PROMPTS))
+    assert [len(samples.ids(split)) for split in SPLIT_NAMES] == [14, 6, 4]
+    prompts = [prompt for split in SPLIT_NAMES for prompt in samples.prompts(split)]
+    assert len(prompts) == 12 and dict(prompts) == dict(enumerate(PROMPTS))
+    seen = {text for _, text in samples.prompts("train") + samples.prompts("validation")}
+    assert samples.seen_prompts() == seen and seen.isdisjoint(text for _, text in samples.prompts("test"))
     assert captured[-1] == (24, 24) and [d for d, _ in captured] == sorted(d for d, _ in captured)
 
 
@@ -83,9 +92,9 @@ def test_two_workers_on_ray_make_what_one_makes_here_whatever_the_batches(refere
     assert info == reference[1]
     assert captured[-1] == (24, 24) and [d for d, _ in captured] == sorted(d for d, _ in captured)
     first, second = CalibrationSet(reference[0] / "calibration"), CalibrationSet(tmp_path / "calibration")
-    for side in (True, False):
-        assert first.ids(side).tolist() == second.ids(side).tolist()
-        a, b = first.batch(first.ids(side)), second.batch(second.ids(side))
+    for split in SPLIT_NAMES:
+        assert first.ids(split).tolist() == second.ids(split).tolist()
+        a, b = first.batch(first.ids(split)), second.batch(second.ids(split))
         assert a.keys() == b.keys()
         for name in ("hidden_states", "timestep", "encoder_hidden_states"):
             torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
@@ -105,7 +114,7 @@ def test_a_stopped_run_goes_on_and_a_changed_file_is_made_again(here, teacher_fo
     made = config(teacher_folder, prompts)
     run(made, tmp_path)
     before = CalibrationSet(tmp_path / "calibration")
-    rows = before.batch(before.ids(False))
+    rows = before.batch(before.ids("train"))
     (states,) = (tmp_path / "cache").glob("states-*")
     (states / "00000001.parquet").unlink()
     kept = (states / "00000000.parquet").stat().st_mtime_ns
@@ -113,7 +122,7 @@ def test_a_stopped_run_goes_on_and_a_changed_file_is_made_again(here, teacher_fo
         file.write(b"damage")
     run(made, tmp_path)
     after = CalibrationSet(tmp_path / "calibration")
-    again = after.batch(after.ids(False))
+    again = after.batch(after.ids("train"))
     assert (states / "00000000.parquet").stat().st_mtime_ns == kept
     for name in ("hidden_states", "timestep", "encoder_hidden_states"):
         assert torch.equal(rows[name], again[name])
@@ -122,14 +131,14 @@ def test_a_stopped_run_goes_on_and_a_changed_file_is_made_again(here, teacher_fo
 def test_guided_sampling_keeps_both_sides(here, teacher_folder, prompts, tmp_path):
     guided = config(teacher_folder, prompts, {"true_cfg_scale": 3.0, "negative_prompt": " "}, max_prompts=4)
     info = run(guided, tmp_path)
-    assert info == {"prompts": 4, "held_out_prompts": 1, "samples": 16, "dropped": 0, "notes": []}
+    assert info == counts(4, train=2, validation=1, test=1, samples=16)
     samples = CalibrationSet(tmp_path / "calibration")
-    ids = samples.ids(False)
+    ids = samples.ids("train")
     conditional, not_conditional = samples.batch(ids[ids % 2 == 0]), samples.batch(ids[ids % 2 == 1])
     assert torch.equal(conditional["hidden_states"], not_conditional["hidden_states"])
     texts = not_conditional["encoder_hidden_states"]
     assert torch.equal(texts, texts[:1].expand_as(texts))
-    assert samples.prompts(True) + samples.prompts(False) != [] and all(i >= 0 for i, _ in samples.prompts(False))
+    assert sorted(i for split in SPLIT_NAMES for i, _ in samples.prompts(split)) == [0, 1, 2, 3]
 
 
 def test_pictures_are_a_source_too(here, teacher_folder, tmp_path):
@@ -140,7 +149,7 @@ def test_pictures_are_a_source_too(here, teacher_folder, tmp_path):
     path = tmp_path / "pictures.jsonl"
     path.write_text("".join(json.dumps({"prompt": PROMPTS[i], "image": f"{i}.png"}) + "\n" for i in range(3)))
     info = run(config(teacher_folder, path, source="images"), tmp_path)
-    assert info == {"prompts": 3, "held_out_prompts": 1, "samples": 6, "dropped": 0, "notes": []}
+    assert info == counts(3, train=1, validation=1, test=1, samples=6)
     assert CalibrationSet(tmp_path / "calibration").batch([0])["hidden_states"].shape == (1, 16, 16)
 
 
@@ -152,7 +161,7 @@ def test_states_that_are_not_finite_are_refused(here, prompts, tmp_path):
     save_file(weights, path, metadata={"format": "pt"})
     # Only a trajectory's first state is noise alone, and so still finite.
     info = run(config(broken, prompts, states_per_prompt=4), tmp_path / "job")
-    assert info == {"prompts": 12, "held_out_prompts": 3, "samples": 12, "dropped": 36, "notes": []}
+    assert info == counts(12, train=7, validation=3, test=2, samples=12, dropped=36)
     rows = pq.read_table(tmp_path / "job" / "calibration" / "states").to_pydict()
     assert set(rows["timestep"]) == {1.0}
 
@@ -171,9 +180,9 @@ def test_a_negative_prompt_that_is_no_text_is_refused_at_the_start(here, teacher
         run(config(teacher_folder, prompts, {"negative_prompt": ["a", "b"]}), tmp_path)
 
 
-def test_one_prompt_is_too_few(here, teacher_folder, tmp_path):
+def test_two_prompts_are_too_few(here, teacher_folder, tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("a red circle\n")
-    with pytest.raises(UserError, match="only 1 different prompt"):
+    path.write_text("a red circle\na blue circle\na red circle\n")
+    with pytest.raises(UserError, match="only 2 different prompts; at least 3 are needed, one to train"):
         run(config(teacher_folder, path), tmp_path)
     assert os.listdir(tmp_path) == ["prompts.txt"]

@@ -61,7 +61,7 @@ def test_every_interval_is_measured_as_its_surrogate_in_the_teacher(made, teache
     assert len(measured["sensitivity"]) == 5 + 4 and measured["samples"] == 6
     teacher = Teacher(teacher_folder)
     model, samples = teacher.transformer(), CalibrationSet(folders["calibration"])
-    inputs = samples.batch(samples.ids(held_out=True), "cpu", torch.float32)
+    inputs = samples.batch(samples.ids("validation"), "cpu", torch.float32)
     adapter, blocks = adapter_of(model), list(model.transformer_blocks)
     with torch.no_grad():
         target = model(**{**inputs, "return_dict": False})[0]

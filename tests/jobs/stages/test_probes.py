@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.stages import detection, probes
-from ppcl.calibration.dataset import CalibrationSet, write_call, write_embeddings, write_held_out, write_states
+from ppcl.calibration.dataset import CalibrationSet, write_call, write_embeddings, write_splits, write_states
 from ppcl.calibration.trajectory_recorder import Call, State
 from ppcl.config.schema import Config
 from ppcl.detection.fit_probes import fit_probes
@@ -48,7 +48,7 @@ def calibration(tmp_path_factory):
     )
     write_states(folder / "states" / "0.parquet", states, call, dropped=0)
     write_call(folder, "QwenImageTransformer2DModel", call)
-    write_held_out(folder, range(18, COUNT))
+    write_splits(folder, range(18, COUNT), [])
     return folder
 
 
@@ -95,7 +95,7 @@ def test_two_workers_leave_the_probes_of_one(ray_cluster, teacher_folder, calibr
 def test_a_refusal_of_a_worker_arrives_as_one_sentence(ray_cluster, teacher_folder, calibration, tmp_path):
     """Latents that are NaN in every sample: no token to fit to."""
     broken = tmp_path / "calibration"
-    for name in ("prompts", "call.json", "held_out.json"):
+    for name in ("prompts", "call.json", "splits.json"):
         (broken / name).parent.mkdir(exist_ok=True)
         os.symlink(calibration / name, broken / name)
     samples = MemorySamples(COUNT)

@@ -26,7 +26,7 @@ def test_measured_errors_and_learned_gates_find_idle_blocks(model_with_idle_bloc
     count = len(adapter_of(model).blocks(model))
     samples = MemorySamples(64)
     errors = selection.skip_errors(
-        model, [samples.batch(samples.ids(False)[:16], "cpu", torch.float32)], lambda _: None
+        model, [samples.batch(samples.ids("train")[:16], "cpu", torch.float32)], lambda _: None
     )
     assert (
         len(errors) == count

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppcl.calibration import dataset
-from ppcl.calibration.seeding import hashes, held_out
+from ppcl.calibration.splits import hashes, split_prompts
 from ppcl.calibration.trajectory_recorder import NEGATIVE, Call, State
 from ppcl.errors import UserError
 
@@ -27,28 +27,42 @@ def write(folder, sampled, dropped=0, texts=TEXTS):
         dataset.write_states(folder / "states" / f"{start}.parquet", states, CALL if states else None, dropped)
 
 
-def finish(folder, share=0.25):
-    return dataset.finish(folder, "QwenImageTransformer2DModel", seed=3, share=share)
+def finish(folder, validation=0.25, test=0.25):
+    return dataset.finish(folder, "QwenImageTransformer2DModel", seed=3, validation=validation, test=test)
 
 
 def test_prompts_with_states_are_split_by_the_hash_of_their_text(tmp_path):
     sampled = [0, 1, 3, 6, 7]
     write(tmp_path, sampled, dropped=1)
-    assert finish(tmp_path, 0.4) == {"held_out_prompts": 2, "samples": 10, "dropped": 3}
-    expected = [sampled[i] for i in held_out(hashes([TEXTS[i] for i in sampled], seed=3), 0.4)]
-    assert json.loads((tmp_path / "held_out.json").read_text()) == expected
+    counts = {"train_prompts": 2, "validation_prompts": 2, "test_prompts": 1}
+    assert finish(tmp_path, 0.4, 0.2) == counts | {"samples": 10, "dropped": 3}
+    splits = split_prompts(hashes([TEXTS[i] for i in sampled], seed=3), 0.4, 0.2)
+    expected = {split: [sampled[i] for i in rows] for split, rows in splits.items()}
+    assert json.loads((tmp_path / "splits.json").read_text()) == {s: expected[s] for s in ("validation", "test")}
     samples = dataset.CalibrationSet(tmp_path)
     assert samples.call == CALL
-    assert [i for i, _ in samples.prompts(held_out=True)] == expected
+    assert {split: [i for i, _ in samples.prompts(split)] for split in expected} == expected
 
 
-def test_states_of_no_prompt_or_of_one_are_refused(tmp_path):
+def test_a_set_of_the_previous_version_reports_on_its_held_out_prompts(tmp_path):
+    write(tmp_path, [0, 1, 3])
+    finish(tmp_path)
+    (tmp_path / "splits.json").unlink()
+    with pytest.raises(UserError, match="no complete calibration set"):
+        dataset.CalibrationSet(tmp_path)
+    (tmp_path / "held_out.json").write_text("[1]")
+    samples = dataset.CalibrationSet(tmp_path)
+    assert samples.prompt_ids("train").tolist() == [0, 3]
+    assert samples.prompt_ids("validation").tolist() == samples.prompt_ids("test").tolist() == [1]
+
+
+def test_states_of_fewer_prompts_than_splits_are_refused(tmp_path):
     write(tmp_path / "none", [])
     with pytest.raises(UserError, match="all states of the teacher are NaN or infinite"):
         finish(tmp_path / "none")
     write(tmp_path / "one", [4])
-    with pytest.raises(UserError, match="only 1 prompt has finite states"):
+    with pytest.raises(UserError, match="only 1 different prompt has finite states and at least 3 are needed"):
         finish(tmp_path / "one")
-    write(tmp_path / "same", [0, 1], texts=["a circle"] * 3)
-    with pytest.raises(UserError, match="only 1 prompt has finite states"):
+    write(tmp_path / "same", [0, 1, 2], texts=["a circle", "a circle", "a cross"])
+    with pytest.raises(UserError, match="only 2 different prompts have finite states and at least 3 are needed"):
         finish(tmp_path / "same")

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, StableDiffusion3Pipeline
 from PIL import Image
 
-from ppcl.calibration.dataset import CalibrationSet, write_call, write_embeddings, write_held_out, write_states
+from ppcl.calibration.dataset import CalibrationSet, write_call, write_embeddings, write_splits, write_states
 from ppcl.calibration.encoding import EncodedPrompts, encode
 from ppcl.calibration.noised_images import noise_images
 from ppcl.calibration.seeding import generator, strata
@@ -106,9 +106,9 @@ def test_stored_states_give_the_outputs_of_the_stock_calls(tmp_path, case):
     write_embeddings(tmp_path / "prompts" / "0.parquet", [0, 1, 2, NEGATIVE], list("abc-"), [*embeddings, negative])
     write_states(tmp_path / "states" / "0.parquet", states, call, dropped=0)
     write_call(tmp_path, adapter.transformer, call)
-    write_held_out(tmp_path, [0])
+    write_splits(tmp_path, [0], [])
     samples = CalibrationSet(tmp_path)
-    ids = [*samples.ids(held_out=False), *samples.ids(held_out=True)]
+    ids = [*samples.ids("train"), *samples.ids("validation")]
     batch = samples.batch(ids)
     result = pipeline.transformer(**batch).sample
     expected = {}

@@ -56,7 +56,7 @@ def test_files_are_read_as_a_stream(tmp_path):
     assert [next(prompts).text, next(prompts).text] == ["a", "b"]
     with pytest.raises(UserError, match="line 3 is not valid JSON"):
         next(prompts)
-    check_prompts(path, "prompt", limit=2)
+    check_prompts(path, "prompt", limit=2, different=2)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_files_are_read_as_a_stream(tmp_path):
         ("p.txt", b"", "holds no prompts"),
         ("p.csv", b"", "holds no prompts"),
         ("p.txt", b"\n  \n", "holds no prompts"),
-        ("p.txt", b"one\n\none\n", "only 1 different prompt; at least 2"),
+        ("p.txt", b"one\n\none\n", "only 1 different prompt; at least 3"),
         ("p.doc", b"a\nb", "ends in '.doc'; supported are .txt, .jsonl, .csv, .parquet"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": 7}\n', "line 2: the prompt is 7, which is not text"),
         ("p.jsonl", b'{"prompt": "a"}\n[]\n', "line 2 is not a JSON object"),
@@ -91,11 +91,11 @@ def test_a_missing_file_and_a_text_file_with_pictures_are_refused(tmp_path):
 def test_the_hash_is_that_of_the_content(tmp_path):
     first = check_prompts(write(tmp_path / "a.txt", TEXTS), "prompt")
     assert check_prompts(write(tmp_path / "b.txt", TEXTS), "prompt") == first
-    assert check_prompts(write(tmp_path / "b.txt", TEXTS[:2]), "prompt") != first
+    assert check_prompts(write(tmp_path / "b.txt", TEXTS[:2]), "prompt", different=2) != first
 
 
-def test_one_prompt_is_enough_where_none_is_held_out(tmp_path):
+def test_one_prompt_is_enough_where_nothing_is_split(tmp_path):
     path = write(tmp_path / "p.txt", TEXTS[:1])
-    with pytest.raises(UserError, match="at least 2"):
+    with pytest.raises(UserError, match="at least 3"):
         check_prompts(path, "prompt")
     check_prompts(path, "prompt", different=1)

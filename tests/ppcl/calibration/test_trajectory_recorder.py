@@ -11,7 +11,7 @@ from ppcl.calibration.dataset import (
     unpack,
     write_call,
     write_embeddings,
-    write_held_out,
+    write_splits,
     write_states,
 )
 from ppcl.calibration.encoding import TEXT, EncodedPrompts, collate, encode
@@ -128,7 +128,7 @@ def store_all(folder, teacher, embeddings, states, call):
     write_states(folder / "states" / "0.parquet", states[4:], call, dropped=0)
     write_states(folder / "states" / "1.parquet", states[:4], call, dropped=0)
     write_call(folder, teacher.adapter.transformer, call)
-    write_held_out(folder, [1])
+    write_splits(folder, [1], [2])
     return CalibrationSet(folder)
 
 
@@ -158,7 +158,7 @@ def test_a_batch_of_different_lengths_gives_the_output_of_the_stock_call(tmp_pat
 
 def test_a_batch_of_one_length_has_no_mask_and_other_types_are_cast(tmp_path, teacher, pipeline, embeddings):
     samples = store_all(tmp_path, teacher, embeddings, *record_all(teacher, pipeline, embeddings))
-    batch = samples.batch(samples.ids(held_out=True), dtype=torch.bfloat16)
+    batch = samples.batch(samples.ids("validation"), dtype=torch.bfloat16)
     assert batch["encoder_hidden_states_mask"] is None
     assert batch["hidden_states"].dtype == batch["encoder_hidden_states"].dtype == torch.bfloat16
     assert batch["timestep"].dtype == torch.float32
@@ -169,10 +169,13 @@ def test_a_batch_of_one_length_has_no_mask_and_other_types_are_cast(tmp_path, te
 
 def test_ids_and_prompts_are_split_by_prompt(tmp_path, teacher, pipeline, embeddings):
     samples = store_all(tmp_path, teacher, embeddings, *record_all(teacher, pipeline, embeddings))
-    assert samples.ids(held_out=True).tolist() == [2 * KEPT + 2 * slot for slot in range(KEPT)]
-    assert samples.ids(held_out=False).tolist() == [2 * i for i in (0, 1, 2, 6, 7, 8)]
-    assert samples.prompts(held_out=True) == [(1, PROMPTS[1])]
-    assert samples.prompts(held_out=False) == [(0, PROMPTS[0]), (2, PROMPTS[2])]
+    assert samples.ids("validation").tolist() == [2 * KEPT + 2 * slot for slot in range(KEPT)]
+    assert samples.ids("train").tolist() == [2 * i for i in (0, 1, 2)]
+    assert samples.ids("test").tolist() == [2 * i for i in (6, 7, 8)]
+    assert samples.prompts("validation") == [(1, PROMPTS[1])]
+    assert samples.prompts("train") == [(0, PROMPTS[0])]
+    assert samples.prompts("test") == [(2, PROMPTS[2])]
+    assert samples.seen_prompts() == {PROMPTS[0], PROMPTS[1]}
 
 
 def test_memory_of_random_access_is_bounded(tmp_path, monkeypatch, teacher, pipeline, embeddings):

@@ -24,7 +24,8 @@ GOOD = {"teacher": "models/t", "prompts": "p.txt"}
         (GOOD | {"step": 1, "sede": 2}, [], r"unknown key sede; .* \(and 1 more\)"),
         (GOOD | {3: 1}, [], "3 is 3: keys should be strings"),
         (GOOD, ["distillation.steps=-3"], "distillation.steps is -3: input should be greater than or equal to 1"),
-        (GOOD, ["calibration.held_out=1"], "calibration.held_out is 1"),
+        (GOOD, ["calibration.validation=1"], "calibration.validation is 1"),
+        (GOOD, ["calibration.validation=0.5", "calibration.test=0.5"], "leaves no prompts to train on"),
         (GOOD, ["variants.budgets=[0.5, 1.5]"], "variants.budgets.1 is 1.5: input should be less than 1"),
         (GOOD, ["distillation.betas=[0.9, 1.0]"], "distillation.betas.1 is 1.0: input should be less than 1"),
         (

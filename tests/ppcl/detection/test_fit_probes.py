@@ -70,7 +70,7 @@ def streams(teacher_folder):
     """Of the stock model and all fitted samples at once: the streams at every boundary, and the text mask."""
     samples, teacher = MemorySamples(SAMPLES), Teacher(teacher_folder)
     model = teacher.transformer()
-    inputs = samples.batch(samples.ids(held_out=False))
+    inputs = samples.batch(samples.ids("train"))
     with torch.no_grad():
         start, context = embed(model, inputs)
         kept = [start]
@@ -117,7 +117,7 @@ def test_held_out_tokens_are_the_same_ones_at_every_boundary(alone, teacher_fold
     model = teacher.transformer()
     first = {name: x.clone() for name, x in load_file(tokens_file(alone, 0)).items()}
     assert first["img"].shape == first["txt"].shape == (16 * 3, 32)
-    ids = samples.ids(held_out=True)
+    ids = samples.ids("validation")
     inputs = samples.batch(ids)
     mask = inputs["encoder_hidden_states_mask"].bool()
     with torch.no_grad():
@@ -210,6 +210,6 @@ def test_one_boundary_is_in_memory_at_a_time(teacher_folder, tmp_path, monkeypat
 
 def test_no_more_tokens_are_kept_than_are_compared(teacher_folder, tmp_path):
     samples = MemorySamples(SAMPLES)
-    count = len(samples.ids(held_out=True))
+    count = len(samples.ids("validation"))
     fit_probes(Teacher(teacher_folder), samples, SETTINGS, RunContext(tmp_path, tmp_path), tokens=2 * count - 1)
     assert load_file(tokens_file(tmp_path, 1))["img"].shape[0] == 2 * count

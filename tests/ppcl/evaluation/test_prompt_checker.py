@@ -87,6 +87,15 @@ def test_held_out_captions_are_asked_equally_and_the_trained_ones_never():
     assert checker_prompts(world, 60, seed=0) == prompts != checker_prompts(world, 60, seed=1)
 
 
+def test_captions_that_things_were_fitted_or_chosen_on_come_last():
+    captions = [c for c in world.captions() if c.category == "colors" and c.held_out]
+    seen = {captions[0].text, "a photo of a circle", "a photo of a cross"}
+    few = [p.text for p in checker_prompts(world, 6 * (len(captions) - 1), seed=0, seen=seen)]
+    assert seen.isdisjoint(few)
+    many = [p.text for p in checker_prompts(world, 6 * len(captions), seed=0, seen=seen)]
+    assert len(captions) == 3 and captions[0].text in many, "no other caption of its category is left"
+
+
 def test_passes_by_category():
     prompts = named_prompts(
         load_checker("shapes"), ["a photo of a circle", "a photo of a red circle", "a photo of a blue circle"]

@@ -46,7 +46,7 @@ def test_a_folded_map_is_the_map_of_what_the_basis_keeps():
 def test_the_rank_is_the_least_that_keeps_the_curve():
     """Against the singular values of Qwen-Image's own embedder, called by hand."""
     model, samples = tiny.qwen_transformer(), MemorySamples()
-    basis = fit_basis(model, samples, samples.ids(held_out=False), 16, 1e-3)
+    basis = fit_basis(model, samples, samples.ids("train"), 16, 1e-3)
     times = torch.linspace(0, 1, 2048)
     s = F.silu(model.time_text_embed(times, torch.zeros(1))).double()
     values = np.linalg.svd((s - s.mean(0)).numpy(), compute_uv=False) ** 2

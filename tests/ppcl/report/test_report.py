@@ -75,6 +75,15 @@ def page(root):
     return read(root)
 
 
+def test_the_report_says_which_prompts_its_figures_are_of(tmp_path, page):
+    assert "the held-out prompts that variants were chosen on" in page.said, "a result of the previous version"
+    splits = {"train": 438, "validation": 55, "test": 54, "seen_prompts": 2}
+    said = read(made.job(tmp_path / "job", evaluation=lambda same: same | {"splits": splits})).said
+    assert "54 prompts of the split test (fitted on 438 of train, chosen on 55 of validation)" in said
+    images = len(json.loads((tmp_path / "job" / "evaluation" / "evaluation.json").read_text())["prompts"])
+    assert f"2 of {images} test images show prompts of train or validation" in said
+
+
 def test_the_report_has_every_section_and_loads_nothing(root, page):
     text = (root / "report.html").read_text()
     headings = re.findall(r"<h2[^>]*>(.*?)</h2>", text)

@@ -95,7 +95,7 @@ def test_operations_of_sums_are_those_of_a_real_fit(teacher_folder, small, tmp_p
         RunContext(tmp_path, tmp_path),
         4096,
     )
-    assert sum(counted) == len(samples.ids(held_out=False)) * sum(small.sums_flops)
+    assert sum(counted) == len(samples.ids("train")) * sum(small.sums_flops)
 
 
 def _recursive(works, send, steps):

@@ -79,7 +79,7 @@ def test_an_evaluator_holds_and_computes_what_is_said(folder):
 
 def test_an_interval_is_measured_by_the_blocks_behind_it_alone(folder):
     job = _job(folder)
-    model, samples = job.model, min(SAMPLES, job.held_out)
+    model, samples = job.model, min(SAMPLES, job.validation)
     assert samples == SAMPLES
     five = job.config.detection.model_copy(update={"max_length": 5})
     longer = replace(job, config=job.config.model_copy(update={"detection": five}))

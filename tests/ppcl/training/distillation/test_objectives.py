@@ -73,7 +73,7 @@ class Heard:
     def __init__(self, folder):
         model = Teacher(folder).transformer()
         samples = MemorySamples()
-        inputs = samples.batch(samples.ids(held_out=False))
+        inputs = samples.batch(samples.ids("train"))
         self.mask = inputs["encoder_hidden_states_mask"].bool()
         self.z, self.g, self.h = {}, {}, {}
         for number, block in enumerate(model.transformer_blocks):
@@ -166,7 +166,7 @@ def test_the_losses_are_those_written_out(folder, started):
     )
     objective.module.load_state_dict(load_replacement(started / "ffn-02.safetensors", teacher).state_dict())
     samples = MemorySamples()
-    captured = segment.run(samples.batch(samples.ids(held_out=False)), PipelineStage(0, 1), objective.capture)
+    captured = segment.run(samples.batch(samples.ids("train")), PipelineStage(0, 1), objective.capture)
     heard = Heard(folder)
     parts = {name: float(total / n) for name, (total, n) in objective.losses(captured, normalized).items()}
     g, h = (torch.tensor(heard.tokens(x[2, "txt"], True)).float() for x in (heard.g, heard.h))

@@ -147,7 +147,7 @@ def test_the_affine_start_is_the_least_squares_map_behind_the_first_block(folder
     student = load_replacement(tmp_path / "03-05.safetensors", teacher)
     model = teacher.transformer()
     adapter, blocks = adapter_of(model), adapter_of(model).blocks(model)
-    inputs = samples.batch(samples.ids(held_out=False))
+    inputs = samples.batch(samples.ids("train"))
     streams, context = embed(model, inputs)
     x = run_blocks(adapter, blocks[:4], streams, context).img.reshape(-1, 32).double().numpy()
     y = run_blocks(adapter, blocks[:6], streams, context).img.reshape(-1, 32).double().numpy()
@@ -195,7 +195,7 @@ def test_narrow_students_are_smaller_and_the_same_on_any_mesh_and_after_a_stop(f
 
 def test_a_batch_with_nan_is_left_out_and_counted(folder, tmp_path, monkeypatch):
     healthy = MemorySamples.batch
-    poisoned = int(batch_of(3, MemorySamples().ids(False), SETTINGS.batch_size, 0)[0])
+    poisoned = int(batch_of(3, MemorySamples().ids("train"), SETTINGS.batch_size, 0)[0])
 
     def batch(self, ids, device="cpu", dtype=torch.float32):
         made = healthy(self, ids, device, dtype)

@@ -18,7 +18,7 @@ IDS = np.array([0, 1, 2, 3, 4, 6, 7])
 class TwoSided:
     """Samples of both sides of guidance, whose embedding says which side it is of."""
 
-    def ids(self, held_out):
+    def ids(self, split):
         return IDS
 
     def batch(self, ids, device="cpu", dtype=torch.float32):

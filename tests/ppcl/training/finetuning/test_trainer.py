@@ -248,7 +248,7 @@ def test_what_is_measured_in_training_is_what_the_files_do(folder, tmp_path):
     variants = {"one": plan, "bare": plan[:1]}
     row = tune(folder, tmp_path / "s", tmp_path / "tuned", tuning, variants=variants)["plans"][0]
     switch = VariantSwitcher(teacher, files_in(tmp_path / "s") | files_in(tmp_path / "tuned"))
-    inputs = samples.batch(samples.ids(held_out=True))
+    inputs = samples.batch(samples.ids("validation"))
     errors = variant_errors(teacher.transformer(), switch, {"one": plan}, inputs)
     assert row["after"] < 0.9 * row["before"]
     assert row["after"] == pytest.approx(errors["one"].overall(), rel=1e-3)
@@ -258,7 +258,7 @@ def test_the_loss_is_the_velocitys_relative_squared_error(folder, students, tmp_
     settings = SETTINGS.model_copy(update={"steps": 1, "plan": "0-1,3-5", "rollout_share": 0.0})
     told = tune(folder, students, tmp_path, settings)["curve"][0]["loss"]
     samples, plan = MemorySamples(256), [Interval(0, 1), Interval(3, 5)]
-    inputs = samples.batch(batch_of(0, samples.ids(held_out=False), settings.batch_size, 0))
+    inputs = samples.batch(batch_of(0, samples.ids("train"), settings.batch_size, 0))
     teacher = Teacher(folder)
     model = teacher.transformer()
     with torch.no_grad():
