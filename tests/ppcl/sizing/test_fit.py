@@ -72,7 +72,7 @@ def test_every_kind_of_worker_that_does_not_fit_gets_advice(qwen):
 def test_no_pipeline_is_advised_that_overlapping_intervals_may_not_be_cut_into(qwen):
     said = refusal(job_of(qwen), worker(job_of(qwen), "screening"), 80 * GB)
     assert said.endswith("; set distillation.pipeline_parallel to 6 or more")
-    said = refusal(job_of(qwen), worker(job_of(qwen), "screening"), 40 * GB)
+    said = refusal(job_of(qwen), worker(job_of(qwen), "screening"), 60 * GB)
     found = re.search(
         r"set distillation.pipeline_parallel to (\d+) or more and detection.max_candidates to (\d+) or", said
     )
