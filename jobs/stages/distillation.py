@@ -23,6 +23,7 @@ from ppcl.search.pareto import deepest_plan
 from ppcl.search.variants import names_of
 from ppcl.storage.manifest import CHECKPOINTS
 from ppcl.storage.mirror import download, remove, upload_on_exit
+from ppcl.training.distillation.segments import segment_of
 from ppcl.training.distillation.trainer import distil
 from ppcl.training.finetuning.plan_sampler import plan_sampler
 from ppcl.training.parallel_dims import ParallelDims
@@ -51,6 +52,9 @@ def check_plan(context: StageContext) -> list[str]:
     block_ranges = [range(*span) for span in detection["spans"]]
     optimistic = optimistic_counts(context.teacher, plan, config.distillation.student_keep_percent)
     check_reachable(config.variants, plan, block_ranges, optimistic)
+    settings = config.distillation
+    # Raises where the intervals leave too few places to cut; the ranks would find out after they have started.
+    segment_of(0, settings.pipeline_parallel, detection["blocks"], plan, settings.train)
     if config.finetuning.steps:
         # Which plans the variants have is not known yet; that they have one is all that can be checked here.
         names = dict.fromkeys(names_of(config.variants), plan)

@@ -122,6 +122,13 @@ def test_other_methods_remove_as_many_blocks_as_they_are_asked_for(made, teacher
         assert sum(last - first for first, last in own) == 2
 
 
+def test_more_ranks_than_places_to_cut_are_refused_before_any_starts(made, teacher_folder, tmp_path):
+    settings = config(teacher_folder)
+    settings.distillation.pipeline_parallel = 6
+    with pytest.raises(UserError, match=r"pipeline is 6, but 6 blocks .* set distillation.pipeline_parallel to \d or"):
+        screening.STAGE.check(context(settings, tmp_path, detection=made[0]["detection"]))
+
+
 def test_intervals_that_no_list_of_blocks_has_are_refused(teacher_folder, tmp_path):
     with pytest.raises(UserError, match="detection.max_length is 7, and the longest list .* has 6; give 6 or less"):
         detection.check(context(config(teacher_folder, max_length=7), tmp_path))
