@@ -32,14 +32,18 @@ def min_time(calls: Sequence[Callable[[], Any]]) -> list[float]:
     return list(map(min, interleaved_times(calls)))
 
 
-def interleaved_times(calls: Sequence[Callable[[], Any]]) -> list[list[float]]:
+def interleaved_times(
+    calls: Sequence[Callable[[], Any]], before: Callable[[int], None] = lambda index: None
+) -> list[list[float]]:
     """By call, the seconds it took in each round.
 
     The calls take turns, so that a drift of the machine's speed falls on all alike. The first round warms up.
+    `before(index)` prepares a call and is not timed.
     """
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(_ROUNDS + 1):
         for index, call in enumerate(calls):
+            before(index)
             started_at = _synchronized()
             call()
             taken[index].append(_synchronized() - started_at)
@@ -98,14 +102,13 @@ def forward_seconds(
 ) -> list[list[float]]:
     """By plan, the seconds of one forward in each of some rounds, in which all plans take turns.
 
-    The teacher is left on.
+    Switching is not timed: a variant that is served is switched to once. The teacher is left on.
     """
 
-    def forward(plan: Sequence[Replacement]) -> None:
-        switch(transformer, plan)
+    def forward() -> None:
         transformer(**{**inputs, "return_dict": False})
 
     try:
-        return interleaved_times([partial(forward, plan) for plan in plans])
+        return interleaved_times([forward] * len(plans), before=lambda index: switch(transformer, plans[index]))
     finally:
         switch(transformer, ())

@@ -68,3 +68,16 @@ def test_whole_plans_are_timed_and_the_teacher_is_left(products, switch):
     alone, on = map(min, timing.forward_seconds(model, switch, [[], plan], inputs))
     assert alone / on == pytest.approx(times.speedup(plan), rel=1e-6)
     assert all(a is b for a, b in zip(model.transformer_blocks, blocks, strict=True))
+
+
+def test_switching_is_not_timed(products, switch):
+    """A switch that takes long, such as one that builds a plan's blocks anew, makes no plan slower."""
+    model, inputs = switch.teacher.transformer(), MemorySamples(4).batch(range(4))
+    plan = [Interval(2, 4)]
+    quick = timing.forward_seconds(model, switch, [[], plan], inputs)
+
+    def slow(transformer, entries):
+        products[0] += 10**9
+        switch(transformer, entries)
+
+    assert timing.forward_seconds(model, slow, [[], plan], inputs) == quick
