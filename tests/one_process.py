@@ -23,10 +23,11 @@ def stages_in_this_process(*names: str) -> Iterator[None]:
 
     Ray must be connected; it is asked for its nodes and for nothing else.
     """
-    from jobs.stages import distillation, evaluation, finetuning, probes, variants
+    from jobs.stages import detection, distillation, evaluation, finetuning, probes, variants
 
+    # Screening runs as the students do, selection as the variants.
     in_groups = {"probes": probes, "students": distillation, "finetuning": finetuning}
-    in_pools = {"variants": variants, "evaluation": evaluation}
+    in_pools = {"detection": detection, "variants": variants, "evaluation": evaluation}
     chosen = set(names) or {"calibration", *in_groups, *in_pools}
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, torch.enable_grad():

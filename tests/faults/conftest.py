@@ -22,6 +22,7 @@ def values(tmp_path_factory, teacher_folder):
         "sampling": {"steps": 3, "height": 32, "width": 32},
         "calibration": {"states_per_prompt": 2, "validation": 0.3, "batch_size": 4},
         "probes": {"workers": 2, "batch_size": 4},
+        "detection": {"method": "first_difference"},
         "width": {"ffn_keep_percents": [50], "text": False, "linear_ffns": 1},
         # Every replacement is trained, so that the steps of each can be counted.
         "distillation": {

@@ -23,7 +23,7 @@ from ppcl.storage.results import STAGE_FILES
 
 @pytest.fixture
 def job(teacher_folder, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
     return Job(
         Config(teacher=teacher_folder, prompts=tmp_path / "prompts.txt", output=tmp_path / "result"),
         Console(file=io.StringIO(), width=300),
@@ -242,6 +242,8 @@ def test_an_ablation_stands_in_place_of_everything_after_detection():
         "calibration",
         "probes",
         "detection",
+        "screening",
+        "selection",
         "students",
         "variants",
         "finetuning",
@@ -270,7 +272,7 @@ def own_teacher(teacher_folder, tmp_path):
 
 
 def job_of(teacher, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
     config = Config(teacher=teacher, prompts=tmp_path / "prompts.txt", output=tmp_path / "result")
     return Job(config, Console(file=io.StringIO(), width=300))
 

@@ -23,6 +23,7 @@ def values(tmp_path_factory, teacher_folder):
         "device": "cpu",
         "sampling": {"steps": 2, "height": 16, "width": 16},
         "calibration": {"states_per_prompt": 2, "validation": 0.3},
+        "detection": {"method": "first_difference"},
         "distillation": {"steps": 2, "batch_size": 4, "warmup": 1},
         "finetuning": {"steps": 1, "batch_size": 4, "warmup": 0, "measured_plans": 1},
         "variants": {"budgets": [0.7]},

@@ -167,6 +167,7 @@ def job(store, tmp_path_factory, teacher_folder):
         "device": "cpu",
         "sampling": {"steps": 2, "height": 32, "width": 32},
         "calibration": {"states_per_prompt": 2, "validation": 0.3},
+        "detection": {"method": "first_difference"},
         "width": {"ffn_keep_percents": [], "text": False, "low_rank_modulations": False},
         "distillation": {"steps": 40, "batch_size": 4, "warmup": 2, "pipeline_parallel": 2, "checkpoint_every": 2},
         "variants": {"budgets": [0.9]},

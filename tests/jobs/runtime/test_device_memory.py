@@ -45,7 +45,7 @@ def test_on_cpus_the_largest_node_counts_and_without_gpus_nothing_is_known(ray_c
 
 
 def test_a_job_that_does_not_fit_is_refused_before_its_first_stage(ray_cluster, teacher_folder, tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green star\n")
     config = Config(
         teacher=teacher_folder,
         prompts=tmp_path / "prompts.txt",
