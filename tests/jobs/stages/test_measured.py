@@ -124,7 +124,8 @@ def test_other_methods_remove_as_many_blocks_as_they_are_asked_for(made, teacher
 
 def test_more_ranks_than_places_to_cut_are_refused_before_any_starts(made, teacher_folder, tmp_path):
     settings = config(teacher_folder)
-    settings.distillation.pipeline_parallel = 6
+    too_long = settings.distillation.model_copy(update={"pipeline_parallel": 6})
+    settings = settings.model_copy(update={"distillation": too_long})
     with pytest.raises(UserError, match=r"pipeline is 6, but 6 blocks .* set distillation.pipeline_parallel to \d or"):
         screening.STAGE.check(context(settings, tmp_path, detection=made[0]["detection"]))
 

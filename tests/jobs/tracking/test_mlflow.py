@@ -33,7 +33,7 @@ def test_a_job_is_one_finished_run_with_its_parameters_metrics_and_report(job, u
     history = client.get_metric_history(run.info.run_id, "students/loss/1-2")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert run.data.metrics["seconds/students"] == job.artifacts.record("students").seconds
-    assert {"sensitivity/01-02", "variants/p90/R", "variants/p90/checker_score"} <= run.data.metrics.keys()
+    assert {"sensitivity/1-2", "variants/p90/R", "variants/p90/checker_score"} <= run.data.metrics.keys()
     assert [artifact.path for artifact in client.list_artifacts(run.info.run_id)] == ["report.html"]
 
 

@@ -25,7 +25,7 @@ def test_losses_have_the_steps_of_their_stage_and_results_their_names(job, tmp_p
     assert curve(events, "students/loss/ffn-3-50") == [(1, 2.0), (2, 2.0), (3, 2.0)]
     assert curve(events, "students/mean_loss")[0] == (1, 1.5)
     names = events.Tags()["scalars"]
-    assert {"seconds/students", "seconds/evaluation", "sensitivity/01-02", "variants/p90/R"} <= set(names)
+    assert {"seconds/students", "seconds/evaluation", "sensitivity/1-2", "variants/p90/R"} <= set(names)
     assert {
         f"variants/{v}/{m}" for v in ("teacher", "all") for m in ("velocity_error", "speed_up", "parameters")
     } <= set(names)

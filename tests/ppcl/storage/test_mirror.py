@@ -37,14 +37,14 @@ def test_what_a_process_makes_is_uploaded_when_it_ends_well(store):
 def test_one_file_is_downloaded_when_it_changed(store, s3, tmp_path):
     from ppcl.calibration.prompts import check_prompts, read_prompts
 
-    store.write("p.txt", b"a red circle\na blue square\n")
+    store.write("p.txt", b"a red circle\na blue square\na star\n")
     url = f"{store.url}/p.txt"
-    assert [p.text for p in read_prompts(url, "prompt")] == ["a red circle", "a blue square"]
+    assert [p.text for p in read_prompts(url, "prompt")] == ["a red circle", "a blue square", "a star"]
     before = check_prompts(url, "prompt")
     gets = [r for r in s3.requests if r.method == "GET"]
     assert check_prompts(url, "prompt") == before and [r for r in s3.requests if r.method == "GET"] == gets
-    store.write("p.txt", b"a red circle\na green cross\n")
-    assert [p.text for p in read_prompts(url, "prompt")] == ["a red circle", "a green cross"]
+    store.write("p.txt", b"a red circle\na green cross\na star\n")
+    assert [p.text for p in read_prompts(url, "prompt")] == ["a red circle", "a green cross", "a star"]
     assert check_prompts(url, "prompt") != before
     with pytest.raises(UserError, match="s3://.*none.txt does not exist"):
         local_file(f"{store.url}/none.txt")
