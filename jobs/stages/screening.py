@@ -23,7 +23,7 @@ def is_enabled(config: Config) -> bool:
 def settings_of(config: Config) -> Distillation:
     """The configuration of distillation, for a short one."""
     given, steps = config.distillation, config.detection.screening_steps
-    return given.model_copy(update={"steps": steps, "warmup": min(given.warmup, steps // 10), "affine": "keep"})
+    return given.model_copy(update={"steps": steps, "warmup": min(given.warmup, steps // 10)})
 
 
 def run(context: StageContext) -> dict[str, Any]:

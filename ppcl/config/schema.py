@@ -238,11 +238,6 @@ class Distillation(Section):
         "block u "
         "(the paper); middle: the middle block (the reference code)",
     )
-    affine: Literal["keep", "fade"] = Field(
-        "keep",
-        description="what becomes of the affine map of init: affine: keep: it is trained with the block; fade: it is "
-        "faded out in the first 70 % of the steps, so that a student ends as a stock block",
-    )
     student_keep_percent: int = Field(
         100,
         ge=1,

@@ -24,8 +24,8 @@ class StudentBlock(nn.Module):
     """Called exactly as a block is: keyword arguments in, the streams as the adapter returns them out.
 
     `block`: of the same kind as the teacher's block `source`. `affine`: by stream, a residual map `x + W x + b` behind
-    the block, the closed-form start of a student; empty for the paper's start, and for a student whose map was faded
-    out in training: that one is a stock block. PPCL, arXiv 2511.16156, Eq. 6.
+    the block, the closed-form start of a student; empty for the paper's start, with which it ends as a stock block.
+    PPCL, arXiv 2511.16156, Eq. 6.
     """
 
     # Read by the stock SD3 forward between blocks.
@@ -47,17 +47,10 @@ class StudentBlock(nn.Module):
         self.source = source
         self.block = block
         self.affine = nn.ModuleDict(affine or {})
-        # The share of the affine maps that is on: less than all only while they are faded out in training.
-        self.affine_share = 1.0
 
     def forward(self, **arguments: Any) -> tuple:
         streams = self.adapter.from_returned(self.block(**arguments))
-        share = self.affine_share
-        mapped = {
-            name: x + (self.affine[name](x) if share == 1.0 else share * self.affine[name](x))
-            for name, x in streams._asdict().items()
-            if name in self.affine and share > 0.0
-        }
+        mapped = {name: x + self.affine[name](x) for name, x in streams._asdict().items() if name in self.affine}
         return self.adapter.to_returned(streams._replace(**mapped))
 
     def streams(self, streams: Streams, context: dict[str, Any]) -> Streams:

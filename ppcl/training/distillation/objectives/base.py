@@ -107,12 +107,6 @@ class DistillationObjective(ABC):
 class GradientObjective(DistillationObjective):
     """An objective that gradient descent can improve after its initialisation."""
 
-    def advance(self, done: float) -> None:
-        """Called before every step, with the share of the steps that is done, in [0, 1)."""
-
-    def finish(self) -> None:
-        """Called behind the last step."""
-
     @abstractmethod
     def losses(self, captured: CapturedActivations, loss_of: Loss) -> Mapping[str, LossTerm]:
         """The losses by name, which add up; `loss_of` compares a block's output with the teacher's."""

@@ -23,9 +23,6 @@ from ppcl.training.distillation.objectives.base import (
 from ppcl.training.distillation.objectives.pruned_ffn import PrunedFfnObjective
 from ppcl.training.losses import Loss, LossTerm
 
-# The share of the steps over which affine maps are faded out; after them the block alone is trained.
-_FADED_OUT = 0.7
-
 
 class StudentObjective(LeastSquaresObjective):
     """The student's output against the teacher's behind the interval, stream by stream."""
@@ -52,21 +49,11 @@ class StudentObjective(LeastSquaresObjective):
             affine = {name: affine_map(teacher.width(source)) for name in streams}
         self.module = StudentBlock(teacher.adapter, replacement, source, block, affine)
         self.capture = CaptureSpec(frozenset({first, last + 1}))
-        self.fades = settings.affine == "fade"
         # What the teacher's own block `u` makes is the affine map's input for the fit alone; then the student's block
         # makes it.
         self.init_capture = CaptureSpec(frozenset({first + 1, last + 1})) if affine else CaptureSpec()
         if self.pruned:
             self.init_capture |= self.pruned.init_capture
-
-    def advance(self, done: float) -> None:
-        if self.fades:
-            self.module.affine_share = max(0.0, 1 - done / _FADED_OUT)
-
-    def finish(self) -> None:
-        if self.fades:
-            self.module.affine = nn.ModuleDict()
-            self.module.affine_share = 1.0
 
     def linears(self) -> dict[str, nn.Linear]:
         return {name: linear_at(self.module.affine, name) for name in self.module.affine}

@@ -216,27 +216,6 @@ def _clean(tmp_path):
     shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-def test_a_faded_student_ends_as_a_stock_block_also_after_a_stop(folder, tmp_path):
-    """What is left is the block alone, trained without its map in the end."""
-    teacher, faded = Teacher(folder), SETTINGS.model_copy(update={"affine": "fade", "steps": 60})
-    train(folder, tmp_path / "whole", faded)
-    with pytest.raises(KeyboardInterrupt):
-        train(folder, tmp_path / "stopped", faded, stop_after=31)
-    train(folder, tmp_path / "stopped", faded)
-    assert_same(students(tmp_path / "whole"), students(tmp_path / "stopped"))
-    for interval in INTERVALS:
-        path = tmp_path / "whole" / f"{interval.name}.safetensors"
-        module = load_replacement(path, teacher)
-        block = teacher.adapter.blocks(teacher.transformer())[interval.first]
-        assert not module.affine and not any(name.startswith("affine") for name in load_file(path))
-        assert module.block.state_dict().keys() == block.state_dict().keys()
-        losses = [
-            row["loss"] for row in json.loads((tmp_path / "whole" / f"{interval.name}.json").read_text())["curve"]
-        ]
-        # While the map fades out the loss rises; then the block makes up for it.
-        assert losses[-1] < max(losses) and losses[-1] > 0
-
-
 def test_students_are_trained_on_from_files_and_others_taken_as_they_are(folder, alone, tmp_path):
     """Zero learning rate: what comes out is what was given."""
     start = files_in(alone)
