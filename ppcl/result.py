@@ -163,7 +163,10 @@ def _teacher(folder: LocationLike, job: dict[str, Any]) -> Teacher:
     """The teacher of a job in the manifest, which may lie in another place than then."""
     location = Location.of(folder)
     if not location.is_url and not location.path.is_dir():
-        raise UserError(f"the teacher's folder {folder} does not exist any more; give its new path as teacher=")
+        raise UserError(
+            f"the teacher's folder {folder} does not exist any more; give its new path: --teacher on the command line, "
+            "teacher= in Python"
+        )
     teacher = Teacher(location, job.get("teacher_hashes"))
     if teacher.sha256() != job["teacher_sha256"]:
         raise UserError(
