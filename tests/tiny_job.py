@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from ppcl.config.schema import Detection, Distillation, Finetuning, Probes, Sampling, Width
-from ppcl.detection.detect import detect
 from ppcl.detection.fit_probes import fit_probes
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import parse_replacement
@@ -21,6 +20,7 @@ from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.run_context import RunContext
 from tests import tiny
+from tests.detecting import detect
 from tests.samples import MemorySamples
 
 # Every number of one replacement in so many random directions: two tensors that differ differ in these.

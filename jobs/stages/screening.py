@@ -16,10 +16,6 @@ from ppcl.storage.manifest import CHECKPOINTS
 NAME = "screening"
 
 
-def is_enabled(config: Config) -> bool:
-    return config.detection.screens
-
-
 def settings_of(config: Config) -> Distillation:
     """The configuration of distillation, for a short one."""
     given, steps = config.distillation, config.detection.screening_steps
@@ -42,7 +38,7 @@ STAGE = Stage(
     depends_on=("calibration", "detection"),
     sections=("distillation", "width"),
     workers=workers,
-    enabled=is_enabled,
+    enabled=lambda config: config.detection.screens,
     check=check_plan,
     also_reads=lambda context: [context.config.detection.screening_steps],
     resumes_from=CHECKPOINTS,

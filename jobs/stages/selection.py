@@ -12,7 +12,6 @@ from typing import Any
 
 from jobs.runtime.evaluator_pool import workers
 from jobs.stage import Stage, StageContext
-from jobs.stages import screening
 from jobs.stages.variants import search_plans
 from ppcl.replacements import Interval, Replacement, sort_key
 from ppcl.search.shortlist import best_depth_plans
@@ -58,5 +57,5 @@ STAGE = Stage(
     reads={"screening": "*.safetensors"},  # not the curves, which have times in them
     sections=("variants",),
     workers=workers,
-    enabled=screening.is_enabled,
+    enabled=lambda config: config.detection.screens,
 )

@@ -219,21 +219,6 @@ def detection_record(
     }
 
 
-def detect(
-    probes_folder: Path,
-    block_ranges: list[range],
-    settings: Detection,
-    width: Width,
-    tell: Callable[[int, int], None],
-    run: RunTasks = run_here,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Everything that can be replaced, by a method that measures no velocity; see `similarity_tables`."""
-    tables = similarity_tables(probes_folder, block_ranges, settings, width, tell, run, device)
-    intervals = intervals_from_similarity(tables, settings)
-    return detection_record(tables, intervals, [intervals], width, probes_folder)
-
-
 def _chains(intervals: Sequence[Interval]) -> list[Interval]:
     """The runs of blocks that overlapping intervals cover together."""
     chains: list[Interval] = []

@@ -109,10 +109,7 @@ class CandidateSearch:
         for share in _SHARES:
             plan, costs = start, dict(self.errors.sensitivity)
             for _ in range(_ROUNDS):
-                around = self.errors.costs_around(plan)
-                costs = {
-                    replacement: cost + share * (around[replacement] - cost) for replacement, cost in costs.items()
-                }
+                costs = self.errors.corrected(costs, plan, share)
                 plan = best(costs)
                 yield plan
 

@@ -57,5 +57,12 @@ class ErrorModel:
         costs = np.maximum(own + others, _LEAST * own)
         return dict(zip(self.replacements, costs.tolist(), strict=True))
 
+    def corrected(
+        self, costs: Mapping[Replacement, float], plan: Iterable[Replacement], share: float
+    ) -> dict[Replacement, float]:
+        """Costs moved by a share of the way to those around a plan: all of it makes a search swing between two."""
+        around = self.costs_around(plan)
+        return {replacement: cost + share * (around[replacement] - cost) for replacement, cost in costs.items()}
+
     def _numbers(self, plan: Iterable[Replacement]) -> list[int]:
         return [self._rows[replacement] for replacement in plan]

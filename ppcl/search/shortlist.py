@@ -18,8 +18,8 @@ from ppcl.search.pareto import RemovedBlocks, pareto_front
 
 # Numbers of removed blocks for which plans are found, at most, spread over all that are asked for.
 _COUNTS = 12
-# How often costs are corrected by the plan before; see `ppcl.search.candidates`.
-_ROUNDS = 2
+# How often costs are corrected by the plan before, and how far; see `ppcl.search.candidates`.
+_ROUNDS, _SHARE = 2, 0.5
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def best_depth_plans(errors: ErrorModel, blocks: int, counts: Sequence[int]) -> 
             continue
         tried, costs = [plan], dict(errors.sensitivity)
         for _ in range(_ROUNDS):
-            around = errors.costs_around(tried[-1])
-            costs = {interval: (cost + around[interval]) / 2 for interval, cost in costs.items()}
+            costs = errors.corrected(costs, tried[-1], _SHARE)
             corrected = _first_that_removes(pareto_front(RemovedBlocks(range(blocks)), costs), count)
             if corrected is None or corrected in tried:
                 break

@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from ppcl.config.schema import Detection, Width
 from ppcl.detection.cka import cka
-from ppcl.detection.detect import detect, write_detection
+from ppcl.detection.detect import write_detection
 from ppcl.detection.fit_probes import probe_file, tokens_file
 from ppcl.errors import UserError
 from ppcl.linalg.affine_fit import Probe
 from ppcl.linalg.moments import Moments
+from tests.detecting import detect
 
 WIDTH = 24
 

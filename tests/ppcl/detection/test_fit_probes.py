@@ -9,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ppcl.config.schema import Detection, Probes, Width
-from ppcl.detection.detect import detect
 from ppcl.detection.fit_probes import dropped, fit_probes, probe_file, tokens_file, underdetermined
 from ppcl.errors import UserError
 from ppcl.models import embed, run_blocks
@@ -17,6 +16,7 @@ from ppcl.models.teacher import Teacher
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.run_context import RunContext
 from tests import ranks
+from tests.detecting import detect
 from tests.ppcl.linalg.tokens import least_squares
 from tests.samples import MemorySamples
 
