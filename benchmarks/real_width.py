@@ -157,6 +157,8 @@ def sizes_of(config: Config, teacher: TeacherSize, prompts: int) -> JobSize:
 
 def run_job(options: argparse.Namespace) -> dict[str, Any]:
     out = Console(width=150)
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         started = time.monotonic()
