@@ -98,9 +98,9 @@ device: cpu
 sampling: {{height: {SIZE}, width: {SIZE}, steps: {options.sampling_steps}}}
 calibration: {{batch_size: 4}}
 probes: {{batch_size: 8}}
-detection: {{screening_steps: {options.steps}}}
-distillation: {{steps: {options.steps}, warmup: 1, batch_size: 4, moments_gb: 5}}
-finetuning: {{steps: {options.steps}, warmup: 1, batch_size: 4, measured_plans: 2, plan: p70}}
+detection: {{screening_steps: {options.steps}, max_candidates: 1}}
+distillation: {{steps: {options.steps}, warmup: 1, batch_size: 4, moments_gb: 3}}
+finetuning: {{steps: {options.steps}, warmup: 1, batch_size: 2, measured_plans: 2, plan: p70}}
 variants: {{budgets: [0.9, 0.7]}}
 evaluation: {{max_prompts: 2, batch_size: 2}}
 """
