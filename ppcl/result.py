@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +105,10 @@ class Result:
             return self.variants[choice]
         plan = available_plan(self._entries(choice), self.replacements, self.catalog.block_ranges)
         return Variant.of(CUSTOM, plan, self._sizes)
+
+    def plan_files(self, plan: Iterable[Replacement]) -> dict[Replacement, Path]:
+        """The files of a plan's replacements, the fine-tuned ones where it takes them."""
+        return self._switch.plan_files(plan)
 
     def finetuned(self, choice: Choice) -> bool:
         """Whether a variant takes fine-tuned replacements; see `ppcl.replacements.finetuned_selection`."""

@@ -53,6 +53,7 @@ class ModelAdapter:
       `pipelines`: class names of the diffusers pipelines that ppcl accepts with this transformer.
     - `block_lists`: attributes of the transformer that hold its blocks, in running order. An interval never crosses
       from one list to the next, because their blocks differ in kind.
+    - `layer_counts`: by block list, the key of the transformer's configuration that says how many blocks it has.
     - `parts`: by block list and stream (`img`, `txt`), the parts of a block that width pruning replaces. A list that is
       not named has none: the FFN of a single-stream block shares its output projection with the attention.
     - `prompt_arguments`: arguments of the transformer's forward that depend on the prompt; the text comes first.
@@ -76,6 +77,7 @@ class ModelAdapter:
     transformer: str
     pipelines: tuple[str, ...]
     block_lists: tuple[str, ...]
+    layer_counts: tuple[str, ...]
     parts: dict[str, dict[str, BlockParts]]
     prompt_arguments: tuple[str, ...]
     shared_arguments: tuple[str, ...]

@@ -6,6 +6,7 @@ FLUX = register(
         transformer="FluxTransformer2DModel",
         pipelines=("FluxPipeline",),
         block_lists=("transformer_blocks", "single_transformer_blocks"),
+        layer_counts=("num_layers", "num_single_layers"),
         parts={
             "transformer_blocks": {
                 "img": BlockParts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),

@@ -6,6 +6,7 @@ QWEN_IMAGE = register(
         transformer="QwenImageTransformer2DModel",
         pipelines=("QwenImagePipeline",),
         block_lists=("transformer_blocks",),
+        layer_counts=("num_layers",),
         parts={
             "transformer_blocks": {
                 "img": BlockParts("img_mod.1", "img_norm1", "img_norm2", "img_mlp", "attn.to_out.0"),

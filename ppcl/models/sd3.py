@@ -6,6 +6,7 @@ SD3 = register(
         transformer="SD3Transformer2DModel",
         pipelines=("StableDiffusion3Pipeline",),
         block_lists=("transformer_blocks",),
+        layer_counts=("num_layers",),
         parts={
             "transformer_blocks": {
                 "img": BlockParts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),

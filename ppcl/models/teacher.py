@@ -187,10 +187,14 @@ class Teacher:
 
     def part_hashes(self) -> dict[str, str]:
         """The sha256 of all files of the pipeline's other parts (text encoders, tokenizer, VAE, scheduler), by path."""
+        names = self.part_files()
+        return dict(zip(names, parallel_map(self._sha256, names), strict=True))
+
+    def part_files(self) -> list[str]:
+        """The paths of all files of the pipeline's parts beside the transformer."""
         index = self._json("model_index.json")
         parts = {name for name, value in index.items() if isinstance(value, list) and name != "transformer"}
-        names = [name for name in self._names() if name.split("/")[0] in parts]
-        return dict(zip(names, parallel_map(self._sha256, names), strict=True))
+        return [name for name in self._names() if name.split("/")[0] in parts]
 
     def pixels_a_token(self) -> int:
         """The side of a token in an image, pixels: what the VAE shrinks by, times the patches of 2."""

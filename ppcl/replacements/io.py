@@ -75,6 +75,19 @@ def load_replacement(
     return module.to(device=device, dtype=dtype).requires_grad_(False).eval()
 
 
+def empty_replacement(path: Path, teacher: Teacher) -> nn.Module:
+    """The structure of a replacement on the meta device, from its file's header alone. Raises `UserError`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, error) from None
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    module = parse_replacement(metadata["entry"]).empty_module(tensors, metadata, teacher)
+    return module.to("meta").requires_grad_(False).eval()
+
+
 def stored_sizes(path: Path) -> dict[str, int]:
     """Numbers in each tensor of a file, from its header alone."""
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -72,6 +72,9 @@ class LinearFfn(Ffn[LinearFfnMaps]):
     ) -> LinearFfnMaps:
         widths = {s: tensors[f"{s}.weight"].shape[0] for s in Streams._fields if f"{s}.weight" in tensors}
         return LinearFfnMaps({s: nn.Linear(width, width, device="meta") for s, width in widths.items()})
+
+    def exported(self, module: LinearFfnMaps, block: int, structure: TeacherStructure) -> dict[str, Any]:
+        return {"linear_ffn": list(module)}
 
     def stream_parameters(self, teacher: ParameterCounts, stream: str) -> int:
         # Shift, scale and gate of the FFN go too.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -104,6 +104,9 @@ class PrunedFfn(Ffn[PrunedFfnMaps]):
                 maps[stream] = nn.Linear(width, kept, device="meta"), nn.Linear(kept, width, device="meta")
         return PrunedFfnMaps(maps)
 
+    def exported(self, module: PrunedFfnMaps, block: int, structure: TeacherStructure) -> dict[str, Any]:
+        return {"hidden": {stream: module.maps(stream)[0].out_features for stream in module.up}}
+
     def stream_parameters(self, teacher: ParameterCounts, stream: str) -> int:
         return teacher.ffns[self.block][stream]
 
@@ -121,6 +124,12 @@ def kept_parameters(
         hidden = linear_at(structure.blocks[block], f"{where.ffn}.{structure.adapter.ffn_up}").out_features
         sizes[stream] = teacher.ffns[block][stream] * max(1, round(hidden * keep_percent / 100)) // hidden
     return sizes
+
+
+def hidden_units(block: nn.Module, structure: TeacherStructure, number: int) -> dict[str, int]:
+    """By stream, the hidden units of the FFNs of a block that is built as the teacher's block `number` is."""
+    up = structure.adapter.ffn_up
+    return {s: linear_at(block, f"{where.ffn}.{up}").out_features for s, where in structure.parts(number).items()}
 
 
 def _rows_of(linear: nn.Linear, units: torch.Tensor) -> nn.Linear:

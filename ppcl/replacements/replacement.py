@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import nn
@@ -116,6 +116,13 @@ class Replacement(ABC, Generic[ModuleT]):
     @abstractmethod
     def assemble(self, module: ModuleT, variant: Assembly) -> None:
         """Put the module into the variant's block map."""
+
+    def exported(self, module: ModuleT, block: int, structure: TeacherStructure) -> dict[str, Any]:
+        """What the configuration of an exported model says of a running block that this replacement shapes.
+
+        The keys are those of `ppcl.models.pruned_transformer`; nothing where the block stays a stock block.
+        """
+        return {}
 
     # --- Parameter counts ---
 

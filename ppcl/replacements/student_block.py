@@ -12,7 +12,7 @@ from torch import nn
 
 from ppcl.config import plan_syntax
 from ppcl.models import IdentityBlock, ModelAdapter, Streams
-from ppcl.replacements.pruned_ffn import kept_parameters
+from ppcl.replacements.pruned_ffn import hidden_units, kept_parameters
 from ppcl.replacements.replacement import Assembly, BlockRun, Replacement, TeacherStructure
 
 if TYPE_CHECKING:
@@ -95,6 +95,18 @@ class Interval(BlockRun[StudentBlock]):
         """The student is at `u`, identities are at `u+1..v`, so that the block lists keep their length."""
         variant.standing |= dict.fromkeys(self.blocks[1:], IdentityBlock(variant.structure.adapter))
         variant.standing[self.first] = module
+
+    def exported(self, module: StudentBlock, block: int, structure: TeacherStructure) -> dict[str, Any]:
+        """The blocks that it stands for, its affine maps, and its hidden units where they are fewer."""
+        entry: dict[str, Any] = {"teacher": str(self)}
+        if module.affine:
+            entry["affine"] = list(module.affine)
+        units = [
+            hidden_units(each, structure, module.source) for each in (module.block, structure.blocks[module.source])
+        ]
+        if units[0] != units[1]:
+            entry["hidden"] = units[0]
+        return entry
 
     def parameters_removed(self, teacher: ParameterCounts, within: Replacement | None) -> int:
         return sum(teacher.blocks[block] for block in self.blocks)

@@ -91,6 +91,12 @@ class VariantSwitcher:
             return frozenset()
         return plan & self.tuned.files.keys()
 
+    def plan_files(self, plan: Iterable[Replacement]) -> dict[Replacement, Path]:
+        """The files of a plan's replacements, the fine-tuned ones where it takes them."""
+        plan = sorted(plan, key=sort_key)
+        tuned = self.finetuned(plan)
+        return {one: self.tuned.files[one] if self.tuned and one in tuned else self.files[one] for one in plan}
+
     def _keys(self, transformer: ModelMixin, plan: Sequence[Replacement]) -> list[_Key]:
         tuned = self.finetuned(plan)
         home = transformer.device if cache_of(transformer) is None else "cpu"

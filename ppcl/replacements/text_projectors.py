@@ -184,6 +184,11 @@ class TextRun(BlockRun[TextProjectors]):
         ffns = {ffn.first: maps for ffn, maps in variant.inside(self) if isinstance(maps, FfnMaps)}
         variant.standing |= text_run(structure.adapter, own, structure.parts(self.first), module, ffns)
 
+    def exported(self, module: TextProjectors, block: int, structure: TeacherStructure) -> dict[str, Any]:
+        if block == self.last:
+            return {"text_run": "ends", "text_goes_on": module.h is not None}
+        return {"text_run": "starts" if block == self.first else "inside"}
+
     def parameters_removed(self, teacher: ParameterCounts, within: Replacement | None) -> int:
         return sum(teacher.texts[block] for block in self.blocks[1:])
 

@@ -50,6 +50,11 @@ def picture_rows(results: Results, names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def chosen_prompts(results: Results) -> list[int]:
+    """The numbers of the prompts that pictures are shown of."""
+    return _chosen([prompt.get("category") for prompt in results.stage("evaluation").get("prompts", [])])
+
+
 def _chosen(categories: list[str | None]) -> list[int]:
     """Indices of the prompts shown, in order of their category and then of the prompt file."""
     seen: dict[str | None, int] = {}

@@ -1,0 +1,102 @@
+"""`ppcl export`: a variant as a model that needs no ppcl."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jobs.cli.shared import out
+from ppcl.errors import UserError
+
+
+class Format(StrEnum):
+    """The layouts of an export."""
+
+    DIFFUSERS = "diffusers"
+    SINGLE_FILE = "single-file"
+
+
+class Dtype(StrEnum):
+    """The number formats of an export's weights."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def export(
+    result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
+    variant: Annotated[str, typer.Option(help="a name that `ppcl variants` lists, or a plan such as 3-5,ffn:1")],
+    to: Annotated[str, typer.Option(help="new folder, or new .safetensors file, here or at s3://bucket/key")],
+    format_: Annotated[
+        Format,
+        typer.Option(
+            "--format", help="a diffusers folder, or one file with the tensors' names of the family's original release"
+        ),
+    ] = Format.DIFFUSERS,
+    dtype: Annotated[Dtype, typer.Option(help="number format of the transformer's weights")] = Dtype.BFLOAT16,
+    transformer_only: Annotated[
+        bool, typer.Option("--transformer-only", help="leave out the text encoders, the VAE and the scheduler")
+    ] = False,
+    teacher: Annotated[str | None, typer.Option(help="path of the teacher, if it has moved")] = None,
+) -> None:
+    """Write a variant as a model of its own, which needs no ppcl to run."""
+    import torch
+
+    from ppcl.export import export_file, export_folder
+    from ppcl.result import Result
+
+    if format_ is Format.SINGLE_FILE and transformer_only:
+        raise UserError(
+            "--transformer-only is for --format diffusers: a single file holds the transformer alone anyway"
+        )
+    opened = Result(result, teacher=teacher)
+    weights = getattr(torch, dtype.value)
+    with _Lines() as progress:
+        if format_ is Format.SINGLE_FILE:
+            facts = export_file(opened, variant, to, weights, progress)
+        else:
+            facts = export_folder(opened, variant, to, weights, transformer_only, progress)
+    share = 100 * facts.parameters / facts.teacher_parameters
+    _say(f"{to}: {facts.class_name}, {facts.parameters:,} parameters, {share:.1f} % of the teacher's, {facts.dtype}")
+    if facts.obstacles and format_ is Format.DIFFUSERS:
+        _say(
+            f"it holds {', '.join(facts.obstacles)}: import ppcl_transformer.py, which lies in the folder, before the "
+            "model is loaded; its README.md shows how"
+        )
+
+
+def _say(text: str) -> None:
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Lines:
+    """How far an export is: a live bar on a terminal, a line every ten seconds elsewhere."""
+
+    _SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self.started = self.said = time.monotonic()
+        columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
+        self.task = self.bar.add_task("", total=None)
+
+    def __enter__(self) -> _Lines:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+        now = time.monotonic()
+        if out.is_terminal or now - self.said < self._SECONDS:
+            return
+        self.said = now
+        left = (now - self.started) * (total - done) / max(1, done)
+        out.print(f"{done / 1e9:.3g} of {total / 1e9:.3g} GB written, {left:.0f} s left", highlight=False, markup=False)

@@ -1,0 +1,80 @@
+"""`ppcl export`: what it writes, what it says, and its mistakes in one sentence each."""
+
+import json
+import sys
+
+import pytest
+
+from jobs.cli import main as cli
+from tests import made_result
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory, teacher_folder):
+    return made_result.result(tmp_path_factory.mktemp("result") / "job", teacher_folder)
+
+
+@pytest.fixture
+def ppcl(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_stock_variant_and_one_that_brings_its_module(result, ppcl, tmp_path):
+    code, said, error = ppcl("export", result, "--variant", "p90", "--to", tmp_path / "small")
+    assert code == 0, error
+    assert (
+        said.strip()
+        == f"{tmp_path}/small: QwenImageTransformer2DModel, 204,048 parameters, 84.3 % of the teacher's, bfloat16"
+    )
+    code, said, _ = ppcl("export", result, "--variant", "all", "--to", tmp_path / "all", "--dtype", "float16")
+    assert code == 0 and "import ppcl_transformer.py, which lies in the folder, before the model is loaded" in said
+    assert json.loads((tmp_path / "all" / "model_index.json").read_text())["transformer"][0] == "ppcl_transformer"
+    code, said, _ = ppcl(
+        "export", result, "--variant", "p90", "--to", tmp_path / "m.safetensors", "--format", "single-file"
+    )
+    assert code == 0 and (tmp_path / "m.safetensors").exists()
+
+
+MISTAKES = {
+    "no such variant": (["--variant", "p10", "--to", "{}/out"], "there is no variant 'p10'; there are teacher, p90"),
+    "taken": (["--variant", "p90", "--to", "{}/taken"], "taken exists already; give --to another place, or remove it"),
+    "a file": (["--variant", "p90", "--to", "{}/file"], "file exists already"),
+    "not stock": (
+        ["--variant", "all", "--to", "{}/m.safetensors", "--format", "single-file"],
+        "all holds students that end in an affine map, which the layout of the original release cannot hold; of this "
+        "result p90, p75 would do",
+    ),
+    "no file name": (
+        ["--variant", "p90", "--to", "{}/m", "--format", "single-file"],
+        "a single file ends in .safetensors",
+    ),
+    "both": (
+        ["--variant", "p90", "--to", "{}/m.safetensors", "--format", "single-file", "--transformer-only"],
+        "--transformer-only is for --format diffusers",
+    ),
+    "format": (["--variant", "p90", "--to", "{}/out", "--format", "gguf"], "'gguf' is not one of"),
+    "scheme": (["--variant", "p90", "--to", "gs://b/out"], "gs:// is not served"),
+    "no teacher": (["--variant", "p90", "--to", "{}/out", "--teacher", "/no/such"], "/no/such does not exist any more"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(result, ppcl, tmp_path, mistake):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, sentence = MISTAKES[mistake]
+    code, said, error = ppcl("export", result, *(argument.format(tmp_path) for argument in arguments))
+    assert code == 2 and not said
+    assert error.startswith("ppcl: ") and sentence in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before

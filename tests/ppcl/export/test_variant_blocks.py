@@ -1,0 +1,143 @@
+"""Every plan of every family, exported and loaded by its own class, against the variant inside of the teacher."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ppcl.config.location import Location
+from ppcl.export.destination import destination
+from ppcl.export.transformer_files import WeightPlan, write_weights
+from ppcl.export.variant_blocks import VariantBlocks
+from ppcl.models import pruned_transformer
+from ppcl.models.teacher import Teacher
+from ppcl.replacements import Plan
+from ppcl.replacements.switcher import VariantSwitcher
+from tests import tiny
+from tests.ppcl.export.replacements import MAKERS, replacements
+
+# What each plan is made of, and what stands in the way of stock classes.
+STOCK = {"": [], "2-3": [], "2-3,4-5": []}
+SHAPED = {
+    "0-1": ["students that end in an affine map"],
+    "ffn:0,ffn:2/50": ["linear FFNs", "FFNs with fewer hidden units"],
+    "text:1-3": ["text runs"],
+    "text:1-3,ffn:2,ffn:0/50,4-5": ["FFNs with fewer hidden units", "linear FFNs", "text runs"],
+    "modulations": ["modulations in low rank"],
+    "0-1,ffn:2,modulations": ["students that end in an affine map", "linear FFNs", "modulations in low rank"],
+    "text:1-3,ffn:2/50,4-5,modulations": [
+        "text runs",
+        "FFNs with fewer hidden units",
+        "modulations in low rank",
+    ],
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def teacher(request, tmp_path_factory):
+    return Teacher(MAKERS[request.param](tmp_path_factory.mktemp(request.param) / "teacher"))
+
+
+@pytest.fixture(scope="module")
+def files(teacher, tmp_path_factory):
+    return replacements(teacher, tmp_path_factory.mktemp("replacements"))
+
+
+def exported(teacher, files, plan, folder, most=1 << 40):
+    """The transformer's folder, written as exports are."""
+    blocks = VariantBlocks(teacher, VariantSwitcher(teacher, files).plan_files(Plan.parse(plan)))
+    weights = WeightPlan.of(blocks, torch.float32, "diffusion_pytorch_model.safetensors", most=most)
+    weights.check(blocks.empty_model().state_dict())
+    with destination(Location.of(folder), last="config.json") as to:
+        write_weights(blocks, weights, torch.float32, to, lambda done, total: None)
+    return blocks, weights
+
+
+@torch.no_grad()
+def velocity(model):
+    model = tiny.aligned(model.eval())
+    return model(**tiny.inputs(model), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("plan", [*STOCK, *SHAPED])
+def test_an_exported_variant_gives_the_same_bits(teacher, files, plan, tmp_path):
+    blocks, _ = exported(teacher, files, plan, tmp_path / "out")
+    assert sorted(blocks.obstacles()) == sorted((STOCK | SHAPED)[plan])
+    model = blocks.empty_model()
+    assert type(model).__name__ == blocks.class_name
+    assert (type(model) is getattr(diffusers, teacher.adapter.transformer)) == (plan in STOCK)
+    state = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    model.load_state_dict(state, strict=True, assign=True)
+
+    inside = teacher.transformer()
+    switch = VariantSwitcher(teacher, files)
+    tiny.aligned(inside)
+    with torch.no_grad():
+        switch(inside, Plan.parse(plan))
+        for block in teacher.adapter.blocks(inside):
+            tiny.aligned(block)
+        expected = inside(**tiny.inputs(inside), return_dict=False)[0]
+    made = velocity(model)
+    if "modulations" in plan or ("4-5" in plan and teacher.adapter.transformer.startswith("SD3")):
+        # Products are computed of weights that lie elsewhere in memory; and the student's text output, which nothing
+        # reads, is not computed: both round otherwise.
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(made, expected)
+
+
+def test_gradient_checkpointing_gives_the_arguments_by_position(teacher, files, tmp_path):
+    blocks, _ = exported(teacher, files, "0-1,ffn:2", tmp_path / "out")
+    model = blocks.empty_model()
+    model.load_state_dict(load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"), assign=True)
+    expected = velocity(model)
+    model.requires_grad_(True).train().enable_gradient_checkpointing()
+    made = model(**tiny.inputs(model), return_dict=False)[0]
+    torch.testing.assert_close(made, expected)
+    made.square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".affine." in name)
+
+
+def test_shards_hold_every_tensor_once_and_none_is_too_large(teacher, files, tmp_path):
+    _, whole = exported(teacher, files, "0-1", tmp_path / "one")
+    _, weights = exported(teacher, files, "0-1", tmp_path / "many", most=100_000)
+    assert len(weights.files) > 2
+    count = len(weights.files)
+    assert list(weights.files)[0] == f"diffusion_pytorch_model-00001-of-{count:05d}.safetensors"
+    joined = {}
+    for name in weights.files:
+        assert (tmp_path / "many" / name).stat().st_size < 120_000
+        state = load_file(tmp_path / "many" / name)
+        assert not joined.keys() & state.keys()
+        joined |= state
+    expected = load_file(tmp_path / "one" / "diffusion_pytorch_model.safetensors")
+    assert joined.keys() == expected.keys()
+    assert all(torch.equal(joined[name], tensor) for name, tensor in expected.items())
+    assert weights.bytes == whole.bytes == sum(t.numel() * 4 for t in expected.values())
+
+
+def test_the_module_needs_torch_and_diffusers_alone(tmp_path):
+    """In a process that cannot import ppcl, from a copy under its exported name."""
+    copy = tmp_path / "ppcl_transformer.py"
+    copy.write_text(Path(pruned_transformer.__file__).read_text())
+    code = """
+import sys
+sys.path[:] = [p for p in sys.path if p]
+sys.modules.update(ppcl=None, jobs=None, serve=None)
+sys.path.insert(0, sys.argv[1])
+import ppcl_transformer
+print(ppcl_transformer.PrunedQwenImageTransformer2DModel.__mro__[1].__name__)
+try:
+    ppcl_transformer.PrunedNothing
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [
+        "QwenImageTransformer2DModel",
+        "module 'ppcl_transformer' has no attribute 'PrunedNothing'",
+    ], done.stderr
