@@ -16,6 +16,7 @@ from ppcl.config.location import Location, LocationLike
 from ppcl.config.plan_syntax import PLAN_SYNTAX
 from ppcl.config.schema import Memory, Sampling
 from ppcl.errors import UserError
+from ppcl.lora import AppliedLora, Coverage, Lora, read_lora
 from ppcl.models.placement import Images, Placement, place
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement, parse_text
@@ -27,6 +28,9 @@ from ppcl.search.variants import TEACHER, Variant, available_plan, read_catalog
 from ppcl.storage.manifest import CONFIG, Artifacts
 
 CUSTOM = "custom"
+
+# A LoRA's file, or what was read of it, alone or with its strength.
+LoraChoice = LocationLike | Lora | tuple[LocationLike | Lora, float]
 
 # A variant's name, a plan as text, or a plan as a list.
 Choice = str | Sequence[Replacement | str | Sequence[int]]
@@ -49,6 +53,7 @@ class Result:
         self.memory = memory if isinstance(memory, Memory) else validated(Memory, dict(memory or {}), "memory")
         self.artifacts = Artifacts(folder)
         job = self.artifacts.manifest()["job"]
+        self._loras: dict[str, Lora] = {}
         self._check("variants")
         self.catalog = read_catalog(self.artifacts.path("variants"))
         self._check("students")
@@ -134,12 +139,15 @@ class Result:
         variant: Choice = TEACHER,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        lora: LoraChoice | None = None,
     ) -> Any:
         """A stock diffusers pipeline with the variant plugged in, placed as `memory.offload` says.
 
-        Raises `UserError` for an unknown variant, and for a device that is too small.
+        `lora`: a LoRA of the teacher, alone or with a strength: `("ink.safetensors", 0.8)`. `coverage` says what of it
+        the variant takes. Raises `UserError` for an unknown variant, for a LoRA that does not fit, and for a device
+        that is too small.
         """
-        return self.placed_pipeline(variant, device, dtype)[0]
+        return self.placed_pipeline(variant, device, dtype, lora=lora)[0]
 
     def placed_pipeline(
         self,
@@ -147,21 +155,39 @@ class Result:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         images: Images | None = None,
+        lora: LoraChoice | None = None,
     ) -> tuple[Any, Placement]:
         """`pipeline()`, and where its weights are. `images`: the largest call that it is made for."""
-        plan = self.variant(variant).plan
+        plan, applied = self.variant(variant).plan, self._applied(lora)
         pipeline = self.teacher.pipeline("cpu", dtype)
         placement = place(pipeline, device, self.memory, images, self._switch.most_bytes(dtype))
-        self._switch(pipeline.transformer, plan)
+        self._switch(pipeline.transformer, plan, applied)
         return pipeline, placement
 
-    def switch(self, pipeline: Any, variant: Choice) -> None:
-        """Switch a pipeline that `pipeline()` made to another variant.
+    def switch(self, pipeline: Any, variant: Choice, lora: LoraChoice | None = None) -> None:
+        """Switch a pipeline that `pipeline()` made to another variant, with a LoRA or without.
 
-        Moves references only; replacements load when first used. Call it while the pipeline is not running. Raises
-        `UserError` for an unknown variant, and then leaves the pipeline as it was.
+        Moves references only; replacements and LoRAs load when first used. Call it while the pipeline is not running.
+        Raises `UserError` for an unknown variant or a LoRA that does not fit, and then leaves the pipeline as it was.
         """
-        self._switch(pipeline.transformer, self.variant(variant).plan)
+        self._switch(pipeline.transformer, self.variant(variant).plan, self._applied(lora))
+
+    def coverage(self, pipeline: Any, variant: Choice, lora: LoraChoice) -> Coverage:
+        """What of a LoRA is on with a variant in a pipeline of this result; the variant replaces the rest."""
+        return self._switch.coverage(pipeline.transformer, self.variant(variant).plan, self.applied_lora(lora))
+
+    def applied_lora(self, lora: LoraChoice) -> AppliedLora:
+        """A LoRA that is read and checked; one place is read once. Raises `UserError`."""
+        place, scale = lora if isinstance(lora, tuple) else (lora, 1.0)
+        if isinstance(place, Lora):
+            return AppliedLora(place, float(scale))
+        key = str(Location.of(place))
+        if key not in self._loras:
+            self._loras[key] = read_lora(place, self.teacher)
+        return AppliedLora(self._loras[key], float(scale))
+
+    def _applied(self, lora: LoraChoice | None) -> AppliedLora | None:
+        return None if lora is None else self.applied_lora(lora)
 
 
 def _teacher(folder: LocationLike, job: dict[str, Any]) -> Teacher:

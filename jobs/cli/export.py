@@ -42,6 +42,10 @@ def export(
     transformer_only: Annotated[
         bool, typer.Option("--transformer-only", help="leave out the text encoders, the VAE and the scheduler")
     ] = False,
+    lora: Annotated[
+        str | None, typer.Option(help="a LoRA of the teacher that becomes part of the weights, a .safetensors file")
+    ] = None,
+    lora_scale: Annotated[float, typer.Option(help="how strongly it is on, times what it was trained to")] = 1.0,
     teacher: Annotated[str | None, typer.Option(help="path of the teacher, if it has moved")] = None,
 ) -> None:
     """Write a variant as a model of its own, which needs no ppcl to run."""
@@ -56,13 +60,16 @@ def export(
         )
     opened = Result(result, teacher=teacher)
     weights = getattr(torch, dtype.value)
+    chosen = None if lora is None else (lora, lora_scale)
     with _Lines() as progress:
         if format_ is Format.SINGLE_FILE:
-            facts = export_file(opened, variant, to, weights, progress)
+            facts = export_file(opened, variant, to, weights, progress, chosen)
         else:
-            facts = export_folder(opened, variant, to, weights, transformer_only, progress)
+            facts = export_folder(opened, variant, to, weights, transformer_only, progress, chosen)
     share = 100 * facts.parameters / facts.teacher_parameters
     _say(f"{to}: {facts.class_name}, {facts.parameters:,} parameters, {share:.1f} % of the teacher's, {facts.dtype}")
+    if facts.lora:
+        _say(f"with the LoRA {facts.lora}")
     if facts.obstacles and format_ is Format.DIFFUSERS:
         _say(
             f"it holds {', '.join(facts.obstacles)}: import ppcl_transformer.py, which lies in the folder, before the "

@@ -41,6 +41,8 @@ def generate(
     ),
     seed: Annotated[int, typer.Option(min=0, help="seed of the noise")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: those of the job")] = None,
+    lora: Annotated[str | None, typer.Option(help="a LoRA of the teacher to put on, a .safetensors file")] = None,
+    lora_scale: Annotated[float, typer.Option(help="how strongly it is on, times what it was trained to")] = 1.0,
     teacher: Annotated[str | None, typer.Option(help="path of the teacher, if it has moved")] = None,
     offload: Annotated[
         Offload | None,
@@ -66,7 +68,11 @@ def generate(
     device = best_device()
     # As in a job.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipeline, placement = opened.placed_pipeline(variant, device, dtype, images)
+    chosen = None if lora is None else (lora, lora_scale)
+    pipeline, placement = opened.placed_pipeline(variant, device, dtype, images, chosen)
+    if chosen:
+        told = f"{lora}: {opened.coverage(pipeline, variant, chosen)}"
+        out.print(told, highlight=False, markup=False, soft_wrap=True)
     if placement.mode != "none":
         out.print(str(placement), highlight=False, markup=False)
     picture = pipeline(

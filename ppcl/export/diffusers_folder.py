@@ -16,7 +16,7 @@ from ppcl.export.transformer_files import Progress, WeightPlan, write_weights
 from ppcl.export.variant_blocks import VariantBlocks
 from ppcl.models import pruned_transformer
 from ppcl.models.teacher import Teacher
-from ppcl.result import Choice, Result
+from ppcl.result import Choice, LoraChoice, Result
 
 MODULE = "ppcl_transformer"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -31,22 +31,26 @@ def export_folder(
     dtype: torch.dtype = torch.bfloat16,
     transformer_only: bool = False,
     progress: Progress = lambda done, total: None,
+    lora: LoraChoice | None = None,
 ) -> CardFacts:
     """Write a variant as a diffusers pipeline, or its transformer alone, to a new folder; gives what its card says.
+
+    `lora`: a LoRA that becomes part of the weights, see `Result.pipeline`.
 
     Cost: every weight of the variant is read and written once; memory is that of one block. Raises `UserError` where
     the place is taken or too small, or a file of the result cannot be read; nothing is left then.
     """
     variant, location = result.variant(choice), Location.of(to)
-    blocks = VariantBlocks(result.teacher, result.plan_files(variant.plan))
+    applied = None if lora is None else result.applied_lora(lora)
+    blocks = VariantBlocks(result.teacher, result.plan_files(variant.plan), applied)
     inside = "" if transformer_only else "transformer/"
     plan = WeightPlan.of(blocks, dtype, f"{inside}{_WEIGHTS}")
     plan.check(blocks.empty_model().state_dict())
-    facts = CardFacts.of(result, variant, blocks, dtype, transformer_only)
     with destination(location, last=f"{inside}config.json" if transformer_only else "model_index.json") as folder:
         others = [] if transformer_only else _other_files(result.teacher)
         folder.check_room(plan.bytes + sum(path.stat().st_size for path, _ in others))
         write_weights(blocks, plan, dtype, folder, progress)
+        facts = CardFacts.of(result, variant, blocks, dtype, transformer_only)
         if len(plan.files) > 1:
             index = {"metadata": {"total_size": plan.bytes}, "weight_map": plan.weight_map()}
             _write(folder, f"{inside}{_WEIGHTS}.index.json", json.dumps(index, indent=1))

@@ -44,6 +44,7 @@ class CardFacts:
     obstacles: list[str]
     blocks: list[dict[str, Any]]
     finetuned: bool
+    lora: str | None
     scores: dict[str, Any]
     sampling: dict[str, Any]
 
@@ -71,6 +72,8 @@ class CardFacts:
             obstacles=blocks.obstacles(),
             blocks=list(blocks.entries.values()),
             finetuned=result.finetuned(variant.name if variant.name in result.variants else list(variant.plan)),
+            lora=_lora(blocks),
+            # Without the LoRA.
             scores=rows.get(variant.name, {}) if variant.name in result.variants else {},
             sampling=result.sampling.model_dump(mode="json"),
         )
@@ -85,6 +88,7 @@ class CardFacts:
             "teacher": {"parameters": self.teacher_parameters, "sha256": self.teacher_sha256},
             "blocks": self.blocks,
             "fine_tuned": self.finetuned,
+            "lora": self.lora,
         }
 
 
@@ -138,6 +142,14 @@ def contact_sheet(result: Result, variant: str) -> bytes | None:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _lora(blocks: VariantBlocks) -> str | None:
+    """The LoRA that is part of the weights, in words."""
+    if blocks.lora is None:
+        return None
+    name = blocks.lora.lora.place.rpartition("/")[2]
+    return f"{name}, {blocks.lora.scale:g} times its strength: {blocks.coverage()}"
 
 
 def _licence(readme: Any) -> str | None:

@@ -11,7 +11,7 @@ from ppcl.export.model_card import CardFacts
 from ppcl.export.original_keys import original_tensors
 from ppcl.export.transformer_files import Progress, WeightPlan, write_weights
 from ppcl.export.variant_blocks import RunningBlock, Tensors, VariantBlocks
-from ppcl.result import Choice, Result
+from ppcl.result import Choice, LoraChoice, Result
 
 
 def export_file(
@@ -20,6 +20,7 @@ def export_file(
     to: LocationLike,
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = lambda done, total: None,
+    lora: LoraChoice | None = None,
 ) -> CardFacts:
     """Write a variant's transformer to one new file, `to` being its path or URL, which ends in `.safetensors`.
 
@@ -30,7 +31,8 @@ def export_file(
     if not location.text.endswith(".safetensors"):
         raise UserError(f"a single file ends in .safetensors; {location} does not")
     variant = result.variant(choice)
-    blocks = VariantBlocks(result.teacher, result.plan_files(variant.plan))
+    applied = None if lora is None else result.applied_lora(lora)
+    blocks = VariantBlocks(result.teacher, result.plan_files(variant.plan), applied)
     if obstacles := blocks.obstacles():
         raise UserError(_not_stock(result, variant.name, obstacles))
 

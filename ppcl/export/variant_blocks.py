@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from ppcl.lora import AppliedLora, Coverage, block_with_lora, merged, outside_with_lora, shares_on
 from ppcl.models import IdentityBlock
+from ppcl.models.block_view import linear_at
 from ppcl.models.pruned_transformer import pruned_class
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import LowRankModulation, Replacement
 from ppcl.replacements.assembly import block_map
-from ppcl.replacements.block_view import SCALE1, SHIFT1, linear_at
 from ppcl.replacements.io import empty_replacement, load_replacement
 from ppcl.replacements.low_rank_modulation import ModulationBasis
+from ppcl.replacements.modulation import SCALE1, SHIFT1
 from ppcl.replacements.replacement import TeacherStructure
 from ppcl.replacements.student_block import StudentBlock
 from ppcl.replacements.text_projectors import RunBlock, RunStart
@@ -43,14 +45,16 @@ class RunningBlock(NamedTuple):
 
 
 class VariantBlocks:
-    """The model that a plan describes. `files`: the plan's replacements.
+    """The model that a plan describes. `files`: the plan's replacements. `lora`: becomes part of the weights.
 
     Structure comes from headers alone. `tensors` reads one block at a time: memory is that of the largest block, of its
     replacements, and of the embedders and the head.
     """
 
-    def __init__(self, teacher: Teacher, files: Mapping[Replacement, Path]):
-        self.teacher, self.adapter, self.files = teacher, teacher.adapter, dict(files)
+    def __init__(self, teacher: Teacher, files: Mapping[Replacement, Path], lora: AppliedLora | None = None):
+        self.teacher, self.adapter, self.files, self.lora = teacher, teacher.adapter, dict(files), lora
+        # By layer of the LoRA, the share of it that is part of what was read so far.
+        self._merged: dict[str, float] = {}
         # Without gradients: modulations of a block in training stay whole in low rank.
         self.structure = TeacherStructure(self.adapter, teacher.empty_transformer().requires_grad_(False))
         self._empty = {one: empty_replacement(path, teacher) for one, path in self.files.items()}
@@ -198,17 +202,35 @@ class VariantBlocks:
         """The tensors of one part, by name. Raises `UserError` where a file cannot be read."""
         if group is None:
             wanted: list[Replacement] = [one for one in self.files if isinstance(one, LowRankModulation)]
-            state = self.teacher.transformer(set(), dtype=dtype).state_dict()
-            return state | _basis(self._loaded(wanted, dtype))
+            outside = self.teacher.transformer(set(), dtype=dtype)
+            if self.lora:
+                changed = outside_with_lora(self.adapter, outside, self.lora, "cpu", dtype)
+                self._merged |= shares_on(changed.values())
+                for path, module in changed.items():
+                    outside.set_submodule(path, module.merged())
+            return outside.state_dict() | _basis(self._loaded(wanted, dtype))
         wanted = [one for one in self.files if group.number in one.blocks or not one.blocks]
         modules = self._loaded(wanted, dtype)
         blocks = list(self.structure.blocks)
         if not any(one.removed for one in wanted):
             loaded = self.teacher.transformer({group.number}, dtype=dtype)
             blocks[group.number] = self.adapter.blocks(loaded)[group.number]
+            if self.lora:
+                prefix = self._teachers_prefix(group)
+                blocks[group.number] = block_with_lora(blocks[group.number], prefix, self.lora, "cpu", dtype)
         standing = block_map(self.adapter, self.structure.transformer, blocks, modules, wanted)
         block = standing.get(group.number, blocks[group.number])
-        return self._named(group, block, self._student(group, modules))
+        self._merged |= shares_on([block])
+        return self._named(group, merged(block), self._student(group, modules))
+
+    def coverage(self) -> Coverage | None:
+        """What of the LoRA became part of the weights; known when all have been read."""
+        return Coverage.of(self.lora.lora, self._merged) if self.lora else None
+
+    def _teachers_prefix(self, place: RunningBlock) -> str:
+        """Of the names of a block's modules in the teacher."""
+        ranges = self.adapter.block_ranges(self.structure.transformer)
+        return f"{place.block_list}.{place.number - ranges[self.adapter.block_lists.index(place.block_list)].start}."
 
     def _loaded(self, wanted: list[Replacement], dtype: torch.dtype) -> dict[Replacement, nn.Module]:
         return {one: load_replacement(self.files[one], self.teacher, "cpu", dtype) for one in wanted}

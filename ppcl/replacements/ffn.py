@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from ppcl.models import BlockParts, ModelAdapter
-from ppcl.replacements.block_view import view
+from ppcl.models.block_view import view
 from ppcl.replacements.replacement import Assembly, Replacement
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from torch import nn
 
 from ppcl.config import plan_syntax
 from ppcl.models import BlockParts, ModelAdapter, Streams
-from ppcl.replacements.block_view import GATE2, SCALE2, SHIFT2, Modulation, linear_at
+from ppcl.models.block_view import linear_at
 from ppcl.replacements.ffn import Ffn, FfnMaps
+from ppcl.replacements.modulation import GATE2, SCALE2, SHIFT2, Modulation
 from ppcl.replacements.replacement import Replacement, TeacherStructure
 
 if TYPE_CHECKING:

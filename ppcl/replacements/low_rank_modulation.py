@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from ppcl.config import plan_syntax
 from ppcl.models import IdentityBlock, adapter_of, embed
+from ppcl.models.block_view import linear_at, view
+from ppcl.models.lora_linear import LoraLinear
 from ppcl.models.placement import cache_of
 from ppcl.models.weight_cache import host_original
-from ppcl.replacements.block_view import Modulation, linear_at, view
+from ppcl.replacements.modulation import Modulation
 from ppcl.replacements.replacement import Assembly, Replacement, TeacherStructure
 from ppcl.replacements.student_block import StudentBlock
 from ppcl.replacements.text_projectors import RunBlock, RunStart
@@ -83,16 +85,17 @@ class ModulationBasis(nn.Module):
         return view(module, {path: self._fold(module.get_submodule(path), device) for path in paths})
 
     def _fold(self, modulation: nn.Module, device: torch.device | None) -> nn.Module:
-        if isinstance(modulation, Modulation):
-            if modulation.source.weight.requires_grad:
-                return OntoBasis(modulation, self)
-            inner = self._restricted_once(modulation.source, device)
-            return InBasis(Modulation(inner, modulation.width, modulation.constants), self)
-        linear = linear_at(modulation, "")
-        if linear.weight.requires_grad:
+        linear = modulation.source if isinstance(modulation, Modulation) else modulation
+        plain = linear.base_linear if isinstance(linear, LoraLinear) else linear_at(linear, "")
+        if plain.weight.requires_grad:
             # What was multiplied out now would be wrong after the next step, and pass no gradient on.
             return OntoBasis(modulation, self)
-        return InBasis(self._restricted_once(linear, device), self)
+        inner: nn.Linear | LoraLinear = self._restricted_once(plain, device)
+        if isinstance(linear, LoraLinear):
+            inner = linear.in_basis(inner, host_original(self.directions), host_original(self.mean))
+        if isinstance(modulation, Modulation):
+            return InBasis(Modulation(inner, modulation.width, modulation.constants), self)
+        return InBasis(inner, self)
 
     def prepare(self, linears: Iterable[nn.Linear]) -> None:
         """Multiply modulations out now; of a sharded teacher that is possible only while their block is gathered."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
+from ppcl.models.block_view import linear_at
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.block_view import linear_at
 from ppcl.replacements.io import stored_sizes
 from ppcl.replacements.low_rank_modulation import LowRankModulation
 from ppcl.replacements.plan import enclosing

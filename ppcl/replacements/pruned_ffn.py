@@ -13,17 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ppcl.config import plan_syntax
 from ppcl.linalg import PrunedUnits
 from ppcl.models import BlockParts, ModelAdapter, Streams
-from ppcl.replacements.block_view import linear_at
+from ppcl.models.block_view import linear_at
+from ppcl.models.lora_linear import LoraLinear
+from ppcl.models.weight_cache import host_original
 from ppcl.replacements.ffn import Ffn, FfnMaps
 from ppcl.replacements.replacement import TeacherStructure
 
 if TYPE_CHECKING:
     from ppcl.models.teacher import Teacher
     from ppcl.replacements.parameter_counts import ParameterCounts
+
+
+# Hidden units that are looked for at once.
+_ROWS = 1024
 
 
 class PrunedFfnMaps(FfnMaps):
@@ -63,11 +70,24 @@ class PrunedFfnMaps(FfnMaps):
     def replaced_parts(
         self, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts]
     ) -> dict[str, nn.Module]:
-        """The two maps, with the stock FFN around them."""
+        """The two maps, with the stock FFN around them; a LoRA of the block's own is cut to the units that stay."""
         replaced: dict[str, nn.Module] = {}
         for stream, where in parts.items():
-            replaced[f"{where.ffn}.{adapter.ffn_up}"], replaced[f"{where.ffn}.{adapter.ffn_down}"] = self.maps(stream)
+            paths = [f"{where.ffn}.{name}" for name in (adapter.ffn_up, adapter.ffn_down)]
+            own = [block.get_submodule(path) for path in paths]
+            replaced |= dict(zip(paths, self._with_lora(stream, *own), strict=True))
         return replaced
+
+    def _with_lora(self, stream: str, own_up: nn.Module, own_down: nn.Module) -> tuple[nn.Module, nn.Module]:
+        up, down = self.maps(stream)
+        if not isinstance(own_up, LoraLinear) and not isinstance(own_down, LoraLinear):
+            return up, down
+        plain = own_up.base_linear if isinstance(own_up, LoraLinear) else linear_at(own_up, "")
+        units = kept_units(up.weight, plain.weight)
+        return (
+            own_up.rows(up, units) if isinstance(own_up, LoraLinear) else up,
+            own_down.columns(down, units) if isinstance(own_down, LoraLinear) else down,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +144,17 @@ def kept_parameters(
         hidden = linear_at(structure.blocks[block], f"{where.ffn}.{structure.adapter.ffn_up}").out_features
         sizes[stream] = teacher.ffns[block][stream] * max(1, round(hidden * keep_percent / 100)) // hidden
     return sizes
+
+
+@torch.no_grad()
+def kept_units(kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Which rows of `weight (h, d)` those of `kept (k, d)` come from, `(k,)`: the ones they are most alike.
+
+    They are the same rows until fine-tuning moves them. `O(h k d)`, in blocks of rows.
+    """
+    kept, weight = host_original(kept).float(), host_original(weight).float()
+    weight = F.normalize(weight, dim=1)
+    return torch.cat([(F.normalize(rows, dim=1) @ weight.T).argmax(1) for rows in kept.split(_ROWS)])
 
 
 def hidden_units(block: nn.Module, structure: TeacherStructure, number: int) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from ppcl.errors import UserError
+from ppcl.lora import AppliedLora, Coverage, shares_on, with_lora
 from ppcl.models import swap
 from ppcl.models.placement import cache_of
 from ppcl.models.teacher import Teacher
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 # Plans of a transformer whose views are kept, so that going back to one is no work.
 _REMEMBERED = 64
+# LoRAs, with their strengths, whose numbers stay on the device.
+_REMEMBERED_LORAS = 16
 
 
 class _Key(NamedTuple):
@@ -36,6 +40,25 @@ class _Key(NamedTuple):
     tuned: bool
     device: str
     dtype: torch.dtype
+
+
+class _Standing(NamedTuple):
+    """What is plugged in."""
+
+    plan: tuple[Replacement, ...]
+    lora: AppliedLora | None
+
+
+@dataclass
+class _Teacher:
+    """The teacher's own modules in one transformer: its `blocks`, and by path those `outside` that a LoRA changed.
+
+    `with_lora`: views of them with a LoRA on.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    outside: dict[str, nn.Module] = field(default_factory=dict)
+    with_lora: OrderedDict[AppliedLora, _Teacher] = field(default_factory=OrderedDict)
 
 
 class VariantSwitcher:
@@ -62,10 +85,8 @@ class VariantSwitcher:
         self.tuned = tuned
         self.limit = limit
         self._loaded: OrderedDict[_Key, nn.Module] = OrderedDict()
-        self._standing: WeakKeyDictionary[nn.Module, OrderedDict[tuple[Replacement, ...], dict[int, nn.Module]]] = (
-            WeakKeyDictionary()
-        )
-        self._teachers_blocks: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
+        self._standing: WeakKeyDictionary[nn.Module, OrderedDict[_Standing, dict[int, nn.Module]]] = WeakKeyDictionary()
+        self._teachers: WeakKeyDictionary[nn.Module, _Teacher] = WeakKeyDictionary()
 
     def module(self, replacement: Replacement, device: str, dtype: torch.dtype, tuned: bool = False) -> nn.Module:
         return self._module(_Key(replacement, tuned, str(device), dtype))
@@ -106,40 +127,76 @@ class VariantSwitcher:
         """Whether a plan can be switched to without reading a file."""
         return all(key in self._loaded for key in self._keys(transformer, list(plan)))
 
-    def blocks(self, transformer: ModelMixin) -> tuple[nn.Module, ...]:
-        """The teacher's own blocks of a transformer, whatever is plugged into it."""
-        if transformer not in self._teachers_blocks:
-            self._teachers_blocks[transformer] = tuple(self.teacher.adapter.blocks(transformer))
-        return self._teachers_blocks[transformer]
+    def _own(self, transformer: ModelMixin) -> _Teacher:
+        if transformer not in self._teachers:
+            self._teachers[transformer] = _Teacher(tuple(self.teacher.adapter.blocks(transformer)))
+        return self._teachers[transformer]
 
-    def replacements(self, transformer: ModelMixin, plan: Iterable[Replacement]) -> dict[int, nn.Module]:
+    def blocks(self, transformer: ModelMixin, lora: AppliedLora | None = None) -> tuple[nn.Module, ...]:
+        """The teacher's own blocks of a transformer, whatever is plugged into it; with a LoRA, views of them."""
+        own = self._own(transformer)
+        return own.blocks if lora is None else self._with_lora(transformer, lora).blocks
+
+    def _with_lora(self, transformer: ModelMixin, lora: AppliedLora) -> _Teacher:
+        own = self._own(transformer)
+        if lora not in own.with_lora:
+            home = transformer.device if cache_of(transformer) is None else "cpu"
+            blocks, outside = with_lora(
+                self.teacher.adapter, transformer, own.blocks, lora, home, transformer.dtype, own.outside
+            )
+            own.with_lora[lora] = _Teacher(tuple(blocks), dict(outside))
+            if len(own.with_lora) > _REMEMBERED_LORAS:
+                own.with_lora.popitem(last=False)
+        own.with_lora.move_to_end(lora)
+        return own.with_lora[lora]
+
+    def replacements(
+        self, transformer: ModelMixin, plan: Iterable[Replacement], lora: AppliedLora | None = None
+    ) -> dict[int, nn.Module]:
         """The block at each block number with a plan on. Raises `UserError` for one larger than the limit."""
-        plan = tuple(sorted(plan, key=sort_key))
+        wanted = _Standing(tuple(sorted(plan, key=sort_key)), lora)
         known = self._standing.setdefault(transformer, OrderedDict())
-        keys = self._keys(transformer, plan)
-        if plan not in known:
+        keys = self._keys(transformer, wanted.plan)
+        if wanted not in known:
             self._make_room(keys)
             modules = {key.replacement: self._module(key) for key in keys}
-            known[plan] = block_map(self.teacher.adapter, transformer, self.blocks(transformer), modules, plan)
+            blocks = self.blocks(transformer, lora)
+            known[wanted] = block_map(self.teacher.adapter, transformer, blocks, modules, wanted.plan)
             if cache := cache_of(transformer):
-                for module in known[plan].values():
+                for module in known[wanted].values():
                     cache.attach(module)
             if len(known) > _REMEMBERED:
                 known.popitem(last=False)
-        known.move_to_end(plan)
+        known.move_to_end(wanted)
         for key in keys:
             self._loaded.move_to_end(key)
-        return known[plan]
+        return known[wanted]
 
-    def __call__(self, transformer: ModelMixin, plan: Iterable[Replacement]) -> None:
-        """Leave the transformer with exactly this plan on; an empty one is the teacher itself."""
+    def __call__(self, transformer: ModelMixin, plan: Iterable[Replacement], lora: AppliedLora | None = None) -> None:
+        """Leave the transformer with exactly this plan on, and this LoRA; an empty plan is the teacher itself."""
         plan = list(plan)
-        everywhere = dict(enumerate(self.blocks(transformer)))
+        everywhere = dict(enumerate(self.blocks(transformer, lora)))
         if self.limit is not None and not self.in_memory(transformer, plan):
             self._check_limit(self._keys(transformer, plan))
             # What is plugged in would stay in memory beside what is read now.
             swap(transformer, everywhere)
-        swap(transformer, everywhere | self.replacements(transformer, plan))
+        swap(transformer, everywhere | self.replacements(transformer, plan, lora))
+        self._set_outside(transformer, lora)
+
+    def _set_outside(self, transformer: ModelMixin, lora: AppliedLora | None) -> None:
+        """Put a LoRA's maps outside of the blocks in their places, and the teacher's own into all others."""
+        own = self._own(transformer)
+        changed = self._with_lora(transformer, lora).outside if lora else {}
+        for path in changed:
+            own.outside.setdefault(path, transformer.get_submodule(path))
+        for path, module in (own.outside | changed).items():
+            transformer.set_submodule(path, module)
+
+    def coverage(self, transformer: ModelMixin, plan: Iterable[Replacement], lora: AppliedLora) -> Coverage:
+        """What of a LoRA is on with a plan."""
+        blocks = dict(enumerate(self.blocks(transformer, lora))) | self.replacements(transformer, plan, lora)
+        outside = self._with_lora(transformer, lora).outside
+        return Coverage.of(lora.lora, shares_on([*blocks.values(), *outside.values()]))
 
     def most_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that replacements take in memory at most: of all of them, or the limit."""
@@ -176,7 +233,7 @@ class VariantSwitcher:
         """Let go of a replacement, and of the blocks that it is in."""
         module = self._loaded.pop(key)
         for transformer, known in self._standing.items():
-            for plan in [plan for plan in known if key in self._keys(transformer, plan)]:
-                del known[plan]
+            for standing in [one for one in known if key in self._keys(transformer, one.plan)]:
+                del known[standing]
             if cache := cache_of(transformer):
                 cache.forget(module)

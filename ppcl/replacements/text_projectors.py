@@ -21,8 +21,9 @@ from torch import nn
 
 from ppcl.config import plan_syntax
 from ppcl.models import BlockParts, ModelAdapter, Streams
-from ppcl.replacements.block_view import Modulation, linear_at, view
+from ppcl.models.block_view import linear_at, view
 from ppcl.replacements.ffn import Ffn, FfnMaps, with_ffn
+from ppcl.replacements.modulation import Modulation
 from ppcl.replacements.replacement import Assembly, BlockRun, Replacement, TeacherStructure
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from ppcl.errors import UserError
 from ppcl.models import ModelAdapter, Streams, adapter_of, embed
+from ppcl.models.block_view import linear_at
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.block_view import linear_at
 from ppcl.sizing.peak_memory import PeakMemory
 
 _TEXT_TOKENS = 512

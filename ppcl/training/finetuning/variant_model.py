@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl.models import swap
+from ppcl.models.block_view import linear_at
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement
-from ppcl.replacements.block_view import linear_at
 from ppcl.replacements.low_rank_modulation import ModulationBasis
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.parallel_dims import ParallelDims

@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from jobs.cli import main as cli
+from ppcl.models.teacher import Teacher
 from tests import made_result
+from tests.ppcl.lora.loras import written
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,21 @@ def test_a_stock_variant_and_one_that_brings_its_module(result, ppcl, tmp_path):
     assert code == 0 and (tmp_path / "m.safetensors").exists()
 
 
+def test_a_lora_becomes_part_of_it_and_is_put_on_an_image(result, ppcl, teacher_folder, tmp_path):
+    lora = written("qwen", Teacher(teacher_folder), tmp_path / "lora")
+    plan = ["--variant", "p90", "--lora", lora, "--lora-scale", "0.5"]
+    code, said, error = ppcl("export", result, *plan, "--to", tmp_path / "out", "--transformer-only")
+    assert code == 0, error
+    told = "of the LoRA is on, by the squared norm of its update; left out: transformer_blocks.2"
+    assert f"with the LoRA {lora.name}, 0.5 times its strength: " in said and told in said
+    code, said, error = ppcl("generate", result, "a red circle", *plan, "-o", tmp_path / "with.png")
+    assert code == 0 and f"{lora}: " in said and told in said, error
+    ppcl("generate", result, "a red circle", "--variant", "p90", "-o", tmp_path / "without.png")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
+
+
 MISTAKES = {
+    "no LoRA": (["--variant", "p90", "--to", "{}/out", "--lora", "{}/file.safetensors"], "file.safetensors"),
     "no such variant": (["--variant", "p10", "--to", "{}/out"], "there is no variant 'p10'; there are teacher, p90"),
     "taken": (["--variant", "p90", "--to", "{}/taken"], "taken exists already; give --to another place, or remove it"),
     "a file": (["--variant", "p90", "--to", "{}/file"], "file exists already"),

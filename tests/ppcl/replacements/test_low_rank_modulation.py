@@ -13,7 +13,7 @@ from ppcl.replacements.linear_ffn import LinearFfnMaps
 from ppcl.replacements.low_rank_modulation import InBasis, ModulationBasis, fit_basis
 from ppcl.replacements.text_projectors import TextProjectors
 from tests import tiny
-from tests.ppcl.replacements.test_block_view import MODELS, WIDTH, randomised
+from tests.ppcl.replacements.test_modulation import MODELS, WIDTH, randomised
 from tests.samples import MemorySamples
 
 

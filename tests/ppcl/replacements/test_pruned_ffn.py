@@ -8,15 +8,15 @@ from accelerate import init_empty_weights
 
 from ppcl.config.schema import Distillation
 from ppcl.models import Streams, adapter_of, embed, run_blocks
+from ppcl.models.block_view import linear_at
 from ppcl.replacements import Interval, TextRun
-from ppcl.replacements.block_view import linear_at
 from ppcl.replacements.ffn import with_ffn
 from ppcl.replacements.io import load_replacement, save_replacement
 from ppcl.replacements.pruned_ffn import PrunedFfnMaps
 from ppcl.replacements.text_projectors import TextProjectors, text_run
 from ppcl.training.distillation.objectives import StudentObjective, TeacherBlocks
 from tests import tiny
-from tests.ppcl.replacements.test_block_view import MODELS, WIDTH, randomised
+from tests.ppcl.replacements.test_modulation import MODELS, WIDTH, randomised
 
 
 @pytest.fixture(params=MODELS)

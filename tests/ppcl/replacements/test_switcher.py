@@ -22,7 +22,7 @@ from ppcl.replacements.pruned_ffn import PrunedFfnMaps
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.replacements.text_projectors import TextProjectors
 from tests import made_result, tiny
-from tests.ppcl.replacements.test_block_view import WIDTH, randomised
+from tests.ppcl.replacements.test_modulation import WIDTH, randomised
 from tests.samples import MemorySamples
 
 PLANS = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ppcl.config.schema import Distillation
-from ppcl.replacements.block_view import linear_at
+from ppcl.models.block_view import linear_at
 from ppcl.replacements.pruned_ffn import PrunedFfn, PrunedFfnMaps
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.distillation.objectives.base import (

@@ -9,7 +9,7 @@ from torch import nn
 
 from ppcl.config.schema import Distillation
 from ppcl.models import Streams
-from ppcl.replacements.block_view import linear_at
+from ppcl.models.block_view import linear_at
 from ppcl.replacements.pruned_ffn import PrunedFfn
 from ppcl.replacements.student_block import Interval, StudentBlock, affine_map
 from ppcl.training.captured import CapturedActivations, CaptureSpec
