@@ -66,6 +66,10 @@ class EngineSettings(Section):
     variants: list[str] | None = Field(
         None, description="names of the variants to serve; only their weights are loaded; null: all of the result"
     )
+    loras: Location | None = Field(
+        None,
+        description="folder, or s3://bucket/key, of the LoRAs that requests may name: ink.safetensors is the LoRA ink",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one, else the CPU")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"

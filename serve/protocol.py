@@ -9,6 +9,16 @@ from typing import Any, Protocol
 import numpy as np
 
 AUTO = "auto"
+# Between a variant's name and a LoRA's in the name of a model.
+WITH = "+"
+
+
+@dataclass(frozen=True)
+class LoraOn:
+    """A LoRA of the server by name, and how strongly it is on: `scale` times what it was trained to."""
+
+    name: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,7 @@ class GenerationRequest:
     `model`: a variant's name, a plan as text, or `auto`. `count`: number of images; image i has the seed `seed + i`.
     `arguments`: further arguments of the pipeline's call, such as `negative_prompt`, `true_cfg_scale`. `previews`:
     partial images of each. `deadline`: seconds from admission to the last image, None without one. `min_variant`: the
-    smallest variant that `auto` may take.
+    smallest variant that `auto` may take. `lora`: one of the server's.
     """
 
     id: str
@@ -33,6 +43,7 @@ class GenerationRequest:
     previews: int = 0
     deadline: float | None = None
     min_variant: str | None = None
+    lora: LoraOn | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ class ModelInfo:
     """A variant as clients see it. `share`: of the teacher's parameters.
 
     `quality`: score in [0, 1] from the result's evaluation, None without one. `seconds_per_step`: profiled at the start
-    for one image of the default size.
+    for one image of the default size. `loras`: by name of the server's LoRAs, the share of it that the variant takes.
     """
 
     id: str
@@ -108,6 +119,7 @@ class ModelInfo:
     blocks: int
     quality: float | None
     seconds_per_step: float | None
+    loras: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ class PipelineInfo:
     """The pipeline's defaults `steps`, `height` and `width`, which are those of the result's evaluation.
 
     `multiple`: both sides of an image are multiples of so many pixels, the size of one token of the transformer.
-    `arguments`: names that `GenerationRequest.arguments` may hold, such as `negative_prompt`.
+    `arguments`: names that `GenerationRequest.arguments` may hold, such as `negative_prompt`. `loras`: names of LoRAs.
     """
 
     steps: int
@@ -123,6 +135,7 @@ class PipelineInfo:
     width: int
     multiple: int
     arguments: tuple[str, ...]
+    loras: tuple[str, ...] = ()
 
 
 class Backend(Protocol):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ppcl.lora.lora_file import Lora
-from ppcl.models import ModelAdapter
+from ppcl.models import IdentityBlock, ModelAdapter
 from ppcl.models.block_view import view
 from ppcl.models.lora_linear import LoraLinear
 
@@ -110,7 +110,12 @@ def outside_with_lora(
 def block_with_lora(
     block: nn.Module, prefix: str, applied: AppliedLora, device: str | torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """A view of one block with a LoRA on. `prefix`: of its modules' names in the transformer."""
+    """A view of one block with a LoRA on. `prefix`: of its modules' names in the transformer.
+
+    The place of a block that is not loaded stays as it is.
+    """
+    if isinstance(block, IdentityBlock):
+        return block
     names = [name for name in applied.lora.layers if name.startswith(prefix)]
     paths = [name.removeprefix(prefix) for name in names]
     parts = {

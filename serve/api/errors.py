@@ -77,7 +77,7 @@ def from_http(error: HTTPException) -> Refused:
 def from_validation(error: ValidationError) -> Refused:
     """Return the first of pydantic's errors as one sentence about one key."""
     first = error.errors(include_url=False)[0]
-    key = str(first["loc"][0]) if first["loc"] else None
+    key = ".".join(map(str, first["loc"])) if first["loc"] else None
     if first["type"] == "missing":
         return invalid(f"{key} is missing", key, "missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ")

@@ -7,14 +7,15 @@ from typing import Any
 
 from serve.api.errors import invalid, shown
 from serve.config import Limits
-from serve.protocol import AUTO, ModelInfo, PipelineInfo, Refused
+from serve.protocol import AUTO, WITH, ModelInfo, PipelineInfo, Refused
 
 
 def listing(infos: list[ModelInfo], pipeline: PipelineInfo, limits: Limits, created: int) -> dict[str, Any]:
     """Return OpenAI's list of models, extended by the pipeline's defaults and the limits of a request."""
     return {
         "object": "list",
-        "data": [auto(infos, created), *(model(info, created) for info in infos)],
+        "data": [auto(infos, created), *(model(info, created) for info in infos), *with_loras(infos, created)],
+        "loras": list(pipeline.loras),
         "defaults": {"size": f"{pipeline.width}x{pipeline.height}", "num_inference_steps": pipeline.steps},
         "arguments": list(pipeline.arguments),
         "multiple": pipeline.multiple,
@@ -23,7 +24,28 @@ def listing(infos: list[ModelInfo], pipeline: PipelineInfo, limits: Limits, crea
 
 
 def model(info: ModelInfo, created: int) -> dict[str, Any]:
-    return {"object": "model", "created": created, "owned_by": "ppcl", **asdict(info)}
+    """Return a variant as a model. Its LoRAs are models of their own, see `with_loras`."""
+    return {"object": "model", "created": created, "owned_by": "ppcl", **asdict(info) | {"loras": list(info.loras)}}
+
+
+def with_loras(infos: list[ModelInfo], created: int) -> list[dict[str, Any]]:
+    """Return every variant with every LoRA as a model, `half+ink`. `lora_share`: what of the LoRA is on with it.
+
+    What was measured of the variant was so without the LoRA.
+    """
+    return [
+        {
+            "id": f"{info.id}{WITH}{lora}",
+            "object": "model",
+            "created": created,
+            "owned_by": "ppcl",
+            "variant": info.id,
+            "lora": lora,
+            "lora_share": share,
+        }
+        for info in infos
+        for lora, share in info.loras.items()
+    ]
 
 
 def auto(infos: list[ModelInfo], created: int) -> dict[str, Any]:
@@ -44,6 +66,9 @@ def retrieve(name: str, infos: list[ModelInfo], created: int) -> dict[str, Any]:
     for info in infos:
         if info.id == name:
             return model(info, created)
+    for combined in with_loras(infos, created):
+        if combined["id"] == name:
+            return combined
     raise unknown_model(name, infos)
 
 

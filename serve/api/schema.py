@@ -8,9 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serve.api.errors import from_validation, invalid, shown
-from serve.protocol import AUTO
+from serve.protocol import AUTO, WITH
 
 Scale = Annotated[float, Field(ge=0, le=100)]
+
+
+class LoraParameters(BaseModel):
+    """The LoRA of a request: one of the server's, by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=256, description="a LoRA that the list of models names")
+    scale: float = Field(1.0, ge=-10, le=10, description="how strongly it is on, times what it was trained to")
+
 
 LARGEST_SEED = 2**32 - 1
 
@@ -25,7 +35,7 @@ class ImageRequest(BaseModel):
         AUTO,
         min_length=1,
         max_length=4096,
-        description="a variant, a plan as text, or auto: the largest that meets the deadline",
+        description="a variant, a plan as text, or auto: the largest that meets the deadline; `+NAME` adds a LoRA",
     )
     n: int = Field(1, ge=1, le=10, description="number of images; image i has the seed `seed + i`")
     size: str = Field(
@@ -60,6 +70,7 @@ class ImageRequest(BaseModel):
         le=LARGEST_SEED,
         description="seed of the noise; chosen at random and returned in the answer unless given",
     )
+    lora: LoraParameters | None = Field(None, description="a LoRA of the server: `{name, scale}`")
     min_variant: str | None = Field(
         None, min_length=1, max_length=256, description="the smallest variant that auto may choose"
     )
@@ -81,7 +92,9 @@ class ImageRequest(BaseModel):
                 "set output_format to jpeg or webp",
                 "output_compression",
             )
-        if self.min_variant is not None and self.model != AUTO:
+        if self.lora is not None and WITH in self.model:
+            raise invalid(f"the model {shown(self.model)} names a LoRA already; leave lora out", "lora")
+        if self.min_variant is not None and self.model.partition(WITH)[0] != AUTO:
             raise invalid(
                 f"min_variant applies only to the model {AUTO}; {shown(self.model)} is never changed", "min_variant"
             )

@@ -7,7 +7,7 @@ import secrets
 from serve.api.errors import invalid, shown
 from serve.api.schema import LARGEST_SEED, ImageRequest
 from serve.config import Limits
-from serve.protocol import GenerationRequest, PipelineInfo
+from serve.protocol import WITH, GenerationRequest, LoraOn, PipelineInfo
 
 
 def to_generation_request(parameters: ImageRequest, id: str, info: PipelineInfo, limits: Limits) -> GenerationRequest:
@@ -18,13 +18,14 @@ def to_generation_request(parameters: ImageRequest, id: str, info: PipelineInfo,
     _check_names(parameters)
     _check_prompts(parameters, limits)
     _check_arguments(parameters, info)
+    model, lora = _model_and_lora(parameters, info)
     width, height = _size(parameters.size, info, limits)
     steps = parameters.num_inference_steps or info.steps
     _check_work(parameters, width, height, steps, limits)
     return GenerationRequest(
         id=id,
         prompt=parameters.prompt,
-        model=parameters.model,
+        model=model,
         count=parameters.n,
         height=height,
         width=width,
@@ -34,7 +35,23 @@ def to_generation_request(parameters: ImageRequest, id: str, info: PipelineInfo,
         previews=parameters.partial_images,
         deadline=None if parameters.deadline_ms is None else parameters.deadline_ms / 1000,
         min_variant=parameters.min_variant,
+        lora=lora,
     )
+
+
+def _model_and_lora(parameters: ImageRequest, info: PipelineInfo) -> tuple[str, LoraOn | None]:
+    """The variant that a request names, and its LoRA. Raises `Refused` with 404 for one that is not served."""
+    model, _, suffix = parameters.model.partition(WITH)
+    if parameters.lora is not None:
+        lora = LoraOn(parameters.lora.name, parameters.lora.scale)
+    elif suffix:
+        lora = LoraOn(suffix)
+    else:
+        return parameters.model, None
+    if lora.name not in info.loras:
+        known = f"there are {', '.join(info.loras)}" if info.loras else "this server has none"
+        raise invalid(f"there is no LoRA {shown(lora.name)}; {known}", "lora", "lora_not_found", 404)
+    return model, lora
 
 
 def _check_names(parameters: ImageRequest) -> None:

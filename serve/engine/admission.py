@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from ppcl.lora import AppliedLora
 from ppcl.replacements import Plan
 from ppcl.search.variants import Variant
 from serve.config import Elastic
@@ -16,6 +18,9 @@ from serve.engine.shared_pipeline import WorkloadKey
 from serve.protocol import GenerationRequest, Refused
 
 _DEMAND_WINDOW_S = 10.0
+
+# The arguments of the backlog's estimates, of a request, by plan.
+_JobOf = Callable[[Plan], tuple[WorkloadKey, int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,14 @@ class Admission:
         self._names = {variant.plan: name for name, variant in variants.items()}
         self._demand_window = DemandWindow(_DEMAND_WINDOW_S)
 
-    def decide(self, request: GenerationRequest, named: Variant | None, per_step: int, now: float) -> Decision:
+    def decide(
+        self,
+        request: GenerationRequest,
+        named: Variant | None,
+        per_step: int,
+        now: float,
+        lora: AppliedLora | None = None,
+    ) -> Decision:
         """Accept a request. `named`: its variant, None for `auto`. `per_step`: calls of the transformer per step.
 
         Raises `Refused` for a full queue, a deadline that cannot be met, or an unknown `min_variant`.
@@ -68,19 +80,20 @@ class Admission:
         largest = self._plan(self.quality.levels[0]) if named is None else named.plan
         offered = self._offer(request, named, per_step, now)
         self._check_queue(request, offered)
+        job = partial(_job, request=request, per_step=per_step, lora=lora)
         if named is None:
-            selection = self._select_automatically(request, per_step, largest, allowed)
+            selection = self._select_automatically(request, job, largest, allowed)
         else:
-            selection = self._select_named(request, per_step, named)
+            selection = self._select_named(request, job, named)
         pixels = request.height * request.width
         if request.deadline is not None and not selection.in_time:
-            idle = self.backlog.idle_seconds(*_job(selection.plan, request, per_step))
+            idle = self.backlog.idle_seconds(*job(selection.plan))
             self._refuse_late(request.deadline, selection.expected, idle, offered)
         return Decision(
             selection.model,
             selection.degraded,
-            WorkloadKey(selection.plan, pixels),
-            WorkloadKey(largest, pixels),
+            WorkloadKey(selection.plan, pixels, lora),
+            WorkloadKey(largest, pixels, lora),
             selection.expected,
         )
 
@@ -107,22 +120,22 @@ class Admission:
         return offered
 
     def _select_automatically(
-        self, request: GenerationRequest, per_step: int, largest: Plan, allowed: set[str]
+        self, request: GenerationRequest, job: _JobOf, largest: Plan, allowed: set[str]
     ) -> _Selection:
         def expected(name: str) -> float:
-            return self.backlog.expected_seconds(*_job(self._plan(name), request, per_step))
+            return self.backlog.expected_seconds(*job(self._plan(name)))
 
         def alone(name: str) -> float:
-            return self.backlog.idle_seconds(*_job(self._plan(name), request, per_step))
+            return self.backlog.idle_seconds(*job(self._plan(name)))
 
-        patience = self._settings.patience * self.backlog.idle_seconds(*_job(largest, request, per_step))
+        patience = self._settings.patience * self.backlog.idle_seconds(*job(largest))
         budget = patience if request.deadline is None else request.deadline
         choice = self.quality.choose(budget, expected, alone, allowed.__contains__)
         return _Selection(self._plan(choice.variant), choice.variant, choice.degraded, choice.expected, choice.in_time)
 
-    def _select_named(self, request: GenerationRequest, per_step: int, variant: Variant) -> _Selection:
+    def _select_named(self, request: GenerationRequest, job: _JobOf, variant: Variant) -> _Selection:
         model = self._names.get(variant.plan) or ",".join(map(str, variant.plan))
-        seconds = self.backlog.expected_seconds(*_job(variant.plan, request, per_step))
+        seconds = self.backlog.expected_seconds(*job(variant.plan))
         in_time = request.deadline is None or seconds * (1 + self._settings.margin) <= request.deadline
         return _Selection(variant.plan, model, False, seconds, in_time)
 
@@ -165,9 +178,11 @@ class Admission:
         return offered.count * self.backlog.undegraded(workload, offered.calls)
 
 
-def _job(plan: Plan, request: GenerationRequest, per_step: int) -> tuple[WorkloadKey, int, int, int]:
+def _job(
+    plan: Plan, request: GenerationRequest, per_step: int, lora: AppliedLora | None
+) -> tuple[WorkloadKey, int, int, int]:
     """Return the arguments of the backlog's estimates for a request with a plan."""
-    return WorkloadKey(plan, request.height * request.width), request.steps, per_step, request.count
+    return WorkloadKey(plan, request.height * request.width, lora), request.steps, per_step, request.count
 
 
 def _busy(message: str, code: str, wait: float) -> Refused:

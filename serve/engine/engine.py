@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ppcl.errors import UserError
+from ppcl.lora import AppliedLora
 from ppcl.search.variants import Variant
 from serve.config import EngineSettings, Served
 from serve.engine import metrics as instruments
@@ -33,6 +34,7 @@ from serve.engine.shared_pipeline import BatchLimits, SharedPipeline, WorkloadKe
 from serve.logging import log_failure
 from serve.protocol import (
     AUTO,
+    WITH,
     Accepted,
     Event,
     FinalImage,
@@ -89,7 +91,7 @@ class Engine:
         self.settings, self.counters = settings, counters or Metrics()
         compute = ComputeThread()
         self.weights: Weights = compute(
-            load, settings.result, settings.teacher, engine.variants, device, _precision(engine, device)
+            load, settings.result, settings.teacher, engine, device, _precision(engine, device)
         )
         self._lock = threading.Lock()
         self._closed, self._profiled = False, False
@@ -153,6 +155,7 @@ class Engine:
                 variant.blocks,
                 self._qualities[variant.name],
                 self.cost_model.forward(WorkloadKey(variant.plan, pixels), 1),
+                self.weights.lora_shares.get(variant.name, {}),
             )
             for variant in sorted(self.weights.variants.values(), key=lambda variant: -variant.parameters)
         ]
@@ -186,7 +189,7 @@ class Engine:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         variant = self._named(request.model)
         tokens = await asyncio.to_thread(self._count_tokens, request)
-        job, accepted = self._admit(request, variant, tokens)
+        job, accepted = self._admit(request, variant, tokens, self._lora(request))
         outcome = "cancelled"
         try:
             yield accepted
@@ -214,6 +217,15 @@ class Engine:
             raise Refused(404, "invalid_request_error", message, "model_not_found", "model")
         return variant
 
+    def _lora(self, request: GenerationRequest) -> AppliedLora | None:
+        """Return the LoRA that a request names. Raises `Refused` where it is not served."""
+        if request.lora is None:
+            return None
+        if request.lora.name not in self.weights.loras:
+            message = f"there is no LoRA {request.lora.name[:80]!r}"
+            raise Refused(404, "invalid_request_error", message, "lora_not_found", "lora")
+        return AppliedLora(self.weights.loras[request.lora.name], request.lora.scale)
+
     def _count_tokens(self, request: GenerationRequest) -> int:
         """Return the prompt's tokens. Raises `Refused` where it or the negative prompt has too many."""
         limit, counts = self.settings.limits.prompt_tokens, {}
@@ -226,7 +238,9 @@ class Engine:
                 raise Refused(422, "invalid_request_error", message, "string_too_long", name)
         return counts["prompt"]
 
-    def _admit(self, request: GenerationRequest, named: Variant | None, tokens: int) -> tuple[_Job, Accepted]:
+    def _admit(
+        self, request: GenerationRequest, named: Variant | None, tokens: int, lora: AppliedLora | None
+    ) -> tuple[_Job, Accepted]:
         """Accept a request and queue its images. Raises `Refused`."""
         arguments = {**self.weights.result.sampling.arguments, **request.arguments}
         per_step = calls_per_step(self.weights.pipeline.__call__, arguments)
@@ -237,7 +251,7 @@ class Engine:
                     503, "server_error", "the server is shutting down; try again soon", "shutting_down", retry_after=1.0
                 )
             try:
-                decision = self._admission.decide(request, named, per_step, now)
+                decision = self._admission.decide(request, named, per_step, now, lora)
             except Refused as refused:
                 if refused.status == 429:
                     self.counters.record(instruments.REQUESTS, outcome="refused")
@@ -254,7 +268,8 @@ class Engine:
             self._update_gauges()
         label, degraded = self._label(decision.model), str(decision.degraded).lower()
         self.counters.record(instruments.ACCEPTED, variant=label, degraded=degraded)
-        return job, Accepted(decision.model, decision.degraded, decision.expected)
+        model = f"{decision.model}{WITH}{request.lora.name}" if request.lora else decision.model
+        return job, Accepted(model, decision.degraded, decision.expected)
 
     def _run(self, work: Work) -> None:
         """Generate one image in this thread and publish it, or the error."""
@@ -369,7 +384,7 @@ def _pipeline_info(weights: Weights) -> PipelineInfo:
     arguments = tuple(
         name for name in _ARGUMENTS if name in parameters and not (ignores_guidance_scale and name == "guidance_scale")
     )
-    return PipelineInfo(sampling.steps, sampling.height, sampling.width, multiple, arguments)
+    return PipelineInfo(sampling.steps, sampling.height, sampling.width, multiple, arguments, tuple(weights.loras))
 
 
 def _task(request: GenerationRequest, decision: Decision, index: int, arguments: dict[str, Any]) -> GenerationTask:
@@ -383,4 +398,5 @@ def _task(request: GenerationRequest, decision: Decision, index: int, arguments:
         request.seed + index,
         arguments,
         request.previews,
+        decision.workload.lora,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ppcl.lora import AppliedLora
 from ppcl.replacements import Plan
 from serve.engine.batcher import Ticket
 from serve.engine.shared_pipeline import SharedPipeline, WorkloadKey
@@ -30,10 +31,11 @@ class GenerationTask:
     seed: int
     arguments: Mapping[str, Any] = field(default_factory=dict)
     previews: int = 0
+    lora: AppliedLora | None = None
 
     @property
     def workload(self) -> WorkloadKey:
-        return WorkloadKey(self.plan, self.height * self.width)
+        return WorkloadKey(self.plan, self.height * self.width, self.lora)
 
 
 @dataclass(frozen=True)

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ppcl.config.location import LocationLike
+from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
+from ppcl.lora import AppliedLora, Lora
 from ppcl.replacements import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.result import Result
 from ppcl.search.variants import Variant
 from ppcl.storage.manifest import Artifacts
+from ppcl.storage.object_store import Store
 from ppcl.storage.results import read_results
+from serve.config import EngineSettings
 
 # No plan of any transformer has a longer text.
 _MAX_PLAN_LENGTH = 4096
+_LORA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A pipeline in memory and its variants. `blocks`: indices of the teacher's loaded blocks."""
+    """A pipeline in memory and its variants. `blocks`: indices of the teacher's loaded blocks.
+
+    `loras`: by name. `lora_shares`: by variant and LoRA, the share of the LoRA that the variant takes.
+    """
 
     result: Result
     pipeline: Any
     switch: VariantSwitcher
     variants: dict[str, Variant]
     blocks: frozenset[int]
+    loras: dict[str, Lora] = field(default_factory=dict)
+    lora_shares: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def variant(self, model: str) -> Variant | None:
         """Return a served variant by name, or any plan in memory by its text; None for anything else."""
@@ -54,11 +63,14 @@ class Weights:
         return range(self.result.catalog.blocks)
 
 
-def load(result: Path, teacher: Path | None, names: Sequence[str] | None, device: str, dtype: torch.dtype) -> Weights:
-    """Read the variants `names` of a result, all by default; their files' hashes are those of its manifest.
+def load(
+    result: LocationLike, teacher: LocationLike | None, settings: EngineSettings, device: str, dtype: torch.dtype
+) -> Weights:
+    """Read the configured variants of a result; their files' hashes are those of its manifest.
 
-    Raises `UserError` where a name is none, or the result is not intact.
+    Raises `UserError` where a name is none, the result is not intact, or a LoRA does not fit.
     """
+    names = settings.variants
     import diffusers
 
     # Its warnings contain prompts.
@@ -90,7 +102,35 @@ def load(result: Path, teacher: Path | None, names: Sequence[str] | None, device
     for variant in variants.values():
         # Read the files now, so that no request waits for them.
         switch(pipeline.transformer, variant.plan)
-    return Weights(source, pipeline, switch, variants, blocks)
+    loras = _loras(settings.loras, source) if settings.loras else {}
+    shares = {
+        name: {
+            lora: switch.coverage(pipeline.transformer, variant.plan, AppliedLora(read)).share
+            for lora, read in loras.items()
+        }
+        for name, variant in variants.items()
+    }
+    return Weights(source, pipeline, switch, variants, blocks, loras, shares)
+
+
+def _loras(folder: Location, result: Result) -> dict[str, Lora]:
+    """Read the LoRAs of a folder, by the names of their files. Raises `UserError`."""
+    if folder.is_url:
+        names = sorted(name for name in Store(folder.url).objects() if "/" not in name)
+    elif folder.path.is_dir():
+        names = sorted(path.name for path in folder.path.iterdir() if path.is_file())
+    else:
+        raise UserError(f"engine.loras: {folder} is no folder; give one with LoRAs as .safetensors files")
+    loras = {}
+    for name in names:
+        stem, dot, suffix = name.rpartition(".")
+        if dot and suffix == "safetensors":
+            if not _LORA_NAME.fullmatch(stem):
+                raise UserError(f"engine.loras: {name} has a name that no request can give; use letters, digits, . _ -")
+            loras[stem] = result.applied_lora(folder / name).lora
+    if not loras:
+        raise UserError(f"engine.loras: {folder} holds no .safetensors file; leave engine.loras out")
+    return loras
 
 
 def _kept(plan: Iterable[Replacement], count: int) -> set[int]:

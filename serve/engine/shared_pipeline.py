@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ppcl.lora import AppliedLora
 from ppcl.models import adapter_of
 from ppcl.replacements import Plan
 from serve.engine.batch_collation import Digests, group_of, join, rows_of
@@ -25,10 +26,11 @@ from serve.engine.compute_thread import ComputeThread
 
 
 class WorkloadKey(NamedTuple):
-    """What the cost of an image's steps depends on: its plan and its pixels."""
+    """What images of one batch have in common: the plan and the pixels, on which costs depend, and the LoRA."""
 
     plan: Plan
     pixels: int
+    lora: AppliedLora | None = None
 
 
 # Prompts whose embeddings are cached.
@@ -81,14 +83,14 @@ class BatchLimits:
 class SharedPipeline:
     """One pipeline for many images at once.
 
-    `switch(transformer, plan)` is called between batches, in the compute thread. `on_batch` is called after every batch
-    of the transformer; its group is a tuple whose first item is the `WorkloadKey`.
+    `switch(transformer, plan, lora)` is called between batches, in the compute thread. `on_batch` is called after every
+    batch of the transformer; its group is a tuple whose first item is the `WorkloadKey`.
     """
 
     def __init__(
         self,
         pipeline: Any,
-        switch: Callable[[nn.Module, Plan], None],
+        switch: Callable[[nn.Module, Plan, AppliedLora | None], None],
         limits: BatchLimits,
         on_batch: BatchObserver,
         compute: ComputeThread | None = None,
@@ -96,7 +98,7 @@ class SharedPipeline:
         self.stock, self._switch, self._limits = pipeline, switch, limits
         self.compute = compute or ComputeThread()
         self.adapter = adapter_of(pipeline.transformer)
-        self._active_plan: Plan | None = None
+        self._active: tuple[Plan, AppliedLora | None] | None = None
         self._encoding = threading.Lock()
         self._embeddings: OrderedDict[Hashable, Any] = OrderedDict()
         run = self.compute
@@ -141,19 +143,19 @@ class SharedPipeline:
 
     def _forward(self, group: tuple[WorkloadKey, Hashable], calls: Sequence[dict[str, Any]]) -> Sequence[torch.Tensor]:
         workload, _ = group
-        self.activate(workload.plan)
+        self.activate(workload.plan, workload.lora)
         output = self.stock.transformer(**join(self.adapter, calls))[0]
         if output.is_cuda:
             # Otherwise the batch would seem free and the next one pay for both.
             torch.cuda.synchronize()
         return output.split([rows_of(self.adapter, call) for call in calls])
 
-    def activate(self, plan: Plan) -> None:
-        """Switch the transformer to a plan. Moves references only."""
-        if plan != self._active_plan:
-            self._active_plan = None
-            self._switch(self.stock.transformer, plan)
-            self._active_plan = plan
+    def activate(self, plan: Plan, lora: AppliedLora | None = None) -> None:
+        """Switch the transformer to a plan with a LoRA or none. Moves references only."""
+        if (plan, lora) != self._active:
+            self._active = None
+            self._switch(self.stock.transformer, plan, lora)
+            self._active = plan, lora
 
     def _decode(self, group: Hashable, latents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         images = self.stock.vae.decode(torch.cat(list(latents)), return_dict=False)[0]

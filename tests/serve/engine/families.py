@@ -10,15 +10,15 @@ from tests.ppcl.calibration.test_families import embedding, flux_pipeline, sd3_p
 GATHER = 5.0
 
 
-def share(pipeline, switch=lambda transformer, plan: None, rows=8, gather=GATHER):
+def share(pipeline, switch=lambda transformer, plan, lora: None, rows=8, gather=GATHER):
     pipeline.set_progress_bar_config(disable=True)
     batches, begun = [], []
 
-    def switch_late(transformer, plan):
+    def switch_late(transformer, plan, lora):
         # The first batch takes as long as the other threads need to come.
         time.sleep(0 if begun else 0.5)
         begun.append(plan)
-        switch(transformer, plan)
+        switch(transformer, plan, lora)
 
     shared = SharedPipeline(
         pipeline,

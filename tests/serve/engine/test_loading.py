@@ -9,11 +9,12 @@ from ppcl.errors import UserError
 from ppcl.models import IdentityBlock
 from ppcl.replacements import Interval
 from ppcl.storage.manifest import Artifacts
+from serve.config import EngineSettings
 from serve.engine.loading import load, qualities
 
 
 def loaded(folder, names=None):
-    return load(folder, None, names, "cpu", torch.float32)
+    return load(folder, None, EngineSettings(variants=names), "cpu", torch.float32)
 
 
 def test_all_variants_are_served_by_default(result_folder):

@@ -74,7 +74,7 @@ def test_pictures_of_different_variants_share_a_transformer(tmp_path, teacher_fo
 def test_pictures_are_decoded_in_batches_no_larger_than_told(qwen):
     for pixels, most in ((2 * 32 * 32, 2), (1, 1)):
         shared = SharedPipeline(
-            qwen, lambda transformer, plan: None, BatchLimits(8, GATHER, pixels), lambda *batch: None
+            qwen, lambda transformer, plan, lora: None, BatchLimits(8, GATHER, pixels), lambda *batch: None
         )
         sizes, decode = [], qwen.vae.decode
         shared.stock.vae.decode = lambda z, return_dict, decode=decode, sizes=sizes: (
