@@ -79,6 +79,12 @@ def new_pipeline(vae: AutoencoderKLQwenImage, transformer: QwenImageTransformer2
 def encode_scenes(vae: AutoencoderKLQwenImage, count: int, seed: int, device: str) -> tuple[torch.Tensor, list[str]]:
     """Normalised, packed latents `(count, 16, 32)` of training scenes, with their captions."""
     pictures, texts = scenes(count, np.random.default_rng(seed))
+    return encode_pictures(vae, pictures, device), texts
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, device: str) -> torch.Tensor:
+    """Normalised, packed latents `(n, 16, 32)` of pictures `(n, 3, 64, 64)` uint8."""
     mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(device)
     std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(device)
     packed = []
@@ -87,8 +93,8 @@ def encode_scenes(vae: AutoencoderKLQwenImage, count: int, seed: int, device: st
             z = (vae.encode(to_unit(chunk).to(device)).latent_dist.mode() - mean) / std
             packed.append(QwenImagePipeline._pack_latents(z, len(z), Z_DIM, 8, 8).cpu())
             if index % 100 == 0:
-                print(f"encoded {index * 64}/{count} scenes", flush=True)
-    return torch.cat(packed), texts
+                print(f"encoded {index * 64}/{len(pictures)} scenes", flush=True)
+    return torch.cat(packed)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,22 @@ def single_frame_convolutions() -> Iterator[None]:
         convolution.forward = stock
 
 
-def scenes(count: int, rng: np.random.Generator, held_out: bool = False) -> tuple[torch.Tensor, list[str]]:
-    """`count` images `(count, 3, 64, 64)` uint8 with their captions, the categories equally often."""
+def scenes(
+    count: int,
+    rng: np.random.Generator,
+    held_out: bool = False,
+    change: Callable[[world.Thing], world.Thing] = lambda thing: thing,
+) -> tuple[torch.Tensor, list[str]]:
+    """`count` images `(count, 3, 64, 64)` uint8 with their captions, the categories equally often.
+
+    `change`: what is drawn in place of a shape.
+    """
     pools = [
         [c.text for c in world.captions() if c.category == category and (held_out or not c.held_out)]
         for category in world.CATEGORIES
     ]
     texts = [pools[i % len(pools)][rng.integers(len(pools[i % len(pools)]))] for i in rng.permutation(count)]
-    pictures = np.stack([world.render(world.scene(text, rng)) for text in texts])
+    pictures = np.stack([world.render([change(thing) for thing in world.scene(text, rng)]) for text in texts])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), texts
 
 
