@@ -101,7 +101,8 @@ class Elastic(Section):
 
     variants: list[str] | None = Field(
         None,
-        description="variants of auto, large to small; null: those with more score per second than every larger one",
+        description="variants of auto, large to small; null: those with more of the checker's score per second than "
+        "every larger one, and without scores the largest alone",
     )
     patience: float = Field(
         3.0,

@@ -98,8 +98,10 @@ def run(settings: Served, say: Callable[[str], None], quiet: bool = False) -> No
             for name, location in (("result", settings.result), ("teacher", settings.teacher))
             if location
         }
+        loras = settings.engine.loras and settings.engine.loras.absolute()
+        engine = settings.engine.model_copy(update={"loras": loras})
         log = settings.log.model_copy(update={"file": file})
-        _serve(settings.model_copy(update=locations | {"log": log}), signals, say)
+        _serve(settings.model_copy(update=locations | {"log": log, "engine": engine}), signals, say)
 
 
 def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> None:
@@ -112,6 +114,7 @@ def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> N
         ready = True
         host = f"[{settings.http.host}]" if ":" in settings.http.host else settings.http.host
         address = f"http://{host}:{settings.http.port}"
+        say(_auto())
         say(f"serving {settings.result} at {address} ({cpus:g} CPUs a replica); Ctrl-C stops")
         signals.wait()
         _finish(settings.autoscaling.shutdown_seconds, signals, say)
@@ -119,6 +122,15 @@ def _serve(settings: Served, signals: _Signals, say: Callable[[str], None]) -> N
         signals.ignore()
         say("stopping")
         _stop(ready)
+
+
+def _auto() -> str:
+    """Return a line about the variants of `auto`, as the engine chose them."""
+    # Not at the top: Ray reads the environment that `run` sets when it is imported.
+    from ray import serve
+
+    info = serve.get_deployment_handle("engine", NAME).pipeline.remote().result(timeout_s=_CANCEL_TIMEOUT_S)
+    return f"auto takes {', '.join(info.auto)}: {info.auto_by}"
 
 
 def _stop(ready: bool) -> None:

@@ -109,8 +109,9 @@ class Refused(Exception):
 class ModelInfo:
     """A variant as clients see it. `share`: of the teacher's parameters.
 
-    `quality`: score in [0, 1] from the result's evaluation, None without one. `seconds_per_step`: profiled at the start
-    for one image of the default size. `loras`: by name of the server's LoRAs, the share of it that the variant takes.
+    `quality`: the prompt checker's score in [0, 1] from the result's evaluation, None without one. `seconds_per_step`:
+    profiled at the start for one image of the default size. `loras`: by name of the server's LoRAs, the share of it
+    that the variant takes.
     """
 
     id: str
@@ -127,6 +128,7 @@ class PipelineInfo:
     """The pipeline's defaults `steps`, `height` and `width`, which are those of the result's evaluation.
 
     `multiple`: both sides of an image are multiples of so many pixels, the size of one token of the transformer.
+    `auto`: the variants that `auto` takes, from large to small. `auto_by`: why these.
     `arguments`: names that `GenerationRequest.arguments` may hold, such as `negative_prompt`. `loras`: names of LoRAs.
     """
 
@@ -136,6 +138,8 @@ class PipelineInfo:
     multiple: int
     arguments: tuple[str, ...]
     loras: tuple[str, ...] = ()
+    auto: tuple[str, ...] = ()
+    auto_by: str = ""
 
 
 class Backend(Protocol):

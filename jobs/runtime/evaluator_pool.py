@@ -62,10 +62,11 @@ class _Evaluator:
     def __init__(self, heartbeat: Heartbeat):
         heartbeat.start()
 
-    def load(self, context: WorkerContext, replacements: str | None, count: int) -> None:
+    def load(self, context: WorkerContext, replacements: str | None, count: int, draws_images: bool) -> None:
         """Called first: Ray does not keep the error of a constructor as it was.
 
         `replacements`: the stage whose files they are; None: there are none. `count`: of the evaluators.
+        `draws_images`: with the text encoders and the VAE.
         """
         diffusers.utils.logging.set_verbosity_error()
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
@@ -75,7 +76,7 @@ class _Evaluator:
         files = replacement_files(context.inputs[replacements].fetch().paths()) if replacements else {}
         memory = self.config.memory
         self.switch = VariantSwitcher(teacher, files, _finetuned(context), round(memory.replacements_gb * 1e9))
-        self.pipeline = teacher.pipeline("cpu", self.dtype)
+        self.pipeline = teacher.pipeline("cpu", self.dtype, transformer_only=not draws_images)
         sampling, count = self.config.sampling, self.config.evaluation.batch_size
         images = Images(count, sampling.height, sampling.width)
         self.placement = place(self.pipeline, self.device, memory, images, self.switch.most_bytes(self.dtype))
@@ -149,10 +150,12 @@ class EvaluatorPool:
         context: StageContext,
         replacements: str | None = "students",
         workers_of: Callable[[Config], Workers] = workers,
+        draws_images: bool = False,
     ):
         """Start the actors. Raises `UserError` where the cluster has too few resources for too long.
 
         `replacements`: the stage whose replacements they can switch on; None: none. `workers_of`: how many there are.
+        `draws_images`: whether they load the text encoders and the VAE too.
         """
         needed = workers_of(context.config)
         resources = Resources.of(needed, context.device, context.config)
@@ -164,7 +167,8 @@ class EvaluatorPool:
         for evaluator in self.actors:
             self._exit.callback(ray.kill, evaluator)
         self._loading = [
-            evaluator.load.remote(context.for_workers(), replacements, needed.number) for evaluator in self.actors
+            evaluator.load.remote(context.for_workers(), replacements, needed.number, draws_images)
+            for evaluator in self.actors
         ]
 
     def __enter__(self) -> Self:

@@ -66,7 +66,7 @@ def _measure(
     calibration, size, progress = context.inputs["calibration"], context.config.evaluation.batch_size, context.events
     ids = chunks_of(spread_samples(samples.ids("test"), REPORT_SAMPLES), size)
     work = [(name, chunk) for name in plans for chunk in chunks_of(list(range(len(texts))), size)]
-    with EvaluatorPool(context) as evaluators:
+    with EvaluatorPool(context, draws_images=True) as evaluators:
         offload, notes = offload_of(evaluators)
         # Timed first, while nothing else runs; the first run warms up.
         evaluators.one(lambda a: a.step_times.remote({TEACHER: ()}, texts[:size]))

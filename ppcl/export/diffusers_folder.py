@@ -15,10 +15,9 @@ from ppcl.export.model_card import CardFacts, contact_sheet, model_card
 from ppcl.export.transformer_files import Progress, WeightPlan, write_weights
 from ppcl.export.variant_blocks import VariantBlocks
 from ppcl.models import pruned_transformer
-from ppcl.models.teacher import Teacher
+from ppcl.models.teacher import EXPORTED_MODULE, Teacher
 from ppcl.result import Choice, LoraChoice, Result
 
-MODULE = "ppcl_transformer"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Files of the teacher's own folder that go with its weights wherever they go.
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -58,7 +57,7 @@ def export_folder(
             shutil.copyfile(path, folder.path(name))
             folder.finished(name)
         if blocks.obstacles():
-            _write(folder, f"{MODULE}.py", Path(pruned_transformer.__file__).read_text())
+            _write(folder, f"{EXPORTED_MODULE}.py", Path(pruned_transformer.__file__).read_text())
         if sheet := contact_sheet(result, variant.name):
             folder.path("images.png").write_bytes(sheet)
             folder.finished("images.png")
@@ -78,7 +77,7 @@ def _write(folder: Destination, name: str, text: str) -> None:
 def _model_index(teacher: Teacher, blocks: VariantBlocks) -> dict[str, Any]:
     index = json.loads((teacher.folder / "model_index.json").read_text())
     if blocks.obstacles():
-        index["transformer"] = [MODULE, blocks.class_name]
+        index["transformer"] = [EXPORTED_MODULE, blocks.class_name]
     return {key: value for key, value in index.items() if key != "_name_or_path"}
 
 

@@ -31,6 +31,8 @@ _WEIGHTS = ".safetensors"
 _PARTS_WITH_WEIGHTS = ("text_encoder", "vae")
 _LFS_POINTER = b"version https://git-lfs"
 _TRUSTED_LIBRARIES = ("diffusers", "transformers")
+# The name of the module that an export brings for blocks that are not stock: `ppcl.models.pruned_transformer`.
+EXPORTED_MODULE = "ppcl_transformer"
 
 
 class Teacher:
@@ -60,6 +62,11 @@ class Teacher:
         if not entry:
             raise UserError(
                 f"{self.place} is a {index.get('_class_name')}, which has no transformer; point to an MMDiT pipeline"
+            )
+        if entry[0] == EXPORTED_MODULE:
+            raise UserError(
+                f"{self.place} is an export whose blocks are not all stock blocks, which cannot be compressed again; "
+                "export a plan of stock blocks, or give the teacher that it was made from"
             )
         self.adapter: ModelAdapter = adapter_of(entry[1])
         self.pipeline_class: str = index["_class_name"]
@@ -240,24 +247,33 @@ class Teacher:
                 )
         return versions
 
-    def with_weights(self, transformer: bool = True) -> Path:
-        """The folder on this node with all weights, or with all but the transformer's; downloads missing ones."""
+    def with_weights(self, transformer: bool = True, others: bool = True) -> Path:
+        """The folder on this node with weights, of the transformer and of the other parts; downloads missing ones."""
         if self.store:
-            wanted = [
-                name
-                for name in self._listed
-                if transformer or not name.startswith("transformer/") or not name.endswith(_WEIGHTS)
-            ]
-            return self.store.snapshot(wanted, self._listed)
+
+            def wanted(name: str) -> bool:
+                return transformer if name.startswith("transformer/") else others
+
+            names = [name for name in self._listed if not name.endswith(_WEIGHTS) or wanted(name)]
+            return self.store.snapshot(names, self._listed)
         return self.folder
 
-    def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-        """The stock diffusers pipeline, loaded whole. The transformer's parameters do not require gradients."""
+    def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32, transformer_only: bool = False) -> Any:
+        """The stock diffusers pipeline. The transformer's parameters do not require gradients.
+
+        `transformer_only`: without the text encoders and the VAE, which only drawing images needs.
+        """
         import diffusers
 
+        index = self._json("model_index.json") if transformer_only else {}
+        left_out = {part: None for part in index if part.startswith(_PARTS_WITH_WEIGHTS)}
         pipeline_class = getattr(diffusers, self.pipeline_class)
         pipeline = pipeline_class.from_pretrained(
-            self.with_weights(), dtype=dtype, use_safetensors=True, local_files_only=True
+            self.with_weights(others=not transformer_only),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            **left_out,
         )
         pipeline.set_progress_bar_config(disable=True)
         # Modules with gradients count as being trained, and their products are not cached.

@@ -22,6 +22,7 @@ class Loaded:
 
     activations: int
     encoders: bool = False
+    vae: bool = True
     transformer: bool = False
     replacements: bool = False
 
@@ -46,7 +47,7 @@ def _on_device(job: JobSize, loaded: Loaded, mode: str) -> Bytes:
     model, number = job.model, job.number
     rest = number * model.rest if loaded.transformer else 0
     blocks = number * sum(model.blocks) if loaded.transformer else 0
-    held = {"VAE": job.other_components}
+    held = {"VAE": job.other_components} if loaded.vae else {}
     if mode == "none":
         held |= {"teacher": rest + blocks, "text encoders": text}
         return held | ({"replacements": replacement_bytes(job)} if loaded.replacements else {})

@@ -110,7 +110,7 @@ def _add_models(app: FastAPI, backend: Backend, settings: Settings) -> None:
 
     @app.get("/v1/models/{model:path}")
     async def retrieve_model(model: str) -> Response:
-        return JSONResponse(models.retrieve(model, await backend.models(), created))
+        return JSONResponse(models.retrieve(model, await backend.models(), await backend.pipeline(), created))
 
 
 def _add_operations(app: FastAPI, backend: Backend, metrics: HttpMetrics) -> None:

@@ -14,7 +14,7 @@ def listing(infos: list[ModelInfo], pipeline: PipelineInfo, limits: Limits, crea
     """Return OpenAI's list of models, extended by the pipeline's defaults and the limits of a request."""
     return {
         "object": "list",
-        "data": [auto(infos, created), *(model(info, created) for info in infos), *with_loras(infos, created)],
+        "data": [auto(pipeline, created), *(model(info, created) for info in infos), *with_loras(infos, created)],
         "loras": list(pipeline.loras),
         "defaults": {"size": f"{pipeline.width}x{pipeline.height}", "num_inference_steps": pipeline.steps},
         "arguments": list(pipeline.arguments),
@@ -48,21 +48,21 @@ def with_loras(infos: list[ModelInfo], created: int) -> list[dict[str, Any]]:
     ]
 
 
-def auto(infos: list[ModelInfo], created: int) -> dict[str, Any]:
-    """Return the model `auto`: the largest variant that is expected to meet the deadline."""
+def auto(pipeline: PipelineInfo, created: int) -> dict[str, Any]:
+    """Return the model `auto`: the largest of its variants that is expected to meet the deadline."""
     return {
         "id": AUTO,
         "object": "model",
         "created": created,
         "owned_by": "ppcl",
-        "variants": [info.id for info in infos],
+        "variants": list(pipeline.auto),
     }
 
 
-def retrieve(name: str, infos: list[ModelInfo], created: int) -> dict[str, Any]:
+def retrieve(name: str, infos: list[ModelInfo], pipeline: PipelineInfo, created: int) -> dict[str, Any]:
     """Return one model. Raises `Refused` with 404 where there is no such model."""
     if name == AUTO:
-        return auto(infos, created)
+        return auto(pipeline, created)
     for info in infos:
         if info.id == name:
             return model(info, created)

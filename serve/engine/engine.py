@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,6 +111,7 @@ class Engine:
         self._backlog = Backlog(self.cost_model, engine.batch, lambda work: self._threads.submit(self._run, work))
         self._qualities = qualities(settings.result, self.weights.variants)
         self.quality = QualityController(self._quality_levels(), settings.elastic)
+        self.info = replace(self.info, auto=tuple(self.quality.levels), auto_by=self._auto_by())
         self._admission = Admission(self._backlog, self.quality, self.weights.variants, engine.queue, settings.elastic)
         self._profiled = True
 
@@ -137,6 +138,14 @@ class Engine:
         by_size = sorted(served.values(), key=lambda variant: -variant.parameters)
         costs = {variant.name: self._image_seconds(variant, self.settings.engine.batch) for variant in by_size}
         return quality_levels(costs, self._qualities)
+
+    def _auto_by(self) -> str:
+        """Return why `auto` takes these variants, for the line at the start."""
+        if self.settings.elastic.variants:
+            return "elastic.variants lists them"
+        if self._qualities[self.quality.levels[0]] is None:
+            return "the result has no checker's scores; list in elastic.variants what it may degrade to"
+        return "they give the most of the checker's score per second"
 
     def _image_seconds(self, variant: Variant, rows: int) -> float:
         """Return the device-seconds of one image of the default size and steps in batches of `rows` rows."""

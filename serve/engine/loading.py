@@ -141,8 +141,8 @@ def _kept(plan: Iterable[Replacement], count: int) -> set[int]:
 def qualities(result: LocationLike, variants: Iterable[str]) -> dict[str, float | None]:
     """Return each variant's score in [0, 1] from the result's evaluation, None where it was not evaluated.
 
-    The score is the prompt checker's share of correct images, else one minus the velocity's relative squared error.
-    Raises `UserError` where the evaluation is damaged.
+    The score is the prompt checker's share of correct images. The velocity's error is none: a variant whose images are
+    wrong in two of three cases can have 7 %. Raises `UserError` where the evaluation is damaged.
     """
     if Artifacts(result).damaged("evaluation"):
         raise UserError(f"the evaluation in {result} is damaged; run ppcl compress again to make it again")
@@ -150,7 +150,5 @@ def qualities(result: LocationLike, variants: Iterable[str]) -> dict[str, float 
     return {name: _quality(evaluated[name]) if name in evaluated else None for name in variants}
 
 
-def _quality(row: dict[str, Any]) -> float:
-    if row["world"] is not None:
-        return row["world"]["overall"]["score"]
-    return max(0.0, 1.0 - row["velocity_error"])
+def _quality(row: dict[str, Any]) -> float | None:
+    return None if row["world"] is None else row["world"]["overall"]["score"]

@@ -26,12 +26,13 @@ def quality_levels(costs: Mapping[str, float], qualities: Mapping[str, float | N
     `costs`: device-seconds of one image by variant, the largest variant first. `qualities`: scores by variant.
 
     A cheaper variant is a level if it gives more score per second than the level above it. With a variant that gives
-    less, the device would make more images and still less quality, so refusing requests is better. Without scores,
-    every smaller and cheaper variant is a level.
+    less, the device would make more images and still less quality, so refusing requests is better. A variant without a
+    score is none: nobody has said that its images are good enough.
     """
     scores = {name: score for name in costs if (score := qualities.get(name)) is not None}
-    if len(scores) < len(costs):
-        return _levels_by_cost(costs)
+    if next(iter(costs)) not in scores:
+        return [next(iter(costs))]
+    costs = {name: costs[name] for name in costs if name in scores}
     levels = [next(iter(costs))]
     for name in sorted(costs, key=lambda name: -costs[name]):
         last = levels[-1]
@@ -40,14 +41,6 @@ def quality_levels(costs: Mapping[str, float], qualities: Mapping[str, float | N
         while len(levels) > 1 and scores[levels[-1]] <= scores[name]:
             levels.pop()
         levels.append(name)
-    return levels
-
-
-def _levels_by_cost(costs: Mapping[str, float]) -> list[str]:
-    levels = [next(iter(costs))]
-    for name in costs:
-        if costs[name] <= _CHEAPER * costs[levels[-1]]:
-            levels.append(name)
     return levels
 
 

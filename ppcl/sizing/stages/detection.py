@@ -38,7 +38,7 @@ def _evaluator(job: JobSize) -> WorkerSize:
     group = STARTS * _STREAMS * (job.config.detection.max_length - 1) * job.number * job.model.width**2
     # A group is fitted while the one before it is still there.
     activations = max(evaluator_activations(job), group + fit_bytes(job))
-    device, host = pipeline_memory(job, Loaded(activations, encoders=True, transformer=True))
+    device, host = pipeline_memory(job, Loaded(activations, vae=False, transformer=True))
     measuring = job.compute_seconds(measuring_operations(job))
     fitting = fit_operations(job) / (job.device.sums * job.device.utilisation)
     return WorkerSize(

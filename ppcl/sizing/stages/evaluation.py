@@ -18,7 +18,7 @@ def workers(job: JobSize) -> list[WorkerSize]:
     prompts = settings.max_prompts or job.prompts
     steps = sampling.steps * job.sides
     forwards = variants * (min(REPORT_SAMPLES, job.test) + prompts * steps + TIMED_ROUNDS * settings.batch_size * steps)
-    device, host = evaluator_memory(job)
+    device, host = evaluator_memory(job, draws_images=True)
     pixels = sampling.height * sampling.width * _CHANNELS
     return [
         WorkerSize(

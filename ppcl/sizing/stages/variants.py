@@ -23,7 +23,7 @@ def evaluator_size(job: JobSize, stage: str) -> WorkerSize:
     percents = len(set(job.config.width.ffn_keep_percents))
     tails += sum((percents + 1) * (blocks - block) for block in sizes.pruned)
     plans = _PLANS * job.variants
-    device, host = evaluator_memory(job)
+    device, host = evaluator_memory(job, draws_images=False)
     forwards = samples * (tails / blocks + plans + 1)
     return WorkerSize(
         stage=stage,
@@ -35,10 +35,10 @@ def evaluator_size(job: JobSize, stage: str) -> WorkerSize:
     )
 
 
-def evaluator_memory(job: JobSize) -> tuple[Bytes, Bytes]:
+def evaluator_memory(job: JobSize, draws_images: bool) -> tuple[Bytes, Bytes]:
     """What an evaluator holds on its device, and on its host."""
-    loaded = Loaded(evaluator_activations(job), encoders=True, transformer=True, replacements=True)
-    return pipeline_memory(job, loaded)
+    activations, draws = evaluator_activations(job), draws_images
+    return pipeline_memory(job, Loaded(activations, encoders=draws, vae=draws, transformer=True, replacements=True))
 
 
 def evaluator_activations(job: JobSize) -> int:

@@ -36,7 +36,7 @@ def test_evaluators_draw_the_same_where_weights_come_and_go(ray_cluster, teacher
             sampling={"steps": 2, "height": 32, "width": 32},
         )
         given = context(config, tmp_path / offload, students=root / "students")
-        with EvaluatorPool(given) as evaluators:
+        with EvaluatorPool(given, draws_images=True) as evaluators:
             mode, notes = offload_of(evaluators)
             assert mode == offload and [note.partition(" (")[0] for note in notes] == ["offload: group"] * (
                 mode != "none"

@@ -125,6 +125,14 @@ def test_an_export_of_stock_blocks_is_a_teacher(made, tmp_path):
     assert len(teacher.adapter.blocks(model)) == made.variants["stock"].blocks
 
 
+def test_an_export_of_other_blocks_says_that_it_is_no_teacher(made, tmp_path):
+    export_folder(made, "shaped", tmp_path / "out")
+    with pytest.raises(
+        UserError, match="is an export whose blocks are not all stock blocks, which cannot be compressed"
+    ):
+        Teacher(tmp_path / "out")
+
+
 def test_what_is_there_already_stays(made, tmp_path):
     (tmp_path / "out").mkdir()
     export_folder(made, "stock", tmp_path / "out")

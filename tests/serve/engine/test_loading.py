@@ -52,7 +52,7 @@ def test_a_variant_that_is_none_is_told_with_those_there_are(result_folder):
         loaded(result_folder, ["p10"])
 
 
-def test_scores_are_the_worlds_else_those_of_the_velocity(tmp_path, teacher_folder):
+def test_scores_are_the_checkers_and_a_velocity_error_is_none(tmp_path, teacher_folder):
     from tests import made_result
 
     root = made_result.result(tmp_path / "job", teacher_folder)
@@ -66,7 +66,12 @@ def test_scores_are_the_worlds_else_those_of_the_velocity(tmp_path, teacher_fold
     artifacts.path("evaluation").mkdir()
     artifacts.path("evaluation", "evaluation.json").write_text(json.dumps({"variants": rows}))
     artifacts.commit("evaluation", "2")
-    assert qualities(root, ["teacher", "all", "p75", "ends"]) == {"teacher": 0.9, "all": 0.8, "p75": 0.0, "ends": None}
+    assert qualities(root, ["teacher", "all", "p75", "ends"]) == {
+        "teacher": 0.9,
+        "all": None,
+        "p75": None,
+        "ends": None,
+    }
     artifacts.path("evaluation", "evaluation.json").write_text("{}")
     with pytest.raises(UserError, match="the evaluation in .* is damaged"):
         qualities(root, ["teacher"])

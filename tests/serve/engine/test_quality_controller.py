@@ -28,10 +28,11 @@ def test_a_difference_that_may_be_noise_is_no_rung():
     assert quality_levels({"teacher": 1.0, "p90": 0.97}, {"teacher": 0.9, "p90": 0.9}) == ["teacher"]
 
 
-def test_without_scores_every_smaller_and_faster_one_is_a_rung():
+def test_what_nobody_has_scored_is_never_degraded_to():
     unknown = dict.fromkeys(COSTS)
-    assert quality_levels(COSTS, unknown) == ["teacher", "p70", "p50", "tiny"]
-    assert quality_levels(COSTS, unknown | {"teacher": 1.0}) == ["teacher", "p70", "p50", "tiny"]
+    assert quality_levels(COSTS, unknown) == ["teacher"]
+    assert quality_levels(COSTS, unknown | {"tiny": 1.0}) == ["teacher"]
+    assert quality_levels(COSTS, unknown | {"teacher": 0.9, "p50": 0.9}) == ["teacher", "p50"]
 
 
 STEPS = {"large": 4.0, "middle": 2.0, "small": 1.0}
