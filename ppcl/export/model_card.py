@@ -46,6 +46,8 @@ class CardFacts:
     finetuned: bool
     lora: str | None
     scores: dict[str, Any]
+    prompts: int
+    seen_prompts: int
     sampling: dict[str, Any]
 
     @classmethod
@@ -53,7 +55,9 @@ class CardFacts:
         cls, result: Result, variant: Variant, blocks: VariantBlocks, dtype: torch.dtype, transformer_only: bool
     ) -> CardFacts:
         teacher = result.teacher
-        rows = {row["variant"]: row for row in rows_of(read_results(result.artifacts.place))}
+        results = read_results(result.artifacts.place)
+        rows = {row["variant"]: row for row in rows_of(results)}
+        evaluation = results.stage("evaluation")
         return cls(
             name=variant.name,
             plan=str(variant.plan),
@@ -75,6 +79,8 @@ class CardFacts:
             lora=_lora(blocks),
             # Without the LoRA.
             scores=rows.get(variant.name, {}) if variant.name in result.variants else {},
+            prompts=len(evaluation.get("prompts", [])),
+            seen_prompts=evaluation.get("splits", {}).get("seen_prompts", 0),
             sampling=result.sampling.model_dump(mode="json"),
         )
 
@@ -100,7 +106,11 @@ def model_card(facts: CardFacts, has_images: bool) -> str:
     environment.filters["count"] = count
     template = environment.get_template("model_card.md.j2")
     changes = [_changes(entry) for entry in facts.blocks]
-    return template.render(facts=facts, changes=changes, has_images=has_images, version=ppcl.__version__).rstrip()
+    given = facts.sampling.get("arguments", {}).items()
+    arguments = "".join(f", {name}={value!r}" for name, value in given)
+    return template.render(
+        facts=facts, changes=changes, arguments=arguments, has_images=has_images, version=ppcl.__version__
+    ).rstrip()
 
 
 def _changes(entry: dict[str, Any]) -> str:
