@@ -17,14 +17,18 @@ from ppcl.models.adapter import ModelAdapter, Streams, adapter_of
 
 
 class IdentityBlock(nn.Module):
-    """A block that returns its input streams. It replaces a removed block, so the block lists keep their length."""
+    """A block that returns its input streams. It replaces a removed block, so the block lists keep their length.
+
+    `replaced`: that block. A ControlNet's residual is added behind it, unless the block drops the text stream.
+    """
 
     # Read by the stock SD3 forward between blocks.
     context_pre_only = False
 
-    def __init__(self, adapter: ModelAdapter):
+    def __init__(self, adapter: ModelAdapter, replaced: nn.Module | None = None):
         super().__init__()
         self.adapter = adapter
+        self.context_pre_only = bool(getattr(replaced, "context_pre_only", False))
 
     def forward(self, **arguments: Any) -> tuple:
         return self.adapter.to_returned(self.adapter.split(arguments)[0])

@@ -92,8 +92,13 @@ class Interval(BlockRun[StudentBlock]):
         return {"source": str(module.source)}
 
     def assemble(self, module: StudentBlock, variant: Assembly) -> None:
-        """The student is at `u`, identities are at `u+1..v`, so that the block lists keep their length."""
-        variant.standing |= dict.fromkeys(self.blocks[1:], IdentityBlock(variant.structure.adapter))
+        """The student is at `u`, identities are at `u+1..v`, so that the block lists keep their length.
+
+        A ControlNet's residuals for the blocks of the interval are so all added behind the student.
+        """
+        structure = variant.structure
+        for number in self.blocks[1:]:
+            variant.standing[number] = IdentityBlock(structure.adapter, structure.blocks[number])
         variant.standing[self.first] = module
 
     def exported(self, module: StudentBlock, block: int, structure: TeacherStructure) -> dict[str, Any]:
