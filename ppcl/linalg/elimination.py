@@ -12,7 +12,7 @@ rows alone; what their leaving does to all others is one exact update, a product
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,12 +46,18 @@ class PrunedUnits:
 
 @torch.no_grad()
 def eliminate_units(
-    moments: Moments, weight: torch.Tensor, bias: torch.Tensor, widths: Iterable[int], ridge: float
+    moments: Moments,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    widths: Iterable[int],
+    ridge: float,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> dict[int, PrunedUnits]:
     """Take hidden units away down to each of `widths`, in one elimination, on the device of `moments`.
 
     `moments`: of the hidden units `(n, h)`; `weight (q, h)`, `bias (q,)`: the map; `ridge`: as a share of each unit's
-    variance. Cost: `O(h³ + h² q)` operations in products of matrices, for all widths together, in float64; memory
+    variance. `on_progress(share)`: called after each group of units, with the share of the work that is done, about.
+    Cost: `O(h³ + h² q)` operations in products of matrices, for all widths together, in float64; memory
     `4 h² + 2 h q` numbers.
     """
     gram = moments.xx / max(1, moments.n)
@@ -60,7 +66,8 @@ def eliminate_units(
     elimination = _Elimination(problem, full)
     results: dict[int, PrunedUnits] = {}
     for width in sorted(set(widths), reverse=True):
-        elimination.reduce_to(width)
+        # What is left to do falls with the cube of the units left.
+        elimination.reduce_to(width, lambda left: on_progress(1 - (left / len(full)) ** 3))
         results[width] = problem.solution(elimination.units, bias.to(gram), moments.x_mean)
     return results
 
@@ -112,11 +119,12 @@ class _Elimination:
         self.inverse = torch.cholesky_inverse(problem.factor(self.units))
         self.columns = full.clone()
 
-    def reduce_to(self, width: int) -> None:
-        """Let units go, group after group, until `width` are left."""
+    def reduce_to(self, width: int, on_group: Callable[[int], None]) -> None:
+        """Let units go, group after group, until `width` are left; `on_group(left)` is called after each."""
         while len(self.units) > width:
             count = min(max(1, int(len(self.units) * _GROUP)), len(self.units) - width)
             self._remove(self._cheapest(count))
+            on_group(len(self.units))
 
     def _cheapest(self, count: int) -> torch.Tensor:
         """The places of `count` units, chosen one at a time among a pool of the cheapest."""

@@ -23,6 +23,8 @@ from ppcl.training.teacher_segment import Consumer
 # Runs the teacher on some samples and hands what consumers need to them, block by block.
 Stream = Callable[[np.ndarray, Sequence[Consumer]], None]
 _BYTES = 8  # of a float64
+# Steps of progress for an elimination of hidden units; any other solution is one.
+_ELIMINATION = 100
 
 
 class ClosedForm:
@@ -89,12 +91,22 @@ class ClosedForm:
         for objective in objectives:
             for name, width in objective.kept_units().items():
                 widths.setdefault(name, set()).add(width)
-        solutions = Solutions(moments, self.settings.ridge, widths)
         phase = f"closed form: solving, pass {number + 1} of {count}" if count > 1 else "closed form: solving"
-        for done, objective in enumerate(objectives, 1):
+        # An elimination takes far longer than anything else, minutes at 12,288 units on a CPU.
+        total = _ELIMINATION * len(widths) + len(objectives)
+        done, eliminated = 0, 0.0
+
+        def report(eliminations: float) -> None:
+            nonlocal eliminated
+            eliminated = eliminations
+            self.run.report(done + round(_ELIMINATION * eliminated), total, {}, phase=phase)
+
+        solutions = Solutions(moments, self.settings.ridge, widths, report)
+        for objective in objectives:
             objective.initialize(solutions)
             finished(objective)
-            self.run.report(done, len(objectives), {}, phase=phase)
+            done += 1
+            report(eliminated)
 
 
 def _passes(objectives: Sequence[DistillationObjective], most: float) -> Iterator[list[DistillationObjective]]:

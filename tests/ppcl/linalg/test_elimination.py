@@ -133,3 +133,11 @@ def test_a_gram_matrix_without_full_rank_is_no_obstacle():
     assert torch.isfinite(pruned.weight).all() and pruned.error < 1e-3
     y = x[:40] @ w.T
     assert torch.allclose(x[:40][:, pruned.units] @ pruned.weight.T + pruned.bias, y, atol=0.05 * float(y.std()))
+
+
+def test_progress_is_told_after_every_group_of_units():
+    x, w = torch.randn(600, 128), torch.randn(16, 128)
+    told = []
+    eliminate_units(counted(x), w, torch.zeros(16), [64, 32], 1e-6, told.append)
+    assert told == sorted(told) and len(set(told)) == len(told) > 40
+    assert told[-1] == pytest.approx(1 - (32 / 128) ** 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
@@ -27,8 +27,15 @@ class Solutions:
     `widths`: by moments of hidden units, all numbers of them that objectives keep: one elimination gives them all.
     """
 
-    def __init__(self, moments: dict[str, Moments], ridge: float, widths: Mapping[str, Iterable[int]]):
-        self.moments, self.ridge, self.widths = moments, ridge, widths
+    def __init__(
+        self,
+        moments: dict[str, Moments],
+        ridge: float,
+        widths: Mapping[str, Iterable[int]],
+        on_progress: Callable[[float], None] = lambda done: None,
+    ):
+        """`on_progress(done)`: called often while units are eliminated; 2.5: two eliminations and half of the third."""
+        self.moments, self.ridge, self.widths, self.on_progress = moments, ridge, widths, on_progress
         self._pruned: dict[str, dict[int, PrunedUnits]] = {}
 
     def affine(self, name: str) -> Affine:
@@ -39,8 +46,11 @@ class Solutions:
         """`linear` on `width` of the hidden units whose moments these are; the moments are dropped then."""
         if name not in self._pruned:
             weight, bias = linear.weight.detach(), linear.bias.detach()
-            moments = self.moments.pop(name)
-            self._pruned[name] = eliminate_units(moments, weight, bias, self.widths[name], self.ridge)
+            moments, before = self.moments.pop(name), len(self._pruned)
+            self._pruned[name] = eliminate_units(
+                moments, weight, bias, self.widths[name], self.ridge, lambda share: self.on_progress(before + share)
+            )
+            self.on_progress(before + 1)
         return self._pruned[name][width]
 
 
