@@ -173,12 +173,13 @@ class Reporter:
             phase: str | None = None,
         ) -> None:
             with self._lock:
-                new_phase = phase != progress.phase
+                # The first one says where a stage goes on that was interrupted.
+                first, new_phase = progress.done is None, phase != progress.phase
                 if new_phase and progress.loss is not None:
                     # The last losses of the phase, which may have come since the last line.
                     self._emit_progress(progress)
                 progress.update(time.monotonic(), done, total, values, phase)
-                show(force=new_phase)
+                show(force=first or new_phase)
 
         return update
 

@@ -176,6 +176,8 @@ def test_listeners_hear_every_event_with_the_last_losses_by_name(tmp_path):
     reporter.job_stopped()
     assert heard == [
         ("stage_started", None, {}),
+        # At once, so that a stage that goes on says from where.
+        ("progress", 1, {"a": 0.5, "b": 0.25}),
         ("progress", 2, {"a": 0.125, "b": 0.25}),
         ("stage_done", None, {}),
         ("job_stopped", None, {}),
