@@ -14,7 +14,7 @@ from jobs.runtime.progress_board import RankReporter
 from jobs.runtime.resources import Resources
 from jobs.runtime.worker_group import run_worker_group
 from jobs.stage import Stage, StageContext, WorkerContext, Workers
-from ppcl.ablation.run import AblationInputs, read_detection, removed_blocks, run_seed
+from ppcl.ablation.run import AblationInputs, ablated_blocks, read_detection, run_seed
 from ppcl.ablation.summary import summary
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
@@ -45,7 +45,7 @@ def run(context: StageContext) -> dict[str, Any]:
         "seeds": settings.seeds,
         "steps": settings.steps,
         "finetuning_steps": settings.finetuning_steps,
-        "removed": removed_blocks(config, detection),
+        "removed": ablated_blocks(config, detection),
         "blocks": detection["blocks"],
         "confidence": config.evaluation.confidence,
         "rows": summary(seeds, config.evaluation.confidence),

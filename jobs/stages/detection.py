@@ -29,7 +29,7 @@ from ppcl.errors import UserError
 from ppcl.evaluation.velocity_error import ErrorSums, error_model, resampled_models
 from ppcl.replacements import Interval, Replacement, sort_key
 from ppcl.search.shortlist import longest_chain, most_intervals, shortlist, unstable
-from ppcl.search.variants import custom_intervals, removed_blocks
+from ppcl.search.variants import blocks_to_remove, custom_intervals
 from ppcl.storage.manifest import StageFiles
 from ppcl.training.data import spread_samples
 
@@ -111,7 +111,7 @@ def _measure(context: StageContext) -> tuple[dict[str, Any], list[Interval], lis
             f"{len(few)} of {len(candidates)} intervals had no more tokens to fit on than the streams have channels, "
             "so the ridge decided; raise detection.fit_tokens or use more prompts"
         )
-    asked = removed_blocks(context.config.variants, block_ranges)
+    asked = blocks_to_remove(context.config.variants, block_ranges)
     found = shortlist(
         error_model(sums),
         lambda: resampled_models(sums, settings.resamples, context.seed),
@@ -162,7 +162,7 @@ def _rows(probes: StageFiles, task: Task) -> dict[int, list[Similarity | None]]:
 
 def _also_reads(context: StageContext) -> list[Any]:
     variants = context.config.variants
-    asked = removed_blocks(variants, _block_ranges(context)) if context.config.detection.method == "measured" else {}
+    asked = blocks_to_remove(variants, _block_ranges(context)) if context.config.detection.method == "measured" else {}
     return [max(asked.values(), default=0), [str(interval) for interval in custom_intervals(variants)]]
 
 

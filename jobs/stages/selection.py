@@ -15,7 +15,7 @@ from jobs.stage import Stage, StageContext
 from jobs.stages.variants import search_plans
 from ppcl.replacements import Interval, Replacement, sort_key
 from ppcl.search.shortlist import best_depth_plans
-from ppcl.search.variants import custom_intervals, removed_blocks
+from ppcl.search.variants import blocks_to_remove, custom_intervals
 from ppcl.storage.manifest import write_atomically
 
 # Plans of each variant whose intervals stay.
@@ -34,7 +34,7 @@ def run(context: StageContext) -> dict[str, Any]:
         for plan in sorted(fast or plans, key=found.measured.__getitem__)[:_PLANS]:
             kept.update(plan)
     block_ranges = context.teacher.adapter.block_ranges(context.teacher.empty_transformer())
-    asked = sorted(set(removed_blocks(settings, block_ranges).values()))
+    asked = sorted(set(blocks_to_remove(settings, block_ranges).values()))
     intervals = [r for r in sensitivity if isinstance(r, Interval)]
     for depth_plan in best_depth_plans(found.errors.of(intervals), len(found.counts.blocks), asked).values():
         kept.update(depth_plan)

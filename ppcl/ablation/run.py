@@ -86,7 +86,7 @@ TEACHER_SCORE = 0.894
 """Of the paper's ablation, which is in the scores above."""
 
 
-def removed_blocks(config: Config, detection: Mapping[str, Any]) -> int:
+def ablated_blocks(config: Config, detection: Mapping[str, Any]) -> int:
     """How many blocks go: what was asked for, or two fifths, as in the paper, but not more than Algorithm 1 finds."""
     most = sum(last - first for first, last in detection["first_difference"])
     return config.ablation.removed or min(most, round(0.4 * detection["blocks"]))
@@ -143,7 +143,7 @@ def choices(
     """By row, the intervals of every way to choose. `tell(steps)` counts those of the learned gates."""
     config, calibration, detection = inputs.config, inputs.samples, inputs.detection
     block_ranges = [range(*span) for span in detection["spans"]]
-    count, blocks = removed_blocks(config, detection), detection["blocks"]
+    count, blocks = ablated_blocks(config, detection), detection["blocks"]
     if not count:
         raise UserError("Algorithm 1 finds no block that can go in this teacher; there is nothing to compare")
     boundaries = []

@@ -77,7 +77,7 @@ def custom_intervals(settings: Variants) -> list[Interval]:
     return sorted({r for r in replacements if isinstance(r, Interval)}, key=sort_key)
 
 
-def removed_blocks(settings: Variants, block_ranges: Sequence[range]) -> dict[str, int]:
+def blocks_to_remove(settings: Variants, block_ranges: Sequence[range]) -> dict[str, int]:
     """By variant, how many blocks go at most: those that would have to if nothing else were replaced."""
     blocks = block_ranges[-1].stop
     # A block of each list stays.

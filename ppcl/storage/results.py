@@ -9,7 +9,7 @@ from typing import Any
 
 from ppcl.config.loading import rename_keys
 from ppcl.config.location import LocationLike
-from ppcl.config.schema import Config
+from ppcl.config.schema import Config, Detection
 from ppcl.errors import UserError
 from ppcl.storage.manifest import CONFIG, Artifacts
 
@@ -74,4 +74,8 @@ def _config(artifacts: Artifacts) -> dict[str, Any]:
 def _has_selection(config: dict[str, Any]) -> bool:
     """Whether a job with this configuration chooses its intervals again after a short distillation."""
     detection = config.get("detection", {})
-    return detection.get("method") == "measured" and detection.get("screening_steps", 0) > 0
+    try:
+        # The version before had no methods.
+        return "method" in detection and Detection.model_validate(detection).screens
+    except ValueError:
+        return False
