@@ -70,11 +70,13 @@ def _run_rank(
 class _EvaluatorHere:
     """In place of `EvaluatorPool`."""
 
-    def __init__(self, context: Any, replacements: str | None = "students", workers_of: Any = None):
+    def __init__(
+        self, context: Any, replacements: str | None = "students", workers_of: Any = None, draws_images: bool = False
+    ):
         from jobs.runtime.evaluator_pool import _Evaluator
 
         self.evaluator = _Evaluator(_NO_HEARTBEAT)
-        self.evaluator.load(context.for_workers(), replacements, 1)
+        self.evaluator.load(context.for_workers(), replacements, 1, draws_images)
 
     def __enter__(self) -> _EvaluatorHere:
         return self
