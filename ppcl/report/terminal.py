@@ -40,6 +40,7 @@ def next_steps(root: LocationLike, place: str) -> list[str]:
         f'generate an image: ppcl generate {shlex.quote(place)} "a photo of a red circle" '
         f"--variant {shlex.quote(smallest)}",
         f"serve the variants: ppcl serve {shlex.quote(place)}",
+        f"take one elsewhere: ppcl export {shlex.quote(place)} --variant {shlex.quote(smallest)} --to FOLDER",
     ]
 
 
