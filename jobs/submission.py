@@ -45,6 +45,7 @@ _NEEDED = (
     "jinja2",
     "matplotlib",
     "numpy",
+    "peft",
     "psutil",
     "pyarrow",
     "pydantic",

@@ -64,9 +64,11 @@ class WandbTracker:
             ),
         )
         self._stages: set[str] = set()
+        self._summary: dict[str, float] = {}
 
     def log_metrics(self, metrics: Mapping[str, float], time: float, step: int | None = None) -> None:
         if step is None:
+            self._summary |= metrics
             self._run.summary.update(dict(metrics))
             return
         # Each stage counts its steps from the first: a metric has those of its stage, not the run's.
@@ -82,6 +84,8 @@ class WandbTracker:
         self._run.log_artifact(str(path), name=f"{path.stem}-{self._run.id}", type=path.stem)
 
     def finish(self, outcome: Outcome) -> None:
+        # Now and then wandb has lost what was written into the summary right behind a step.
+        self._run.summary.update(self._summary)
         self._run.finish(exit_code=_EXIT_CODES[outcome])
 
 

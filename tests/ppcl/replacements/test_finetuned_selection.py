@@ -125,9 +125,10 @@ def test_a_file_that_the_manifest_does_not_name_is_not_taken(root, teacher_folde
 
 
 def test_the_engine_loads_the_set_each_served_variant_takes(root):
+    from serve.config import EngineSettings
     from serve.engine.loading import load as load_weights
 
-    weights = load_weights(root, None, ["teacher", "all"], "cpu", torch.float32)
+    weights = load_weights(root, None, EngineSettings(variants=["teacher", "all"]), "cpu", torch.float32)
     assert weights.result.finetuned("all") and weights.variant("0-1,2-3") is not None
     # What takes the distilled ones would wait for a file.
     assert weights.variant("2-3,4-5") is None
