@@ -71,6 +71,15 @@ class Location:
         """The location that means the same from every working folder."""
         return self if self.is_url else Location(str(self.path.absolute()))
 
+    @property
+    def parent(self) -> tuple[Location, str]:
+        """The location that holds this one, and its name there. Raises `ValueError` for a bucket itself."""
+        if not self.is_url:
+            path = self.path.absolute()
+            return Location(str(path.parent)), path.name
+        place, _, name = self.text.rpartition("/")
+        return Location(place), name
+
     def __truediv__(self, name: str) -> Location:
         return Location(f"{self.text}/{name}") if self.is_url else Location(str(self.path / name))
 

@@ -115,9 +115,10 @@ class _Bucket(Destination):
 @contextmanager
 def _in_bucket(to: Location, last: str, single: bool) -> Iterator[Destination]:
     store = Store(to.url)
-    there = store.objects()
-    if last in there or (there and not single):
-        raise UserError(f"{to} exists already: it holds {next(iter(there))}; give --to another place, or remove it")
+    # Beside a single file there may be a whole bucket of others, which nobody wants listed.
+    there = [last] if store.head(last) else [] if single else list(store.objects())
+    if there:
+        raise UserError(f"{to} exists already: it holds {there[0]}; give --to another place, or remove it")
     with private_temporary() as working:
         made = _Bucket(working, store, last)
         try:

@@ -69,7 +69,8 @@ class CardFacts:
             teacher_parameters=result.catalog.parameters,
             # Not its path, which is of a machine of ours.
             teacher=teacher.place.rstrip("/").rpartition("/")[2],
-            teacher_sha256=teacher.sha256(),
+            # Compared with the teacher's when the result was opened.
+            teacher_sha256=result.artifacts.manifest()["job"]["teacher_sha256"],
             licence=_licence(teacher.folder / "README.md"),
             dtype=str(dtype).removeprefix("torch."),
             transformer_only=transformer_only,

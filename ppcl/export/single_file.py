@@ -43,9 +43,9 @@ def export_file(
         state = {key.removeprefix(place.prefix): tensor for key, tensor in tensors.items()}
         return original_tensors(name, place.block_list, place.position, blocks.text_is_dropped(place), state)
 
-    folder, _, name = location.text.rpartition("/")
+    folder, name = location.parent
     plan = WeightPlan.of(blocks, dtype, name, convert, most=1 << 62)
-    with destination(Location.of(folder or "."), last=name, single=True) as made:
+    with destination(folder, last=name, single=True) as made:
         made.check_room(plan.bytes)
         write_weights(blocks, plan, dtype, made, progress, convert)
         made.finished(name)

@@ -55,6 +55,8 @@ class VariantBlocks:
         self.teacher, self.adapter, self.files, self.lora = teacher, teacher.adapter, dict(files), lora
         # By layer of the LoRA, the share of it that is part of what was read so far.
         self._merged: dict[str, float] = {}
+        # The replacements of the block that was read last.
+        self._held: dict[tuple[Replacement, torch.dtype], nn.Module] = {}
         # Without gradients: modulations of a block in training stay whole in low rank.
         self.structure = TeacherStructure(self.adapter, teacher.empty_transformer().requires_grad_(False))
         self._empty = {one: empty_replacement(path, teacher) for one, path in self.files.items()}
@@ -213,7 +215,7 @@ class VariantBlocks:
         modules = self._loaded(wanted, dtype)
         blocks = list(self.structure.blocks)
         if not any(one.removed for one in wanted):
-            loaded = self.teacher.transformer({group.number}, dtype=dtype)
+            loaded = self.teacher.transformer({group.number}, dtype=dtype, blocks_only=True)
             blocks[group.number] = self.adapter.blocks(loaded)[group.number]
             if self.lora:
                 prefix = self._teachers_prefix(group)
@@ -233,7 +235,13 @@ class VariantBlocks:
         return f"{place.block_list}.{place.number - ranges[self.adapter.block_lists.index(place.block_list)].start}."
 
     def _loaded(self, wanted: list[Replacement], dtype: torch.dtype) -> dict[Replacement, nn.Module]:
-        return {one: load_replacement(self.files[one], self.teacher, "cpu", dtype) for one in wanted}
+        held, self._held = self._held, {}
+        for one in wanted:
+            # A text run and the modulations are of several blocks.
+            if (one, dtype) not in held:
+                held[one, dtype] = load_replacement(self.files[one], self.teacher, "cpu", dtype)
+            self._held[one, dtype] = held[one, dtype]
+        return {one: self._held[one, dtype] for one in wanted}
 
     def _student(self, place: RunningBlock, modules: Mapping[Replacement, nn.Module]) -> StudentBlock | None:
         students = (m for one, m in modules.items() if isinstance(m, StudentBlock) and place.number in one.blocks)

@@ -311,8 +311,11 @@ class Teacher:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         prepare: Callable[[nn.Module], None] | None = None,
+        blocks_only: bool = False,
     ) -> ModelMixin:
         """The transformer with embedders, head and the blocks `keep` (all by default).
+
+        `blocks_only`: without embedders and head, which stay on the meta device.
 
         Only their tensors are read from the safetensors files; identity blocks take the places of the others, so a rank
         holds its own blocks alone. Parameters do not require gradients. `prepare(block)` is called for every block as
@@ -330,7 +333,12 @@ class Teacher:
             if prepare
             else {}
         )
-        for name, tensor in self._tensors(lambda n: not n.startswith(tuple(dropped)) if dropped else True):
+        kept = tuple(self._prefix(model, block) for block in keep)
+
+        def wanted(name: str) -> bool:
+            return name.startswith(kept) if blocks_only else not name.startswith(tuple(dropped))
+
+        for name, tensor in self._tensors(wanted):
             if not tensor.isfinite().all():
                 raise UserError(
                     f"the weight {name} in {self.place}/{self.transformer_files[name]} has NaN or infinite values; get "
@@ -342,7 +350,7 @@ class Teacher:
             )
             if prepare and (block := waiting.complete(name)):
                 prepare(block.requires_grad_(False))
-        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and wanted(name)]
         if missing:
             raise UserError(f"{self.place}/transformer lacks {len(missing)} weights, the first being {missing[0]}")
         return model.requires_grad_(False)

@@ -40,6 +40,7 @@ class PrunedFfnMaps(FfnMaps):
         super().__init__()
         self.up = nn.ModuleDict({stream: up for stream, (up, _) in maps.items()})
         self.down = nn.ModuleDict({stream: down for stream, (_, down) in maps.items()})
+        self._units: dict[str, torch.Tensor] = {}
 
     @classmethod
     def new(
@@ -83,7 +84,10 @@ class PrunedFfnMaps(FfnMaps):
         if not isinstance(own_up, LoraLinear) and not isinstance(own_down, LoraLinear):
             return up, down
         plain = own_up.base_linear if isinstance(own_up, LoraLinear) else linear_at(own_up, "")
-        units = kept_units(up.weight, plain.weight)
+        if stream not in self._units:
+            # The same for every LoRA, and a product of all units with all units.
+            self._units[stream] = kept_units(up.weight, plain.weight)
+        units = self._units[stream]
         return (
             own_up.rows(up, units) if isinstance(own_up, LoraLinear) else up,
             own_down.columns(down, units) if isinstance(own_down, LoraLinear) else down,

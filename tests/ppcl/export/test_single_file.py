@@ -87,6 +87,16 @@ def test_one_new_file_beside_others_and_never_over_one(made, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"other.txt", "m.safetensors"}
 
 
+def test_into_a_bucket_beside_other_files(made, s3, store, tmp_path):
+    store.write("out/other", b"1")
+    export_file(made, "stock", f"{store.url}/out/m.safetensors", torch.float32)
+    export_file(made, "stock", tmp_path / "m.safetensors", torch.float32)
+    assert store.read("out/m.safetensors") == (tmp_path / "m.safetensors").read_bytes()
+    with pytest.raises(UserError, match=f"{store.url}/out exists already: it holds m.safetensors"):
+        export_file(made, "stock", f"{store.url}/out/m.safetensors")
+    assert set(store.objects("out/")) == {"out/other", "out/m.safetensors"}
+
+
 def test_a_family_without_a_known_layout_is_told():
     with pytest.raises(UserError, match="the original layout of NewTransformer is not known; it is of Flux"):
         original_tensors("NewTransformer", None, 0, False, {})

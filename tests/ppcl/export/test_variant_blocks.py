@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ppcl.config.location import Location
+from ppcl.export import variant_blocks
 from ppcl.export.destination import destination
 from ppcl.export.transformer_files import WeightPlan, write_weights
 from ppcl.export.variant_blocks import VariantBlocks
@@ -17,6 +18,7 @@ from ppcl.models import pruned_transformer
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Plan
 from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.sizing.peak_memory import PeakMemory
 from tests import tiny
 from tests.ppcl.export.replacements import MAKERS, replacements
 
@@ -118,6 +120,35 @@ def test_shards_hold_every_tensor_once_and_none_is_too_large(teacher, files, tmp
     assert joined.keys() == expected.keys()
     assert all(torch.equal(joined[name], tensor) for name, tensor in expected.items())
     assert weights.bytes == whole.bytes == sum(t.numel() * 4 for t in expected.values())
+
+
+def test_more_blocks_need_no_more_memory(tmp_path):
+    """The most bytes of tensors alive while weights are written; tables of positions are a part of them."""
+    peaks, sizes = [], []
+    for blocks in (6, 24):
+        teacher = Teacher(tiny.qwen_pipeline(tmp_path / str(blocks), blocks=blocks))
+        with PeakMemory() as memory:
+            _, weights = exported(teacher, {}, "", tmp_path / f"out-{blocks}")
+        peaks.append(memory.peak)
+        sizes.append(weights.bytes)
+    block = (sizes[1] - sizes[0]) / 18
+    assert peaks[1] - peaks[0] < block, (peaks, block)
+
+
+def test_every_weight_and_every_replacement_is_read_once(teacher, files, tmp_path, monkeypatch):
+    read, tensors = [], Teacher._tensors
+    monkeypatch.setattr(
+        Teacher,
+        "_tensors",
+        lambda self, wanted: ((read.append(name), (name, t))[1] for name, t in tensors(self, wanted)),
+    )
+    loaded, load = [], variant_blocks.load_replacement
+    monkeypatch.setattr(
+        variant_blocks, "load_replacement", lambda path, *more: loaded.append(path) or load(path, *more)
+    )
+    exported(teacher, files, "text:1-3,ffn:2/50,4-5,modulations", tmp_path / "out")
+    assert read and len(set(read)) == len(read)
+    assert len(set(loaded)) == len(loaded) == 4
 
 
 def test_the_module_needs_torch_and_diffusers_alone(tmp_path):
