@@ -13,31 +13,13 @@ import json
 from typing import Any
 
 import numpy as np
-import torch
 
 from ppcl.demo import world
+from ppcl.demo.score_teacher import draw
 from ppcl.demo.train_lora import COLOUR
 from ppcl.result import Result
 
 _BATCH = 48
-
-
-def draw(pipeline: Any, prompts: list[str], steps: int, seed: int) -> np.ndarray:
-    """Images `(N, 64, 64, 3)` uint8, one a prompt."""
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for start in range(0, len(prompts), _BATCH):
-        images = pipeline(
-            prompts[start : start + _BATCH],
-            num_inference_steps=steps,
-            true_cfg_scale=1.0,
-            height=world.CANVAS,
-            width=world.CANVAS,
-            generator=generator,
-            output_type="np",
-        ).images
-        batches.append((images * 255).round().astype(np.uint8))
-    return np.concatenate(batches)
 
 
 def without_colours(caption: str) -> str:
@@ -71,7 +53,7 @@ def main() -> None:
         row: dict[str, Any] = {"variant": name}
         for key, lora in (("without", None), ("with", options.lora)):
             result.switch(pipeline, name, lora)
-            row[key] = measures(draw(pipeline, prompts, options.sampling_steps, options.seed), prompts)
+            row[key] = measures(draw(pipeline, prompts, options.sampling_steps, options.seed, _BATCH), prompts)
         row["share_on"] = result.coverage(pipeline, name, options.lora).share
         rows.append(row)
         before, after = row["without"][0], row["with"][0]

@@ -37,12 +37,16 @@ def score(pipeline: Any, per_category: int, steps: int, seed: int) -> dict[str, 
 
 
 def _share_right(pipeline: Any, prompts: Sequence[str], steps: int, seed: int) -> float:
+    images = draw(pipeline, prompts, steps, seed, _BATCH)
+    return sum(map(world.check, images, prompts)) / len(prompts)
+
+
+def draw(pipeline: Any, prompts: Sequence[str], steps: int, seed: int, batch: int) -> np.ndarray:
+    """Images `(N, 64, 64, 3)` uint8, one a prompt, from the noise of one generator."""
     generator = torch.Generator().manual_seed(seed)
-    right = 0
-    for start in range(0, len(prompts), _BATCH):
-        batch = list(prompts[start : start + _BATCH])
-        images = pipeline(
-            batch,
+    batches = [
+        pipeline(
+            list(prompts[start : start + batch]),
             num_inference_steps=steps,
             true_cfg_scale=1.0,
             height=world.CANVAS,
@@ -50,9 +54,9 @@ def _share_right(pipeline: Any, prompts: Sequence[str], steps: int, seed: int) -
             generator=generator,
             output_type="np",
         ).images
-        pixels = (images * 255).round().astype(np.uint8)
-        right += sum(world.check(image, caption) for image, caption in zip(pixels, batch, strict=True))
-    return right / len(prompts)
+        for start in range(0, len(prompts), batch)
+    ]
+    return (np.concatenate(batches) * 255).round().astype(np.uint8)
 
 
 def main() -> None:

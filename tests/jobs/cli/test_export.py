@@ -1,11 +1,9 @@
 """`ppcl export`: what it writes, what it says, and its mistakes in one sentence each."""
 
 import json
-import sys
 
 import pytest
 
-from jobs.cli import main as cli
 from ppcl.models.teacher import Teacher
 from tests import made_result
 from tests.ppcl.lora.loras import written
@@ -14,20 +12,6 @@ from tests.ppcl.lora.loras import written
 @pytest.fixture(scope="module")
 def result(tmp_path_factory, teacher_folder):
     return made_result.result(tmp_path_factory.mktemp("result") / "job", teacher_folder)
-
-
-@pytest.fixture
-def ppcl(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_a_stock_variant_and_one_that_brings_its_module(result, ppcl, tmp_path):

@@ -8,7 +8,6 @@ import sys
 import pytest
 import yaml
 
-from jobs.cli import main as cli
 from tests.conftest import REPOSITORY
 
 PROMPTS = "a photo of a red circle\na photo of a blue square\na photo of a green cross\n"
@@ -27,23 +26,6 @@ def here(tmp_path, teacher_folder):
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     return tmp_path
-
-
-@pytest.fixture
-def ppcl(monkeypatch, capsys):
-    """Run a command in this process; gives its exit code and what it said."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ppcl", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
 
 
 def copy_of(folder, where):

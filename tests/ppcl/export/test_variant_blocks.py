@@ -20,7 +20,6 @@ from ppcl.replacements import Plan
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.sizing.peak_memory import PeakMemory
 from tests import tiny
-from tests.ppcl.export.replacements import MAKERS, replacements
 
 # What each plan is made of, and what stands in the way of stock classes.
 STOCK = {"": [], "2-3": [], "2-3,4-5": []}
@@ -37,16 +36,6 @@ SHAPED = {
         "modulations in low rank",
     ],
 }
-
-
-@pytest.fixture(scope="module", params=MAKERS)
-def teacher(request, tmp_path_factory):
-    return Teacher(MAKERS[request.param](tmp_path_factory.mktemp(request.param) / "teacher"))
-
-
-@pytest.fixture(scope="module")
-def files(teacher, tmp_path_factory):
-    return replacements(teacher, tmp_path_factory.mktemp("replacements"))
 
 
 def exported(teacher, files, plan, folder, most=1 << 40):
@@ -66,7 +55,8 @@ def velocity(model):
 
 
 @pytest.mark.parametrize("plan", [*STOCK, *SHAPED])
-def test_an_exported_variant_gives_the_same_bits(teacher, files, plan, tmp_path):
+def test_an_exported_variant_gives_the_same_bits(every_kind, plan, tmp_path):
+    teacher, files = every_kind
     blocks, _ = exported(teacher, files, plan, tmp_path / "out")
     assert sorted(blocks.obstacles()) == sorted((STOCK | SHAPED)[plan])
     model = blocks.empty_model()
@@ -92,7 +82,8 @@ def test_an_exported_variant_gives_the_same_bits(teacher, files, plan, tmp_path)
         assert torch.equal(made, expected)
 
 
-def test_gradient_checkpointing_gives_the_arguments_by_position(teacher, files, tmp_path):
+def test_gradient_checkpointing_gives_the_arguments_by_position(every_kind, tmp_path):
+    teacher, files = every_kind
     blocks, _ = exported(teacher, files, "0-1,ffn:2", tmp_path / "out")
     model = blocks.empty_model()
     model.load_state_dict(load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors"), assign=True)
@@ -104,7 +95,8 @@ def test_gradient_checkpointing_gives_the_arguments_by_position(teacher, files, 
     assert all(p.grad is not None for name, p in model.named_parameters() if ".affine." in name)
 
 
-def test_shards_hold_every_tensor_once_and_none_is_too_large(teacher, files, tmp_path):
+def test_shards_hold_every_tensor_once_and_none_is_too_large(every_kind, tmp_path):
+    teacher, files = every_kind
     _, whole = exported(teacher, files, "0-1", tmp_path / "one")
     _, weights = exported(teacher, files, "0-1", tmp_path / "many", most=100_000)
     assert len(weights.files) > 2
@@ -135,7 +127,8 @@ def test_more_blocks_need_no_more_memory(tmp_path):
     assert peaks[1] - peaks[0] < block, (peaks, block)
 
 
-def test_every_weight_and_every_replacement_is_read_once(teacher, files, tmp_path, monkeypatch):
+def test_every_weight_and_every_replacement_is_read_once(every_kind, tmp_path, monkeypatch):
+    teacher, files = every_kind
     read, tensors = [], Teacher._tensors
     monkeypatch.setattr(
         Teacher,

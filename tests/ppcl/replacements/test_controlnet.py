@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from ppcl.models import adapter_of, embed, head, run_blocks
-from ppcl.models.teacher import Teacher
 from ppcl.replacements import Plan
 from ppcl.replacements.switcher import VariantSwitcher
 from tests import tiny
-from tests.ppcl.export.replacements import MAKERS, replacements
 
 # The arguments of the stock forward that take residuals, by block list.
 ARGUMENTS = {
@@ -24,16 +22,6 @@ ARGUMENTS = {
 PLANS = ["", "2-3", "0-1,4-5", "text:1-3,ffn:2/50,4-5,modulations"]
 
 
-@pytest.fixture(scope="module", params=MAKERS)
-def teacher(request, tmp_path_factory):
-    return Teacher(MAKERS[request.param](tmp_path_factory.mktemp(request.param) / "teacher"))
-
-
-@pytest.fixture(scope="module")
-def files(teacher, tmp_path_factory):
-    return replacements(teacher, tmp_path_factory.mktemp("replacements"))
-
-
 def residual_numbers(count, given, sd3):
     """By block of a list, which of its residuals it gets: the families' own rule."""
     return [int(i / (count / given)) if sd3 else i // math.ceil(count / given) for i in range(count)]
@@ -41,7 +29,8 @@ def residual_numbers(count, given, sd3):
 
 @pytest.mark.parametrize("plan", PLANS)
 @torch.no_grad()
-def test_residuals_reach_the_places_of_the_teachers_blocks(teacher, files, plan):
+def test_residuals_reach_the_places_of_the_teachers_blocks(every_kind, plan):
+    teacher, files = every_kind
     model, adapter = tiny.aligned(teacher.transformer()), teacher.adapter
     switch = VariantSwitcher(teacher, files)
     inputs = tiny.inputs(model)
