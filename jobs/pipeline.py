@@ -1,6 +1,6 @@
 """A compression job: its stages in order, each run only when its result is not there and intact.
 
-    calibration → probes → detection → students → variants → finetuning → evaluation → report
+    calibration → probes → detection → students → variants → finetuning → evaluation → scores → report
 
 See `jobs.stage` for what a stage is and what its result depends on, `jobs.stages.registry` for the list of them, and
 `ppcl.storage.manifest` for what makes a stage complete.
@@ -24,6 +24,7 @@ from jobs.tracking.listener import tracked, trackers_of
 from ppcl.calibration.prompts import check_prompts, count_prompts
 from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
+from ppcl.evaluation.suites import configured_prompts
 from ppcl.models.teacher import Teacher
 from ppcl.report import write_report
 from ppcl.search.checks import check_variants
@@ -34,6 +35,8 @@ from ppcl.storage.mirror import remove, upload
 if TYPE_CHECKING:
     from ppcl.sizing.job import JobSize
 
+# The last stage: a job runs all that it depends on.
+_LAST = "scores"
 # A stage is tried so often before its failure is the user's.
 _ATTEMPTS = 3
 
@@ -55,6 +58,7 @@ class Job:
                 limit=config.evaluation.max_prompts,
                 different=1,
             )
+        configured_prompts(config)  # refuses a suite that cannot be read
         self.teacher = Teacher(config.teacher, known.get("teacher_hashes"))
         check_variants(config.variants, self.teacher.adapter.block_ranges(self.teacher.empty_transformer()))
         if unread := self.teacher.bytes_without_sha256():
@@ -87,7 +91,7 @@ class Job:
         from jobs.stages.registry import STAGES
 
         artifacts = self.artifacts
-        stages = stages_for("ablation" if ablation else "evaluation", STAGES)
+        stages = stages_for("ablation" if ablation else _LAST, STAGES)
         tracking = tracked(self._trackers, self.config, artifacts, self.reporter)
         with artifacts.exclusive_lock(), self._log(), tracking, self._last_event():
             remove_partials(artifacts.root)
@@ -95,6 +99,8 @@ class Job:
             self._check_resources(stages, device)
             if check_memory:
                 self._check_memory(stages, device)
+            if not ablation:
+                self._check_scorers()
             write_atomically(artifacts.path(CONFIG), self.config.model_dump_json(indent=1))
             upload(artifacts.path(CONFIG))
             enabled = [stage for stage in stages if stage.enabled(self.config)]
@@ -240,6 +246,14 @@ class Job:
         memory = largest_memory(device) if waiting else None
         if memory is not None:
             check_fits(self._size(device, memory), memory, waiting)
+
+    def _check_scorers(self) -> None:
+        """Try the scorers, unless they have scored this result already. Raises `UserError`."""
+        from jobs.stages.scores import NAME, scorer_settings, try_scorers  # imports Ray, see `run`
+
+        record = self.artifacts.record(NAME)
+        if record is None or record.info.get("scorers") != scorer_settings(self.config):
+            try_scorers(self.config, self.reporter.say)
 
     def _size(self, device: str, memory: int) -> JobSize:
         import torch

@@ -101,8 +101,13 @@ class Elastic(Section):
 
     variants: list[str] | None = Field(
         None,
-        description="variants of auto, large to small; null: those with more of the checker's score per second than "
-        "every larger one, and without scores the largest alone",
+        description="variants of auto, large to small; null: those with more of the score per second than every larger "
+        "one, and without scores the largest alone",
+    )
+    score: str | None = Field(
+        None,
+        description="the score that says how good a variant is: the name of a scorer of the job, or of ppcl score; "
+        "null: the prompt checker's",
     )
     patience: float = Field(
         3.0,

@@ -109,9 +109,9 @@ class Refused(Exception):
 class ModelInfo:
     """A variant as clients see it. `share`: of the teacher's parameters.
 
-    `quality`: the prompt checker's score in [0, 1] from the result's evaluation, None without one. `seconds_per_step`:
-    profiled at the start for one image of the default size. `loras`: by name of the server's LoRAs, the share of it
-    that the variant takes.
+    `quality`: in [0, 1], the prompt checker's score, or what is left of the teacher's score by `elastic.score`; None
+    without one. `seconds_per_step`: profiled at the start for one image of the default size. `loras`: by name of the
+    server's LoRAs, the share of it that the variant takes.
     """
 
     id: str

@@ -27,7 +27,9 @@ def compress(
     from jobs.runtime.cluster import connected
     from jobs.runtime.stopping import stop_signals
     from ppcl.config.schema import load_config
-    from ppcl.report.terminal import next_steps, summary_table
+    from ppcl.report.benchmarks import benchmark_records
+    from ppcl.report.terminal import benchmark_tables, next_steps, summary_table
+    from ppcl.storage.results import read_results
 
     with stop_signals():
         settings = load_config(config, set_, output)
@@ -35,6 +37,8 @@ def compress(
         with connected(address, settings) as device:
             report = job.run(device, check_memory=memory_check)
     out.print(summary_table(job.artifacts.root))
+    for table in benchmark_tables(benchmark_records(read_results(job.artifacts.root))):
+        out.print(table)
     job.reporter.say(f"report: {report}")
     for line in next_steps(job.artifacts.root, job.artifacts.place):
         out.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from jobs.cli import cluster_jobs, compress, export, plan, results
+from jobs.cli import cluster_jobs, compress, export, plan, results, suites
 from jobs.cli.shared import CommandStopped
 from ppcl import __version__
 from ppcl.errors import UserError, cannot_write
@@ -60,6 +60,8 @@ app.command()(compress.ablate)
 app.command()(results.variants)
 app.command()(results.generate)
 app.command()(export.export)
+app.command()(suites.images)
+app.command()(suites.score)
 app.command()(results.report)
 app.command()(results.serve)
 app.command()(cluster_jobs.submit)

@@ -20,14 +20,18 @@ def variants(
 ) -> None:
     """List the variants of a result."""
     from ppcl.report import summary_rows
-    from ppcl.report.terminal import summary_table
+    from ppcl.report.benchmarks import benchmark_records
+    from ppcl.report.terminal import benchmark_tables, summary_table
     from ppcl.result import Result
+    from ppcl.storage.results import read_results
 
     Result(result)  # verifies what the variants are made of
     if json_:
         typer.echo(json.dumps(summary_rows(result), indent=1))
     else:
         out.print(summary_table(result))
+        for table in benchmark_tables(benchmark_records(read_results(result))):
+            out.print(table)
 
 
 def generate(

@@ -22,7 +22,7 @@ from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
 from ppcl.detection.surrogates import Surrogate, fit_surrogates
 from ppcl.errors import UserError
-from ppcl.evaluation.images import generate_images, image_path, save_images, step_times
+from ppcl.evaluation.images import FIRST_SEED, generate_images, image_path, save_images, step_times
 from ppcl.evaluation.latency import forward_seconds, measure_latencies
 from ppcl.evaluation.prompt_cache import keep_embeddings
 from ppcl.evaluation.velocity_error import sensitivities, surrogate_errors, variant_errors
@@ -126,8 +126,7 @@ class _Evaluator:
 
     def pictures(self, variant: str, plan: Any, texts: list[str], indices: list[int]) -> None:
         self.switch(self.pipeline.transformer, plan)
-        # Seeds above those of calibration, so that no test image starts from noise that was fitted on.
-        seeds = [1_000_000 + self.config.seed + index for index in indices]
+        seeds = [FIRST_SEED + self.config.seed + index for index in indices]
         images = generate_images(self.pipeline, texts, seeds, self.config.sampling)
         with upload_on_exit(self.folder) as folder:
             save_images(images, [image_path(folder, variant, index) for index in indices])

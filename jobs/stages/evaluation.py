@@ -11,13 +11,13 @@ import numpy as np
 from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, offload_of, workers
 from jobs.stage import Stage, StageContext
 from ppcl.calibration.dataset import CalibrationSet
-from ppcl.calibration.prompts import read_prompts
 from ppcl.calibration.splits import SPLIT_NAMES
 from ppcl.config.schema import Config
 from ppcl.evaluation.image_scores import ImageScorer
 from ppcl.evaluation.images import TIMED_ROUNDS, image_path, load_images, seconds_per_step
-from ppcl.evaluation.prompt_checker import TestPrompt, checker_prompts, load_checker, named_prompts
+from ppcl.evaluation.prompt_checker import TestPrompt, checker_prompts, load_checker
 from ppcl.evaluation.samples import REPORT_SAMPLES
+from ppcl.evaluation.suites import configured_prompts
 from ppcl.evaluation.velocity_error import ErrorSums
 from ppcl.search.variants import TEACHER, read_catalog
 from ppcl.storage.manifest import write_atomically
@@ -100,7 +100,7 @@ def _measure(
 
 def _score_images(
     context: StageContext, variants: list[str], prompts: list[TestPrompt]
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[bool]]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[bool | None]]]:
     """By variant, its images' scores, and which of them are right where a prompt checker is configured."""
     settings, folder = context.config.evaluation, context.folder
     checker = load_checker(settings.checker) if settings.checker else None
@@ -115,21 +115,16 @@ def _score_images(
 
 
 def _prompts(config: Config, calibration: CalibrationSet, seen: set[str]) -> list[TestPrompt]:
-    """The test prompts: those of the configuration, else the checker's, else those of calibration's split test.
+    """The test prompts: those of the configuration and its suites; without any, those of calibration's split test.
 
     `seen`: prompts that variants were fitted or chosen on; the checker gives others, as far as it has them.
     """
     settings = config.evaluation
-    if settings.prompts is not None:
-        texts = [
-            p.text for p in read_prompts(settings.prompts, config.calibration.prompt_column, None, settings.max_prompts)
-        ]
-        return (
-            named_prompts(load_checker(settings.checker), texts) if settings.checker else [TestPrompt(t) for t in texts]
-        )
-    if settings.checker:
-        return checker_prompts(load_checker(settings.checker), settings.max_prompts, config.seed, seen)
-    return [TestPrompt(text) for _, text in calibration.prompts("test")][: settings.max_prompts]
+    prompts = configured_prompts(config)
+    if settings.checker and settings.prompts is None:
+        drawn = checker_prompts(load_checker(settings.checker), settings.max_prompts, config.seed, seen)
+        return drawn + prompts
+    return prompts or [TestPrompt(text) for _, text in calibration.prompts("test")][: settings.max_prompts]
 
 
 def _splits(samples: CalibrationSet, prompts: list[TestPrompt], seen: set[str]) -> dict[str, int]:
@@ -139,8 +134,9 @@ def _splits(samples: CalibrationSet, prompts: list[TestPrompt], seen: set[str]) 
 
 
 def _also_reads(context: StageContext) -> list[Any]:
-    prompts = context.config.evaluation.prompts
-    return [context.identity.teacher_parts, file_sha256(local_file(prompts)) if prompts else None]
+    settings = context.config.evaluation
+    files = [settings.prompts, *settings.suites.values()]
+    return [context.identity.teacher_parts, *(file_sha256(local_file(file)) if file else None for file in files)]
 
 
 STAGE = Stage(

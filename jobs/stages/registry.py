@@ -14,6 +14,7 @@ from jobs.stages import (
     evaluation,
     finetuning,
     probes,
+    scores,
     screening,
     selection,
     variants,
@@ -29,5 +30,6 @@ STAGES: tuple[Stage, ...] = (
     variants.STAGE,
     finetuning.STAGE,
     evaluation.STAGE,
+    scores.STAGE,
     ablation.STAGE,
 )

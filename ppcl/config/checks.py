@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -10,7 +11,11 @@ from ppcl.config.variant_names import names_of
 from ppcl.errors import UserError
 
 if TYPE_CHECKING:
-    from ppcl.config.schema import Config, Distillation, Finetuning, Tracking, Variants
+    from ppcl.config.schema import Config, Distillation, Evaluation, Finetuning, Tracking, Variants
+
+# The suite of `evaluation.prompts`, or of what stands in for them.
+PROMPTS_SUITE = "prompts"
+_BENCHMARK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_config(config: Config) -> None:
@@ -21,6 +26,7 @@ def check_config(config: Config) -> None:
     _check_warmup("finetuning", config.finetuning)
     _check_finetuned_variants(config.finetuning, names)
     _check_no_credentials(config.tracking)
+    _check_benchmarks(config.evaluation)
 
 
 def _check_custom_variants(settings: Variants) -> None:
@@ -69,4 +75,22 @@ def _check_no_credentials(settings: Tracking) -> None:
         raise UserError(
             "tracking.mlflow.uri holds a user or a password, which no configuration may; set MLFLOW_TRACKING_USERNAME "
             "and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+
+
+def _check_benchmarks(settings: Evaluation) -> None:
+    for key, names in (("scorers", settings.scorers), ("suites", settings.suites)):
+        for name in names:
+            if not _BENCHMARK_NAME.fullmatch(name):
+                raise UserError(f"evaluation.{key}: {name!r} is no name; use letters, digits, '.', '_' and '-'")
+    known = [PROMPTS_SUITE, *settings.suites]
+    for name, scorer in settings.scorers.items():
+        for suite in scorer.suites or ():
+            if suite not in known:
+                raise UserError(
+                    f"evaluation.scorers.{name}.suites: there is no suite {suite!r}; there are {', '.join(known)}"
+                )
+    if PROMPTS_SUITE in settings.suites:
+        raise UserError(
+            f"evaluation.suites: {PROMPTS_SUITE!r} is the name of evaluation.prompts; choose another for the suite"
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
+from ppcl.config.checks import PROMPTS_SUITE
 from ppcl.errors import UserError
 
 # By the name in the configuration, a module with `captions()`, `CATEGORIES` and `check(image, text)`.
@@ -17,14 +19,16 @@ _CHECKERS = {"shapes": "ppcl.demo.world"}
 
 @dataclass(frozen=True)
 class TestPrompt:
-    """The prompt of a test image; `category` is None where no checker scores it."""
+    """The prompt of a test image. `suite`: which prompts it is of. `row`: all columns of its line in a suite."""
 
     __test__ = False  # pytest takes the name for a test's
 
     text: str
     category: str | None = None
+    suite: str = PROMPTS_SUITE
+    row: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, str | None]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 

@@ -29,8 +29,8 @@ def checker_scores(passes: Correctness, confidence: float, seed: int) -> dict[st
 
     Each with an interval of that confidence.
     """
-    drawn = _drawn_means(passes, seed)
-    low, high = _interval(np.mean(list(drawn.values()), axis=0), confidence)
+    drawn = drawn_means(passes, seed)
+    low, high = interval(np.mean(list(drawn.values()), axis=0), confidence)
     return {
         "overall": {"score": float(np.mean([p.mean() for p in passes.values()])), "low": low, "high": high},
         "categories": {category: _category(p, confidence) for category, p in passes.items()},
@@ -43,7 +43,7 @@ def relative_drop(passes: Correctness, teachers: Correctness, confidence: float,
     The bootstrap is paired: a drawn image counts for both. Categories in which the teacher has no correct image are
     left out; R is None where that is all of them.
     """
-    drawn_variant, drawn_teacher = _drawn_means(passes, seed), _drawn_means(teachers, seed)
+    drawn_variant, drawn_teacher = drawn_means(passes, seed), drawn_means(teachers, seed)
     drops, drawn = [], []
     for category, p in passes.items():
         teacher = teachers[category].mean()
@@ -56,21 +56,22 @@ def relative_drop(passes: Correctness, teachers: Correctness, confidence: float,
         return {"R": None, "R_low": None, "R_high": None}
     rows = np.stack(drawn)
     rows = rows[:, ~np.isnan(rows).all(axis=0)]
-    low, high = _interval(np.nanmean(rows, axis=0), confidence)
+    low, high = interval(np.nanmean(rows, axis=0), confidence)
     return {"R": float(np.mean(drops)), "R_low": low, "R_high": high}
 
 
-def _drawn_means(passes: Correctness, seed: int) -> dict[str, np.ndarray]:
+def drawn_means(scores: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
     """The mean of every resample, `(2000,)` a category; the same images are drawn for the same seed."""
-    drawn = resamples({category: len(p) for category, p in passes.items()}, seed)
-    return {category: np.asarray(p, np.float64)[drawn[category]].mean(axis=1) for category, p in passes.items()}
+    drawn = resamples({category: len(values) for category, values in scores.items()}, seed)
+    return {category: np.asarray(v, np.float64)[drawn[category]].mean(axis=1) for category, v in scores.items()}
 
 
-def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
+def interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The ends of a percentile interval."""
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 def _category(passed: np.ndarray, confidence: float) -> dict[str, float]:
-    interval = binomtest(int(passed.sum()), len(passed)).proportion_ci(confidence, method="wilson")
-    return {"score": float(passed.mean()), "low": float(interval.low), "high": float(interval.high)}
+    ends = binomtest(int(passed.sum()), len(passed)).proportion_ci(confidence, method="wilson")
+    return {"score": float(passed.mean()), "low": float(ends.low), "high": float(ends.high)}

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ppcl.config.location import LocationLike
 from ppcl.replacements import Interval, TextRun, parse_replacement, sort_key
 from ppcl.report import figures, numbers
+from ppcl.report.benchmarks import benchmark_table
 from ppcl.report.measured import CLOSED_FORM, FINAL, SCREENED, measured_detection, sensitivities
 from ppcl.report.pictures import picture_rows
 from ppcl.report.summary import finite, rows_of
@@ -96,6 +97,7 @@ def _context(results: Results) -> dict[str, Any]:
         "ablation_drawing": figures.ablation_bars(results.stage("ablation")["rows"])
         if results.stage("ablation")
         else None,
+        "benchmarks": benchmark_table(results),
         "velocity": figures.velocity_curves(measured, looks),
         "quality": [drawing for drawing in quality if drawing],
         "categories": figures.category_scores(measured, looks),

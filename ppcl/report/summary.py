@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ppcl.config.location import LocationLike
+from ppcl.report.benchmarks import benchmark_records, label
 from ppcl.search.variants import TEACHER
 from ppcl.storage.results import Results, read_results
 
@@ -17,7 +18,7 @@ def summary_rows(root: LocationLike) -> list[dict[str, Any]]:
     replacements that are on, as text), `fine_tuned` (whether it uses fine-tuned replacements), `seconds_per_step`,
     `speed_up` (times faster than the teacher), `velocity_error`, `psnr` (dB), `ssim`, `world`, `world_low`,
     `world_high` (checker score, the share of correct images, and its interval), `R`, `R_low`, `R_high` (relative
-    drop, %).
+    drop, %), `scores` (by benchmark, see `Benchmark.record`).
     """
     return rows_of(read_results(root))
 
@@ -29,6 +30,9 @@ def rows_of(results: Results) -> list[dict[str, Any]]:
         plans[TEACHER] = {"share": 1.0, "plan": [], **plans.get(TEACHER, {}), **made["teacher"]}
     names = dict.fromkeys([*plans, *measured])
     rows = [_row(name, plans.get(name, {}), measured.get(name, {}), measured.get(TEACHER, {})) for name in names]
+    for row in rows:
+        found = {label(record): record["variants"].get(row["variant"]) for record in benchmark_records(results)}
+        row["scores"] = {name: score for name, score in found.items() if score is not None}
     return sorted(rows, key=lambda row: (row["variant"] != TEACHER, -(row["parameters"] or 0)))
 
 

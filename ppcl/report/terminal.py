@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from ppcl.config.location import LocationLike
 from ppcl.report import numbers
+from ppcl.report.benchmarks import label
 from ppcl.report.summary import summary_rows
 from ppcl.storage.results import read_results
 
@@ -31,6 +34,30 @@ def summary_table(root: LocationLike) -> Table:
             _with_interval(row["R"], row["R_low"], row["R_high"], scale=1),
         )
     return table
+
+
+def benchmark_tables(records: Iterable[dict[str, Any]]) -> Iterator[Table]:
+    """A table for each benchmark, see `Benchmark.record`."""
+    for record in records:
+        better = "" if record["higher_is_better"] else ", smaller is better"
+        table = Table(title=f"{label(record)}, {record['prompts']} prompts{better}", title_justify="left")
+        table.add_column("variant")
+        for heading in ("score", "difference to the teacher", "R"):
+            table.add_column(heading, justify="right")
+        for name, row in record["variants"].items():
+            table.add_row(
+                Text(name),
+                _plain_interval(row["score"], row["low"], row["high"]),
+                _plain_interval(row.get("difference"), row.get("difference_low"), row.get("difference_high")),
+                _with_interval(row["R"], row["R_low"], row["R_high"], scale=1),
+            )
+        yield table
+
+
+def _plain_interval(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return numbers.MISSING
+    return f"{numbers.significant(value)} ({numbers.significant(low)} to {numbers.significant(high)})"
 
 
 def next_steps(root: LocationLike, place: str) -> list[str]:

@@ -109,7 +109,7 @@ class Engine:
         self.cost_model = profile(self.generator, self._warm_up_task(), plans, engine.batch)
         self._threads = ThreadPoolExecutor(engine.queue, thread_name_prefix="image")
         self._backlog = Backlog(self.cost_model, engine.batch, lambda work: self._threads.submit(self._run, work))
-        self._qualities = qualities(settings.result, self.weights.variants)
+        self._qualities = qualities(settings.result, self.weights.variants, settings.elastic.score)
         self.quality = QualityController(self._quality_levels(), settings.elastic)
         self.info = replace(self.info, auto=tuple(self.quality.levels), auto_by=self._auto_by())
         self._admission = Admission(self._backlog, self.quality, self.weights.variants, engine.queue, settings.elastic)
@@ -144,8 +144,12 @@ class Engine:
         if self.settings.elastic.variants:
             return "elastic.variants lists them"
         if self._qualities[self.quality.levels[0]] is None:
-            return "the result has no checker's scores; list in elastic.variants what it may degrade to"
-        return "they give the most of the checker's score per second"
+            return (
+                "the result has no checker's scores; name another score in elastic.score, or list in elastic.variants "
+                "what it may degrade to"
+            )
+        score = self.settings.elastic.score
+        return f"they give the most of {'the checker' if score is None else score}'s score per second"
 
     def _image_seconds(self, variant: Variant, rows: int) -> float:
         """Return the device-seconds of one image of the default size and steps in batches of `rows` rows."""

@@ -14,11 +14,12 @@ from ppcl.errors import UserError
 from ppcl.lora import AppliedLora, Lora
 from ppcl.replacements import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.report.benchmarks import benchmark_records
 from ppcl.result import Result
 from ppcl.search.variants import Variant
 from ppcl.storage.manifest import Artifacts
 from ppcl.storage.object_store import Store
-from ppcl.storage.results import read_results
+from ppcl.storage.results import Results, read_results
 from serve.config import EngineSettings
 
 # No plan of any transformer has a longer text.
@@ -138,17 +139,42 @@ def _kept(plan: Iterable[Replacement], count: int) -> set[int]:
     return set(range(count)) - {block for item in plan if item.removed for block in item.blocks}
 
 
-def qualities(result: LocationLike, variants: Iterable[str]) -> dict[str, float | None]:
-    """Return each variant's score in [0, 1] from the result's evaluation, None where it was not evaluated.
+def qualities(result: LocationLike, variants: Iterable[str], score: str | None = None) -> dict[str, float | None]:
+    """Return each variant's quality in [0, 1], None where nothing trusted says it.
 
-    The score is the prompt checker's share of correct images. The velocity's error is none: a variant whose images are
-    wrong in two of three cases can have 7 %. Raises `UserError` where the evaluation is damaged.
+    `score`: the name of a scorer: its quality is the share of the teacher's score that is left, the mean over suites.
+    None: the prompt checker's share of correct images. The velocity's error is none: a variant whose images are wrong
+    in two of three cases can have 7 %. Raises `UserError` where the evaluation is damaged, and for an unknown score.
     """
     if Artifacts(result).damaged("evaluation"):
         raise UserError(f"the evaluation in {result} is damaged; run ppcl compress again to make it again")
-    evaluated = read_results(result).stage("evaluation").get("variants", {})
+    results = read_results(result)
+    if score is not None:
+        return _by_score(results, variants, score)
+    evaluated = results.stage("evaluation").get("variants", {})
     return {name: _quality(evaluated[name]) if name in evaluated else None for name in variants}
 
 
 def _quality(row: dict[str, Any]) -> float | None:
     return None if row["world"] is None else row["world"]["overall"]["score"]
+
+
+def _by_score(results: Results, variants: Iterable[str], score: str) -> dict[str, float | None]:
+    records = benchmark_records(results)
+    chosen = [record for record in records if record["scorer"] == score]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(record["scorer"] for record in records)) or "none"
+        raise UserError(
+            f"elastic.score: the result has no score {score!r} of its variants as they are; it has {known}; add a "
+            "scorer to its job, or give scores with ppcl score"
+        )
+    if any(row["R"] is None for record in chosen for row in record["variants"].values()):
+        raise UserError(
+            f"elastic.score: {score!r} cannot be a share of the teacher's, whose mean may be 0 or less, or is missing; "
+            "list in elastic.variants what auto may take"
+        )
+    qualities: dict[str, float | None] = {}
+    for name in variants:
+        drops = [record["variants"][name]["R"] for record in chosen if name in record["variants"]]
+        qualities[name] = min(1.0, max(0.0, 1 - sum(drops) / len(drops) / 100)) if drops else None
+    return qualities
