@@ -25,7 +25,9 @@ class ClipScore:
         logging.disable_progress_bar()
         folder = model_folder(model)
         self.device = device
-        self.model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).to(device).eval()
+        # In float32 whatever the file has: a score is compared in its third digit.
+        weights = {"use_safetensors": True, "local_files_only": True, "dtype": torch.float32}
+        self.model = CLIPModel.from_pretrained(folder, **weights).to(device).eval()
         self.processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         self.tokens = self.model.config.text_config.max_position_embeddings
 

@@ -75,3 +75,28 @@ def test_scores_are_the_checkers_and_a_velocity_error_is_none(tmp_path, teacher_
     artifacts.path("evaluation", "evaluation.json").write_text("{}")
     with pytest.raises(UserError, match="the evaluation in .* is damaged"):
         qualities(root, ["teacher"])
+
+
+def test_a_named_score_is_the_share_that_is_left_of_the_teachers(tmp_path, teacher_folder):
+    import numpy as np
+
+    from ppcl.evaluation.benchmarks import Benchmark
+    from tests import made_result
+
+    root = made_result.result(tmp_path / "job", teacher_folder)
+
+    def of(scorer, suite, half, sign=1):
+        variants = {"teacher": {"": np.full(4, sign * 2.0)}, "all": {"": np.full(4, sign * 2.0 * half)}}
+        return Benchmark(scorer, suite, variants).record(0.95, 0)
+
+    benchmarks = [of("clip", "dpg", 0.5), of("clip", "geneval", 0.9), of("reward", "dpg", 0.5, sign=-1)]
+    artifacts = Artifacts(root)
+    artifacts.path("scores").mkdir()
+    artifacts.path("scores", "scores.json").write_text(json.dumps({"benchmarks": benchmarks, "mean_drop": {}}))
+    artifacts.commit("scores", "3")
+    found = qualities(root, ["teacher", "all", "p75"], "clip")
+    assert found == {"teacher": 1.0, "all": pytest.approx(0.7), "p75": None}
+    with pytest.raises(UserError, match="elastic.score: the result has no score 'pick' .*; it has clip, reward; add a"):
+        qualities(root, ["teacher"], "pick")
+    with pytest.raises(UserError, match="elastic.score: 'reward' cannot be a share of the teacher's"):
+        qualities(root, ["teacher"], "reward")
