@@ -47,6 +47,26 @@ def test_kohyas_layout_is_converted(tmp_path):
         torch.testing.assert_close(layer.scale * layer.up @ layer.down, part)
 
 
+def test_kohyas_layout_is_converted_for_qwen_image(teacher, tmp_path):
+    """All dots of a layer's name are underscores there."""
+    generator = torch.Generator().manual_seed(0)
+    names = {"attn_to_q": "attn.to_q", "attn_to_add_out": "attn.to_add_out", "img_mlp_net_2": "img_mlp.net.2"}
+    transformer, tensors, expected = teacher.empty_transformer(), {}, {}
+    for number, (flat, name) in enumerate(names.items()):
+        place = f"transformer_blocks.{number}.{name}"
+        linear = transformer.get_submodule(place)
+        down = torch.randn(4, linear.in_features, generator=generator)
+        up = torch.randn(linear.out_features, 4, generator=generator)
+        key = f"lora_unet_transformer_blocks_{number}_{flat}"
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0)}
+        expected[place] = 0.5 * up @ down
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    layers = read_lora(tmp_path / "kohya.safetensors", teacher).layers
+    assert set(layers) == set(expected)
+    for place, update in expected.items():
+        torch.testing.assert_close(layers[place].scale * layers[place].up @ layers[place].down, update)
+
+
 def nan(state):
     return {name: torch.full_like(t, torch.nan) if i == 0 else t for i, (name, t) in enumerate(state.items())}
 
