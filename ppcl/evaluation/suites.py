@@ -83,8 +83,9 @@ def json_lines(location: LocationLike, what: str) -> Iterator[tuple[int, dict[st
 def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        # Numbers of thousands of digits and brackets of thousands of levels are valid, and nothing that Python reads.
+        raise UserError(f"{where} is not valid JSON ({getattr(error, 'msg', error)})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object; write one a line")
     return row

@@ -40,6 +40,8 @@ def test_ids_are_taken_as_text_and_the_first_lines_up_to_a_limit(tmp_path):
         ([{"prompt": "a"}, {"prompt": " "}], "line 2 has no text under 'prompt'"),
         ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": "1"}], "line 2 has the id '1' of another line"),
         (["{"], "line 1 is not valid JSON"),
+        (["[" * 100_000], "line 1 is not valid JSON"),
+        (['{"prompt": ' + "1" * 5_000 + "}"], "line 1 is not valid JSON"),
         (["[1]"], "line 1 is not a JSON object"),
         ([], "holds no prompts"),
         ([{"prompt": "a", "category": "x"}, {"prompt": "b"}], "lines with a category and lines without"),
