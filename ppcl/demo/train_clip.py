@@ -101,7 +101,9 @@ def train(options: argparse.Namespace) -> None:
             model.logit_scale.clamp_(max=np.log(100))
         if step % 50 == 0 or step == options.steps - 1:
             left = (time.monotonic() - started_at) / (step + 1) * (options.steps - step - 1)
-            print(f"step {step + 1} of {options.steps}, loss {loss:.3f}, right {right:.0%}, {left:.0f} s left", flush=True)
+            print(
+                f"step {step + 1} of {options.steps}, loss {loss:.3f}, right {right:.0%}, {left:.0f} s left", flush=True
+            )
     model.bfloat16().save_pretrained(options.output)
     processor.save_pretrained(options.output)
     print(f"{options.output}: {sum(f.stat().st_size for f in options.output.iterdir()) / 1e6:.1f} MB", flush=True)

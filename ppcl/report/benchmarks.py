@@ -48,7 +48,7 @@ def benchmark_table(results: Results) -> dict[str, Any] | None:
 def _cell(row: dict[str, Any] | None, is_teacher: bool) -> dict[str, Any] | None:
     if row is None:
         return None
-    interval = f"{numbers.significant(row['low'])} to {numbers.significant(row['high'])}"
+    interval = f"{_with_minus(row['low'])} to {_with_minus(row['high'])}"
     return {
         "score": numbers.significant(row["score"]),
         "interval": interval,
@@ -57,8 +57,15 @@ def _cell(row: dict[str, Any] | None, is_teacher: bool) -> dict[str, Any] | None
 
 
 def _drop(row: dict[str, Any] | None) -> str | None:
-    """R with its interval as text; None where there is none."""
-    if row is None or row["R"] is None:
+    """R with its interval as text, or else the difference to the teacher's score; None where there is neither."""
+    if row is None or (row["R"] is None and "difference" not in row):
         return None
+    if row["R"] is None:
+        mean, low, high = (_with_minus(row[f"difference{end}"]) for end in ("", "_low", "_high"))
+        return f"{mean} ({low} to {high})"
     between = numbers.between(row["R_low"], row["R_high"], scale=1)
     return numbers.percent(row["R"], scale=1) + (f" ({between})" if between else "")
+
+
+def _with_minus(value: float) -> str:
+    return numbers.significant(value).replace("-", "\u2212")

@@ -66,7 +66,9 @@ def test_the_list_has_what_harnesses_read_and_what_ties_scores_to_images(drawn):
 def test_an_image_is_the_one_that_generate_makes(drawn, result, ppcl, tmp_path):
     _, rows = drawn
     one = next(row for row in rows if row["variant"] == "p90" and row["id"] == "two" and row["seed"] == 6)
-    code, _, error = ppcl("generate", result, "a blue square", "--variant", "p90", "--seed", "6", "-o", tmp_path / "a.png")
+    code, _, error = ppcl(
+        "generate", result, "a blue square", "--variant", "p90", "--seed", "6", "-o", tmp_path / "a.png"
+    )
     assert code == 0, error
     made, listed = (np.asarray(Image.open(path), int) for path in (tmp_path / "a.png", one["image_path"]))
     # Batches of another size round differently.
@@ -125,7 +127,10 @@ def test_scores_of_a_result_that_changed_count_no_more(drawn, result, ppcl, teac
 
 
 MISTAKES = {
-    "another image": (lambda rows: [*rows, {"file": "p90/00009.png", "score": 1}], "'p90/00009.png', which is no image"),
+    "another image": (
+        lambda rows: [*rows, {"file": "p90/00009.png", "score": 1}],
+        "'p90/00009.png', which is no image",
+    ),
     "not a number": (lambda rows: [{**rows[0], "score": "good"}, *rows[1:]], "line 1 has the score 'good'"),
     "not finite": (lambda rows: [{**rows[0], "score": float("nan")}, *rows[1:]], "line 1 has the score nan"),
     "one missing": (lambda rows: rows[:-1], "has no score of p90/00003.png; score all images of a variant, or none"),

@@ -22,7 +22,7 @@ PROMPTS = [
     {"text": "e", "category": None, "suite": "dpg", "row": {"id": "8", "questions": 1}},
 ]
 
-SCORER = '''
+SCORER = """
 import os
 import numpy as np
 
@@ -42,7 +42,7 @@ def not_finite(prompts, images, metadata):
 class Environment:
     def __call__(self, prompts, images, metadata):
         return [float(os.environ["SCORER_NUMBER"])] * len(prompts)
-'''
+"""
 
 
 @pytest.fixture(scope="module")

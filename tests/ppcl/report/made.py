@@ -12,6 +12,7 @@ from PIL import Image
 from ppcl.ablation.run import ROWS
 from ppcl.config.schema import Config
 from ppcl.demo import world
+from ppcl.evaluation.benchmarks import Benchmark, mean_drops
 from ppcl.storage.manifest import CONFIG, Artifacts
 from ppcl.storage.results import STAGE_FILES
 
@@ -39,7 +40,7 @@ def job(
     artifacts = Artifacts(root)
     artifacts.start({"teacher": "/models/shapes-qwen", "teacher_sha256": "ab" * 32, "prompts": "cd" * 32})
     made = {"detection": detection(), "students": training(rng), "variants": variants(), "evaluation": evaluation(rng)}
-    made |= {"finetuning": finetuning(rng), "ablation": ablation(), "selection": selection()}
+    made |= {"finetuning": finetuning(rng), "ablation": ablation(), "selection": selection(), "scores": scores()}
     made |= {stage: change(made[stage]) for stage, change in changes.items()}
     sections = config or {"detection": {"method": made["detection"]["method"]}}
     full = Config(teacher="/models/shapes-qwen", prompts="prompts.txt", **sections)
@@ -214,6 +215,24 @@ def evaluation(rng: np.random.Generator) -> dict[str, Any]:
         "sampling": {"steps": 20, "height": world.CANVAS, "width": world.CANVAS, "arguments": {"true_cfg_scale": 3.0}},
         "device": "cpu",
     }
+
+
+def scores() -> dict[str, Any]:
+    """Two scorers on two suites: a reward whose mean is negative, and a distance to the teacher's images."""
+    rng = np.random.default_rng(1)
+    names = ["teacher", *VARIANTS]
+
+    def of(scorer: str, suite: str, mean: float, step: float, better: bool = True) -> Benchmark:
+        values = {name: {"": mean + i * step + rng.normal(0, abs(step), 60)} for i, name in enumerate(names)}
+        return Benchmark(scorer, suite, values, better)
+
+    made = [
+        of("pick", "prompts", 21.0, -0.3),
+        of("pick", "dpg", 20.0, -0.4),
+        of("reward", "dpg", -0.2, -0.1),
+        of("lpips", "dpg", 0.001, 0.05, better=False),
+    ]
+    return {"benchmarks": [one.record(0.95, 0) for one in made], "mean_drop": mean_drops(made, 0.95, 0)}
 
 
 def pictures(folder: Path, content: dict[str, Any], rng: np.random.Generator) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from ppcl.errors import UserError
 from ppcl.report import summary_rows, write_report
 from ppcl.report.page import best_of
-from ppcl.report.terminal import summary_table
+from ppcl.report.terminal import benchmark_tables, summary_table
 from tests.ppcl.report import made
 
 EVIL = """<script>alert(1)</script>"><img src=x onerror="alert(2)"> $x$ & '"""
@@ -274,6 +274,38 @@ def test_best_is_hinted_at_only_where_variants_can_be_told_apart():
         {**row, "variant": "b", "world": 0.8, "velocity_error": 0.2, "R": -1.0},
     ]
     assert best_of(rows) == {"velocity_error": "b", "R": "b"}
+
+
+def test_scores_by_benchmark_have_a_column_each_with_intervals(tmp_path):
+    stages = ("detection", "students", "variants", "evaluation", "scores")
+    root = made.job(tmp_path / "job", stages, {"evaluation": {"scorers": {"pick": {"call": "pick_score"}}}})
+    page = read(root)
+    assert "Scores by benchmark" in page.said
+    for heading in (
+        "pick 60 prompts",
+        "pick on dpg",
+        "reward on dpg",
+        "lpips on dpg 60 prompts, smaller is better",
+        "mean R",
+    ):
+        assert heading in page.said
+    reward = made.scores()["benchmarks"][2]["variants"]["p80"]
+    assert f"\u2212{-reward['difference']:.3f} (\u2212{-reward['difference_low']:.3f} to " in page.said
+    record = made.scores()["benchmarks"][0]["variants"]["p80"]
+    assert f"{record['score']:.1f} {record['low']:.1f} to {record['high']:.1f}" in page.said
+    assert f"{record['R']:.1f} % ({record['R_low']:.1f} to {record['R_high']:.1f})" in page.said
+    rows = {row["variant"]: row["scores"] for row in summary_rows(root)}
+    assert rows["p80"]["pick"] == record and rows["p80"]["reward on dpg"]["R"] is None
+    console = Console(width=160, record=True)
+    for table in benchmark_tables(made.scores()["benchmarks"]):
+        console.print(table)
+    told = console.export_text()
+    assert "lpips on dpg, 60 prompts, smaller is better" in told and re.search(r"p80\s*│\s*20\.4 \(", told)
+
+
+def test_scores_that_were_not_made_yet_are_told(tmp_path):
+    config = {"evaluation": {"scorers": {"pick": {"call": "pick_score"}}}}
+    assert "The stage scores has not run yet" in read(made.job(tmp_path / "job", config=config)).said
 
 
 def test_terminal_table_holds_the_summary(root):
