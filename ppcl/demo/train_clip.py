@@ -68,7 +68,7 @@ def new_model(vocabulary: int, seed: int, width: int = 96) -> CLIPModel:
 
 
 def loss_of(model: CLIPModel, pixels: torch.Tensor, tokens: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
-    """The contrastive loss, and the share of pictures whose own caption is the nearest; equal captions are all right."""
+    """The contrastive loss, and the share of pictures whose own caption is the nearest, or one like it."""
     logits = model(pixel_values=pixels, **tokens).logits_per_image
     ids = tokens["input_ids"]
     same = (ids[:, None] == ids[None]).all(-1).float()
