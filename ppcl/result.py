@@ -11,21 +11,23 @@ from typing import Any
 
 import torch
 
+from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.loading import validated
 from ppcl.config.location import Location, LocationLike
 from ppcl.config.plan_syntax import PLAN_SYNTAX
 from ppcl.config.schema import Memory, Sampling
 from ppcl.errors import UserError
-from ppcl.lora import AppliedLora, Coverage, Lora, read_lora
+from ppcl.lora import AppliedLora, Coverage, Lora, LoraTransfer, read_lora
 from ppcl.models.placement import Images, Placement, place
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import Replacement, parse_text
+from ppcl.replacements import Plan, Replacement, parse_text
 from ppcl.replacements.finetuned_selection import FinetunedSelection
 from ppcl.replacements.io import replacement_files
 from ppcl.replacements.parameter_counts import ParameterCounts, parameter_counts
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.search.variants import TEACHER, Variant, available_plan, read_catalog
 from ppcl.storage.manifest import CONFIG, Artifacts
+from ppcl.training.lora_transfer import transfer_lora
 
 CUSTOM = "custom"
 
@@ -54,6 +56,7 @@ class Result:
         self.artifacts = Artifacts(folder)
         job = self.artifacts.manifest()["job"]
         self._loras: dict[str, Lora] = {}
+        self._transfers: dict[Lora, LoraTransfer] = {}
         self._check("variants")
         self.catalog = read_catalog(self.artifacts.path("variants"))
         self._check("students")
@@ -140,14 +143,16 @@ class Result:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         lora: LoraChoice | None = None,
+        lora_transfer: bool = False,
     ) -> Any:
         """A stock diffusers pipeline with the variant plugged in, placed as `memory.offload` says.
 
         `lora`: a LoRA of the teacher, alone or with a strength: `("ink.safetensors", 0.8)`. `coverage` says what of it
-        the variant takes. Raises `UserError` for an unknown variant, for a LoRA that does not fit, and for a device
-        that is too small.
+        the variant takes. `lora_transfer`: students take of it what they can, see `ppcl.training.lora_transfer` for how
+        and at what cost; it is fitted once for each LoRA and student. Raises `UserError` for an unknown variant, for a
+        LoRA that does not fit, for a device that is too small, and for calibration samples that are missing.
         """
-        return self.placed_pipeline(variant, device, dtype, lora=lora)[0]
+        return self.placed_pipeline(variant, device, dtype, lora=lora, lora_transfer=lora_transfer)[0]
 
     def placed_pipeline(
         self,
@@ -156,25 +161,37 @@ class Result:
         dtype: torch.dtype = torch.float32,
         images: Images | None = None,
         lora: LoraChoice | None = None,
+        lora_transfer: bool = False,
     ) -> tuple[Any, Placement]:
         """`pipeline()`, and where its weights are. `images`: the largest call that it is made for."""
         plan, applied = self.variant(variant).plan, self._applied(lora)
         pipeline = self.teacher.pipeline("cpu", dtype)
         placement = place(pipeline, device, self.memory, images, self._switch.most_bytes(dtype))
+        if applied and lora_transfer:
+            applied = self._transferred(pipeline.transformer, plan, applied)
         self._switch(pipeline.transformer, plan, applied)
         return pipeline, placement
 
-    def switch(self, pipeline: Any, variant: Choice, lora: LoraChoice | None = None) -> None:
+    def switch(
+        self, pipeline: Any, variant: Choice, lora: LoraChoice | None = None, lora_transfer: bool = False
+    ) -> None:
         """Switch a pipeline that `pipeline()` made to another variant, with a LoRA or without.
 
-        Moves references only; replacements and LoRAs load when first used. Call it while the pipeline is not running.
-        Raises `UserError` for an unknown variant or a LoRA that does not fit, and then leaves the pipeline as it was.
+        Moves references only; replacements and LoRAs load when first used, and transfers are fitted then. Call it while
+        the pipeline is not running. Raises `UserError` for an unknown variant or a LoRA that does not fit, and then
+        leaves the pipeline as it was.
         """
-        self._switch(pipeline.transformer, self.variant(variant).plan, self._applied(lora))
+        plan, applied = self.variant(variant).plan, self._applied(lora)
+        if applied and lora_transfer:
+            applied = self._transferred(pipeline.transformer, plan, applied)
+        self._switch(pipeline.transformer, plan, applied)
 
-    def coverage(self, pipeline: Any, variant: Choice, lora: LoraChoice) -> Coverage:
+    def coverage(self, pipeline: Any, variant: Choice, lora: LoraChoice, lora_transfer: bool = False) -> Coverage:
         """What of a LoRA is on with a variant in a pipeline of this result; the variant replaces the rest."""
-        return self._switch.coverage(pipeline.transformer, self.variant(variant).plan, self.applied_lora(lora))
+        plan, applied = self.variant(variant).plan, self.applied_lora(lora)
+        if lora_transfer:
+            applied = self._transferred(pipeline.transformer, plan, applied)
+        return self._switch.coverage(pipeline.transformer, plan, applied)
 
     def applied_lora(self, lora: LoraChoice) -> AppliedLora:
         """A LoRA that is read and checked; one place is read once. Raises `UserError`."""
@@ -185,6 +202,37 @@ class Result:
         if key not in self._loras:
             self._loras[key] = read_lora(place, self.teacher)
         return AppliedLora(self._loras[key], float(scale))
+
+    def transferred_lora(
+        self,
+        variants: Iterable[Choice],
+        lora: LoraChoice,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> AppliedLora:
+        """A LoRA with what the students of some variants take of it, fitted on a teacher that is let go afterwards.
+
+        Memory: the teacher's transformer, placed on the device as `memory.offload` says. Raises `UserError`.
+        """
+        plans, applied = [self.variant(variant).plan for variant in variants], self.applied_lora(lora)
+        pipeline = self.teacher.pipeline("cpu", dtype, transformer_only=True)
+        place(pipeline, device, self.memory, beside=self._switch.most_bytes(dtype))
+        for plan in plans:
+            applied = self._transferred(pipeline.transformer, plan, applied)
+        return applied
+
+    def _transferred(self, transformer: Any, plan: Plan, applied: AppliedLora) -> AppliedLora:
+        transfer = self._transfers.setdefault(applied.lora, LoraTransfer())
+        transfer_lora(self._switch, transformer, plan, applied.lora, transfer, self._calibration)
+        return replace(applied, transfer=transfer)
+
+    def _calibration(self) -> CalibrationSet:
+        if self.artifacts.record("calibration") is None:
+            raise UserError(
+                f"{self.artifacts.place} has no calibration samples, to which a LoRA's transfer to students with "
+                "affine maps is fitted; run ppcl compress again to make them, or leave the transfer out"
+            )
+        return CalibrationSet.of(self.artifacts.stage_files("calibration"))
 
     def _applied(self, lora: LoraChoice | None) -> AppliedLora | None:
         return None if lora is None else self.applied_lora(lora)

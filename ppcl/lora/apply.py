@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from ppcl.lora.lora_file import Lora
+from ppcl.lora.lora_file import Lora, LoraLayer
 from ppcl.models import IdentityBlock, ModelAdapter
 from ppcl.models.block_view import view
 from ppcl.models.lora_linear import LoraLinear
 
 
 @dataclass(frozen=True)
+class StudentUpdate:
+    """What one student takes of a LoRA at its trained strength.
+
+    `layers`: by path in the student. `origins`: the LoRA's layers that they stand for.
+    """
+
+    layers: dict[str, LoraLayer] = field(repr=False)
+    origins: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraTransfer:
+    """What students take of a LoRA; see `ppcl.training.lora_transfer`. `students`: by the file of a student."""
+
+    students: dict[Path, StudentUpdate] = field(default_factory=dict)
+
+    def origins(self, files: Iterable[Path]) -> list[str]:
+        """The LoRA's layers that the students of these files take."""
+        return [name for file in files if file in self.students for name in self.students[file].origins]
+
+
+@dataclass(frozen=True)
 class AppliedLora:
-    """A LoRA, and how strongly it is on: `scale` times what it was trained to."""
+    """A LoRA, and how strongly it is on: `scale` times what it was trained to. `transfer`: None leaves students out."""
 
     lora: Lora
     scale: float = 1.0
+    transfer: LoraTransfer | None = None
+
+    def transferred(self, files: Iterable[Path]) -> list[str] | None:
+        """The LoRA's layers that the replacements of these files take; None where no transfer is wanted."""
+        return None if self.transfer is None else self.transfer.origins(files)
 
 
 @dataclass(frozen=True)
@@ -27,25 +55,31 @@ class Coverage:
     """What of a LoRA a variant takes.
 
     `share`: of the update's squared Frobenius norm. `lost`: the layers that are left out whole, `cut`: in part.
+    `transferred`: those that students take; they count as none of these. None: no transfer was wanted.
     """
 
     share: float
     lost: list[str]
     cut: list[str]
+    transferred: list[str] | None = None
 
     @classmethod
-    def of(cls, lora: Lora, kept: Mapping[str, float]) -> Coverage:
+    def of(cls, lora: Lora, kept: Mapping[str, float], transferred: list[str] | None = None) -> Coverage:
         """`kept`: by layer, the share of its update that is on; see `shares_on`."""
         squares = {name: layer.norm**2 for name, layer in lora.layers.items()}
         total = sum(squares.values())
         share = sum(kept.get(name, 0.0) * square for name, square in squares.items()) / total if total else 1.0
-        lost = [name for name in lora.layers if name not in kept]
-        return cls(share, lost, [name for name, part in kept.items() if part < 1 - 1e-6])
+        lost = [name for name in lora.layers if name not in kept and name not in set(transferred or ())]
+        return cls(share, lost, [name for name, part in kept.items() if part < 1 - 1e-6], transferred)
 
     def __str__(self) -> str:
-        if not self.lost and not self.cut:
-            return "all of the LoRA is on"
-        words = [f"{100 * self.share:.1f} % of the LoRA is on, by the squared norm of its update"]
+        whole = not (self.lost or self.cut or self.transferred)
+        of_it = f"{100 * self.share:.1f} % of the LoRA is on, by the squared norm of its update"
+        words = ["all of the LoRA is on" if whole else of_it]
+        if self.transferred:
+            words.append(f"transferred to students: {_few(self.transferred)}")
+        elif self.transferred is not None:
+            words.append("nothing to transfer: it changes no block that a student stands for")
         if self.lost:
             words.append(f"left out: {_few(self.lost)}, which the variant replaces")
         if self.cut:
@@ -63,7 +97,7 @@ def shares_on(modules: Iterable[nn.Module]) -> dict[str, float]:
     kept: dict[str, float] = {}
     for module in modules:
         for one in module.modules():
-            if isinstance(one, LoraLinear):
+            if isinstance(one, LoraLinear) and one.origin is not None:
                 # A modulation may stand in parts.
                 kept[one.origin] = min(1.0, kept.get(one.origin, 0.0) + one.share)
     return kept
@@ -85,7 +119,7 @@ def with_lora(
     """
     made = [
         block_with_lora(block, prefix, applied, device, dtype)
-        for prefix, block in zip(_prefixes(adapter, transformer), blocks, strict=True)
+        for prefix, block in zip(block_prefixes(adapter, transformer), blocks, strict=True)
     ]
     return made, outside_with_lora(adapter, transformer, applied, device, dtype, own)
 
@@ -125,6 +159,19 @@ def block_with_lora(
     return view(block, parts) if parts else block
 
 
+def student_with_lora(student: nn.Module, file: Path, applied: AppliedLora) -> nn.Module:
+    """A view of the student of a file with what it takes of a LoRA; the student itself where that is nothing."""
+    update = applied.transfer.students.get(file) if applied.transfer else None
+    if update is None:
+        return student
+    tensor = next(student.parameters())
+    parts = {
+        path: _linear(student.get_submodule(path), layer, applied.scale, None, tensor.device, tensor.dtype)
+        for path, layer in update.layers.items()
+    }
+    return view(student, parts)
+
+
 def merged(module: nn.Module) -> nn.Module:
     """A view of a module whose LoRAs are part of its weights."""
     parts = {
@@ -136,13 +183,23 @@ def merged(module: nn.Module) -> nn.Module:
 def _beside(
     base: nn.Module, name: str, applied: AppliedLora, device: str | torch.device, dtype: torch.dtype
 ) -> LoraLinear:
-    layer = applied.lora.layers[name]
+    return _linear(base, applied.lora.layers[name], applied.scale, name, device, dtype)
+
+
+def _linear(
+    base: nn.Module,
+    layer: LoraLayer,
+    scale: float,
+    origin: str | None,
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> LoraLinear:
     down, up = (tensor.to(device, dtype) for tensor in (layer.down, layer.up))
     bias = None if layer.bias is None else layer.bias.to(device, dtype)
-    return LoraLinear(base, down, up, layer.scale * applied.scale, name, bias)
+    return LoraLinear(base, down, up, layer.scale * scale, origin, bias)
 
 
-def _prefixes(adapter: ModelAdapter, transformer: nn.Module) -> list[str]:
+def block_prefixes(adapter: ModelAdapter, transformer: nn.Module) -> list[str]:
     """By block number, the prefix of its modules' names."""
     return [
         f"{name}.{number - numbers.start}."

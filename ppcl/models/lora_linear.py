@@ -13,7 +13,8 @@ class LoraLinear(nn.Module):
     """`base(x) + scale · (up (down x) + bias)`, `(…, p) → (…, q)`: `base` by reference, `down (r, p)`, `up (q, r)`.
 
     It has no `weight`: what reads that of a linear map would leave the update out without a word. `origin`: the LoRA's
-    layer. `share`: the part of that layer's update, by its squared norm, that is left here.
+    layer; None where it was transferred from others. `share`: the part of that layer's update, by its squared norm,
+    that is left here.
     """
 
     bias: nn.Parameter | None
@@ -24,7 +25,7 @@ class LoraLinear(nn.Module):
         down: torch.Tensor,
         up: torch.Tensor,
         scale: float,
-        origin: str,
+        origin: str | None,
         bias: torch.Tensor | None = None,
         share: float = 1.0,
     ):

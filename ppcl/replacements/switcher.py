@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.lora import AppliedLora, Coverage, shares_on, with_lora
+from ppcl.lora import AppliedLora, Coverage, shares_on, student_with_lora, with_lora
 from ppcl.models import swap
 from ppcl.models.placement import cache_of
 from ppcl.models.teacher import Teacher
@@ -91,6 +92,15 @@ class VariantSwitcher:
     def module(self, replacement: Replacement, device: str, dtype: torch.dtype, tuned: bool = False) -> nn.Module:
         return self._module(_Key(replacement, tuned, str(device), dtype))
 
+    def modules(self, transformer: ModelMixin, plan: Iterable[Replacement]) -> dict[Path, nn.Module]:
+        """The modules of a plan in memory, by file, where and as a transformer takes them.
+
+        Raises `UserError` where they are larger than the limit.
+        """
+        keys = self._keys(transformer, sorted(plan, key=sort_key))
+        self._make_room(keys)
+        return {self._file(key): self._module(key) for key in keys}
+
     def _module(self, key: _Key) -> nn.Module:
         if key not in self._loaded:
             self._loaded[key] = load_replacement(self._file(key), self.teacher, key.device, key.dtype)
@@ -138,7 +148,7 @@ class VariantSwitcher:
         return own.blocks if lora is None else self._with_lora(transformer, lora).blocks
 
     def _with_lora(self, transformer: ModelMixin, lora: AppliedLora) -> _Teacher:
-        own = self._own(transformer)
+        own, lora = self._own(transformer), replace(lora, transfer=None)
         if lora not in own.with_lora:
             home = transformer.device if cache_of(transformer) is None else "cpu"
             blocks, outside = with_lora(
@@ -160,6 +170,10 @@ class VariantSwitcher:
         if wanted not in known:
             self._make_room(keys)
             modules = {key.replacement: self._module(key) for key in keys}
+            if lora:
+                modules = {
+                    key.replacement: student_with_lora(modules[key.replacement], self._file(key), lora) for key in keys
+                }
             blocks = self.blocks(transformer, lora)
             known[wanted] = block_map(self.teacher.adapter, transformer, blocks, modules, wanted.plan)
             if cache := cache_of(transformer):
@@ -192,11 +206,24 @@ class VariantSwitcher:
         for path, module in (own.outside | changed).items():
             transformer.set_submodule(path, module)
 
+    @contextmanager
+    def outside_with(self, transformer: ModelMixin, lora: AppliedLora) -> Iterator[None]:
+        """A LoRA on outside of the blocks alone, for the length of a `with` block, whatever is plugged in."""
+        paths = {*self._own(transformer).outside, *self._with_lora(transformer, lora).outside}
+        before = {path: transformer.get_submodule(path) for path in paths}
+        self._set_outside(transformer, lora)
+        try:
+            yield
+        finally:
+            for path, module in before.items():
+                transformer.set_submodule(path, module)
+
     def coverage(self, transformer: ModelMixin, plan: Iterable[Replacement], lora: AppliedLora) -> Coverage:
         """What of a LoRA is on with a plan."""
         blocks = dict(enumerate(self.blocks(transformer, lora))) | self.replacements(transformer, plan, lora)
         outside = self._with_lora(transformer, lora).outside
-        return Coverage.of(lora.lora, shares_on([*blocks.values(), *outside.values()]))
+        on = shares_on([*blocks.values(), *outside.values()])
+        return Coverage.of(lora.lora, on, lora.transferred(self.plan_files(plan).values()))
 
     def most_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that replacements take in memory at most: of all of them, or the limit."""
