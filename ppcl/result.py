@@ -193,8 +193,10 @@ class Result:
             applied = self._transferred(pipeline.transformer, plan, applied)
         return self._switch.coverage(pipeline.transformer, plan, applied)
 
-    def applied_lora(self, lora: LoraChoice) -> AppliedLora:
+    def applied_lora(self, lora: LoraChoice | AppliedLora) -> AppliedLora:
         """A LoRA that is read and checked; one place is read once. Raises `UserError`."""
+        if isinstance(lora, AppliedLora):
+            return lora
         place, scale = lora if isinstance(lora, tuple) else (lora, 1.0)
         if isinstance(place, Lora):
             return AppliedLora(place, float(scale))
@@ -203,27 +205,32 @@ class Result:
             self._loras[key] = read_lora(place, self.teacher)
         return AppliedLora(self._loras[key], float(scale))
 
-    def transferred_lora(
+    def transferred_loras(
         self,
         variants: Iterable[Choice],
-        lora: LoraChoice,
+        loras: Iterable[LoraChoice],
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> AppliedLora:
-        """A LoRA with what the students of some variants take of it, fitted on a teacher that is let go afterwards.
+    ) -> list[AppliedLora]:
+        """LoRAs with what the students of some variants take of them, fitted on a teacher that is let go afterwards.
 
         Memory: the teacher's transformer, placed on the device as `memory.offload` says. Raises `UserError`.
         """
-        plans, applied = [self.variant(variant).plan for variant in variants], self.applied_lora(lora)
+        plans = [self.variant(variant).plan for variant in variants]
+        read = [self.applied_lora(lora) for lora in loras]
         pipeline = self.teacher.pipeline("cpu", dtype, transformer_only=True)
-        place(pipeline, device, self.memory, beside=self._switch.most_bytes(dtype))
+        # Its replacements go with it.
+        switch = VariantSwitcher(self.teacher, self.replacements, self.tuned, self._switch.limit)
+        place(pipeline, device, self.memory, beside=switch.most_bytes(dtype))
         for plan in plans:
-            applied = self._transferred(pipeline.transformer, plan, applied)
-        return applied
+            read = [self._transferred(pipeline.transformer, plan, applied, switch) for applied in read]
+        return read
 
-    def _transferred(self, transformer: Any, plan: Plan, applied: AppliedLora) -> AppliedLora:
+    def _transferred(
+        self, transformer: Any, plan: Plan, applied: AppliedLora, switch: VariantSwitcher | None = None
+    ) -> AppliedLora:
         transfer = self._transfers.setdefault(applied.lora, LoraTransfer())
-        transfer_lora(self._switch, transformer, plan, applied.lora, transfer, self._calibration)
+        transfer_lora(switch or self._switch, transformer, plan, applied.lora, transfer, self._calibration)
         return replace(applied, transfer=transfer)
 
     def _calibration(self) -> CalibrationSet:

@@ -70,6 +70,10 @@ class EngineSettings(Section):
         None,
         description="folder, or s3://bucket/key, of the LoRAs that requests may name: ink.safetensors is the LoRA ink",
     )
+    lora_transfer: bool = Field(
+        False,
+        description="have students take what a LoRA changes in blocks they replace; fitted at the start, on the teacher",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one, else the CPU")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on GPUs, float32 on CPUs"

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jobs.cli.shared import out
+from jobs.cli.shared import lora_choice, out
 from ppcl.errors import UserError
 
 
@@ -46,11 +46,15 @@ def export(
         str | None, typer.Option(help="a LoRA of the teacher that becomes part of the weights, a .safetensors file")
     ] = None,
     lora_scale: Annotated[float, typer.Option(help="how strongly it is on, times what it was trained to")] = 1.0,
+    lora_transfer: Annotated[
+        bool, typer.Option("--lora-transfer", help="have students take what the LoRA changes in blocks they replace")
+    ] = False,
     teacher: Annotated[str | None, typer.Option(help="path of the teacher, if it has moved")] = None,
 ) -> None:
     """Write a variant as a model of its own, which needs no ppcl to run."""
     import torch
 
+    from jobs.runtime.cluster import best_device
     from ppcl.export import export_file, export_folder
     from ppcl.result import Result
 
@@ -60,12 +64,18 @@ def export(
         )
     opened = Result(result, teacher=teacher)
     weights = getattr(torch, dtype.value)
-    chosen = None if lora is None else (lora, lora_scale)
+    chosen = lora_choice(lora, lora_scale, lora_transfer)
+    applied = None if chosen is None else opened.applied_lora(chosen)
+    if chosen and lora_transfer:
+        device = best_device()
+        # As in a job, whatever the number format of what is written.
+        precision = torch.bfloat16 if device == "cuda" else torch.float32
+        (applied,) = opened.transferred_loras([variant], [chosen], device, precision)
     with _Lines() as progress:
         if format_ is Format.SINGLE_FILE:
-            facts = export_file(opened, variant, to, weights, progress, chosen)
+            facts = export_file(opened, variant, to, weights, progress, applied)
         else:
-            facts = export_folder(opened, variant, to, weights, transformer_only, progress, chosen)
+            facts = export_folder(opened, variant, to, weights, transformer_only, progress, applied)
     share = 100 * facts.parameters / facts.teacher_parameters
     _say(f"{to}: {facts.class_name}, {facts.parameters:,} parameters, {share:.1f} % of the teacher's, {facts.dtype}")
     if facts.lora:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.shared import out
+from jobs.cli.shared import lora_choice, out
 from ppcl.config.offload import Offload
 from ppcl.errors import UserError
 
@@ -47,6 +47,9 @@ def generate(
     steps: Annotated[int | None, typer.Option(min=1, help="denoising steps; default: those of the job")] = None,
     lora: Annotated[str | None, typer.Option(help="a LoRA of the teacher to put on, a .safetensors file")] = None,
     lora_scale: Annotated[float, typer.Option(help="how strongly it is on, times what it was trained to")] = 1.0,
+    lora_transfer: Annotated[
+        bool, typer.Option("--lora-transfer", help="have students take what the LoRA changes in blocks they replace")
+    ] = False,
     teacher: Annotated[str | None, typer.Option(help="path of the teacher, if it has moved")] = None,
     offload: Annotated[
         Offload | None,
@@ -72,10 +75,10 @@ def generate(
     device = best_device()
     # As in a job.
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    chosen = None if lora is None else (lora, lora_scale)
-    pipeline, placement = opened.placed_pipeline(variant, device, dtype, images, chosen)
+    chosen = lora_choice(lora, lora_scale, lora_transfer)
+    pipeline, placement = opened.placed_pipeline(variant, device, dtype, images, chosen, lora_transfer)
     if chosen:
-        told = f"{lora}: {opened.coverage(pipeline, variant, chosen)}"
+        told = f"{lora}: {opened.coverage(pipeline, variant, chosen, lora_transfer)}"
         out.print(told, highlight=False, markup=False, soft_wrap=True)
     if placement.mode != "none":
         out.print(str(placement), highlight=False, markup=False)

@@ -14,6 +14,7 @@ from ppcl.export.destination import Destination, destination
 from ppcl.export.model_card import CardFacts, contact_sheet, model_card
 from ppcl.export.transformer_files import Progress, WeightPlan, write_weights
 from ppcl.export.variant_blocks import VariantBlocks
+from ppcl.lora import AppliedLora
 from ppcl.models import pruned_transformer
 from ppcl.models.teacher import EXPORTED_MODULE, Teacher
 from ppcl.result import Choice, LoraChoice, Result
@@ -30,11 +31,12 @@ def export_folder(
     dtype: torch.dtype = torch.bfloat16,
     transformer_only: bool = False,
     progress: Progress = lambda done, total: None,
-    lora: LoraChoice | None = None,
+    lora: LoraChoice | AppliedLora | None = None,
 ) -> CardFacts:
     """Write a variant as a diffusers pipeline, or its transformer alone, to a new folder; gives what its card says.
 
-    `lora`: a LoRA that becomes part of the weights, see `Result.pipeline`.
+    `lora`: a LoRA that becomes part of the weights, see `Result.pipeline`; with what students take of it from
+    `Result.transferred_loras`.
 
     Cost: every weight of the variant is read and written once; memory is that of one block. Raises `UserError` where
     the place is taken or too small, or a file of the result cannot be read; nothing is left then.

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from ppcl.lora import AppliedLora, Coverage, block_with_lora, merged, outside_with_lora, shares_on
+from ppcl.lora import (
+    AppliedLora,
+    Coverage,
+    block_with_lora,
+    merged,
+    outside_with_lora,
+    shares_on,
+    student_with_lora,
+)
 from ppcl.models import IdentityBlock
 from ppcl.models.block_view import linear_at
 from ppcl.models.pruned_transformer import pruned_class
@@ -227,7 +235,9 @@ class VariantBlocks:
 
     def coverage(self) -> Coverage | None:
         """What of the LoRA became part of the weights; known when all have been read."""
-        return Coverage.of(self.lora.lora, self._merged) if self.lora else None
+        if self.lora is None:
+            return None
+        return Coverage.of(self.lora.lora, self._merged, self.lora.transferred(self.files.values()))
 
     def _teachers_prefix(self, place: RunningBlock) -> str:
         """Of the names of a block's modules in the teacher."""
@@ -239,9 +249,13 @@ class VariantBlocks:
         for one in wanted:
             # A text run and the modulations are of several blocks.
             if (one, dtype) not in held:
-                held[one, dtype] = load_replacement(self.files[one], self.teacher, "cpu", dtype)
+                held[one, dtype] = self._load(self.files[one], dtype)
             self._held[one, dtype] = held[one, dtype]
         return {one: self._held[one, dtype] for one in wanted}
+
+    def _load(self, file: Path, dtype: torch.dtype) -> nn.Module:
+        module = load_replacement(file, self.teacher, "cpu", dtype)
+        return merged(student_with_lora(module, file, self.lora)) if self.lora else module
 
     def _student(self, place: RunningBlock, modules: Mapping[Replacement, nn.Module]) -> StudentBlock | None:
         students = (m for one, m in modules.items() if isinstance(m, StudentBlock) and place.number in one.blocks)

@@ -237,7 +237,7 @@ class Engine:
         if request.lora.name not in self.weights.loras:
             message = f"there is no LoRA {request.lora.name[:80]!r}"
             raise Refused(404, "invalid_request_error", message, "lora_not_found", "lora")
-        return AppliedLora(self.weights.loras[request.lora.name], request.lora.scale)
+        return replace(self.weights.loras[request.lora.name], scale=request.lora.scale)
 
     def _count_tokens(self, request: GenerationRequest) -> int:
         """Return the prompt's tokens. Raises `Refused` where it or the negative prompt has too many."""

@@ -11,7 +11,7 @@ import torch
 
 from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
-from ppcl.lora import AppliedLora, Lora
+from ppcl.lora import AppliedLora
 from ppcl.replacements import Replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.report.benchmarks import benchmark_records
@@ -31,7 +31,7 @@ _LORA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class Weights:
     """A pipeline in memory and its variants. `blocks`: indices of the teacher's loaded blocks.
 
-    `loras`: by name. `lora_shares`: by variant and LoRA, the share of the LoRA that the variant takes.
+    `loras`: by name, at full strength. `lora_shares`: by variant and LoRA, the share of the LoRA that the variant takes.
     """
 
     result: Result
@@ -39,7 +39,7 @@ class Weights:
     switch: VariantSwitcher
     variants: dict[str, Variant]
     blocks: frozenset[int]
-    loras: dict[str, Lora] = field(default_factory=dict)
+    loras: dict[str, AppliedLora] = field(default_factory=dict)
     lora_shares: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def variant(self, model: str) -> Variant | None:
@@ -83,6 +83,7 @@ def load(
                 f"engine.variants: there is no variant {name!r} in {result}; there are {', '.join(source.variants)}"
             )
     variants = {name: source.variants[name] for name in names or source.variants}
+    loras = _loras(settings, source, variants, device, dtype)
     blocks = frozenset().union(*(_kept(variant.plan, source.catalog.blocks) for variant in variants.values()))
     transformer = source.teacher.transformer(keep=blocks, device=device, dtype=dtype)
     pipeline = getattr(diffusers, source.teacher.pipeline_class).from_pretrained(
@@ -103,18 +104,33 @@ def load(
     for variant in variants.values():
         # Read the files now, so that no request waits for them.
         switch(pipeline.transformer, variant.plan)
-    loras = _loras(settings.loras, source) if settings.loras else {}
     shares = {
-        name: {
-            lora: switch.coverage(pipeline.transformer, variant.plan, AppliedLora(read)).share
-            for lora, read in loras.items()
-        }
+        name: {lora: switch.coverage(pipeline.transformer, variant.plan, read).share for lora, read in loras.items()}
         for name, variant in variants.items()
     }
     return Weights(source, pipeline, switch, variants, blocks, loras, shares)
 
 
-def _loras(folder: Location, result: Result) -> dict[str, Lora]:
+def _loras(
+    settings: EngineSettings, result: Result, variants: Iterable[str], device: str, dtype: torch.dtype
+) -> dict[str, AppliedLora]:
+    """Read the LoRAs that are served, with what the variants' students take of them if that is wanted, by name.
+
+    Raises `UserError`.
+    """
+    if settings.loras is None:
+        if settings.lora_transfer:
+            raise UserError("engine.lora_transfer has no LoRA to transfer; name their folder in engine.loras")
+        return {}
+    loras = _in_folder(settings.loras, result)
+    if settings.lora_transfer:
+        # Before the pipeline is loaded: it takes the whole teacher.
+        read = [applied.lora for applied in loras.values()]
+        loras = dict(zip(loras, result.transferred_loras(variants, read, device, dtype), strict=True))
+    return loras
+
+
+def _in_folder(folder: Location, result: Result) -> dict[str, AppliedLora]:
     """Read the LoRAs of a folder, by the names of their files. Raises `UserError`."""
     if folder.is_url:
         names = sorted(name for name in Store(folder.url).objects() if "/" not in name)
@@ -128,7 +144,7 @@ def _loras(folder: Location, result: Result) -> dict[str, Lora]:
         if dot and suffix == "safetensors":
             if not _LORA_NAME.fullmatch(stem):
                 raise UserError(f"engine.loras: {name} has a name that no request can give; use letters, digits, . _ -")
-            loras[stem] = result.applied_lora(folder / name).lora
+            loras[stem] = result.applied_lora(folder / name)
     if not loras:
         raise UserError(f"engine.loras: {folder} holds no .safetensors file; leave engine.loras out")
     return loras
