@@ -72,7 +72,7 @@ class EngineSettings(Section):
     )
     lora_transfer: bool = Field(
         False,
-        description="have students take what a LoRA changes in blocks they replace; fitted at the start, on the teacher",
+        description="have students take what LoRAs change in blocks they replace; fitted on the teacher at the start",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one, else the CPU")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

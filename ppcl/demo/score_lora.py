@@ -3,7 +3,7 @@
     python -m ppcl.demo.score_lora runs/demo demo/loras/ink.safetensors
 
 The captions are held out of the teacher's and the LoRA's training. With the LoRA an image is right if it shows what the
-caption says but for the colours.
+caption says but for the colours. Where students can take a part of the LoRA, the images are drawn once more with that.
 """
 
 from __future__ import annotations
@@ -36,6 +36,16 @@ def measures(images: np.ndarray, prompts: list[str]) -> tuple[float, float]:
     return black, right / len(prompts)
 
 
+def _line(row: dict[str, Any]) -> str:
+    words = [f"{row['variant']:>8}: {100 * row['share_on']:5.1f} % of the LoRA on; shapes in {COLOUR}, images right"]
+    calls = {"without": "without it", "with": "with it", "transferred": "with it on students too"}
+    for key, phrase in calls.items():
+        if key in row:
+            black, right = row[key]
+            words.append(f"{phrase} {100 * black:.0f} % and {100 * right:.0f} %")
+    return f"{words[0]}: {', '.join(words[1:])}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", help="what ppcl compress wrote")
@@ -50,18 +60,16 @@ def main() -> None:
     prompts = [str(p) for p in np.random.default_rng(options.seed).choice(held_out, options.images, replace=False)]
     pipeline, rows = result.pipeline(), []
     for name in result.variants:
-        row: dict[str, Any] = {"variant": name}
-        for key, lora in (("without", None), ("with", options.lora)):
-            result.switch(pipeline, name, lora)
+        coverage = result.coverage(pipeline, name, options.lora, lora_transfer=True)
+        row: dict[str, Any] = {"variant": name, "share_on": coverage.share}
+        calls = {"without": (None, False), "with": (options.lora, False), "transferred": (options.lora, True)}
+        for key, (lora, transfer) in calls.items():
+            if transfer and not coverage.transferred:
+                continue
+            result.switch(pipeline, name, lora, transfer)
             row[key] = measures(draw(pipeline, prompts, options.sampling_steps, options.seed, _BATCH), prompts)
-        row["share_on"] = result.coverage(pipeline, name, options.lora).share
         rows.append(row)
-        before, after = row["without"][0], row["with"][0]
-        print(
-            f"{name:>8}: {100 * row['share_on']:5.1f} % of the LoRA on; shapes in {COLOUR}: {100 * before:.0f} % "
-            f"without it, {100 * after:.0f} % with it; right but for colours: {100 * row['with'][1]:.0f} %",
-            flush=True,
-        )
+        print(_line(row), flush=True)
     if options.out:
         with open(options.out, "w") as file:
             json.dump({"images": options.images, "rows": rows}, file, indent=1)

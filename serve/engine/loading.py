@@ -31,7 +31,7 @@ _LORA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 class Weights:
     """A pipeline in memory and its variants. `blocks`: indices of the teacher's loaded blocks.
 
-    `loras`: by name, at full strength. `lora_shares`: by variant and LoRA, the share of the LoRA that the variant takes.
+    `loras`: by name, at full strength. `lora_shares`: by variant and LoRA, the share of it that the variant takes.
     """
 
     result: Result

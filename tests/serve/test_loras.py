@@ -4,11 +4,13 @@ import asyncio
 import base64
 import io
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from ppcl.errors import UserError
@@ -66,8 +68,6 @@ def pixels(answer):
 
 def drawn(result_folder, variant, lora=None):
     """What the result itself makes of it."""
-    import torch
-
     pipeline = Result(result_folder).pipeline(variant, lora=lora)
     arguments = {"height": 32, "width": 32, "num_inference_steps": 2, **Result(result_folder).sampling.arguments}
     image = pipeline("a red circle", generator=torch.Generator().manual_seed(3), **arguments).images[0]
@@ -202,3 +202,22 @@ def test_the_playground_offers_them(server, tmp_path):
             browser.screenshot(Path(keep))
     finally:
         browser.close()
+
+
+def test_a_server_transfers_its_loras_to_students(result_folder, folder):
+    from serve.engine.loading import load
+
+    name = "p90"
+    chosen = settings(result_folder, folder, variants=[name], lora_transfer=True).engine
+    weights = load(result_folder, None, chosen, "cpu", torch.float32)
+    plan = weights.variants[name].plan
+    for lora in weights.loras.values():
+        weights.switch(weights.pipeline.transformer, plan, replace(lora, scale=0.5))
+        coverage = weights.switch.coverage(weights.pipeline.transformer, plan, lora)
+        assert coverage.transferred and all(one.startswith("transformer_blocks.2.") for one in coverage.transferred)
+
+
+def test_a_transfer_without_loras_is_refused(result_folder):
+    made = Served(result=result_folder, engine={"device": "cpu", "lora_transfer": True})
+    with pytest.raises(UserError, match="engine.lora_transfer has no LoRA to transfer; name their folder"):
+        Engine(made)

@@ -43,7 +43,23 @@ def test_a_lora_becomes_part_of_it_and_is_put_on_an_image(result, ppcl, teacher_
     assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()
 
 
+def test_a_lora_is_transferred_to_students(result, ppcl, teacher_folder, tmp_path):
+    lora = written("qwen", Teacher(teacher_folder), tmp_path / "lora")
+    plan = ["--variant", "p90", "--lora", lora, "--lora-transfer"]
+    told = "; transferred to students: transformer_blocks.2."
+    code, said, error = ppcl("export", result, *plan, "--to", tmp_path / "out", "--transformer-only")
+    assert code == 0 and told in said and "ppcl_transformer.py" not in said, error
+    code, said, error = ppcl("generate", result, "a red circle", *plan, "-o", tmp_path / "transferred.png")
+    assert code == 0 and told in said and "; left out: transformer_blocks.3." in said, error
+    ppcl("generate", result, "a red circle", *plan[:-1], "-o", tmp_path / "left-out.png")
+    assert (tmp_path / "transferred.png").read_bytes() != (tmp_path / "left-out.png").read_bytes()
+    plan[1] = "all"
+    code, _, error = ppcl("generate", result, "a red circle", *plan, "-o", tmp_path / "all.png")
+    assert code == 2 and "has no calibration samples, to which a LoRA's transfer to students" in error
+
+
 MISTAKES = {
+    "no LoRA to transfer": (["--variant", "p90", "--to", "{}/out", "--lora-transfer"], "has no LoRA to transfer"),
     "no LoRA": (["--variant", "p90", "--to", "{}/out", "--lora", "{}/file.safetensors"], "file.safetensors"),
     "no such variant": (["--variant", "p10", "--to", "{}/out"], "there is no variant 'p10'; there are teacher, p90"),
     "taken": (["--variant", "p90", "--to", "{}/taken"], "taken exists already; give --to another place, or remove it"),
