@@ -31,8 +31,8 @@ from ppcl.training.lora_transfer import transfer_lora
 
 CUSTOM = "custom"
 
-# A LoRA's file, or what was read of it, alone or with its strength.
-LoraChoice = LocationLike | Lora | tuple[LocationLike | Lora, float]
+# A LoRA's file, or what was read of it, alone or with its strength; or one that is applied already.
+LoraChoice = LocationLike | Lora | tuple[LocationLike | Lora, float] | AppliedLora
 
 # A variant's name, a plan as text, or a plan as a list.
 Choice = str | Sequence[Replacement | str | Sequence[int]]
@@ -193,7 +193,7 @@ class Result:
             applied = self._transferred(pipeline.transformer, plan, applied)
         return self._switch.coverage(pipeline.transformer, plan, applied)
 
-    def applied_lora(self, lora: LoraChoice | AppliedLora) -> AppliedLora:
+    def applied_lora(self, lora: LoraChoice) -> AppliedLora:
         """A LoRA that is read and checked; one place is read once. Raises `UserError`."""
         if isinstance(lora, AppliedLora):
             return lora

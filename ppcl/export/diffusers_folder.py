@@ -14,7 +14,6 @@ from ppcl.export.destination import Destination, destination
 from ppcl.export.model_card import CardFacts, contact_sheet, model_card
 from ppcl.export.transformer_files import Progress, WeightPlan, write_weights
 from ppcl.export.variant_blocks import VariantBlocks
-from ppcl.lora import AppliedLora
 from ppcl.models import pruned_transformer
 from ppcl.models.teacher import EXPORTED_MODULE, Teacher
 from ppcl.result import Choice, LoraChoice, Result
@@ -31,7 +30,7 @@ def export_folder(
     dtype: torch.dtype = torch.bfloat16,
     transformer_only: bool = False,
     progress: Progress = lambda done, total: None,
-    lora: LoraChoice | AppliedLora | None = None,
+    lora: LoraChoice | None = None,
 ) -> CardFacts:
     """Write a variant as a diffusers pipeline, or its transformer alone, to a new folder; gives what its card says.
 

@@ -11,7 +11,6 @@ from ppcl.export.model_card import CardFacts
 from ppcl.export.original_keys import original_tensors
 from ppcl.export.transformer_files import Progress, WeightPlan, write_weights
 from ppcl.export.variant_blocks import RunningBlock, Tensors, VariantBlocks
-from ppcl.lora import AppliedLora
 from ppcl.result import Choice, LoraChoice, Result
 
 
@@ -21,7 +20,7 @@ def export_file(
     to: LocationLike,
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = lambda done, total: None,
-    lora: LoraChoice | AppliedLora | None = None,
+    lora: LoraChoice | None = None,
 ) -> CardFacts:
     """Write a variant's transformer to one new file, `to` being its path or URL, which ends in `.safetensors`.
 

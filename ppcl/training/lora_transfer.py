@@ -46,10 +46,11 @@ _LEFT_OUT = 0.01
 
 
 class _Student(NamedTuple):
-    """A student, the same with block `u`'s update, and by stream the moments of its fit."""
+    """A student, the same with block `u`'s update `layers`, and by stream the moments of its fit."""
 
     plain: StudentBlock
     updated: StudentBlock
+    layers: dict[str, LoraLayer]
     moments: dict[str, Moments]
 
 
@@ -75,14 +76,13 @@ def transfer_lora(
     structure = TeacherStructure(switcher.teacher.adapter, transformer, switcher.blocks(transformer))
     prefixes = block_prefixes(structure.adapter, transformer)
     fits: dict[Path, _Student] = {}
-    for file, student in changed_students(switcher, transformer, plan, lora, transfer).items():
-        layers = source_layers(structure, student, prefixes[student.source], lora)
-        own = tuple(name for name in lora.layers if name.startswith(prefixes[student.source]))
-        update = StudentUpdate(layers, own)
-        if not student.affine:
-            transfer.students[file] = update
-            continue
-        fits[file] = _with_update(student, file, update, lora)
+    for file, student in _changed_students(switcher, transformer, plan, lora, transfer).items():
+        source = prefixes[student.source]
+        layers = source_layers(structure, student, source, lora)
+        if student.affine:
+            fits[file] = _to_fit(student, file, layers, lora)
+        else:
+            transfer.students[file] = StudentUpdate(layers, _names(lora, [source]))
     if not fits:
         return
     calibration = samples()
@@ -91,12 +91,11 @@ def transfer_lora(
         ids = spread_samples(calibration.ids("train"), SAMPLES)
         _count_all(structure, blocks, list(fits.values()), calibration, ids)
     for file, fit in fits.items():
-        layers = source_layers(structure, fit.plain, prefixes[fit.plain.source], lora)
-        layers |= {f"affine.{stream}": low_rank_fit(moments) for stream, moments in fit.moments.items()}
-        transfer.students[file] = StudentUpdate(layers, _origins(lora, prefixes, fit.plain))
+        maps = {f"affine.{stream}": low_rank_fit(moments) for stream, moments in fit.moments.items()}
+        transfer.students[file] = StudentUpdate(fit.layers | maps, _of_interval(lora, prefixes, fit.plain))
 
 
-def changed_students(
+def _changed_students(
     switcher: VariantSwitcher,
     transformer: ModelMixin,
     plan: Sequence[Replacement],
@@ -110,14 +109,17 @@ def changed_students(
     return {
         file: student
         for file, student in students.items()
-        if file not in transfer.students and _origins(lora, prefixes, student)
+        if file not in transfer.students and _of_interval(lora, prefixes, student)
     }
 
 
-def _origins(lora: Lora, prefixes: Sequence[str], student: StudentBlock) -> tuple[str, ...]:
+def _of_interval(lora: Lora, prefixes: Sequence[str], student: StudentBlock) -> tuple[str, ...]:
     """The LoRA's layers in a student's interval."""
-    inside = tuple(prefixes[number] for number in student.interval.blocks)
-    return tuple(name for name in lora.layers if name.startswith(inside))
+    return _names(lora, [prefixes[number] for number in student.interval.blocks])
+
+
+def _names(lora: Lora, prefixes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in lora.layers if name.startswith(tuple(prefixes)))
 
 
 def source_layers(structure: TeacherStructure, student: StudentBlock, prefix: str, lora: Lora) -> dict[str, LoraLayer]:
@@ -161,11 +163,11 @@ def low_rank_fit(moments: Moments, ridge: float = _RIDGE, left_out: float = _LEF
     return LoraLayer(down.float(), up.float(), 1.0, bias.float())
 
 
-def _with_update(student: StudentBlock, file: Path, update: StudentUpdate, lora: Lora) -> _Student:
-    applied = AppliedLora(lora, transfer=LoraTransfer({file: update}))
+def _to_fit(student: StudentBlock, file: Path, layers: dict[str, LoraLayer], lora: Lora) -> _Student:
+    applied = AppliedLora(lora, transfer=LoraTransfer({file: StudentUpdate(layers, ())}))
     updated = cast(StudentBlock, student_with_lora(student, file, applied))
     shapes = {stream: linear_at(student.affine, stream).weight.shape for stream in student.affine}
-    return _Student(student, updated, {stream: Moments(p, q) for stream, (q, p) in shapes.items()})
+    return _Student(student, updated, layers, {stream: Moments(p, q) for stream, (q, p) in shapes.items()})
 
 
 def _count_all(

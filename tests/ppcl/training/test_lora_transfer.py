@@ -252,9 +252,7 @@ def test_a_result_without_calibration_samples_says_what_lacks(job):
     made = Result(job[0])
     pipeline = made.pipeline("stock", lora=job[1], lora_transfer=True)
     before = velocity(pipeline.transformer)
-    with pytest.raises(
-        UserError, match="has no calibration samples, to which a LoRA's transfer to students"
-    ):
+    with pytest.raises(UserError, match="has no calibration samples, to which a LoRA's transfer to students"):
         made.switch(pipeline, "affine", job[1], lora_transfer=True)
     assert torch.equal(velocity(pipeline.transformer), before)
 
