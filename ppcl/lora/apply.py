@@ -79,7 +79,8 @@ class Coverage:
         if self.transferred:
             words.append(f"transferred to students: {_few(self.transferred)}")
         elif self.transferred is not None:
-            words.append("nothing to transfer: it changes no block that a student stands for")
+            why = ": it changes no block that a student stands for" if whole else " to students"
+            words.append(f"nothing to transfer{why}")
         if self.lost:
             words.append(f"left out: {_few(self.lost)}, which the variant replaces")
         if self.cut:

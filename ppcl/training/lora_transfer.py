@@ -68,10 +68,10 @@ def transfer_lora(
     `transformer`: the teacher's, whatever is plugged in; all its blocks are there if a student has affine maps.
     `samples()`: the calibration set, asked for such students only. The same samples give the same numbers.
 
-    Cost with such students: 256 samples through the teacher up to the last interval, through the intervals once more,
-    and through each student twice, on the device; `O(n d²)` for `n` tokens, `O(d³)` for each student and stream on the
-    host. Memory: the streams of 8 samples on the device, `16 d²` bytes of moments for each student and stream on the
-    host. Raises `UserError` where samples are missing.
+    Cost with such students, on the device: 256 samples through the teacher up to the last interval, through the
+    intervals once more, and through each student twice; `O(n d²)` for `n` tokens and `O(d³)` for each student and
+    stream. Memory: the streams of 8 samples and a few matrices `(d, d)` on the device, `16 d²` bytes of moments for
+    each student and stream on the host. Raises `UserError` where samples are missing.
     """
     structure = TeacherStructure(switcher.teacher.adapter, transformer, switcher.blocks(transformer))
     prefixes = block_prefixes(structure.adapter, transformer)
@@ -91,7 +91,10 @@ def transfer_lora(
         ids = spread_samples(calibration.ids("train"), SAMPLES)
         _count_all(structure, blocks, list(fits.values()), calibration, ids)
     for file, fit in fits.items():
-        maps = {f"affine.{stream}": low_rank_fit(moments) for stream, moments in fit.moments.items()}
+        maps = {
+            f"affine.{stream}": low_rank_fit(_moved(moments, _device(transformer)))
+            for stream, moments in fit.moments.items()
+        }
         transfer.students[file] = StudentUpdate(fit.layers | maps, _of_interval(lora, prefixes, fit.plain))
 
 
@@ -160,7 +163,17 @@ def low_rank_fit(moments: Moments, ridge: float = _RIDGE, left_out: float = _LEF
     up = directions[:, :rank]
     down = up.T @ weight
     bias = moments.y_mean - up @ (down @ moments.x_mean)
-    return LoraLayer(down.float(), up.float(), 1.0, bias.float())
+    return LoraLayer(down.float().cpu(), up.float().cpu(), 1.0, bias.float().cpu())
+
+
+def _moved(moments: Moments, device: torch.device) -> Moments:
+    return Moments.from_tensors({name: tensor.to(device) for name, tensor in moments.to_tensors().items()})
+
+
+def _device(transformer: ModelMixin) -> torch.device:
+    """Where the transformer runs."""
+    cache = cache_of(transformer)
+    return cache.device if cache else transformer.device
 
 
 def _to_fit(student: StudentBlock, file: Path, layers: dict[str, LoraLayer], lora: Lora) -> _Student:
@@ -184,7 +197,7 @@ def _count_all(
         for student in students:
             cache.attach(student.plain)
             cache.attach(student.updated)
-    device = str(cache.device if cache else transformer.device)
+    device = str(_device(transformer))
     first = {student.plain.interval.first: student for student in students}
     stop = max(student.plain.interval.last for student in students) + 1
     for start in range(0, len(ids), _BATCH):
