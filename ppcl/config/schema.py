@@ -195,6 +195,10 @@ class Width(Section):
         [50, 25, 12],
         description="percents of hidden units that pruned FFNs keep, one replacement per block and percent; []: none",
     )
+    head_keep_percents: list[Annotated[int, Field(ge=1, le=99)]] = Field(
+        [],
+        description="percents of attention heads that blocks keep, one replacement per block and percent; []: none",
+    )
     linear_ffns: int | None = Field(
         None,
         ge=0,

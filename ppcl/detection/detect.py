@@ -22,7 +22,7 @@ from ppcl.detection.intervals import Table, differences, first_difference
 from ppcl.detection.selection import evenly, threshold
 from ppcl.detection.similarity import Similarity, TableSpec, stream_rows, surrogate_rows
 from ppcl.errors import UserError
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, TextRun, sort_key
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, PrunedHeads, TextRun, sort_key
 from ppcl.storage.manifest import write_atomically
 
 STREAMS = ("img", "txt")
@@ -210,8 +210,9 @@ def detection_record(
             places = _apart(_with_text(probes_folder, block_ranges), [*layout, *_chains(intervals)])
             runs |= dict.fromkeys(text_runs(tables["text_map"], places, width.text_similarity))
     pruned = [PrunedFfn(block, kept) for block in errors for kept in sorted(set(width.ffn_keep_percents), reverse=True)]
+    heads = [PrunedHeads(block, kept) for block in errors for kept in sorted(set(width.head_keep_percents), reverse=True)]
     low_rank = [LowRankModulation()] if width.low_rank_modulations else []
-    plan = [*intervals, *sorted(runs, key=sort_key), *map(LinearFfn, sorted(ffns)), *pruned, *low_rank]
+    plan = [*intervals, *sorted(runs, key=sort_key), *map(LinearFfn, sorted(ffns)), *pruned, *heads, *low_rank]
     return {
         **tables,
         "intervals": [[interval.first, interval.last] for interval in intervals],

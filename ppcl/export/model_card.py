@@ -122,6 +122,8 @@ def _changes(entry: dict[str, Any]) -> str:
     if "hidden" in entry:
         units = ", ".join(f"{stream} {count}" for stream, count in entry["hidden"].items())
         found.append(f"hidden units: {units}")
+    if "heads" in entry:
+        found.append(f"attention heads: {entry['heads']}")
     if "linear_ffn" in entry:
         found.append("a linear FFN")
     if "text_run" in entry:

@@ -107,6 +107,8 @@ class VariantBlocks:
                 found["students that end in an affine map"] = None
             if "hidden" in entry:
                 found["FFNs with fewer hidden units"] = None
+            if "heads" in entry:
+                found["attention with fewer heads"] = None
             if "linear_ffn" in entry:
                 found["linear FFNs"] = None
             if "text_run" in entry:
@@ -145,6 +147,7 @@ class VariantBlocks:
                     "up": adapter.ffn_up,
                     "down": adapter.ffn_down,
                     "out": where.out,
+                    "qkv": list(where.qkv),
                 }
                 for stream, where in streams.items()
             }

@@ -35,7 +35,8 @@ class BlockParts:
 
     `modulation`: the linear map whose output is cut into chunks of the width, in the order shift, scale and gate of the
     attention, then shift, scale and gate of the FFN, then whatever a family adds. `norm1` and `norm2`: the plain norms
-    before the attention and before the FFN. `ffn`: the FFN. `out`: the output projection of the attention.
+    before the attention and before the FFN. `ffn`: the FFN. `out`: the output projection of the attention. `qkv`: the
+    maps that give the attention's queries, keys and values, head after head.
     """
 
     modulation: str
@@ -43,6 +44,12 @@ class BlockParts:
     norm2: str
     ffn: str
     out: str
+    qkv: tuple[str, str, str]
+
+
+# As diffusers' attention modules call them.
+IMG_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+TXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
 
 @dataclass(frozen=True)
@@ -125,12 +132,19 @@ class ModelAdapter:
 
         Empty for a kind of block that has none; a stream that the block drops is left out.
         """
+        parts = self.parts_read(transformer, number)
+        dropped = "txt" if getattr(block, "context_pre_only", False) else None
+        return {stream: where for stream, where in parts.items() if stream != dropped}
+
+    def parts_read(self, transformer: nn.Module, number: int) -> dict[str, BlockParts]:
+        """The same of every stream that the block's attention reads, also of one that the block then drops.
+
+        Such a stream has `qkv`, and none of what comes after the attention.
+        """
         (name,) = (
             n for n, span in zip(self.block_lists, self.block_ranges(transformer), strict=True) if number in span
         )
-        parts = self.parts.get(name, {})
-        dropped = "txt" if getattr(block, "context_pre_only", False) else None
-        return {stream: where for stream, where in parts.items() if stream != dropped}
+        return self.parts.get(name, {})
 
     def split(self, arguments: dict[str, Any]) -> tuple[Streams, dict[str, Any]]:
         """A block's arguments as (streams, context)."""

@@ -1,4 +1,4 @@
-from ppcl.models.adapter import BlockParts, ModelAdapter, register
+from ppcl.models.adapter import IMG_QKV, TXT_QKV, BlockParts, ModelAdapter, register
 
 FLUX = register(
     ModelAdapter(
@@ -9,9 +9,9 @@ FLUX = register(
         layer_counts=("num_layers", "num_single_layers"),
         parts={
             "transformer_blocks": {
-                "img": BlockParts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0"),
+                "img": BlockParts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0", IMG_QKV),
                 "txt": BlockParts(
-                    "norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out"
+                    "norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out", TXT_QKV
                 ),
             }
         },

@@ -11,7 +11,8 @@ The key `pruned` of `transformer/config.json` describes the blocks:
 
 - `lists`: by attribute of the transformer that holds blocks, one entry a block, in running order, see `_shaped`.
 - `parts`: by the same attribute and stream (`img`, `txt`), the paths in a block of `modulation`, `norm1`, `norm2`,
-  `ffn`, `up` and `down` (in the FFN), and `out` (the attention's output). `attention`: its path.
+  `ffn`, `up` and `down` (in the FFN), `out` (the attention's output), and `qkv` (what gives its queries, keys and
+  values). `attention`: its path.
 - `img`, `txt`: the arguments of a block that take the streams. `returns`: the streams that it returns, in order.
 - `width`: that of the streams. `modulation_rank`: the coordinates that all modulations read; null where they read
   their whole input.
@@ -160,12 +161,14 @@ class RunBlock(_ShapedBlock):
 def _shaped(block: nn.Module, entry: Mapping[str, Any], pruned: Mapping[str, Any], parts: Mapping, basis: Any) -> None:
     """Give a stock block the shape that its entry says.
 
-    An entry may have: `hidden`, by stream the hidden units of its FFN; `linear_ffn`, the streams whose FFN is one
+    An entry may have: `heads`, those of its attention; `hidden`, by stream the hidden units of its FFN; `linear_ffn`, the streams whose FFN is one
     residual linear map; `affine`, the streams with a map behind the block; `text_run`, `starts`, `inside` or `ends`,
     and at its end `text_goes_on`; `streams`, those that are shaped, if not all. `teacher` names the teacher's blocks
     that it stands for, and shapes nothing.
     """
     given = {name: where for name, where in parts.items() if name in entry.get("streams", list(parts))}
+    if heads := entry.get("heads"):
+        _with_heads(block, heads, pruned["attention"], parts)
     inside_run = entry.get("text_run") in ("inside", "ends")
     for stream, count in entry.get("hidden", {}).items():
         if stream not in given or (inside_run and stream == "txt"):
@@ -206,6 +209,30 @@ def _shaped(block: nn.Module, entry: Mapping[str, Any], pruned: Mapping[str, Any
         block.__dict__["pruned"] = {**pruned, "block": entry}
         stock = type(block)
         block.__class__ = type(f"{kind.__name__}Of{stock.__name__}", (kind, stock), {"stock": stock})
+
+
+def _with_heads(block: nn.Module, heads: int, path: str, parts: Mapping[str, Mapping]) -> None:
+    """Give the attention of a stock block fewer heads, in all streams that it reads."""
+    attention: Any = block.get_submodule(path)
+    width = heads * (_linear(block, parts["img"]["qkv"][0]).out_features // attention.heads)
+    for where in parts.values():
+        for name in where["qkv"]:
+            own = _linear(block, name)
+            block.set_submodule(name, nn.Linear(own.in_features, width, bias=own.bias is not None))
+        parent, _, name = where["out"].rpartition(".")
+        # A stream that the block drops has no output.
+        if getattr(block.get_submodule(parent), name, None) is not None:
+            block.set_submodule(where["out"], nn.Linear(width, _linear(block, where["out"]).out_features))
+    set_heads(attention, heads)
+
+
+def set_heads(attention: Any, heads: int) -> None:
+    """Tell an attention of diffusers how many heads its maps have."""
+    width = attention.to_q.out_features
+    attention.heads = heads
+    for name, value in {"inner_dim": width, "inner_kv_dim": width, "sliceable_head_dim": heads}.items():
+        if hasattr(attention, name):
+            setattr(attention, name, value)
 
 
 def _linear(module: nn.Module, path: str) -> nn.Linear:

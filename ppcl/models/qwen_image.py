@@ -1,4 +1,4 @@
-from ppcl.models.adapter import BlockParts, ModelAdapter, register
+from ppcl.models.adapter import IMG_QKV, TXT_QKV, BlockParts, ModelAdapter, register
 
 QWEN_IMAGE = register(
     ModelAdapter(
@@ -9,8 +9,8 @@ QWEN_IMAGE = register(
         layer_counts=("num_layers",),
         parts={
             "transformer_blocks": {
-                "img": BlockParts("img_mod.1", "img_norm1", "img_norm2", "img_mlp", "attn.to_out.0"),
-                "txt": BlockParts("txt_mod.1", "txt_norm1", "txt_norm2", "txt_mlp", "attn.to_add_out"),
+                "img": BlockParts("img_mod.1", "img_norm1", "img_norm2", "img_mlp", "attn.to_out.0", IMG_QKV),
+                "txt": BlockParts("txt_mod.1", "txt_norm1", "txt_norm2", "txt_mlp", "attn.to_add_out", TXT_QKV),
             }
         },
         prompt_arguments=("encoder_hidden_states", "encoder_hidden_states_mask"),

@@ -4,17 +4,19 @@
 - `TextRun`: in a run of blocks the text stream is replaced by linear projectors (width).
 - `LinearFfn`: a block's FFNs become residual linear maps (width).
 - `PrunedFfn`: a block's FFNs keep a part of their hidden units (width).
+- `PrunedHeads`: a block's attention keeps a part of its heads (width).
 - `LowRankModulation`: all modulations are computed in the few directions the timestep moves them in (width, nearly
   without loss).
 
-Depth is PPCL's Stage 1, width its Stage 2 (arXiv 2511.16156, Eq. 6 to 9); pruned FFNs and low-rank modulations are not
-in the paper.
+Depth is PPCL's Stage 1, width its Stage 2 (arXiv 2511.16156, Eq. 6 to 9); pruned FFNs, pruned heads and low-rank
+modulations are not in the paper.
 """
 
 from ppcl.replacements.linear_ffn import LinearFfn
 from ppcl.replacements.low_rank_modulation import LowRankModulation
 from ppcl.replacements.plan import Plan, checked_plan, conflicts, enclosing
 from ppcl.replacements.pruned_ffn import PrunedFfn
+from ppcl.replacements.pruned_heads import PrunedHeads
 from ppcl.replacements.registry import KINDS, parse_name, parse_replacement, parse_text, sort_key
 from ppcl.replacements.replacement import Replacement
 from ppcl.replacements.student_block import Interval
@@ -27,6 +29,7 @@ __all__ = [
     "LowRankModulation",
     "Plan",
     "PrunedFfn",
+    "PrunedHeads",
     "Replacement",
     "TextRun",
     "checked_plan",

@@ -13,6 +13,7 @@ from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import stored_sizes
 from ppcl.replacements.low_rank_modulation import LowRankModulation
 from ppcl.replacements.plan import enclosing
+from ppcl.replacements.pruned_heads import HeadPaths
 from ppcl.replacements.replacement import Replacement
 
 
@@ -23,7 +24,7 @@ class ParameterCounts:
     `replacements`: by replacement, the numbers each tensor of its file holds. By block and stream: `ffns`, parameters
     of the FFN; `chunks`, those of its three chunks of the modulation, which a linear map takes away too; `rows`, what
     the modulation gives, of which low rank makes each `width` parameters cheaper. `texts`: by block, the parameters
-    that a text run takes away.
+    that a text run takes away. `attentions`: by block, those of the maps before and after its attention's heads.
     """
 
     total: int
@@ -34,6 +35,7 @@ class ParameterCounts:
     texts: Mapping[int, int] = field(default_factory=dict)
     rows: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     width: int = 0
+    attentions: Mapping[int, int] = field(default_factory=dict)
 
     def saved(self, replacement: Replacement, within: Replacement | None = None, low_rank: bool = False) -> int:
         """Parameters fewer with a replacement on.
@@ -75,9 +77,14 @@ def parameter_counts(teacher: Teacher, files: Mapping[Replacement, Path]) -> Par
     chunks: dict[int, dict[str, int]] = {}
     texts: dict[int, int] = {}
     rows: dict[int, dict[str, int]] = {}
+    attentions: dict[int, int] = {}
     width = 0
     for number, block in enumerate(blocks):
-        for stream, where in adapter.parts_of(model, number, block).items():
+        parts = adapter.parts_of(model, number, block)
+        if parts:
+            paths = HeadPaths.of(adapter, model, number, block).all
+            attentions[number] = sum(count_parameters(block.get_submodule(path)) for path in paths)
+        for stream, where in parts.items():
             modulation, ffn = linear_at(block, where.modulation), count_parameters(block.get_submodule(where.ffn))
             width = modulation.in_features
             rows.setdefault(number, {})[stream] = modulation.out_features
@@ -95,4 +102,5 @@ def parameter_counts(teacher: Teacher, files: Mapping[Replacement, Path]) -> Par
         texts,
         rows,
         width,
+        attentions,
     )

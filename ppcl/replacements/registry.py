@@ -9,12 +9,13 @@ from ppcl.errors import UserError
 from ppcl.replacements.linear_ffn import LinearFfn
 from ppcl.replacements.low_rank_modulation import LowRankModulation
 from ppcl.replacements.pruned_ffn import PrunedFfn
+from ppcl.replacements.pruned_heads import PrunedHeads
 from ppcl.replacements.replacement import Replacement
 from ppcl.replacements.student_block import Interval
 from ppcl.replacements.text_projectors import TextRun
 
 # In the order in which plans list replacements that begin at the same block.
-KINDS: tuple[type[Replacement], ...] = (Interval, TextRun, LinearFfn, PrunedFfn, LowRankModulation)
+KINDS: tuple[type[Replacement], ...] = (Interval, TextRun, LinearFfn, PrunedFfn, PrunedHeads, LowRankModulation)
 
 
 def sort_key(replacement: Replacement) -> tuple[int, int, int]:

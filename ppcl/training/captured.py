@@ -17,7 +17,8 @@ class CapturedActivations:
 
     Boundary `b` is the input of block `b`, both streams `(B, S, d)` and `(B, T, d)`. `text_inputs`: by block, the
     modulated text input of its attention `(B, T, d)`. `residuals`: by block and stream, the stream after the
-    attention's residual. `hidden`: by block and stream, the FFN's hidden units `(B, T, h)`. `context`: the block's
+    attention's residual. `hidden`: by block and stream, the FFN's hidden units `(B, T, h)`. `attended`: by block and
+    stream, what the attention's heads give to the output projection `(B, T, d)`. `context`: the block's
     other arguments. `text_mask`: `(B, T)`, true where a token is not padding.
     """
 
@@ -25,6 +26,7 @@ class CapturedActivations:
     text_inputs: dict[int, torch.Tensor] = field(default_factory=dict)
     residuals: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     hidden: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    attended: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
     context: dict[str, Any] = field(default_factory=dict)
     text_mask: torch.Tensor | None = None
 
@@ -51,13 +53,14 @@ class CaptureSpec:
     text_inputs: frozenset[int] = frozenset()
     residuals: frozenset[int] = frozenset()
     hidden: frozenset[int] = frozenset()
+    attended: frozenset[int] = frozenset()
 
     def items(self) -> Iterator[tuple[str, int, int]]:
         """`(field, number, block)`: each thing to capture, and the block after which it is there.
 
         Boundary `b` is there after block `b - 1`.
         """
-        for name in ("boundaries", "text_inputs", "residuals", "hidden"):
+        for name in ("boundaries", "text_inputs", "residuals", "hidden", "attended"):
             for number in getattr(self, name):
                 yield name, number, number - 1 if name == "boundaries" else number
 
@@ -77,4 +80,5 @@ class CaptureSpec:
             self.text_inputs | other.text_inputs,
             self.residuals | other.residuals,
             self.hidden | other.hidden,
+            self.attended | other.attended,
         )

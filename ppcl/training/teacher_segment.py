@@ -69,7 +69,7 @@ class TeacherSegment:
     def stream(self, inputs: dict[str, Any], pipeline_stage: PipelineStage, consumers: Sequence[Consumer]) -> None:
         """One batch through the segment, block by block, each consumer served as soon as it can be.
 
-        What no consumer needs any more is dropped at once: the hidden units of one block are alive, not of all.
+        What no consumer needs any more is dropped at once: the inner tensors of one block are alive, not of all.
         """
         wanted = reduce(or_, (consumer.spec for consumer in consumers), CaptureSpec())
         last_use: dict[tuple[str, int], int] = {}
@@ -123,6 +123,13 @@ class TeacherSegment:
                         captured.hidden[key] = args[0]
 
                     listen(block.get_submodule(f"{parts.ffn}.{self.adapter.ffn_down}"), hidden)
+            if number in wanted.attended:
+                for stream, parts in self.adapter.parts_of(self.transformer, number, block).items():
+
+                    def attended(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
+                        captured.attended[key] = args[0]
+
+                    listen(block.get_submodule(parts.out), attended)
         try:
             yield
         finally:

@@ -36,7 +36,7 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
         sampling={"steps": 2, "height": 16, "width": 16, "arguments": ARGUMENTS[family]},
         calibration={"states_per_prompt": 2, "validation": 0.3},
         detection={"max_length": 3, "samples": 2, "resamples": 2, "screening_steps": 1},
-        width={"text_similarity": 0.2, "ffn_keep_percents": [50]},
+        width={"text_similarity": 0.2, "ffn_keep_percents": [50], "head_keep_percents": [50]},
         distillation={"steps": 3, "batch_size": 4, "warmup": 1},
         finetuning={"steps": 2, "batch_size": 4, "warmup": 1, "measured_plans": 2},
         variants={"budgets": [0.7], "custom": {"folded": ["modulations"]}},

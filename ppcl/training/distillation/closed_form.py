@@ -23,7 +23,7 @@ from ppcl.training.teacher_segment import Consumer
 # Runs the teacher on some samples and hands what consumers need to them, block by block.
 Stream = Callable[[np.ndarray, Sequence[Consumer]], None]
 _BYTES = 8  # of a float64
-# Steps of progress for an elimination of hidden units; any other solution is one.
+# Steps of progress for an elimination of hidden units or heads; any other solution is one.
 _ELIMINATION = 100
 
 

@@ -13,12 +13,22 @@ from torch import nn
 from ppcl.config.schema import Config
 from ppcl.models import adapter_of
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation, Plan, PrunedFfn, Replacement, TextRun
+from ppcl.replacements import (
+    Interval,
+    LinearFfn,
+    LowRankModulation,
+    Plan,
+    PrunedFfn,
+    PrunedHeads,
+    Replacement,
+    TextRun,
+)
 from ppcl.replacements.io import files_in, save_replacement
 from ppcl.replacements.linear_ffn import LinearFfnMaps
 from ppcl.replacements.low_rank_modulation import fit_basis
 from ppcl.replacements.parameter_counts import parameter_counts
 from ppcl.replacements.pruned_ffn import PrunedFfnMaps
+from ppcl.replacements.pruned_heads import HeadPaths, PrunedHeadMaps
 from ppcl.replacements.student_block import StudentBlock, affine_map
 from ppcl.replacements.text_projectors import TextProjectors
 from ppcl.search.variants import Variant, VariantCatalog
@@ -75,6 +85,12 @@ def replacements(teacher: Teacher, folder: Path) -> dict[Replacement, Path]:
         parts = adapter.parts_of(model, number, blocks[number])
         modules[LinearFfn(number)] = _disturbed(LinearFfnMaps.new(parts, WIDTH), number)
         modules[PrunedFfn(number, 50)] = _disturbed(PrunedFfnMaps.new(adapter, blocks[number], parts, 50), number)
+    for number in (0, 2, first[-1]):
+        paths = HeadPaths.of(adapter, model, number, blocks[number])
+        heads = PrunedHeadMaps.new(blocks[number], paths, 50)
+        # The second of two: of a LoRA other rows than the first ones belong to it.
+        heads.heads = (1,)
+        modules[PrunedHeads(number, 50)] = _disturbed(heads, number)
     assert 3 in first
     for replacement, module in modules.items():
         save_replacement(module, replacement, adapter, folder / f"{replacement.name}.safetensors")

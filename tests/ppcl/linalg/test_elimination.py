@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl.linalg import Moments, eliminate_units
+from ppcl.linalg import FittedMap, Moments, eliminate_groups, eliminate_units
 
 
 def counted(tokens, pieces=1):
@@ -141,3 +141,71 @@ def test_progress_is_told_after_every_group_of_units():
     eliminate_units(counted(x), w, torch.zeros(16), [64, 32], 1e-6, told.append)
     assert told == sorted(told) and len(set(told)) == len(told) > 40
     assert told[-1] == pytest.approx(1 - (32 / 128) ** 3)
+
+
+def attended(maps, groups=5, size=3, n=600):
+    """Inputs and outputs of maps on correlated groups, and the maps themselves."""
+    made = []
+    for number in range(maps):
+        x = hidden_units(n=n, h=groups * size, seed=number)
+        # The large ones are the last of the first map, and the first of the second.
+        x = x.flip(1) if number else x
+        generator = torch.Generator().manual_seed(number)
+        w = torch.randn(4 + number, groups * size, generator=generator, dtype=torch.float64) * 10.0**number
+        made.append((x, w, torch.randn(4 + number, generator=generator, dtype=torch.float64)))
+    return made
+
+
+@pytest.mark.parametrize("maps", [1, 2])
+def test_groups_leave_all_maps_together_one_at_a_time_as_plain_least_squares_says(maps):
+    size, problems = 3, attended(maps)
+    fitted = [FittedMap(counted(x, pieces=3), w, b) for x, w, b in problems]
+    told = []
+    made = eliminate_groups(fitted, size, [4, 3, 1], ridge=0.0, on_progress=told.append)
+    outputs = [(x @ w.T + b).numpy() for x, w, b in problems]
+
+    def inputs(groups):
+        return [group * size + i for group in groups for i in range(size)]
+
+    def cost(groups):
+        errors = (refitted(x.numpy(), y, inputs(groups))[1] for (x, _, _), y in zip(problems, outputs, strict=True))
+        return sum(e / np.square(y - y.mean(0)).sum() for e, y in zip(errors, outputs, strict=True))
+
+    left = list(range(5))
+    while len(left) > 1:
+        left.remove(min(left, key=lambda group: cost([g for g in left if g != group])))
+        if len(left) not in made:
+            continue
+        pruned = made[len(left)]
+        assert pruned.groups.tolist() == left
+        for (x, _, _), y, one in zip(problems, outputs, pruned.maps, strict=True):
+            solution, error = refitted(x.numpy(), y, inputs(left))
+            assert one.units.tolist() == inputs(left)
+            scale = np.abs(solution).max()
+            assert np.allclose(one.weight.numpy().T, solution[:-1], atol=2e-5 * scale)
+            assert np.allclose(one.bias.numpy(), solution[-1], atol=2e-5 * scale)
+            assert one.error == pytest.approx(error / np.square(y - y.mean(0)).sum(), rel=1e-5, abs=1e-12)
+    assert told == sorted(told) and len(told) == 4
+
+
+def test_two_maps_agree_on_groups_that_neither_would_choose_alone():
+    fitted = [FittedMap(counted(x), w, b) for x, w, b in attended(2)]
+    both, first, second = (
+        eliminate_groups(some, 3, [3], ridge=0.0)[3].groups.tolist() for some in (fitted, fitted[:1], fitted[1:])
+    )
+    assert first != second and both not in (first, second)
+
+
+def test_groups_of_an_input_without_full_rank_are_no_obstacle():
+    x, w = gelu_units(128, 16)
+    fitted = [FittedMap(counted(x[:40]), w, torch.zeros(16))]
+    pruned = eliminate_groups(fitted, 16, [4], ridge=0.0)[4]
+    assert torch.isfinite(pruned.maps[0].weight).all() and pruned.maps[0].error < 1e-3
+
+
+def test_groups_of_one_unit_are_units():
+    x, w = gelu_units(60, 12)
+    units = eliminate_units(counted(x), w, torch.zeros(12), [59], ridge=1e-4)[59]
+    groups = eliminate_groups([FittedMap(counted(x), w, torch.zeros(12))], 1, [59], ridge=1e-4)[59]
+    assert groups.groups.tolist() == units.units.tolist()
+    assert torch.equal(groups.maps[0].weight, units.weight)

@@ -12,6 +12,7 @@ from ppcl.replacements import (
     LowRankModulation,
     Plan,
     PrunedFfn,
+    PrunedHeads,
     TextRun,
     checked_plan,
     conflicts,
@@ -28,11 +29,21 @@ def test_a_plan_is_sorted():
 def test_plans_as_people_write_them():
     assert parse_text("3-5,08-9") == [Interval(3, 5), Interval(8, 9)]
     assert parse_text("ffn:3,text:4-5") == [LinearFfn(3), TextRun(4, 5)]
-    wrong = ("", "p75", "3", "3-", "3-5,", "3-5-7", "-3-5", "3-5 ,8-9", "ffn:3-5", "text:3", "txt:3-4", "ffn:")
+    wrong = ("", "p75", "3", "3-", "3-5,", "3-5-7", "-3-5", "3-5 ,8-9", "ffn:3-5", "text:3", "txt:3-4", "ffn:", "heads:3", "heads:3/0")
     assert all(parse_text(text) is None for text in wrong)
 
 
-@pytest.mark.parametrize("entry", [Interval(3, 11), TextRun(0, 2), LinearFfn(7), PrunedFfn(7, 25), LowRankModulation()])
+EXAMPLES = [
+    Interval(3, 11),
+    TextRun(0, 2),
+    LinearFfn(7),
+    PrunedFfn(7, 25),
+    PrunedHeads(7, 50),
+    LowRankModulation(),
+]
+
+
+@pytest.mark.parametrize("entry", EXAMPLES)
 def test_an_entry_is_found_again_by_its_name_and_its_text(entry):
     assert parse_name(entry.name) == parse_replacement(str(entry)) == entry
     assert type(parse_name(entry.name)) is type(parse_replacement(str(entry))) is type(entry)
@@ -72,6 +83,5 @@ def test_an_interval_is_no_pair_of_numbers():
 
 def test_every_kind_is_written_as_the_configuration_checks_it():
     """The grammar stands in the configuration, which must not import the kinds; both know the same ones."""
-    examples = [Interval(3, 11), TextRun(0, 2), LinearFfn(7), PrunedFfn(7, 25), LowRankModulation()]
-    assert [type(example) for example in examples] == list(KINDS)
-    assert all(is_replacement(str(example)) for example in examples)
+    assert [type(example) for example in EXAMPLES] == list(KINDS)
+    assert all(is_replacement(str(example)) for example in EXAMPLES)

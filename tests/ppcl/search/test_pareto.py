@@ -7,7 +7,7 @@ import random
 import pytest
 
 from ppcl.errors import UserError
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation, Plan, PrunedFfn, TextRun, checked_plan, sort_key
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, Plan, PrunedFfn, PrunedHeads, TextRun, checked_plan, sort_key
 from ppcl.replacements.ffn import Ffn
 from ppcl.replacements.parameter_counts import ParameterCounts
 from ppcl.search.pareto import choose, choose_blocks, pareto_front
@@ -103,6 +103,9 @@ def test_an_ffn_within_a_text_run_saves_its_image_part_alone():
     assert WIDE.saved(LinearFfn(3)) == 30 + 25 - 9
     assert WIDE.saved(LinearFfn(3), TextRun(1, 3)) == 30 - 5
     assert WIDE.parameters([TextRun(1, 3), LinearFfn(3)]) == 1000 - (80 - 15) - 25
+    # The heads of its block do not change what it saves.
+    assert WIDE.saved(LinearFfn(3), PrunedHeads(3, 50)) == 30 + 25 - 9
+    assert WIDE.parameters([PrunedHeads(3, 50), LinearFfn(3)]) == 1000 - (25 - 12) - (30 + 25 - 9)
     # With half of its units the modulation stays.
     assert WIDE.saved(PrunedFfn(3, 50)) == 24 + 19 - 22
     assert WIDE.saved(PrunedFfn(3, 50), TextRun(1, 3)) == 24 - 12
@@ -137,7 +140,7 @@ def plain_front(savings, sensitivity, low_rank):
         rows = list(best[block + 1])
         for replacement in (e for e in sensitivity if e.first == block):
             with_it = added(best[replacement.last + 1], replacement)
-            if isinstance(replacement, TextRun):
+            if isinstance(replacement, TextRun | PrunedHeads):
                 for number in replacement.blocks:
                     ffns = [e for e in sensitivity if isinstance(e, Ffn) and e.block == number]
                     with_it = kept([*with_it, *(row for ffn in ffns for row in added(with_it, ffn, replacement))])
@@ -158,11 +161,12 @@ def test_the_front_holds_the_same_plans_as_a_plain_computation(seed, low_rank):
     replacements |= {TextRun(2, 5): {"h.w": 60}, TextRun(8, 11): {"h.w": 60}, LowRankModulation(): {"directions": 8}}
     replacements |= {LinearFfn(block): {"img.w": 20, "txt.w": 20} for block in range(blocks)}
     replacements |= {PrunedFfn(block, 50): {"img.w": 150, "txt.w": 150} for block in range(blocks)}
+    replacements |= {PrunedHeads(block, 50): {"maps": 60 + rng.randrange(3)} for block in range(1, blocks, 2)}
     streams = {block: {"img": ffn, "txt": ffn} for block in range(blocks)}
     chunks = {block: {"img": modulation // 2, "txt": modulation // 2} for block in range(blocks)}
     rows = {block: {"img": 24, "txt": 24} for block in range(blocks)}
     texts = dict.fromkeys(range(blocks), ffn + modulation)
-    sizes = ParameterCounts(20000, (block_parameters,) * blocks, replacements, streams, chunks, texts, rows, width)
+    sizes = ParameterCounts(20000, (block_parameters,) * blocks, replacements, streams, chunks, texts, rows, width, dict.fromkeys(range(blocks), 130))
     sensitivity = {entry: rng.random() for entry in sorted(replacements, key=sort_key)}
     folds = {LowRankModulation(): sensitivity.pop(LowRankModulation())}
     wanted = plain_front(sizes, sensitivity, False)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ppcl.config.schema import Distillation
-from ppcl.replacements import Interval, LinearFfn, PrunedFfn, Replacement, TextRun
+from ppcl.replacements import Interval, LinearFfn, PrunedFfn, PrunedHeads, Replacement, TextRun
 from ppcl.training.distillation.objectives.base import (
     DistillationObjective,
     Gradient,
@@ -21,6 +21,7 @@ from ppcl.training.distillation.objectives.base import (
 )
 from ppcl.training.distillation.objectives.linear_ffn import LinearFfnObjective
 from ppcl.training.distillation.objectives.pruned_ffn import PrunedFfnObjective
+from ppcl.training.distillation.objectives.pruned_heads import PrunedHeadsObjective
 from ppcl.training.distillation.objectives.student import StudentObjective
 from ppcl.training.distillation.objectives.text_projectors import TextProjectorsObjective
 
@@ -31,6 +32,7 @@ __all__ = [
     "LinearFfnObjective",
     "MomentUpdate",
     "PrunedFfnObjective",
+    "PrunedHeadsObjective",
     "Solutions",
     "StudentObjective",
     "TeacherBlocks",
@@ -44,6 +46,7 @@ OBJECTIVES: Mapping[type[Replacement], Callable[[TeacherBlocks, Any, Distillatio
     TextRun: TextProjectorsObjective,
     LinearFfn: LinearFfnObjective,
     PrunedFfn: PrunedFfnObjective,
+    PrunedHeads: PrunedHeadsObjective,
 }
 
 

@@ -11,7 +11,16 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ppcl.linalg import Affine, Moments, PrunedUnits, eliminate_units, fit_affine
+from ppcl.linalg import (
+    Affine,
+    FittedMap,
+    Moments,
+    PrunedGroups,
+    PrunedUnits,
+    eliminate_groups,
+    eliminate_units,
+    fit_affine,
+)
 from ppcl.models import BlockParts, ModelAdapter
 from ppcl.replacements.replacement import Replacement
 from ppcl.training.captured import CapturedActivations, CaptureSpec
@@ -24,7 +33,8 @@ MomentUpdate = tuple[str, torch.Tensor, torch.Tensor]
 class Solutions:
     """The least-squares problems of some objectives, each solved when it is first asked for.
 
-    `widths`: by moments of hidden units, all numbers of them that objectives keep: one elimination gives them all.
+    `widths`: by elimination, all numbers of units or heads that objectives keep: one elimination gives them all. Of
+    hidden units it is called by their moments' name.
     """
 
     def __init__(
@@ -34,9 +44,10 @@ class Solutions:
         widths: Mapping[str, Iterable[int]],
         on_progress: Callable[[float], None] = lambda done: None,
     ):
-        """`on_progress(done)`: called often while units are eliminated; 2.5: two eliminations and half of the third."""
+        """`on_progress(done)`: called often while units or heads are eliminated; 2.5: two eliminations and half of the third."""
         self.moments, self.ridge, self.widths, self.on_progress = moments, ridge, widths, on_progress
         self._pruned: dict[str, dict[int, PrunedUnits]] = {}
+        self._heads: dict[str, dict[int, PrunedGroups]] = {}
 
     def affine(self, name: str) -> Affine:
         """The affine map that the moments give."""
@@ -46,12 +57,38 @@ class Solutions:
         """`linear` on `width` of the hidden units whose moments these are; the moments are dropped then."""
         if name not in self._pruned:
             weight, bias = linear.weight.detach(), linear.bias.detach()
-            moments, before = self.moments.pop(name), len(self._pruned)
+            moments, before = self.moments.pop(name), self._eliminations
             self._pruned[name] = eliminate_units(
                 moments, weight, bias, self.widths[name], self.ridge, lambda share: self.on_progress(before + share)
             )
             self.on_progress(before + 1)
         return self._pruned[name][width]
+
+    def heads(self, name: str, linears: Mapping[str, nn.Linear], size: int, count: int) -> PrunedGroups:
+        """`linears`, by their inputs' moments, on what `count` heads give; the moments are dropped then.
+
+        `size`: how many inputs come from a head. `name`: that of the elimination.
+        """
+        if name not in self._heads:
+            before = self._eliminations
+            maps = [
+                FittedMap(
+                    self.moments.pop(moments),
+                    linear.weight.detach(),
+                    linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach(),
+                )
+                for moments, linear in linears.items()
+            ]
+            self._heads[name] = eliminate_groups(
+                maps, size, self.widths[name], self.ridge, lambda share: self.on_progress(before + share)
+            )
+            self.on_progress(before + 1)
+        return self._heads[name][count]
+
+    @property
+    def _eliminations(self) -> int:
+        """How many are done."""
+        return len(self._pruned) + len(self._heads)
 
 
 class Gradient(Enum):
@@ -106,7 +143,7 @@ class DistillationObjective(ABC):
         """What one batch adds to the moments."""
 
     def kept_units(self) -> dict[str, int]:
-        """By moments of hidden units, how many of them the module keeps."""
+        """By elimination, how many hidden units or heads the module keeps; see `Solutions.widths`."""
         return {}
 
     @abstractmethod
