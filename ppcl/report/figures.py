@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ppcl.replacements import Interval, LinearFfn, Plan, PrunedFfn, Replacement, TextRun
+from ppcl.replacements import Interval, LinearFfn, Plan, PrunedFfn, PrunedHeads, Replacement, TextRun
 from ppcl.report import numbers
 from ppcl.report.summary import finite
 from ppcl.report.svg import COLOURS, SERIES, canvas, inline
@@ -86,18 +86,24 @@ def _dot(axes: Axes, ffn: Replacement, row: int, inner: str) -> None:
     axes.plot([ffn.first + 0.5], [row - 0.06], "o", color=COLOURS["mark"], markersize=5, markerfacecolor=inner)
 
 
+def _dash(axes: Axes, heads: Replacement, row: int) -> None:
+    """A dash at the top of a block's cell, beside which a dot has room."""
+    axes.add_patch(Rectangle((heads.first + 0.24, row - 0.27), 0.52, 0.07, color=COLOURS["mark"], linewidth=0))
+
+
 _BLOCK_MARKS: dict[type[Replacement], Callable[[Axes, Replacement, int], None]] = {
     Interval: lambda axes, interval, row: _bar(axes, interval, row - 0.32, 0.64),
     TextRun: lambda axes, run, row: _bar(axes, run, row + 0.2, 0.12),
     LinearFfn: lambda axes, ffn, row: _dot(axes, ffn, row, COLOURS["mark"]),
     PrunedFfn: lambda axes, ffn, row: _dot(axes, ffn, row, "none"),
+    PrunedHeads: _dash,
 }
 
 
 def block_map(rows: list[dict[str, Any]], blocks: int, block_ranges: list[BlockPair]) -> Drawing:
     """Which blocks each variant runs: teacher blocks as cells, an interval's one student as a bar over its blocks.
 
-    A line under cells is a text run, a dot in a cell a replaced FFN.
+    A line under cells is a text run, a dot in a cell a replaced FFN, a dash at its top an attention with fewer heads.
     """
     height = 26 * len(rows) + 48
     with canvas(640, height) as figure:

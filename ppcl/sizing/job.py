@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from ppcl.calibration.guidance import Guidance
 from ppcl.config.schema import Config, Detection
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, Replacement, TextRun, sort_key
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, PrunedHeads, Replacement, TextRun, sort_key
 from ppcl.search.shortlist import longest_chain, most_intervals
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import intervals
@@ -56,7 +56,8 @@ class ReplacementSizes:
     """Parameters of a job's replacements, by kind.
 
     `students`: by interval. `text`: by run. `linear`, `pruned`: by block, of one linear FFN, and of all its pruned ones
-    together. `widest`: by block, the largest of its FFNs' replacements. `basis`: of the modulations' directions.
+    together. `widest`: by block, the largest of its FFNs' replacements. `heads`: by block, of all its attentions with
+    fewer heads together; `most_heads`: by block, of the largest. `basis`: of the modulations' directions.
     """
 
     students: dict[Interval, int]
@@ -65,6 +66,8 @@ class ReplacementSizes:
     pruned: dict[int, int]
     widest: dict[int, int]
     basis: int
+    heads: dict[int, int] = field(default_factory=dict)
+    most_heads: dict[int, int] = field(default_factory=dict)
 
     def within(self, blocks: range) -> ReplacementSizes:
         """Those that begin in some blocks."""
@@ -75,12 +78,15 @@ class ReplacementSizes:
             {b: n for b, n in self.pruned.items() if b in blocks},
             {b: n for b, n in self.widest.items() if b in blocks},
             self.basis,
+            {b: n for b, n in self.heads.items() if b in blocks},
+            {b: n for b, n in self.most_heads.items() if b in blocks},
         )
 
     @property
     def maps(self) -> int:
         """Parameters of all but the students."""
-        return sum(self.text.values()) + sum(self.linear.values()) + sum(self.pruned.values())
+        kinds = (self.text, self.linear, self.pruned, self.heads)
+        return sum(sum(sizes.values()) for sizes in kinds)
 
     @property
     def all(self) -> int:
@@ -88,8 +94,10 @@ class ReplacementSizes:
 
     @property
     def fine_tuned(self) -> int:
-        """Parameters of the most that variants can hold together: all students and text runs, one FFN a block."""
-        return sum(self.students.values()) + sum(self.text.values()) + sum(self.widest.values())
+        """Parameters of the most that variants can hold together: all students and text runs, of a block one FFN and
+        the most heads."""
+        kinds = (self.students, self.text, self.widest, self.most_heads)
+        return sum(sum(sizes.values()) for sizes in kinds)
 
 
 @dataclass(frozen=True)
@@ -221,7 +229,8 @@ def _spread(numbers: range, count: int) -> list[int]:
 
 
 def assumed_plan(config: Config, model: Model, interval: int) -> list[Replacement]:
-    """What is distilled to the end at most: a student and a text run for every `interval` blocks, all kinds of FFN.
+    """What is distilled to the end at most: a student and a text run for every `interval` blocks, all kinds of FFN, and
+    heads.
 
     Where intervals are measured and not screened, the whole shortlist is distilled.
     """
@@ -237,8 +246,9 @@ def assumed_plan(config: Config, model: Model, interval: int) -> list[Replacemen
     blocks = [block for block, ffns in enumerate(model.ffns) if ffns]
     linear = [LinearFfn(block) for block in blocks[: width.linear_ffns]]
     pruned = [PrunedFfn(block, percent) for block in blocks for percent in sorted(set(width.ffn_keep_percents))]
+    heads = [PrunedHeads(block, percent) for block in blocks for percent in sorted(set(width.head_keep_percents))]
     low_rank = [LowRankModulation()] if width.low_rank_modulations else []
-    return [*depth, *runs, *linear, *pruned, *low_rank]
+    return [*depth, *runs, *linear, *pruned, *heads, *low_rank]
 
 
 def replacement_sizes(config: Config, model: Model, plan: Iterable[Replacement]) -> ReplacementSizes:
@@ -260,6 +270,10 @@ def replacement_sizes(config: Config, model: Model, plan: Iterable[Replacement])
             kept = sum(ffn.kept(one.keep_percent) for ffn in model.ffns[one.block].values())
             sizes.pruned[one.block] = sizes.pruned.get(one.block, 0) + kept
             _widen(sizes, one.block, kept)
+        elif isinstance(one, PrunedHeads) and (attention := model.attentions[one.block]):
+            kept = attention.kept(one.keep_percent)
+            sizes.heads[one.block] = sizes.heads.get(one.block, 0) + kept
+            sizes.most_heads[one.block] = max(sizes.most_heads.get(one.block, 0), kept)
     basis = model.width * model.width // _DIRECTIONS if LowRankModulation() in plan else 0
     return replace(sizes, basis=basis)
 

@@ -24,6 +24,7 @@ from ppcl.errors import UserError
 from ppcl.models import ModelAdapter, Streams, adapter_of, embed
 from ppcl.models.block_view import linear_at
 from ppcl.models.teacher import Teacher
+from ppcl.replacements.pruned_heads import HeadPaths, kept_heads, parameters_of_heads
 from ppcl.sizing.peak_memory import PeakMemory
 
 _TEXT_TOKENS = 512
@@ -74,10 +75,33 @@ class FfnSize:
 
 
 @dataclass(frozen=True)
+class AttentionSize:
+    """The joint attention of a block: `heads`, of `head_width` numbers each, and the `streams` that it has outputs for.
+
+    `fixed`: parameters that do not grow with the heads, which are biases; `each`: those of one head.
+    """
+
+    heads: int
+    head_width: int
+    streams: int
+    fixed: int
+    each: int
+
+    @property
+    def width(self) -> int:
+        """Inputs of an output projection."""
+        return self.heads * self.head_width
+
+    def kept(self, percent: int) -> int:
+        """Parameters of the maps before and after the heads, with `percent` of them."""
+        return self.fixed + self.each * kept_heads(self.heads, percent)
+
+
+@dataclass(frozen=True)
 class Model:
     """`blocks`: parameters of each block in running order; `rest`: those of embedders and head, which every rank holds;
     `affine`: those of the affine maps behind a student. `block_ranges`: the block lists. `ffns`: by block and stream,
-    its FFN. `memory`: by block.
+    its FFN. `attentions`: by block, its joint attention; None where its heads cannot be replaced. `memory`: by block.
 
     In `dtype`, that of the teacher: `stream_bytes` of the two streams between two blocks, a sample; `latent_bytes` and
     `text_bytes` of what the transformer is given of a sample.
@@ -93,6 +117,7 @@ class Model:
     affine: int
     block_ranges: tuple[range, ...]
     ffns: tuple[Mapping[str, FfnSize], ...]
+    attentions: tuple[AttentionSize | None, ...]
     memory: tuple[BlockMemory, ...]
     stream_bytes: int
     latent_bytes: int
@@ -160,6 +185,7 @@ class Model:
                 affine=2 * width * (width + 1),
                 block_ranges=tuple(adapter.block_ranges(model)),
                 ffns=tuple(_ffns(adapter, model, number, block) for number, block in enumerate(blocks)),
+                attentions=tuple(_attention(adapter, model, number, block) for number, block in enumerate(blocks)),
                 memory=tuple(alike[kind][0] for kind in kinds),
                 stream_bytes=sum(stream.nbytes for stream in one[0] if stream is not None),
                 latent_bytes=_bytes(calls[0], [adapter.latents], dtype),
@@ -257,6 +283,15 @@ def _ffns(adapter: ModelAdapter, model: nn.Module, number: int, block: nn.Module
         )
         for stream, where in adapter.parts_of(model, number, block).items()
     }
+
+
+def _attention(adapter: ModelAdapter, model: nn.Module, number: int, block: nn.Module) -> AttentionSize | None:
+    """The joint attention of a block; None for a kind of block that has none."""
+    paths = HeadPaths.of(adapter, model, number, block)
+    if not paths.out:
+        return None
+    one, two = (parameters_of_heads(block, paths, heads) for heads in (1, 2))
+    return AttentionSize(paths.heads(block), paths.head_width(block), len(paths.out), 2 * one - two, two - one)
 
 
 def _counter() -> FlopCounterMode:

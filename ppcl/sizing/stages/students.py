@@ -9,12 +9,15 @@ from ppcl.replacements import Interval
 from ppcl.sizing import simulation
 from ppcl.sizing.job import JobSize, ReplacementSizes, WorkerSize
 from ppcl.sizing.memory import GRADIENT_BYTES, STUDENT_BYTES, longest_pipeline
+from ppcl.sizing.model import AttentionSize
 from ppcl.training.distillation.segments import segment_of
 from ppcl.training.pipeline import IN_FLIGHT
 
 _SINGLE, _DOUBLE = 4, 8
 # Arrays of the size of a Gram matrix that eliminating units holds beside it; an affine fit likewise.
 _ELIMINATION = 5.6
+# The same of heads, for each of the streams that they leave together.
+_HEADS_ELIMINATION = 6.5
 
 
 def workers(job: JobSize) -> list[WorkerSize]:
@@ -85,9 +88,10 @@ def _closed_form_moments(job: JobSize, part: range, base: dict[str, int], sample
         "activations": 2 * samples * job.stream + max(job.forward_bytes(samples), _counting(job, samples)),
     }
     largest = max((units for units, _ in _grams(job, part)), default=0)
+    heads = max((a.streams * a.width**2 for a in _attentions(job, part)), default=0)
     yield base | {
         "moments": held,
-        "solving": round(_ELIMINATION * _DOUBLE * largest**2),
+        "solving": round(_DOUBLE * max(_ELIMINATION * largest**2, _HEADS_ELIMINATION * heads)),
     }
 
 
@@ -96,9 +100,9 @@ def _boundaries(students: Iterable[Interval]) -> set[int]:
 
 
 def _closed_form_bytes(job: JobSize, own: ReplacementSizes, train: str) -> int:
-    """Of the maps that are not trained: pruned FFNs in the teacher's precision, linear maps in float32."""
+    """Of the maps that are not trained: pruned FFNs and heads in the teacher's precision, linear maps in float32."""
     linear = 0 if train == "all" else sum(own.text.values()) + sum(own.linear.values())
-    return job.number * sum(own.pruned.values()) + _SINGLE * linear
+    return job.number * (sum(own.pruned.values()) + sum(own.heads.values())) + _SINGLE * linear
 
 
 def _grams(job: JobSize, part: range) -> Iterator[tuple[int, int]]:
@@ -111,10 +115,18 @@ def _grams(job: JobSize, part: range) -> Iterator[tuple[int, int]]:
                 yield ffn.units, _DOUBLE * ffn.units**2
             if config.width.linear_ffns != 0:
                 yield d, 2 * _DOUBLE * d**2
+    for attention in _attentions(job, part):
+        yield from ((attention.width, _DOUBLE * attention.width**2) for _ in range(attention.streams))
     own = job.replacements.within(part)
     if config.distillation.init == "affine":
         yield from ((d, 2 * _DOUBLE * d**2) for _ in own.students for _ in ("img", "txt"))
     yield from ((d, 2 * _DOUBLE * d**2) for run in own.text for _ in run.blocks)
+
+
+def _attentions(job: JobSize, part: range) -> list[AttentionSize]:
+    """The joint attentions of some blocks, where heads are replaced."""
+    wanted = bool(job.config.width.head_keep_percents)
+    return [attention for block in part if wanted and (attention := job.model.attentions[block])]
 
 
 def _counting(job: JobSize, samples: int) -> int:

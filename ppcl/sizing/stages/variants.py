@@ -22,6 +22,8 @@ def evaluator_size(job: JobSize, stage: str) -> WorkerSize:
     tails = sum(blocks - one.first for one in sizes.students) + sum(blocks - one.first for one in sizes.text)
     percents = len(set(job.config.width.ffn_keep_percents))
     tails += sum((percents + 1) * (blocks - block) for block in sizes.pruned)
+    percents = len(set(job.config.width.head_keep_percents))
+    tails += sum(percents * (blocks - block) for block in sizes.heads)
     plans = _PLANS * job.variants
     device, host = evaluator_memory(job, draws_images=False)
     forwards = samples * (tails / blocks + plans + 1)

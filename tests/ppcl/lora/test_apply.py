@@ -8,13 +8,14 @@ from ppcl.lora import AppliedLora, read_lora
 from ppcl.models.lora_linear import LoraLinear, update_norm
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Plan
+from ppcl.replacements.pruned_heads import HeadPaths
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.result import Result
 from tests import tiny
 from tests.ppcl.export.replacements import MAKERS, result
 from tests.ppcl.lora.loras import written
 
-PLANS = {"stock": "2-3", "all kinds": "text:1-3,ffn:2,4-5", "low": "0-1,ffn:2,modulations", "narrow": "ffn:2/50"}
+PLANS = {"stock": "2-3", "all kinds": "text:1-3,ffn:2,4-5", "low": "0-1,ffn:2,modulations", "narrow": "ffn:2/50", "heads": "heads:2/50"}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -72,7 +73,7 @@ def test_where_blocks_stay_it_is_the_lora_in_the_teachers_weights(made, path, pl
     expected = velocity(transformer)
     pipeline = made.pipeline(plan, lora=(path, 0.7))
     applied = velocity(pipeline.transformer)
-    if plan == "ffn:2/50":
+    if "/50" in plan:
         # Which takes its share of the update, as the fused teacher's does not.
         assert not torch.allclose(applied, expected, atol=1e-4)
         return
@@ -105,6 +106,27 @@ def test_the_update_of_a_narrow_ffn_is_that_of_the_units_that_stay(made, family,
     kept = updates[name.replace(adapter.ffn_down, adapter.ffn_up)][rows].square().sum()
     kept = kept + updates[name][:, rows].square().sum()
     assert coverage.share == pytest.approx(float((whole - left + kept) / whole), rel=1e-5)
+
+
+def test_the_update_of_fewer_heads_is_that_of_the_heads_that_stay(made, path):
+    teacher, adapter = made.teacher.transformer(), made.teacher.adapter
+    applied = AppliedLora(read_lora(path, made.teacher))
+    switch = switcher(made)
+    switch(teacher, Plan.parse("heads:2/50"), applied)
+    block, paths = adapter.blocks(teacher)[2], HeadPaths.of(adapter, teacher, 2, switch.blocks(teacher)[2])
+    layers = {n.partition(".2.")[2]: layer for n, layer in applied.lora.layers.items() if n.startswith("transformer_b")}
+    # The second of two heads stays.
+    seconds, width = slice(16, 32), 0
+    for path_in_block in paths.all:
+        if path_in_block not in layers:
+            continue
+        one, layer = block.get_submodule(path_in_block), layers[path_in_block]
+        update = layer.scale * layer.up @ layer.down
+        wanted = update[:, seconds] if path_in_block in paths.out.values() else update[seconds]
+        torch.testing.assert_close(one.merged().weight - one.base.weight, wanted)
+        width += 1
+    coverage = switch.coverage(teacher, Plan.parse("heads:2/50"), applied)
+    assert width and len(coverage.cut) == width and not coverage.lost
 
 
 def test_what_is_left_out_is_told(made, path):
