@@ -210,7 +210,9 @@ def detection_record(
             places = _apart(_with_text(probes_folder, block_ranges), [*layout, *_chains(intervals)])
             runs |= dict.fromkeys(text_runs(tables["text_map"], places, width.text_similarity))
     pruned = [PrunedFfn(block, kept) for block in errors for kept in sorted(set(width.ffn_keep_percents), reverse=True)]
-    heads = [PrunedHeads(block, kept) for block in errors for kept in sorted(set(width.head_keep_percents), reverse=True)]
+    heads = [
+        PrunedHeads(block, kept) for block in errors for kept in sorted(set(width.head_keep_percents), reverse=True)
+    ]
     low_rank = [LowRankModulation()] if width.low_rank_modulations else []
     plan = [*intervals, *sorted(runs, key=sort_key), *map(LinearFfn, sorted(ffns)), *pruned, *heads, *low_rank]
     return {

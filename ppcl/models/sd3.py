@@ -11,7 +11,12 @@ SD3 = register(
             "transformer_blocks": {
                 "img": BlockParts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0", IMG_QKV),
                 "txt": BlockParts(
-                    "norm1_context.linear", "norm1_context.norm", "norm2_context", "ff_context", "attn.to_add_out", TXT_QKV
+                    "norm1_context.linear",
+                    "norm1_context.norm",
+                    "norm2_context",
+                    "ff_context",
+                    "attn.to_add_out",
+                    TXT_QKV,
                 ),
             }
         },

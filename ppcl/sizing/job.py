@@ -11,7 +11,16 @@ from dataclasses import dataclass, field, replace
 
 from ppcl.calibration.guidance import Guidance
 from ppcl.config.schema import Config, Detection
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, PrunedHeads, Replacement, TextRun, sort_key
+from ppcl.replacements import (
+    Interval,
+    LinearFfn,
+    LowRankModulation,
+    PrunedFfn,
+    PrunedHeads,
+    Replacement,
+    TextRun,
+    sort_key,
+)
 from ppcl.search.shortlist import longest_chain, most_intervals
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import intervals

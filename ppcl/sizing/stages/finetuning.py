@@ -61,9 +61,9 @@ def _activations(job: JobSize, samples: int) -> int:
     gone = {block for one in students for block in one.blocks}
     blocks = range(len(model.blocks))
     without = [model.memory[b].frozen.of(samples) for b in blocks]
-    # A trained FFN keeps the inputs of its maps, too.
+    # A trained FFN or attention keeps the inputs of its maps, too.
     maps = samples * job.number * model.tokens * model.width
-    for block in job.replacements.widest:
+    for block in [*job.replacements.widest, *job.replacements.heads]:
         without[block] += 2 * maps
     on = [without[b] for b in blocks if b not in gone] + [model.memory[i.first].saved.of(samples) for i in students]
     if settings.activation_checkpointing:

@@ -71,9 +71,7 @@ def rank_moments(job: JobSize, part: range, closed_form: bool = True) -> Iterato
     saved = max((model.memory[i.first].saved.of(samples) for i in own.students), default=0)
     yield base | {
         "students": STUDENT_BYTES * trained,
-        "streams": samples
-        * job.stream
-        * (len(_boundaries(own.students)) + (IN_FLIGHT if part.stop < len(model.blocks) else 0)),
+        "streams": samples * job.stream * len(_boundaries(own.students)) + _in_flight(job, part, samples),
         "activations": max(saved, job.forward_bytes(samples)),
     }
 
@@ -83,16 +81,26 @@ def _closed_form_moments(job: JobSize, part: range, base: dict[str, int], sample
     settings = job.config.distillation
     moments = [gram for _, gram in _grams(job, part)]
     held = min(sum(moments), max(round(settings.moments_gb * 1e9), max(moments, default=0)))
+    # What heads give is kept while the rest of the block runs.
+    attended = samples * job.stream if _attentions(job, part) else 0
+    forward = job.forward_bytes(samples) + attended
     yield base | {
         "moments": held,
-        "activations": 2 * samples * job.stream + max(job.forward_bytes(samples), _counting(job, samples)),
+        "activations": 2 * samples * job.stream + max(forward, _counting(job, part, samples)),
     }
     largest = max((units for units, _ in _grams(job, part)), default=0)
     heads = max((a.streams * a.width**2 for a in _attentions(job, part)), default=0)
     yield base | {
         "moments": held,
+        # The last ones may still be on their way to the next rank.
+        "streams": _in_flight(job, part, samples),
         "solving": round(_DOUBLE * max(_ELIMINATION * largest**2, _HEADS_ELIMINATION * heads)),
     }
+
+
+def _in_flight(job: JobSize, part: range, samples: int) -> int:
+    """Bytes of the streams that were sent to the next rank and may not have arrived."""
+    return samples * job.stream * (IN_FLIGHT if part.stop < len(job.model.blocks) else 0)
 
 
 def _boundaries(students: Iterable[Interval]) -> set[int]:
@@ -129,10 +137,10 @@ def _attentions(job: JobSize, part: range) -> list[AttentionSize]:
     return [attention for block in part if wanted and (attention := job.model.attentions[block])]
 
 
-def _counting(job: JobSize, samples: int) -> int:
-    """Adding the widest FFN's hidden units to their moments: the tokens in float32, and a chunk of them centred."""
+def _counting(job: JobSize, part: range, samples: int) -> int:
+    """Adding the widest inputs to their moments: the tokens in float32, and a chunk of them centred."""
     model = job.model
-    units = max((ffn.units for ffns in model.ffns for ffn in ffns.values()), default=model.width)
+    units = max((units for units, _ in _grams(job, part)), default=model.width)
     tokens = samples * model.longest_tokens
     chunk = min(CHUNK, tokens) * units * (_SINGLE + 2 * (_DOUBLE if job.cpu else _SINGLE))
     hidden = tokens * units * (job.number + (0 if job.cpu else _SINGLE))

@@ -15,7 +15,13 @@ from tests import tiny
 from tests.ppcl.export.replacements import MAKERS, result
 from tests.ppcl.lora.loras import written
 
-PLANS = {"stock": "2-3", "all kinds": "text:1-3,ffn:2,4-5", "low": "0-1,ffn:2,modulations", "narrow": "ffn:2/50", "heads": "heads:2/50"}
+PLANS = {
+    "stock": "2-3",
+    "all kinds": "text:1-3,ffn:2,4-5",
+    "low": "0-1,ffn:2,modulations",
+    "narrow": "ffn:2/50",
+    "heads": "heads:2/50",
+}
 
 
 @pytest.fixture(scope="module", params=MAKERS)

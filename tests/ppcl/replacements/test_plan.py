@@ -29,7 +29,22 @@ def test_a_plan_is_sorted():
 def test_plans_as_people_write_them():
     assert parse_text("3-5,08-9") == [Interval(3, 5), Interval(8, 9)]
     assert parse_text("ffn:3,text:4-5") == [LinearFfn(3), TextRun(4, 5)]
-    wrong = ("", "p75", "3", "3-", "3-5,", "3-5-7", "-3-5", "3-5 ,8-9", "ffn:3-5", "text:3", "txt:3-4", "ffn:", "heads:3", "heads:3/0")
+    wrong = (
+        "",
+        "p75",
+        "3",
+        "3-",
+        "3-5,",
+        "3-5-7",
+        "-3-5",
+        "3-5 ,8-9",
+        "ffn:3-5",
+        "text:3",
+        "txt:3-4",
+        "ffn:",
+        "heads:3",
+        "heads:3/0",
+    )
     assert all(parse_text(text) is None for text in wrong)
 
 

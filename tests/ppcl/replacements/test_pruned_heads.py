@@ -135,7 +135,9 @@ def test_what_heads_go_with():
         checked_plan(["2-3", "heads:3/50"], block_ranges)
 
 
-@pytest.mark.parametrize(("heads", "percent", "kept"), [(24, 50, 12), (24, 75, 18), (2, 75, 1), (4, 1, 1), (24, 99, 23)])
+@pytest.mark.parametrize(
+    ("heads", "percent", "kept"), [(24, 50, 12), (24, 75, 18), (2, 75, 1), (4, 1, 1), (24, 99, 23)]
+)
 def test_at_least_one_head_stays_and_one_goes(heads, percent, kept):
     assert kept_heads(heads, percent) == kept
 

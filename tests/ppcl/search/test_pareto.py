@@ -7,7 +7,17 @@ import random
 import pytest
 
 from ppcl.errors import UserError
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation, Plan, PrunedFfn, PrunedHeads, TextRun, checked_plan, sort_key
+from ppcl.replacements import (
+    Interval,
+    LinearFfn,
+    LowRankModulation,
+    Plan,
+    PrunedFfn,
+    PrunedHeads,
+    TextRun,
+    checked_plan,
+    sort_key,
+)
 from ppcl.replacements.ffn import Ffn
 from ppcl.replacements.parameter_counts import ParameterCounts
 from ppcl.search.pareto import choose, choose_blocks, pareto_front
@@ -166,7 +176,17 @@ def test_the_front_holds_the_same_plans_as_a_plain_computation(seed, low_rank):
     chunks = {block: {"img": modulation // 2, "txt": modulation // 2} for block in range(blocks)}
     rows = {block: {"img": 24, "txt": 24} for block in range(blocks)}
     texts = dict.fromkeys(range(blocks), ffn + modulation)
-    sizes = ParameterCounts(20000, (block_parameters,) * blocks, replacements, streams, chunks, texts, rows, width, dict.fromkeys(range(blocks), 130))
+    sizes = ParameterCounts(
+        20000,
+        (block_parameters,) * blocks,
+        replacements,
+        streams,
+        chunks,
+        texts,
+        rows,
+        width,
+        dict.fromkeys(range(blocks), 130),
+    )
     sensitivity = {entry: rng.random() for entry in sorted(replacements, key=sort_key)}
     folds = {LowRankModulation(): sensitivity.pop(LowRankModulation())}
     wanted = plain_front(sizes, sensitivity, False)

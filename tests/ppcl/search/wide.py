@@ -3,7 +3,16 @@
 import itertools
 from collections.abc import Iterator
 
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, PrunedHeads, Replacement, TextRun, conflicts
+from ppcl.replacements import (
+    Interval,
+    LinearFfn,
+    LowRankModulation,
+    PrunedFfn,
+    PrunedHeads,
+    Replacement,
+    TextRun,
+    conflicts,
+)
 from ppcl.replacements.ffn import Ffn
 from ppcl.replacements.parameter_counts import ParameterCounts
 from ppcl.search.latency_table import LatencyTable
@@ -26,7 +35,11 @@ WIDE = ParameterCounts(
     attentions=dict.fromkeys(range(8), 25),
 )
 WIDE_SENSITIVITY = dict(
-    zip(WIDE.replacements, (0.31, 0.12, 0.09, 0.05, 0.04, 0.021, 0.08, 0.015, 0.033, 0.012, 0.007, 0.011, 0.002), strict=True)
+    zip(
+        WIDE.replacements,
+        (0.31, 0.12, 0.09, 0.05, 0.04, 0.021, 0.08, 0.015, 0.033, 0.012, 0.007, 0.011, 0.002),
+        strict=True,
+    )
 )
 
 

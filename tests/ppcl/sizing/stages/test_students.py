@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import Interval, LinearFfn, PrunedFfn, TextRun
+from ppcl.replacements import Interval, LinearFfn, PrunedFfn, PrunedHeads, TextRun
 from ppcl.sizing.peak_memory import PeakMemory
 from ppcl.sizing.stages import screening, students
 from ppcl.training.distillation.segments import segment_of
@@ -27,8 +27,10 @@ FFNS = [
 PLANS = {
     "students": [*(kind(b, b + 1) for kind in (Interval, TextRun) for b in (0, 2, 4)), *FFNS],
     "screening": [*(kind(b, b + 1) for kind in (Interval, TextRun) for b in (0, 1, 3, 4)), *FFNS],
+    "heads": [*(Interval(b, b + 1) for b in (0, 2, 4)), *(PrunedHeads(b, p) for b in BLOCKS for p in (75, 50))],
 }
 STEPS = 2
+NO_WIDTH = {"text": False, "low_rank_modulations": False, "linear_ffns": 0, "ffn_keep_percents": []}
 DISTILLATION = {"steps": STEPS, "batch_size": 8, "warmup": 1, "pipeline_parallel": 2}
 SECTIONS = {
     "students": {"distillation": DISTILLATION, "detection": {"method": "first_difference"}},
@@ -36,6 +38,11 @@ SECTIONS = {
     "screening": {
         "distillation": DISTILLATION | {"steps": 1000},
         "detection": {"screening_steps": STEPS, "max_length": 2, "max_candidates": 4},
+    },
+    "heads": {
+        "distillation": DISTILLATION,
+        "detection": {"method": "first_difference"},
+        "width": NO_WIDTH | {"head_keep_percents": [75, 50]},
     },
 }
 MOMENTS = ("closed form: moments", "closed form: solving", "steps")
@@ -77,6 +84,6 @@ def test_two_real_ranks_hold_what_is_computed_at_every_moment(measured, rank):
 def test_the_worker_that_is_told_is_the_fullest_rank_at_its_fullest_moment(measured):
     stage, folder, counted = measured
     job = sized.job_of(folder, PLANS[stage], **SECTIONS[stage])
-    (rank,) = {"students": students, "screening": screening}[stage].workers(job)
+    (rank,) = {"screening": screening}.get(stage, students).workers(job)
     assert rank.count == 2
     assert 0.9 < rank.device_bytes / max(max(phases.values()) for phases in counted) < 1.1
