@@ -161,8 +161,8 @@ class RunBlock(_ShapedBlock):
 def _shaped(block: nn.Module, entry: Mapping[str, Any], pruned: Mapping[str, Any], parts: Mapping, basis: Any) -> None:
     """Give a stock block the shape that its entry says.
 
-    An entry may have: `heads`, those of its attention; `hidden`, by stream the hidden units of its FFN; `linear_ffn`, the streams whose FFN is one
-    residual linear map; `affine`, the streams with a map behind the block; `text_run`, `starts`, `inside` or `ends`,
+    An entry may have: `heads`, those of its attention; `hidden`, by stream the hidden units of its FFN; `linear_ffn`,
+    the streams whose FFN is one residual linear map; `affine`, the streams with a map behind the block; `text_run`, `starts`, `inside` or `ends`,
     and at its end `text_goes_on`; `streams`, those that are shaped, if not all. `teacher` names the teacher's blocks
     that it stands for, and shapes nothing.
     """

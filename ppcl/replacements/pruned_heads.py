@@ -226,7 +226,7 @@ def _rows_of(linear: nn.Linear, rows: torch.Tensor) -> nn.Linear:
 
 
 def _columns_of(linear: nn.Linear, columns: torch.Tensor) -> nn.Linear:
-    # What the heads that went said on average goes into the bias.
+    # What the heads that go say on average goes into the bias.
     bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
     return _linear(linear.weight[:, columns], bias)
 

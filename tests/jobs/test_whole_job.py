@@ -41,6 +41,7 @@ def job(tmp_path_factory, teacher_folder):
         "sampling": {"steps": 3, "height": 32, "width": 32},
         "calibration": {"states_per_prompt": 2, "validation": 0.3},
         "probes": {"workers": 2},
+        "width": {"head_keep_percents": [50]},
         "detection": {"samples": 4, "resamples": 2, "screening_steps": 0},
         "distillation": {"steps": 30, "batch_size": 4, "warmup": 2, "pipeline_parallel": 2, "checkpoint_every": 5},
         "finetuning": {"steps": 20, "batch_size": 4, "warmup": 2, "measured_plans": 5, "checkpoint_every": 5},

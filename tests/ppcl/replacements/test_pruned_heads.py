@@ -18,8 +18,9 @@ from ppcl.replacements.parameter_counts import count_parameters, parameter_count
 from ppcl.replacements.pruned_ffn import PrunedFfnMaps
 from ppcl.replacements.pruned_heads import HeadPaths, PrunedHeadMaps, kept_heads
 from ppcl.search.checks import optimistic_counts
-from ppcl.training.captured import CapturedActivations
+from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.distillation.objectives import PrunedHeadsObjective, Solutions, TeacherBlocks
+from ppcl.training.teacher_segment import TeacherSegment
 from tests import tiny
 from tests.ppcl.replacements.test_modulation import MODELS, randomised
 
@@ -177,12 +178,8 @@ def test_the_fitted_maps_are_rows_of_the_blocks_own_and_least_squares(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [frozenset({1})])
-def test_what_is_captured_is_what_the_heads_give(model, spec):
+def test_what_is_captured_is_what_the_heads_give(model):
     """The output projections of it are what the attention returns."""
-    from ppcl.training.captured import CaptureSpec
-    from ppcl.training.teacher_segment import TeacherSegment
-
     adapter = adapter_of(model)
     segment = TeacherSegment.__new__(TeacherSegment)
     segment.adapter, segment.transformer = adapter, model
@@ -191,7 +188,7 @@ def test_what_is_captured_is_what_the_heads_give(model, spec):
     captured, returned = CapturedActivations(), []
     attention = segment.blocks[1].get_submodule(adapter.attention)
     handle = attention.register_forward_hook(lambda module, args, output: returned.append(output))
-    with segment.listening(captured, CaptureSpec(attended=spec)):
+    with segment.listening(captured, CaptureSpec(attended=frozenset({1}))):
         run_blocks(adapter, [segment.blocks[1]], streams, context)
     handle.remove()
     paths = HeadPaths.of(adapter, model, 1, segment.blocks[1])
