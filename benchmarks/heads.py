@@ -122,7 +122,7 @@ def real_width(width: int, heads: int) -> dict[str, float]:
 
 @torch.no_grad()
 def alone(measured: Measured, known: Iterable[Replacement], blocks: list[int]) -> list[dict[str, Any]]:
-    """By kind and percent, what a replacement saves and costs in the mean of the blocks, and the error of all together."""
+    """By kind and percent, what a replacement saves and costs over the blocks, and the error of all together."""
     kinds = sorted({(type(r).__name__, r.detail) for r in known}, key=lambda kind: (kind[0], -kind[1]))
     rows = []
     for name, percent in kinds:

@@ -370,7 +370,8 @@ class Variants(Section):
     custom: dict[str, list[PlanItem]] = Field(
         default_factory=dict,
         description="name: list of replacements: intervals [u, v], blocks from 0, inclusive; text runs 'text:u-v'; "
-        "FFNs 'ffn:u' (linear) or 'ffn:u/50' (half of the hidden units); heads 'heads:u/50' (half of them); 'modulations'",
+        "FFNs 'ffn:u' (linear) or 'ffn:u/50' (half of the hidden units); heads 'heads:u/50' (half of them); "
+        "'modulations'",
     )
 
 

@@ -162,9 +162,9 @@ def _shaped(block: nn.Module, entry: Mapping[str, Any], pruned: Mapping[str, Any
     """Give a stock block the shape that its entry says.
 
     An entry may have: `heads`, those of its attention; `hidden`, by stream the hidden units of its FFN; `linear_ffn`,
-    the streams whose FFN is one residual linear map; `affine`, the streams with a map behind the block; `text_run`, `starts`, `inside` or `ends`,
-    and at its end `text_goes_on`; `streams`, those that are shaped, if not all. `teacher` names the teacher's blocks
-    that it stands for, and shapes nothing.
+    the streams whose FFN is one residual linear map; `affine`, the streams with a map behind the block; `text_run`,
+    `starts`, `inside` or `ends`, and at its end `text_goes_on`; `streams`, those that are shaped, if not all. `teacher`
+    names the teacher's blocks that it stands for, and shapes nothing.
     """
     given = {name: where for name, where in parts.items() if name in entry.get("streams", list(parts))}
     if heads := entry.get("heads"):

@@ -44,7 +44,7 @@ class Solutions:
         widths: Mapping[str, Iterable[int]],
         on_progress: Callable[[float], None] = lambda done: None,
     ):
-        """`on_progress(done)`: called often while units or heads are eliminated; 2.5: two eliminations, half of the third."""
+        """`on_progress(done)`: called often during eliminations; 2.5: two eliminations and half of the third."""
         self.moments, self.ridge, self.widths, self.on_progress = moments, ridge, widths, on_progress
         self._pruned: dict[str, dict[int, PrunedUnits]] = {}
         self._heads: dict[str, dict[int, PrunedGroups]] = {}
