@@ -284,7 +284,7 @@ class Job:
                 f"{missing}"
             )
         resources = Resources.of(workers, context.device, self.config)
-        resources.wait()
+        resources.wait(lambda sentence: context.events(0, phase=sentence))
         resources.wait_until_free(context.events)
 
 

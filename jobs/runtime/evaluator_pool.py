@@ -158,9 +158,13 @@ class EvaluatorPool:
         """
         needed = workers_of(context.config)
         resources = Resources.of(needed, context.device, context.config)
-        resources.wait()
+
+        def tell(sentence: str) -> None:
+            context.events(0, phase=sentence)
+
+        resources.wait(tell)
         self._exit = ExitStack()
-        self._watchdog = self._exit.enter_context(Watchdog("an evaluator", resources))
+        self._watchdog = self._exit.enter_context(Watchdog("an evaluator", resources, tell))
         actor = _EvaluatorActor.options(**({"num_gpus": 1} if context.device == "cuda" else {"num_cpus": 1}))
         self.actors = [actor.remote(self._watchdog.heartbeat) for _ in range(needed.number)]
         for evaluator in self.actors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import ray
 
@@ -19,6 +19,8 @@ from ppcl.errors import UserError
 _LAUNCHING = 4
 # Seconds between two looks at who uses what is waited for.
 _LOOK_EVERY = 5.0
+# What is said after a wait, until workers say how far they are.
+STARTING = "starting workers"
 
 
 def shortfall(workers: int, device: str, key: str) -> str | None:
@@ -89,17 +91,25 @@ class Resources:
         self._busy_since: float | None = None
         self._launching = 0.0
 
+    @property
+    def kind(self) -> str:
+        """The resource as Ray names it."""
+        return _kind(self.asked[1])
+
     @classmethod
     def of(cls, workers: Workers, device: str, config: Config) -> Resources:
         """Those of a stage's workers."""
         return cls(workers.number, device, workers.setting, config.worker_timeout_s, config.busy_timeout_s)
 
-    def enough(self) -> bool:
-        """Raises `UserError` once there have been too few for too long."""
+    def missing(self) -> str | None:
+        """What the cluster lacks, in words for the user; None where it has enough.
+
+        Raises `UserError` once there have been too few for too long.
+        """
         reason = shortfall(*self.asked)
         if reason is None:
             self.short_since = None
-            return True
+            return None
         now = time.monotonic()
         self.short_since = self.short_since or now
         if autoscaler.launching():
@@ -109,21 +119,34 @@ class Resources:
             or now - self.short_since > _LAUNCHING * self.worker_timeout_s
         ):
             raise UserError(f"{reason}; ask for fewer or add nodes")
-        return False
+        return f"waiting for nodes: {reason}"
 
-    def wait(self) -> None:
-        """Raises `UserError` as `enough` does."""
-        if self.enough():
+    def wait(self, tell: Callable[[str], None]) -> None:
+        """Wait for missing nodes; `tell` is called with what is missing. Raises `UserError` as `missing` does."""
+        if not self.missing():
             return
         workers, device, _ = self.asked
         with autoscaler.asked(bundles(workers, device)):
-            while not self.enough():
+            while sentence := self.missing():
+                tell(sentence)
                 time.sleep(1)
+        tell(STARTING)
+
+    def waits_for(self) -> str | None:
+        """What workers that have not all begun wait for, in words for the user: nodes, or what other jobs use.
+
+        None where this job can have what they need. Raises `UserError` as `missing` and `busy` do.
+        """
+        return self.missing() or self.busy()
+
+    def all_begun(self) -> None:
+        """The workers have what they need: the next wait is another one, with its whole limit."""
+        self._busy_since = None
 
     def wait_until_free(self, progress: Update) -> None:
         """Wait until no other job uses them; who does is the phase of `progress`. They are free, not reserved.
 
-        Raises `UserError` once they have been in use for too long, or as `enough` does.
+        Raises `UserError` once they have been in use for too long, or as `missing` does.
         """
         workers, device, _ = self.asked
         kind, needed = _kind(device), workers + _beside(device)
@@ -133,11 +156,11 @@ class Resources:
         # Ray gives a group all of it or nothing, in the order of the requests as far as it fits.
         with autoscaler.asked(bundles(workers, device)) as group:
             while not group.wait(min(_LOOK_EVERY, self.busy_timeout_s)):
-                if self.enough() and (sentence := self.busy()):
+                if sentence := self.waits_for():
                     progress(0, phase=sentence)
                     told = True
         if told:
-            progress(0, phase="starting workers")
+            progress(0, phase=STARTING)
 
     def busy(self) -> str | None:
         """What these workers wait for and who uses it, in words for the user; None where this job can have it, or does.

@@ -43,9 +43,10 @@ def usage(kind: str) -> Usage:
         group = gcs_pb2.PlacementGroupTableData.FromString(record)
         if group.state == group.CREATED:
             by_job[group.creator_job_id.hex()] += sum(bundle.unit_resources.get(kind, 0) for bundle in group.bundles)
-    for record in accessor.get_actor_table(None, "ALIVE"):
+    # One whose constructor runs has what it needs, and a worker's address with it.
+    for record in [*accessor.get_actor_table(None, "ALIVE"), *accessor.get_actor_table(None, "PENDING_CREATION")]:
         actor = gcs_pb2.ActorTableData.FromString(record)
-        if not actor.placement_group_id:  # else the group counts
+        if actor.address.worker_id and not actor.placement_group_id:  # else the group counts
             by_job[actor.job_id.hex()] += actor.required_resources.get(kind, 0)
     used = ray.cluster_resources().get(kind, 0) - ray.available_resources().get(kind, 0)
     return Usage({job: amount for job, amount in by_job.items() if amount > 0}, max(0.0, used - by_job.total()))

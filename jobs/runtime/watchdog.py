@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -20,11 +20,13 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.failures import WorkerLost
-from jobs.runtime.resources import Resources
+from jobs.runtime.resources import STARTING, Resources
 
 # Seconds between two heartbeats, and between two looks at them; less where the worker_timeout_s is short.
 _EVERY = 5.0
 _A_TASK = 60.0
+# Heartbeats that one may miss and still count as begun.
+_MISSED = 3
 
 
 class Process(NamedTuple):
@@ -47,6 +49,10 @@ class _Heartbeats:
     def silent(self, seconds: float) -> list[Process]:
         """Those that were not heard of for so long."""
         return [process for process, last in self.heard.items() if time.monotonic() - last > seconds]
+
+    def alive(self, seconds: float) -> int:
+        """How many were heard of within so long."""
+        return len(self.heard) - len(self.silent(seconds))
 
     def drop(self, process: Process) -> None:
         self.heard.pop(process, None)
@@ -90,14 +96,16 @@ def _kill(process: Process) -> bool:
 
 
 class Watchdog:
-    """Watches the actors of one stage: `with Watchdog("an evaluator", resources) as watchdog`.
+    """Watches the actors of one stage: `with Watchdog("an evaluator", resources, tell) as watchdog`.
 
-    Actors are given `watchdog.heartbeat`. An error that ends the block after an actor was killed becomes a `WorkerLost`
-    that says so.
+    Actors are given `watchdog.heartbeat`. `tell` is called with what they wait for while some have not begun, because
+    nodes are missing or other jobs use what they need. An error that ends the block after an actor was killed becomes a
+    `WorkerLost` that says so.
     """
 
-    def __init__(self, who: str, resources: Resources):
-        self.who, self.resources = who, resources
+    def __init__(self, who: str, resources: Resources, tell: Callable[[str], None]):
+        self.who, self.resources, self._tell = who, resources, tell
+        self._told = False
         self.every = min(_EVERY, resources.worker_timeout_s / 4)
         # On this node: another's loss must not take it away while the actors go on.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -106,8 +114,11 @@ class Watchdog:
         self.tried: set[Process] = set()
 
     def look(self) -> None:
-        """Kill those that have been silent for too long. Raises `UserError` where resources were short for as long."""
-        self.resources.enough()
+        """Kill those that have been silent for too long, and tell what those that have not begun wait for.
+
+        Raises `UserError` where resources were short, or in use, for too long.
+        """
+        self._tell_wait()
         nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         for process in ray.get(self.heartbeat.heartbeats.silent.remote(self.resources.worker_timeout_s)):
             if process.node in nodes and self._killed(process):
@@ -115,6 +126,18 @@ class Watchdog:
                     f"{self.who} (process {process.number} on {nodes[process.node]}) sent no heartbeat for "
                     f"{self.resources.worker_timeout_s:.0f} s, the configuration's worker_timeout_s"
                 )
+
+    def _tell_wait(self) -> None:
+        if ray.get(self.heartbeat.heartbeats.alive.remote(_MISSED * self.every)) >= self.resources.asked[0]:
+            sentence = self.resources.missing()
+            self.resources.all_begun()
+        else:
+            sentence = self.resources.waits_for()
+        if sentence:
+            self._tell(sentence)
+        elif self._told:
+            self._tell(STARTING)
+        self._told = sentence is not None
 
     def _killed(self, process: Process) -> bool:
         """Whether it was killed; one that could not be, this time, is tried again at the next look."""
@@ -151,6 +174,8 @@ class Watchdog:
             except queue.Empty:
                 continue
             if kind == "row":
+                # Who gets it says how far the work is.
+                self._told = False
                 yield value
             elif kind == "error":
                 raise value

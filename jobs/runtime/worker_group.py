@@ -53,7 +53,7 @@ def run_worker_group(
     a rank's `UserError`, or where the places stay too few; anything else a rank raises comes through as Ray Train tells
     it.
     """
-    places.wait()
+    places.wait(lambda sentence: progress(0, 0, {}, phase=sentence))
     # On this node: another's loss must not take it away while the ranks go on.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = _ProgressActor.options(scheduling_strategy=here).remote()
@@ -141,7 +141,7 @@ def _follow(training: _Training, board: Any, places: Resources, progress: Progre
             # A node whose loss was not known yet may be missing now, or another job may have been faster, and Ray
             # Train would wait for ever.
             looked = time.monotonic()
-            if places.enough() and (sentence := places.busy()):
+            if sentence := places.waits_for():
                 progress(0, 0, {}, phase=sentence)
     return refusal
 

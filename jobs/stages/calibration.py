@@ -71,10 +71,14 @@ def run(context: StageContext) -> dict[str, Any]:
     sizes = _write_batches(config, work.embeddings / _BATCHES)
     count = sum(sizes.values())
     to_encode = {NEGATIVE: 0, **sizes}
-    number, setting, least = workers(config)
-    resources = Resources(least or number, context.device, setting, config.worker_timeout_s)
-    resources.wait()
-    with Watchdog("a worker of calibration", resources) as watchdog:
+    # One is enough; see `workers`.
+    resources = Resources.of(workers(config)._replace(number=1), context.device, config)
+
+    def tell(sentence: str) -> None:
+        progress(0, phase=sentence)
+
+    resources.wait(tell)
+    with Watchdog("a worker of calibration", resources, tell) as watchdog:
         _make(_Encoder, work, to_encode, watchdog, lambda done: progress(done, 2 * count))
         batch_files.publish(work.embeddings, _names(to_encode), folder / dataset.PROMPTS)
         _make(_Sampler, work, sizes, watchdog, lambda done: progress(count + done, 2 * count))

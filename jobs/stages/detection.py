@@ -12,6 +12,8 @@ from typing import Any
 import ray
 
 from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, offload_of
+from jobs.runtime.resources import Resources
+from jobs.runtime.tasks import task_results
 from jobs.stage import Stage, StageContext, Workers
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
@@ -61,7 +63,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Find the redundant intervals, text runs and FFNs; writes `detection.json`."""
     config = context.config
     probes = context.inputs["probes"]
-    run_tasks = _RayTasks(probes, context.device)
+    run_tasks = _RayTasks(context)
     tables = similarity_tables(
         probes.folder, _block_ranges(context), config.detection, config.width, context.events, run_tasks, context.device
     )
@@ -142,21 +144,25 @@ class _RayTasks:
     What a core does in seconds is done here: workers take longer to start.
     """
 
-    def __init__(self, probes: StageFiles, device: str):
-        self.probes = probes
-        self.remote = ray.remote(_rows).options(num_cpus=1, num_gpus=1 if device == "cuda" else 0, name="detection")
+    def __init__(self, context: StageContext):
+        self.probes, self.progress = context.inputs["probes"], context.events
+        # A task at a time is enough.
+        self.resources = Resources.of(workers(context.config)._replace(number=1), context.device, context.config)
+        gpus = 1 if context.device == "cuda" else 0
+        self.remote = ray.remote(_rows).options(num_cpus=1, num_gpus=gpus, name="detection")
 
     def __call__(self, tasks: Sequence[Task]) -> Iterator[dict[int, list[Similarity | None]]]:
         tables = {(task.spec.stream, task.rows, task.spec.standardize): task.spec for task in tasks}
         if sum(spec.multiplications for spec in tables.values()) < _WORTH_A_TASK:
             yield from run_here([replace(task, spec=replace(task.spec, device="cpu")) for task in tasks])
             return
-        for reference in [self.remote.remote(self.probes, task) for task in tasks]:
-            yield ray.get(reference)
+        calls = [(lambda begun, task=task: self.remote.remote(begun, self.probes, task)) for task in tasks]
+        yield from task_results(calls, self.resources, lambda sentence: self.progress(0, phase=sentence))
 
 
-def _rows(probes: StageFiles, task: Task) -> dict[int, list[Similarity | None]]:
+def _rows(begun: Any, probes: StageFiles, task: Task) -> dict[int, list[Similarity | None]]:
     """On a worker: the files are fetched once a node."""
+    begun.set.remote()
     return replace(task, spec=replace(task.spec, folder=probes.fetch().folder))()
 
 

@@ -46,12 +46,12 @@ def _waited_for(workers, worker_timeout_s):
 
     refuse_impossible([(workers, "probes.workers")], "cpu")
     assert shortfall(workers, "cpu", "probes.workers")
-    Resources(workers, "cpu", "probes.workers", worker_timeout_s).wait()
+    Resources(workers, "cpu", "probes.workers", worker_timeout_s).wait(lambda sentence: None)
     return number("CPU"), {group["state"] for group in ray.util.placement_group_table().values()}
 
 
 def _wait(*asked):
-    Resources(*asked).wait()
+    Resources(*asked).wait(lambda sentence: None)
 
 
 def _device(device):

@@ -15,7 +15,7 @@ PATIENCE = 6.0
 
 @pytest.fixture
 def watchdog(ray_cluster):
-    with Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watchdog:
+    with Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE), lambda sentence: None) as watchdog:
         yield watchdog
 
 
@@ -51,7 +51,7 @@ def test_an_actor_that_is_stopped_is_killed_and_told(ray_cluster):
     )
     with (
         pytest.raises(RuntimeError, match=told),
-        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watchdog,
+        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE), lambda sentence: None) as watchdog,
     ):
         list(watchdog.results(made(ray_cluster, worker(ray_cluster, watchdog.heartbeat, "constructor"))))
 
@@ -79,7 +79,7 @@ def test_one_that_works_for_longer_than_the_patience_is_left_alone_and_one_that_
 def test_a_users_mistake_stays_what_it_is(ray_cluster):
     with (
         pytest.raises(UserError, match="mistake"),
-        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE)) as watchdog,
+        Watchdog("a worker", Resources(1, "cpu", "workers", PATIENCE), lambda sentence: None) as watchdog,
     ):
         watchdog.killed.append("a worker sent no heartbeat")
         raise UserError("mistake")
@@ -87,5 +87,8 @@ def test_a_users_mistake_stays_what_it_is(ray_cluster):
 
 def test_places_that_are_gone_end_the_waiting(ray_cluster):
     told = "workers asks for 99 workers, but the cluster has 4 CPUs, of which 3 can be used by workers"
-    with pytest.raises(UserError, match=told), Watchdog("a worker", Resources(99, "cpu", "workers", 2.0)) as watchdog:
+    with (
+        pytest.raises(UserError, match=told),
+        Watchdog("a worker", Resources(99, "cpu", "workers", 2.0), lambda sentence: None) as watchdog,
+    ):
         list(watchdog.results(made(ray_cluster, worker(ray_cluster, watchdog.heartbeat), seconds=60)))

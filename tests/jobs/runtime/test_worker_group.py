@@ -60,10 +60,7 @@ class _Taken:
     def __init__(self):
         self.answers = iter([None, "waiting for 4 GPUs; 8 exist, 6 are in use by tasks"])
 
-    def enough(self):
-        return True
-
-    def busy(self):
+    def waits_for(self):
         for answer in self.answers:
             return answer
         raise UserError("waited 3600 s for them")

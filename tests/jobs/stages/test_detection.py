@@ -3,21 +3,23 @@
 import json
 
 from jobs.stages import detection
-from ppcl.config.schema import Detection, Width
+from ppcl.config.schema import Config, Detection, Width
 from ppcl.storage.manifest import StageFiles
 from tests.ppcl.detection.test_detect import bent, write_stack
+from tests.stage_context import context
 
 BLOCKS = 6
 
 
-def test_tasks_on_ray_make_the_tables_that_one_process_makes(tmp_path, monkeypatch, ray_cluster):
+def test_tasks_on_ray_make_the_tables_that_one_process_makes(tmp_path, monkeypatch, ray_cluster, teacher_folder):
     (tmp_path / "probes").mkdir()
     write_stack(tmp_path / "probes", [bent(seed, 0.5) for seed in range(BLOCKS)])
     files = StageFiles(tmp_path / "probes", tuple(sorted(path.name for path in (tmp_path / "probes").iterdir())))
+    config = Config(teacher=teacher_folder, prompts=tmp_path / "prompts.txt")
     tables, counts = {}, []
     for name, least in (("here", float("inf")), ("tasks", 0.0)):
         monkeypatch.setattr(detection, "_WORTH_A_TASK", least)
-        run = detection._RayTasks(files, "cpu")
+        run = detection._RayTasks(context(config, tmp_path / "detection", probes=tmp_path / "probes"))
         tables[name] = detection.similarity_tables(
             files.folder, [range(BLOCKS)], Detection(), Width(), lambda *done: counts.append(done), run
         )
