@@ -237,15 +237,16 @@ class Job:
 
     def _check_memory(self, stages: Iterable[Stage], device: str) -> None:
         """Check that the workers of the stages that have no result yet fit the devices. Raises `UserError`."""
-        from jobs.runtime.device_memory import largest_memory  # imports Ray, see `run`
+        from jobs.runtime.device_memory import places  # imports Ray, see `run`
         from ppcl.sizing.fit import check_fits
 
         waiting = {
             stage.name for stage in stages if stage.enabled(self.config) and self.artifacts.record(stage.name) is None
         }
-        memory = largest_memory(device) if waiting else None
-        if memory is not None:
-            check_fits(self._size(device, memory), memory, waiting)
+        found = places(device) if waiting else []
+        if found:
+            largest = max(place.memory for place in found)
+            check_fits(self._size(device, largest), found, waiting)
 
     def _check_scorers(self) -> None:
         """Try the scorers, unless they have scored this result already. Raises `UserError`."""
@@ -255,7 +256,7 @@ class Job:
         if record is None or record.info.get("scorers") != scorer_settings(self.config):
             try_scorers(self.config, self.reporter.say)
 
-    def _size(self, device: str, memory: int) -> JobSize:
+    def _size(self, device: str, memory: float) -> JobSize:
         import torch
 
         from ppcl.sizing.device import Device

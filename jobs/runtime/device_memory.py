@@ -9,29 +9,35 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ppcl.sizing.fit import Place
+
 # Seconds in which a node must have answered; without an answer nothing is known of it.
 _PATIENCE = 60.0
 _MEGABYTE = 1 << 20
 
 
-def largest_memory(device: str) -> int | None:
-    """Bytes of the largest GPU of the cluster, or of the largest node where workers use CPUs.
+def places(device: str) -> list[Place]:
+    """The largest GPU of each node of the cluster, or the nodes where workers use CPUs.
 
-    None where there is none yet, or where nobody can tell.
+    Empty where there is none yet, or where nobody can tell.
     """
     kind = "GPU" if device == "cuda" else "CPU"
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind)]
+    nodes = {
+        node["NodeID"]: int(node["Resources"][kind])
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get(kind)
+    }
     measure = _gpu_bytes if device == "cuda" else _node_bytes
     here = ray.get_runtime_context().get_node_id()
-    asked = [_on(node, measure) for node in nodes if node != here]
-    done, _ = ray.wait(asked, num_returns=len(asked), timeout=_PATIENCE) if asked else ([], [])
-    found = [measure()] if here in nodes else []
+    asked = {_on(node, measure): node for node in nodes if node != here}
+    done, _ = ray.wait([*asked], num_returns=len(asked), timeout=_PATIENCE) if asked else ([], [])
+    found = {here: measure()} if here in nodes else {}
     for answer in done:
         try:
-            found.append(ray.get(answer))
+            found[asked[answer]] = ray.get(answer)
         except ray.exceptions.RayError:  # the node left
             continue
-    return max((size for size in found if size), default=None)
+    return [Place(size, None if kind == "GPU" else nodes[node]) for node, size in found.items() if size]
 
 
 def _on(node: str, measure: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
@@ -51,43 +51,94 @@ _LEVERS: dict[str, _Levers] = {
     ),
     "evaluation": _EVALUATOR,
 }
+_FEWER_EVALUATORS: _Levers = (("evaluation.workers", _FEWER, "{} or less"),)
+_FEWER_REPLICAS: _Levers = (("distillation.data_parallel", _FEWER, "{} or less"),)
+# On CPUs, before those: fewer workers that share a node, by stage and worker.
+_SHARING: dict[str, _Levers] = {
+    "calibration encoder": (("calibration.workers", _FEWER, "{} or less"),),
+    "calibration sampler": (("calibration.workers", _FEWER, "{} or less"),),
+    "probes rank": (("probes.workers", _FEWER, "{} or less"),),
+    "detection evaluator": (("detection.workers", _FEWER, "{} or less"),),
+    "screening rank": _FEWER_REPLICAS,
+    "selection evaluator": _FEWER_EVALUATORS,
+    "students rank": _FEWER_REPLICAS,
+    "variants evaluator": _FEWER_EVALUATORS,
+    "finetuning rank": (("finetuning.data_parallel", _FEWER, "{} or less"),),
+    "evaluation evaluator": _FEWER_EVALUATORS,
+    "evaluation coordinator": (("evaluation.max_prompts", (1000, 100, 10), "{} or less"),),
+}
 
 
-def too_large(workers: Sequence[WorkerSize], memory: float) -> list[WorkerSize]:
-    """The workers of whom a device with `memory` bytes holds none."""
-    return [worker for worker in workers if worker.device_bytes > USABLE * memory]
+class Place(NamedTuple):
+    """What workers have to fit: a GPU, which one worker has alone, or a node where they use CPUs.
+
+    `memory`: its bytes. `cpus`: of a node; each worker takes one, and Ray fills a node before the next. None: so many
+    that all workers of a stage share it.
+    """
+
+    memory: float
+    cpus: int | None = None
+
+    def fits(self, job: JobSize, worker: WorkerSize) -> bool:
+        return self.needed(job, worker) <= USABLE * self.memory
+
+    def sharing(self, job: JobSize, worker: WorkerSize) -> int:
+        """The most workers of this kind that are there at once."""
+        if not job.cpu:
+            return 1
+        return worker.count if self.cpus is None else max(1, min(worker.count, self.cpus))
+
+    def needed(self, job: JobSize, worker: WorkerSize) -> int:
+        """Bytes; on a node each that shares it counts as the fullest one."""
+        return self.sharing(job, worker) * bytes_of(job, worker)
 
 
-def refusal(job: JobSize, worker: WorkerSize, memory: float) -> str:
-    """Why a worker does not fit a device of `memory` bytes and what to do, as one sentence."""
-    largest = max(worker.device, key=lambda part: worker.device[part])
-    kind = "node" if job.cpu else "GPU"
+def bytes_of(job: JobSize, worker: WorkerSize) -> int:
+    """What one worker needs of its GPU; on a CPU, of the node, where both memories are the process's."""
+    return worker.device_bytes + (worker.host_bytes if job.cpu else 0)
+
+
+def too_large(job: JobSize, workers: Sequence[WorkerSize], place: Place) -> list[WorkerSize]:
+    """The workers that a place does not hold."""
+    return [worker for worker in workers if not place.fits(job, worker)]
+
+
+def refusal(job: JobSize, worker: WorkerSize, place: Place) -> str:
+    """Why workers do not fit a place and what to do, as one sentence."""
+    parts = {**worker.device, **(worker.host if job.cpu else {})}
+    largest = max(parts, key=lambda part: parts[part])
+    shared = place.sharing(job, worker)
+    share = f", {shared} of them share a node" if shared > 1 else ""
     return (
-        f"{worker.stage} needs {worker.device_bytes / 1e9:.3g} GB for each {worker.worker}, most of it for its "
-        f"{largest}, and the largest {kind} here has {memory / 1e9:.3g} GB, of which nine tenths are usable; "
-        f"{advice(job, worker, memory)}"
+        f"{worker.stage} needs {bytes_of(job, worker) / 1e9:.3g} GB for each {worker.worker}, most of it for its "
+        f"{largest}{share}, and the largest {'node' if job.cpu else 'GPU'} here has {place.memory / 1e9:.3g} GB, of "
+        f"which nine tenths are usable; {advice(job, worker, place)}"
     )
 
 
-def advice(job: JobSize, worker: WorkerSize, memory: float) -> str:
-    """The least change of the configuration by which a worker fits; where none does, the memory that it needs."""
-    least = worker.device_bytes
-    for changes in _changes(worker):
+def advice(job: JobSize, worker: WorkerSize, place: Place) -> str:
+    """The least change of the configuration by which workers fit; where none does, the memory that they need."""
+    least = place.needed(job, worker)
+    for changes in _changes(worker, job.cpu):
         found = _with(job, changes, worker)
         if found is None:
             continue
-        least = min(least, found.device_bytes)
-        if not too_large([found], memory):
+        least = min(least, place.needed(job, found))
+        if place.fits(job, found):
             return "set " + " and ".join(f"{key} to {words.format(value)}" for key, value, words in changes)
-    return f"no setting makes it fit; use devices of {math.ceil(least / USABLE / 1e9)} GB or more"
+    kind = "nodes" if job.cpu else "devices"
+    return f"no setting makes it fit; use {kind} of {math.ceil(least / USABLE / 1e9)} GB or more"
 
 
 Change = tuple[str, Any, str]
 
 
-def _changes(worker: WorkerSize) -> Iterator[list[Change]]:
+def _changes(worker: WorkerSize, cpu: bool) -> Iterator[list[Change]]:
     """What to try: each lever of a kind of worker alone, then the first two together."""
     own = _LEVERS.get(f"{worker.stage} {worker.worker}", _LEVERS[worker.stage])
+    if cpu:
+        # Weights that come and go would come from the same memory.
+        own = (*_SHARING.get(f"{worker.stage} {worker.worker}", ()), *(lever for lever in own if lever is not _OFFLOAD))
     levers = [[(key, value, words) for value in values] for key, values, words in own]
     for lever in levers:
         yield from ([change] for change in lever)
@@ -125,11 +176,12 @@ def _longest_pipeline(job: JobSize, config: Config) -> int:
     return longest_pipeline(job.model, assumed_shortlist(config.detection, job.model))
 
 
-def check_fits(job: JobSize, memory: float, stages: Collection[str]) -> None:
-    """Raise `UserError` where a worker of these stages does not fit a device of `memory` bytes."""
-    for worker in too_large(worker_sizes(job), memory):
-        if worker.stage in stages:
-            raise UserError(f"{refusal(job, worker, memory)}; --no-memory-check starts all the same")
+def check_fits(job: JobSize, places: Sequence[Place], stages: Collection[str]) -> None:
+    """Raise `UserError` where workers of these stages fit none of the places."""
+    for worker in worker_sizes(job):
+        if worker.stage in stages and not any(place.fits(job, worker) for place in places):
+            roomiest = max(places, key=lambda place: place.memory / place.sharing(job, worker))
+            raise UserError(f"{refusal(job, worker, roomiest)}; --no-memory-check starts all the same")
 
 
 def laid_out(config: Config, teacher: TeacherSize, gpus: int, interval: int) -> Config:
@@ -156,5 +208,7 @@ def laid_out(config: Config, teacher: TeacherSize, gpus: int, interval: int) -> 
 
 def job_sentences(job: JobSize, workers: Sequence[WorkerSize], memory: float) -> list[str]:
     """What does not fit and what to change, a sentence each; or that all fits."""
-    refused = [refusal(job, worker, memory) for worker in too_large(workers, memory)]
-    return refused or [f"every worker fits {memory / 1e9:.3g} GB, of which nine tenths are usable"]
+    place = Place(memory)
+    refused = [refusal(job, worker, place) for worker in too_large(job, workers, place)]
+    together = "all workers of a stage together fit" if job.cpu else "every worker fits"
+    return refused or [f"{together} {memory / 1e9:.3g} GB, of which nine tenths are usable"]
