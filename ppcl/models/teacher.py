@@ -35,6 +35,14 @@ _TRUSTED_LIBRARIES = ("diffusers", "transformers")
 EXPORTED_MODULE = "ppcl_transformer"
 
 
+def vae_shrinks_by(config: Mapping[str, Any]) -> int:
+    """The side of a latent in an image, pixels, by the VAE's `config.json`."""
+    # Of the two kinds of VAEs that the pipelines have.
+    if "temperal_downsample" in config:
+        return 2 ** len(config["temperal_downsample"])
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
 class Teacher:
     """A diffusers pipeline: its files, classes and adapter are checked, no weights are loaded yet.
 
@@ -205,12 +213,10 @@ class Teacher:
 
     def pixels_a_token(self) -> int:
         """The side of a token in an image, pixels: what the VAE shrinks by, times the patches of 2."""
-        vae = self._json("vae/config.json")
-        # Of the two kinds of VAEs that the pipelines have.
-        halvings = (
-            len(vae["temperal_downsample"]) if "temperal_downsample" in vae else len(vae["block_out_channels"]) - 1
-        )
-        return 2 * 2**halvings
+        return 2 * vae_shrinks_by(self.vae_config())
+
+    def vae_config(self) -> dict[str, Any]:
+        return self._json("vae/config.json")
 
     def component_parameters(self) -> dict[str, int]:
         """The parameters of the pipeline's other parts, by name, from the headers of their files alone."""

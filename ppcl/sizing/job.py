@@ -24,7 +24,8 @@ from ppcl.replacements import (
 from ppcl.search.shortlist import longest_chain, most_intervals
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import intervals
-from ppcl.sizing.model import Model, TeacherSize
+from ppcl.sizing.model import Model, SampleBytes, TeacherSize
+from ppcl.sizing.vae import VaeMemory
 
 # Blocks that one student replaces, before detection knows.
 ASSUMED_INTERVAL = 4
@@ -114,9 +115,9 @@ class JobSize:
     """What the sizes of a job are computed from.
 
     `model`: at the size of the configuration's images. `components`: by name, the parameters of the pipeline's other
-    parts. `prompts`: their number. `replacements`: those that are made. `device`: what workers run on.
-    `cpu`: that it is a CPU, where all is float32. `sides`: calls of the transformer a step, two with classifier-free
-    guidance; `sides_at_once`: of them, in one batch.
+    parts. `prompts`: their number. `replacements`: those that are made. `device`: what workers run on. `cpu`: that it
+    is a CPU, where all is float32. `sides`: calls of the transformer a step, two with classifier-free guidance;
+    `sides_at_once`: of them, in one batch. `vae`: what its calls take.
     """
 
     config: Config
@@ -128,6 +129,7 @@ class JobSize:
     cpu: bool = False
     sides: int = 1
     sides_at_once: int = 1
+    vae: VaeMemory = VaeMemory(SampleBytes(0, 0), SampleBytes(0, 0))
 
     @property
     def number(self) -> int:
@@ -308,4 +310,5 @@ def job_size(
         cpu=cpu,
         sides=2 if guided else 1,
         sides_at_once=at_once,
+        vae=VaeMemory.of(teacher.vae, config.sampling.height, config.sampling.width, teacher.model.dtype),
     )

@@ -372,13 +372,14 @@ def published() -> dict[str, dict[str, Any]]:
 class TeacherSize:
     """A teacher as far as sizes depend on it: `model`, and of the rest of its pipeline the class and the parameters.
 
-    `components`: by name, the parameters of the text encoders and of the VAE.
+    `components`: by name, the parameters of the text encoders and of the VAE. `vae`: its `config.json`.
     """
 
     model: Model
     adapter: ModelAdapter
     pipeline_class: str
     components: Mapping[str, int]
+    vae: Mapping[str, Any]
 
     @classmethod
     def of(cls, teacher: Teacher, height: int, width: int, dtype: torch.dtype = torch.bfloat16) -> TeacherSize:
@@ -394,16 +395,16 @@ class TeacherSize:
             dtype=dtype,
             pixels_a_token=pixels,
         )
-        return cls(model, adapter, teacher.pipeline_class, teacher.component_parameters())
+        return cls(model, adapter, teacher.pipeline_class, teacher.component_parameters(), teacher.vae_config())
 
     @classmethod
     def named(cls, name: str, height: int, width: int, dtype: torch.dtype = torch.bfloat16) -> TeacherSize:
         """Of a published model, or of a pipeline's folder or URL. Raises `UserError`."""
         if record := published().get(name.lower()):
-            known = {key: value for key, value in record.items() if key != "components"}
+            known = {key: value for key, value in record.items() if key not in ("components", "vae")}
             model = Model.of(**known, height=height, width=width, dtype=dtype)
             adapter = adapter_of(record["transformer"])
-            return cls(model, adapter, adapter.pipelines[0], record["components"])
+            return cls(model, adapter, adapter.pipelines[0], record["components"], record["vae"])
         try:
             teacher = Teacher(name)
         except UserError as error:

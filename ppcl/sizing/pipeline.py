@@ -18,9 +18,13 @@ Bytes = dict[str, int]
 
 @dataclass(frozen=True)
 class Loaded:
-    """The parts of the pipeline that a worker loads, and the bytes of its `activations`."""
+    """The parts of the pipeline that a worker loads, and the bytes of its `activations`.
+
+    `vae_call`: of those while the VAE encodes or decodes; then nothing else runs.
+    """
 
     activations: int
+    vae_call: int = 0
     encoders: bool = False
     vae: bool = True
     transformer: bool = False
@@ -36,10 +40,21 @@ def pipeline_memory(job: JobSize, loaded: Loaded) -> tuple[Bytes, Bytes]:
     modes = ["none"] if job.cpu else _MODES if offload == "auto" else [offload]
     held: Bytes = {}
     for mode in modes:
-        held = _on_device(job, loaded, mode) | {"activations": loaded.activations}
+        held = _fullest(job, loaded, mode)
         if sum(held.values()) <= USABLE * job.device.size:
             break
     return held, {} if mode == "none" else {"weights": _on_host(job, loaded)}
+
+
+def _fullest(job: JobSize, loaded: Loaded, mode: str) -> Bytes:
+    """Weights and activations at the fullest moment. Where weights come and go, none are there while the VAE runs."""
+    weights = _on_device(job, loaded, mode)
+    if mode == "none":
+        return weights | {"activations": max(loaded.activations, loaded.vae_call)}
+    running = weights | {"activations": loaded.activations}
+    rest = job.number * job.model.rest if loaded.transformer else 0
+    in_vae = {"VAE": weights.get("VAE", 0), "teacher": rest, "activations": loaded.vae_call}
+    return max(running, in_vae, key=lambda held: sum(held.values()))
 
 
 def _on_device(job: JobSize, loaded: Loaded, mode: str) -> Bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ppcl.sizing.job import JobSize, WorkerSize
 from ppcl.sizing.pipeline import Loaded, pipeline_memory
 
@@ -25,7 +27,11 @@ def workers(job: JobSize) -> list[WorkerSize]:
         seconds=job.compute_seconds(2 * job.encoders / job.number * model.text_tokens * job.prompts / count),
     )
     if settings.source == "images":
-        return [encoder]
+        device, host = pipeline_memory(job, Loaded(0, job.vae.encoding.of(batch), encoders=True))
+        return [
+            encoder,
+            replace(encoder, worker="sampler", device=device, host=host, written=job.samples * latents, seconds=None),
+        ]
     device, host = pipeline_memory(job, Loaded(job.forward_bytes(batch * job.sides_at_once), transformer=True))
     forwards = job.prompts * job.config.sampling.steps * job.sides
     sampler = WorkerSize(

@@ -145,7 +145,8 @@ def test_guidance_doubles_the_teachers_work(qwen):
 
 def test_weights_that_come_and_go_are_counted_as_they_are(qwen):
     def sizes(offload, size=80 * GB):
-        job = replace(job_of(qwen, memory={"offload": offload}), device=Device(size=size))
+        job = job_of(qwen, memory={"offload": offload}, evaluation={"batch_size": 4})
+        job = replace(job, device=Device(size=size))
         return [worker(job, *names) for names in (("calibration", "encoder"), ("evaluation", "evaluator"))]
 
     for none, model, group in zip(sizes("none"), sizes("model"), sizes("group"), strict=True):
