@@ -27,10 +27,13 @@ _SHARE = 0.8
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MARKS = "in-use"
 # Folders of the scratch folder whose members are removed as a whole; of others each file is removed alone.
-_WHOLE = ("snapshots", "checkpoints", "made")
+_MADE = "made"
+_WHOLE = ("snapshots", "checkpoints", _MADE)
 
 _marked: dict[Path, IO[str]] = {}
 _marking = threading.Lock()
+# Scratch folders from which this process has removed what others left.
+_swept: set[Path] = set()
 
 
 def scratch_folder() -> Path:
@@ -78,7 +81,18 @@ def scratch_bound(folder: Path) -> int:
 
 
 def keep_used(path: Path) -> None:
-    """Have `reserve` leave a file or folder of the scratch folder, and all in it, until this process ends."""
+    """Have `reserve` leave a file or folder of the scratch folder, and all in it, until this process ends.
+
+    The first call of a process removes the temporary folders of processes that are gone.
+    """
+    folder = scratch_folder()
+    if folder not in _swept:
+        _swept.add(folder)
+        _remove_orphans(folder)
+    _keep(path)
+
+
+def _keep(path: Path) -> None:
     with _marking:
         if path not in _marked and _marked.keys().isdisjoint(path.parents):
             mark = _mark(scratch_folder(), path)
@@ -93,17 +107,36 @@ def keep_used(path: Path) -> None:
 
 @contextlib.contextmanager
 def private_temporary() -> Iterator[Path]:
-    """A new folder in the scratch folder, for the length of a `with` block."""
-    made = scratch_folder() / "made"
+    """A new folder in the scratch folder, for the length of a `with` block; those of killed processes are removed."""
+    folder = scratch_folder()
+    made = folder / _MADE
     made.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made) as temporary:
-        keep_used(Path(temporary))
-        try:
-            yield Path(temporary)
-        finally:
-            if mark := _marked.pop(Path(temporary), None):
-                Path(mark.name).unlink(missing_ok=True)
-                mark.close()
+    _remove_orphans(folder)
+    with contextlib.ExitStack() as until_end:
+        # Nobody else sees it without its mark.
+        with _one_at_a_time(folder):
+            temporary = Path(until_end.enter_context(tempfile.TemporaryDirectory(dir=made)))
+            _keep(temporary)
+        until_end.callback(_let_go, temporary)
+        yield temporary
+
+
+def _let_go(path: Path) -> None:
+    if mark := _marked.pop(path, None):
+        Path(mark.name).unlink(missing_ok=True)
+        mark.close()
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Remove temporary folders whose process has ended without doing so; one without a mark may still be used."""
+    with contextlib.suppress(OSError):
+        left = [path for path in (folder / _MADE).iterdir() if _mark(folder, path).exists()]
+        if not left:
+            return
+        with _one_at_a_time(folder):
+            for path in left:
+                if path not in _marked and _removed(folder, path):
+                    _mark(folder, path).unlink(missing_ok=True)
 
 
 def reserve(path: Path, size: int, what: str) -> None:

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -157,6 +158,33 @@ def test_many_files_of_one_folder_take_one_mark(scratch):
         mirror(f"s3://b/run/states/{number}.parquet", is_file=True)
     mirror("s3://b/run/states")
     assert len(os.listdir("/proc/self/fd")) == before + 1
+
+
+MAKE = (
+    "import sys, pathlib; from ppcl.storage.scratch import private_temporary\n"
+    "with private_temporary() as folder:\n"
+    "    (folder / 'large').write_text('content')\n"
+    "    print(folder, flush=True)\n"
+    "    sys.stdin.read()"
+)
+
+
+@pytest.mark.parametrize("next_use", ["temporary", "download"])
+def test_temporary_folders_of_killed_processes_go_at_the_next_use_and_those_of_others_stay(scratch, next_use):
+    makers = [subprocess.Popen([sys.executable, "-c", MAKE], stdin=-1, stdout=-1, text=True) for _ in range(2)]
+    killed, running = (Path(maker.stdout.readline().strip()) for maker in makers)
+    makers[0].kill()
+    makers[0].wait()
+    assert (killed / "large").exists() and len(list((scratch / "in-use").iterdir())) == 2
+    if next_use == "temporary":
+        with private_temporary() as own:
+            assert {path.name for path in (scratch / "made").iterdir()} == {running.name, own.name}
+    else:
+        keep_used(scratch / "ppcl-mirror/b")
+    assert not killed.exists() and (running / "large").exists()
+    makers[1].stdin.close()
+    assert makers[1].wait() == 0 and not running.exists()
+    assert len(list((scratch / "in-use").iterdir())) == (next_use == "download")
 
 
 def test_a_temporary_folder_stays_while_it_is_used_and_leaves_no_mark(scratch):
