@@ -6,7 +6,7 @@ import shutil
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ppcl.config.location import Location
@@ -68,8 +68,9 @@ def _on_disk(to: Path, name: str | None) -> Iterator[Destination]:
     if to.exists() and not to.is_dir():
         raise UserError(f"{to} is a file; give --to a folder")
     working = to.parent / f".{to.name}.{uuid.uuid4().hex[:12]}{PARTIAL}"
-    working.mkdir(parents=True)
+    missing = [folder for folder in (to, *to.parents) if not folder.exists()]
     try:
+        working.mkdir(parents=True)
         yield _Folder(working)
         if name:
             to.mkdir(exist_ok=True)
@@ -81,6 +82,10 @@ def _on_disk(to: Path, name: str | None) -> Iterator[Destination]:
             working.rename(to)
     except BaseException:
         shutil.rmtree(working, ignore_errors=True)
+        # Those that were made here, the deepest first; one in which somebody has put something stays.
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 

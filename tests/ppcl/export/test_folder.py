@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ppcl.config.location import Location
 from ppcl.errors import UserError
 from ppcl.export import export_folder
+from ppcl.export.destination import destination
 from ppcl.export.tensor_writer import TensorFile
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Plan
@@ -149,6 +151,26 @@ def test_a_disk_that_fills_up_leaves_nothing(made, tmp_path, monkeypatch):
     monkeypatch.setattr(TensorFile, "write", full)
     with pytest.raises(OSError, match="No space left"):
         export_folder(made, "stock", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        export_folder(made, "stock", tmp_path / "mine" / "new" / "deeper" / "out")
+    # The folders above it that were made for it go, too, and those that were there stay.
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_a_folder_that_somebody_else_put_something_in_stays(tmp_path):
+    to = Location.of(tmp_path / "new" / "out")
+    with pytest.raises(RuntimeError, match="failed"), destination(to, "model.safetensors"):
+        (tmp_path / "new" / "other").write_text("content")
+        raise RuntimeError("failed")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["other"]
+
+
+def test_a_single_file_that_fails_leaves_no_folder(tmp_path):
+    to = Location.of(tmp_path / "new" / "out")
+    with pytest.raises(FileNotFoundError), destination(to, "model.safetensors", single=True):
+        pass  # the file is never made, so it cannot be put in its place
     assert not list(tmp_path.iterdir())
 
 
