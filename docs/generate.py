@@ -17,9 +17,10 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from jobs.cli.main import app
-from jobs.cli.plan import PROMPTS, default_config
+from jobs.cli.plan import default_config
 from ppcl.config.loading import Section
 from ppcl.config.location import Location
+from ppcl.config.plan_defaults import BATCH, GPUS, INTERVAL, PROMPTS
 from ppcl.config.schema import Config
 from ppcl.sizing import Device, layouts
 from ppcl.sizing.fit import laid_out
@@ -210,15 +211,14 @@ def sizing_page(text: str) -> str:
 
 def _layouts(name: str) -> tuple[list[str], list[list[str]]]:
     model = model_of(name, 1024, 1024)
-    gpus = (1, 2, 4, 8, 16, 32, 64)
-    return list(LAYOUT_COLUMNS), rows_of(list(layouts(model, intervals(model, 4), 16, gpus)))
+    return list(LAYOUT_COLUMNS), rows_of(list(layouts(model, intervals(model, INTERVAL), BATCH, GPUS)))
 
 
 def _stages(name: str, gpus: int) -> tuple[list[str], list[list[str]]]:
     """What `ppcl plan NAME --stages --gpus GPUS` prints."""
     teacher = TeacherSize.named(name, 1024, 1024)
-    config = laid_out(default_config([], (1024, 1024)), teacher, gpus, 4)
-    return list(JOB_COLUMNS), job_rows(worker_sizes(job_size(config, teacher, PROMPTS, 4, Device())))
+    config = laid_out(default_config([], (1024, 1024)), teacher, gpus, INTERVAL)
+    return list(JOB_COLUMNS), job_rows(worker_sizes(job_size(config, teacher, PROMPTS, INTERVAL, Device())))
 
 
 PAGES = {"configuration.md": configuration_page, "commands.md": commands_page}

@@ -22,6 +22,7 @@ from jobs.progress import Reporter, duration
 from jobs.stage import JobIdentity, Stage, StageContext, prompts_hash, stages_for
 from jobs.tracking.listener import tracked, trackers_of
 from ppcl.calibration.prompts import check_prompts, count_prompts
+from ppcl.config.plan_defaults import INTERVAL
 from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
 from ppcl.evaluation.suites import configured_prompts
@@ -260,7 +261,7 @@ class Job:
         import torch
 
         from ppcl.sizing.device import Device
-        from ppcl.sizing.job import ASSUMED_INTERVAL, job_size
+        from ppcl.sizing.job import job_size
         from ppcl.sizing.model import TeacherSize
 
         config, cpu = self.config, device == "cpu"
@@ -269,7 +270,7 @@ class Job:
             self.teacher, sampling.height, sampling.width, torch.float32 if cpu else torch.bfloat16
         )
         prompts = count_prompts(config.prompts, calibration.prompt_column, calibration.max_prompts)
-        return job_size(config, teacher, prompts, ASSUMED_INTERVAL, Device(size=memory), cpu)
+        return job_size(config, teacher, prompts, INTERVAL, Device(size=memory), cpu)
 
     def _wait_for_resources(self, stage: Stage, context: StageContext) -> None:
         """Wait for missing nodes, then for other jobs that use what the stage needs. Raises `UserError`."""

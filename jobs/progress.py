@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from jobs.events import PRINT_EVENTS, Event, Kind, event_line
+from jobs.events import PRINT_EVENTS, Event, event_line
 from ppcl.storage.manifest import EVENTS
 
 # Seconds between two lines of the same stage in the log, with or without news.
@@ -131,26 +131,26 @@ class Reporter:
         with self._lock:
             self._print(message)
             self._write(message)
-            self._emit("message", message=message)
+            self._emit(Event("message", _now(), message=message))
 
     def skipped(self, name: str, index: int = 1, stages: int = 1) -> None:
         """A stage whose result is there and intact."""
         with self._lock:
             self._print(f"{name}: complete, skipped")
             self._write(f"{name}: complete, skipped")
-            self._emit("stage_skipped", stage=name, index=index, stages=stages)
+            self._emit(Event("stage_skipped", _now(), stage=name, index=index, stages=stages))
 
     def job_done(self, report: str) -> None:
         """The job's last event; it says nothing on the console."""
-        self._emit("job_done", message=report)
+        self._emit(Event("job_done", _now(), message=report))
 
     def job_failed(self, error: str) -> None:
         """The job's last event; it says nothing on the console."""
-        self._emit("job_failed", message=error)
+        self._emit(Event("job_failed", _now(), message=error))
 
     def job_stopped(self) -> None:
         """The job's last event where its user ended it; it says nothing on the console."""
-        self._emit("job_stopped")
+        self._emit(Event("job_stopped", _now()))
 
     @contextmanager
     def stage(self, name: str, what: str, index: int = 1, stages: int = 1) -> Iterator[Update]:
@@ -160,7 +160,7 @@ class Reporter:
         with self._lock:
             self._write(beginning)
             self._print_line(beginning)
-            self._emit("stage_started", stage=name, index=index, stages=stages, message=what)
+            self._emit(Event("stage_started", _now(), stage=name, index=index, stages=stages, message=what))
         with self._live_line(progress) as show:
             yield self._update_of(progress, show)
         self._finish(progress)
@@ -223,13 +223,13 @@ class Reporter:
             self._write(line)
             if progress.loss is not None:
                 self._emit_progress(progress)
-            self._emit(
-                "stage_done", stage=progress.name, index=progress.index, stages=progress.stages, loss=progress.loss
-            )
+            done = Event("stage_done", _now(), progress.name, progress.index, progress.stages, loss=progress.loss)
+            self._emit(done)
 
     def _emit_progress(self, progress: StageProgress) -> None:
-        self._emit(
+        event = Event(
             "progress",
+            _now(),
             stage=progress.name,
             index=progress.index,
             stages=progress.stages,
@@ -238,26 +238,10 @@ class Reporter:
             total=progress.total,
             seconds_left=progress.seconds_left,
             loss=progress.loss,
-            values=progress.values,
         )
+        self._emit(event, progress.values)
 
-    def _emit(
-        self,
-        kind: Kind,
-        *,
-        stage: str | None = None,
-        index: int | None = None,
-        stages: int | None = None,
-        phase: str | None = None,
-        done: int | None = None,
-        total: int | None = None,
-        seconds_left: float | None = None,
-        loss: float | None = None,
-        message: str | None = None,
-        values: Mapping[str, float] | None = None,
-    ) -> None:
-        now = datetime.now().astimezone().isoformat(timespec="milliseconds")
-        event = Event(kind, now, stage, index, stages, phase, done, total, seconds_left, loss, message)
+    def _emit(self, event: Event, values: Mapping[str, float] | None = None) -> None:
         with self._lock:
             with open(self.events, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event.to_json()) + "\n")
@@ -298,6 +282,10 @@ def _bar(console: Console, progress: StageProgress) -> Progress:
         refresh_per_second=2,
         disable=not console.is_terminal,
     )
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
 def _mean(mean: float | None, value: float) -> float:

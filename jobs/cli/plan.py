@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.cli.shared import out
+from ppcl.config.plan_defaults import BATCH, GPUS, INTERVAL, PROMPTS
 from ppcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
     from ppcl.sizing import Device
     from ppcl.sizing.job import JobSize
 
-_GPUS = "1,2,4,8,16,32,64"
-# Prompts of a job whose prompt file is not known.
-PROMPTS = 1000
+_GPUS = ",".join(map(str, GPUS))
 # Of fine-tuning, which is off by default.
 _PAPERS_STEPS = 1000
 
@@ -34,9 +33,9 @@ def plan(
         str | None,
         typer.Option(help=f"numbers of GPUs, separated by commas; default: {_GPUS}; with --stages one"),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="samples per step, over all replicas")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="samples per step, over all replicas")] = BATCH,
     size: Annotated[str, typer.Option(help="size of the images, WIDTHxHEIGHT in pixels")] = "1024x1024",
-    interval: Annotated[int, typer.Option(min=2, help="blocks that one student replaces")] = 4,
+    interval: Annotated[int, typer.Option(min=2, help="blocks that one student replaces")] = INTERVAL,
     stages: Annotated[
         bool, typer.Option("--stages", help="every stage of a whole job, with the default configuration or --job's")
     ] = False,

@@ -27,8 +27,6 @@ from ppcl.sizing.memory import intervals
 from ppcl.sizing.model import Model, SampleBytes, TeacherSize
 from ppcl.sizing.vae import VaeMemory
 
-# Blocks that one student replaces, before detection knows.
-ASSUMED_INTERVAL = 4
 # A low-rank modulation's directions are this share of the width, at most: five of 3072 in Qwen-Image.
 _DIRECTIONS = 64
 

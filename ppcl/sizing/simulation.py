@@ -151,7 +151,7 @@ def distillation_on(model: Model, plan: Sequence[Interval], batch: int, pp: int,
     works = [distillation_work(model, plan, samples, stage, pp, dp, device) for stage in range(pp)]
     alone = distillation_work(model, plan, batch, 0, 1, 1, device)
     held = [sum(model.blocks[b] for b in segment(model, plan, stage, pp)) + model.rest for stage in range(pp)]
-    return _step(model, works, alone, held, batch, samples, pp * dp, dp, device)
+    return _step(model, _Mesh(works, alone, held, batch, samples, pp * dp, dp), device)
 
 
 def probes(model: Model, batch: int, gpus: int, device: Device) -> Step:
@@ -161,22 +161,30 @@ def probes(model: Model, batch: int, gpus: int, device: Device) -> Step:
     works = [_probes_work(model, batch, part, device) for part in parts]
     alone = _probes_work(model, batch, range(len(model.blocks)), device)
     held = [sum(model.blocks[b] for b in part) + model.rest for part in parts]
-    return _step(model, works, alone, held, batch, batch, gpus, 1, device)
+    return _step(model, _Mesh(works, alone, held, batch, batch, gpus, 1), device)
 
 
-def _step(
-    model: Model,
-    works: list[Work],
-    alone: Work,
-    held: list[int],
-    batch: int,
-    samples: int,
-    gpus: int,
-    dp: int,
-    device: Device,
-) -> Step:
+@dataclass(frozen=True)
+class _Mesh:
+    """A step of `batch` samples, `samples` for each of `dp` replicas of a pipeline, on some of so many `gpus`.
+
+    `works`: of the ranks of a pipeline. `alone`: of a single rank with all blocks and all samples. `held`: parameters
+    of the teacher, by rank.
+    """
+
+    works: list[Work]
+    alone: Work
+    held: list[int]
+    batch: int
+    samples: int
+    gpus: int
+    dp: int
+
+
+def _step(model: Model, mesh: _Mesh, device: Device) -> Step:
+    works, dp = mesh.works, mesh.dp
     pp = len(works)
-    stream = samples * model.stream_bytes
+    stream = mesh.samples * model.stream_bytes
     # The slowest link over the replicas: where the pipeline crosses from node to node.
     send = [
         device.latency + stream / min(device.between(r * pp + stage, r * pp + stage + 1) for r in range(dp))
@@ -188,16 +196,16 @@ def _step(
     slowest = max(works, key=lambda work: work.seconds)
     compute, sums = (sum(getattr(work, name) for work in works) / pp for name in ("compute", "sums"))
     return Step(
-        gpus=gpus,
+        gpus=mesh.gpus,
         used=pp * dp,
         pp=pp,
         dp=dp,
-        samples=samples,
+        samples=mesh.samples,
         step=step,
         fill=done[0][-1] - works[-1].seconds,
-        read=_read(held, dp, device),
-        throughput=batch / step,
-        efficiency=alone.seconds / (gpus * step),
+        read=_read(mesh.held, dp, device),
+        throughput=mesh.batch / step,
+        efficiency=mesh.alone.seconds / (mesh.gpus * step),
         compute=compute,
         sums=sums,
         imbalance=slowest.compute + slowest.sums - compute - sums,

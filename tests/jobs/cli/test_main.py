@@ -239,7 +239,7 @@ def test_plan_of_a_job_tells_every_stage_of_its_configuration(ppcl, here, teache
     workers = {(one["stage"], one["worker"]): one for one in job["workers"]}
     assert workers["probes", "rank"]["count"] == 2 and ("finetuning", "rank") not in workers
     assert all(one["device_bytes"] == sum(one["device"].values()) for one in workers.values())
-    assert job["sentences"] == ["every worker fits 1 GB, of which nine tenths are usable"]
+    assert job["sentences"] == ["all workers of a stage together fit 1 GB, of which nine tenths are usable"]
 
 
 def test_plan_of_a_published_model_says_what_does_not_fit_a_kind_of_gpu(ppcl):

@@ -2,7 +2,8 @@
 
 import re
 
-from jobs.cli.plan import PROMPTS, default_config
+from jobs.cli.plan import default_config
+from ppcl.config.plan_defaults import BATCH, GPUS, INTERVAL, PROMPTS
 from ppcl.sizing import FORMULAS, Device, layouts
 from ppcl.sizing.fit import laid_out
 from ppcl.sizing.job import job_size
@@ -12,20 +13,30 @@ from ppcl.sizing.stages import worker_sizes
 from ppcl.sizing.table import duration, gigabytes, job_rows, rows_of
 from tests.conftest import REPOSITORY
 
-GPUS = (1, 2, 4, 8, 16, 32, 64)
-
 
 def test_the_sizing_page_holds_what_the_code_computes(models):
     page = (REPOSITORY / "cluster" / "README.md").read_text()
     found = [re.sub(r" *\| *", "|", line.strip()) for line in page.splitlines()]
     for model in models:
-        for row in rows_of(list(layouts(model, intervals(model, 4), 16, GPUS))):
+        for row in rows_of(list(layouts(model, intervals(model, INTERVAL), BATCH, GPUS))):
             assert "|" + "|".join(row) + "|" in found, (model.name, row)
     assert FORMULAS in page
     teacher = TeacherSize.named("qwen-image", 1024, 1024)
-    job = job_size(laid_out(default_config([], (1024, 1024)), teacher, 8, 4), teacher, PROMPTS, 4, Device())
+    job = job_size(
+        laid_out(default_config([], (1024, 1024)), teacher, 8, INTERVAL), teacher, PROMPTS, INTERVAL, Device()
+    )
     for row in job_rows(worker_sizes(job)):
         assert "|" + "|".join(row) + "|" in found, row
+
+
+def test_the_pages_say_the_defaults_that_the_command_has():
+    page = " ".join((REPOSITORY / "cluster" / "README.md").read_text().split())
+    words = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}[INTERVAL]
+    assert f"one student for {words} blocks, {BATCH} samples per step" in page
+    assert f"a student for every {words} blocks" in page and f"{PROMPTS:,} prompts" in page
+    assert f"One student for {words} blocks gives at most {len(range(0, 60, INTERVAL))} segments" in page
+    options = (REPOSITORY / "docs" / "commands.md").read_text()
+    assert f"| `--interval` | `{INTERVAL}` |" in options and ",".join(map(str, GPUS)) in options
 
 
 def test_bytes_are_told_in_three_digits():
