@@ -64,11 +64,9 @@ class WandbTracker:
             ),
         )
         self._stages: set[str] = set()
-        self._summary: dict[str, float] = {}
 
     def log_metrics(self, metrics: Mapping[str, float], time: float, step: int | None = None) -> None:
         if step is None:
-            self._summary |= metrics
             self._run.summary.update(dict(metrics))
             return
         # Each stage counts its steps from the first: a metric has those of its stage, not the run's.
@@ -84,9 +82,12 @@ class WandbTracker:
         self._run.log_artifact(str(path), name=f"{path.stem}-{self._run.id}", type=path.stem)
 
     def finish(self, outcome: Outcome) -> None:
-        # Now and then wandb has lost what was written into the summary right behind a step.
-        self._run.summary.update(self._summary)
+        import wandb
+
         self._run.finish(exit_code=_EXIT_CODES[outcome])
+        if self.settings.mode == "offline":
+            # wandb's process may still have the whole run in its buffers: it has written them when it has ended.
+            wandb.teardown()
 
 
 def _has_credentials() -> bool:

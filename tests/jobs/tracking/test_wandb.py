@@ -6,6 +6,7 @@ import struct
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
+from jobs.tracking.tracker import Run
 from jobs.tracking.wandb import WandbTracker
 from ppcl.config.schema import WandbTracking
 from ppcl.errors import UserError
@@ -47,6 +48,25 @@ def test_a_job_is_one_run_with_steps_a_stage_and_a_summary(job):
         summary |= values(record.summary.update)
     assert summary["seconds/students"] == job.artifacts.record("students").seconds and "variants/p90/R" in summary
     assert [r.exit.exit_code for r in found if r.WhichOneof("record_type") == "exit"] == [1]
+
+
+def test_the_files_are_complete_when_a_run_has_finished(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "300")
+    monkeypatch.setattr("jobs.tracking.wandb._INIT", 300.0)
+    monkeypatch.setattr("jobs.tracking.wandb._FINISH", 300.0)
+    # One after the other in a process, as a job that is continued.
+    for number in range(3):
+        tracker = WandbTracker(WandbTracking(mode="offline"))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        tracker.start(Run(f"run{number}", "name", {}, folder))
+        tracker.log_metrics({"students/loss/1-2": 0.5}, 0.0, 1)
+        tracker.log_metrics({"seconds/students": 1.5}, 0.0)
+        tracker.finish("finished")
+        (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+        found = records(path)
+        assert {"seconds/students": 1.5} in [values(record.summary.update) for record in found]
+        assert [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"] == [0]
 
 
 def test_an_online_run_without_a_key_is_told_before_the_job(tmp_path, monkeypatch):
