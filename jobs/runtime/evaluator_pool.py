@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any
 
 import diffusers
 import numpy as np
 import ray
 import torch
-from ray.util import ActorPool
 
 from jobs.runtime.resources import Resources
-from jobs.runtime.watchdog import Heartbeat, Watchdog
+from jobs.runtime.watchdog import Heartbeat
+from jobs.runtime.watched_actors import WatchedActors
 from jobs.stage import StageContext, WorkerContext, Workers
 from ppcl.calibration.dataset import CalibrationSet
 from ppcl.config.schema import Config
 from ppcl.detection.surrogates import Surrogate, fit_surrogates
-from ppcl.errors import UserError
 from ppcl.evaluation.images import FIRST_SEED, generate_images, image_path, save_images, step_times
 from ppcl.evaluation.latency import forward_seconds, measure_latencies
 from ppcl.evaluation.prompt_cache import keep_embeddings
@@ -141,8 +139,8 @@ class _Evaluator:
 _EvaluatorActor: Any = ray.remote(_Evaluator)
 
 
-class EvaluatorPool:
-    """A pool of them, given back at the end of a `with` block."""
+class EvaluatorPool(WatchedActors):
+    """A pool of them."""
 
     def __init__(
         self,
@@ -157,52 +155,13 @@ class EvaluatorPool:
         `draws_images`: whether they load the text encoders and the VAE too.
         """
         needed = workers_of(context.config)
-        resources = Resources.of(needed, context.device, context.config)
 
         def tell(sentence: str) -> None:
             context.events(0, phase=sentence)
 
-        resources.wait(tell)
-        self._exit = ExitStack()
-        self._watchdog = self._exit.enter_context(Watchdog("an evaluator", resources, tell))
         actor = _EvaluatorActor.options(**({"num_gpus": 1} if context.device == "cuda" else {"num_cpus": 1}))
-        self.actors = [actor.remote(self._watchdog.heartbeat) for _ in range(needed.number)]
-        for evaluator in self.actors:
-            self._exit.callback(ray.kill, evaluator)
-        self._loading = [
-            evaluator.load.remote(context.for_workers(), replacements, needed.number, draws_images)
-            for evaluator in self.actors
-        ]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._exit.__exit__(*error)
-
-    def all(
-        self, call: Callable[[Any, Any], Any], items: list[Any], done: Callable[[int], None], by: int | None = None
-    ) -> list[Any]:
-        """`call(actor, item)` for every item, in the order of the items, by all actors or the first `by`.
-
-        `done(count)` is called after each. Raises `UserError` as an actor did.
-        """
-        results = []
-        for _ in self._results(ray.get(loading) for loading in self._loading):
-            pass
-        self._loading = []
-        for result in self._results(ActorPool(self.actors[:by]).map(call, items)):
-            results.append(result)
-            done(len(results))
-        return results
-
-    def _results(self, coming: Iterator[Any]) -> Iterator[Any]:
-        try:
-            yield from self._watchdog.results(coming)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from error
-            raise
+        load = context.for_workers(), replacements, needed.number, draws_images
+        super().__init__(actor, load, "an evaluator", Resources.of(needed, context.device, context.config), tell)
 
     def one(self, call: Callable[[Any], Any]) -> Any:
         """The result of one call on one actor, while nothing else runs."""

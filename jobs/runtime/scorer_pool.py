@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
-from ray.util import ActorPool
 
 from jobs.runtime.resources import Resources
-from jobs.runtime.watchdog import Heartbeat, Watchdog
+from jobs.runtime.watchdog import Heartbeat
+from jobs.runtime.watched_actors import WatchedActors
 from jobs.stage import Workers
 from ppcl.config.schema import Config, ScorerSettings
 from ppcl.errors import UserError
@@ -43,57 +42,40 @@ class _ScorerWorker:
 _ScorerActor: Any = ray.remote(_ScorerWorker)
 
 
-class ScorerPool:
-    """The actors of one scorer, given back at the end of a `with` block."""
+class ScorerPool(WatchedActors):
+    """The actors of one scorer."""
 
-    def __init__(self, name: str, settings: ScorerSettings, config: Config, number: int | None = None):
-        """`number`: of the actors; None: as configured. Raises `UserError` where resources are short for too long."""
-        self.name, count = name, number or settings.workers
-        workers = Workers(count, f"evaluation.scorers.{name}.workers")
-        resources = Resources.of(workers, "cuda" if settings.gpus else "cpu", config)
-        resources.wait()
-        self._exit = ExitStack()
-        self._watchdog = self._exit.enter_context(Watchdog(f"a worker of the scorer {name}", resources))
+    def __init__(
+        self,
+        name: str,
+        settings: ScorerSettings,
+        config: Config,
+        tell: Callable[[str], None],
+        number: int | None = None,
+    ):
+        """`number`: of the actors; None: as configured. `tell` is called with what they wait for.
+
+        Raises `UserError` where resources are short for too long.
+        """
+        self.name = name
+        workers = Workers(number or settings.workers, f"evaluation.scorers.{name}.workers")
         options: dict[str, Any] = {"num_cpus": settings.cpus, "num_gpus": settings.gpus}
         if settings.runtime_env is not None:
             options["runtime_env"] = settings.runtime_env
+        resources = Resources.of(workers, "cuda" if settings.gpus else "cpu", config)
         actor = _ScorerActor.options(**options)
-        self.actors = [actor.remote(self._watchdog.heartbeat) for _ in range(count)]
-        for worker in self.actors:
-            self._exit.callback(ray.kill, worker)
-        self._loading = [worker.load.remote(name, settings) for worker in self.actors]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._exit.__exit__(*error)
+        super().__init__(actor, (name, settings), f"a worker of the scorer {name}", resources, tell)
 
     def scores(
-        self, batch_of: Callable[[Any], Batch], items: Sequence[Any], done: Callable[[int], None]
+        self, batch_of: Callable[[Any], Batch], items: list[Any], done: Callable[[int], None]
     ) -> list[np.ndarray]:
         """The scores of `batch_of(item)` for every item, in their order; `done(count)` is called after each.
 
         A batch is made when an actor is free for it. Raises `UserError` as the scorer does.
         """
-        for _ in self._results(ray.get(loading) for loading in self._loading):
-            pass
-        self._loading, results = [], []
-        for scored in self._results(
-            ActorPool(self.actors).map(lambda actor, item: actor.score.remote(batch_of(item)), list(items))
-        ):
-            results.append(scored)
-            done(len(results))
-        return results
-
-    def _results(self, coming: Iterator[Any]) -> Iterator[Any]:
         try:
-            yield from self._watchdog.results(coming)
+            return self.all(lambda actor, item: actor.score.remote(batch_of(item)), items, done)
         except ray.exceptions.RuntimeEnvSetupError as error:
             raise UserError(
                 f"evaluation.scorers.{self.name}.runtime_env cannot be set up: {' '.join(str(error).split())[:300]}"
             ) from error
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise UserError(str(error.cause)) from error
-            raise

@@ -70,8 +70,11 @@ def _score(
     def told(done: int) -> None:
         context.events(done, len(chunks), phase=f"scoring with {name}, batch")
 
+    def tell(sentence: str) -> None:
+        context.events(0, phase=sentence)
+
     told(0)
-    with ScorerPool(name, settings, context.config) as workers:
+    with ScorerPool(name, settings, context.config, tell) as workers:
         scored = workers.scores(batch_of, chunks, told)
     values: dict[str, dict[int, float]] = {variant: {} for variant in variants}
     for (variant, indices), scores in zip(chunks, scored, strict=True):
@@ -92,8 +95,20 @@ def try_scorers(config: Config, say: Callable[[str], None]) -> None:
         noise = np.random.default_rng(0).integers(256, size=(len(tried), _SIDE, _SIDE, 3), dtype=np.uint8)
         batch = _batch(tried, noise, TEACHER, range(len(tried)), noise)
         say(f"{NAME}: trying {name} on {len(tried)} images of noise")
-        with ScorerPool(name, scorer, config, number=1) as workers:
+        with ScorerPool(name, scorer, config, _when_new(say), number=1) as workers:
             workers.scores(lambda batch: batch, [batch], lambda _: None)
+
+
+def _when_new(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Who waits says every second what for; the log has each sentence once."""
+    said: list[str] = []
+
+    def tell(sentence: str) -> None:
+        if said[-1:] != [sentence]:
+            said.append(sentence)
+            say(f"{NAME}: {sentence}")
+
+    return tell
 
 
 def scores_suite(settings: ScorerSettings, suite: str) -> bool:
