@@ -35,7 +35,7 @@ DOCS = Path(__file__).parent
 
 CONFIGURATION = """# Configuration reference
 
-*Generated from `ppcl/config/schema.py` and `serve/config.py` by `python docs/generate.py`.*
+*Generated from `ppcl/config/schema.py`, `ppcl/config/sections/` and `serve/config.py` by `python docs/generate.py`.*
 
 A job is one YAML file. `ppcl config` prints its keys with their defaults, `ppcl config --serve` those of serving.
 `--set section.key=VALUE` overrides one key with a YAML value. For an unknown key or a value out of range, the error
