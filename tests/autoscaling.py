@@ -20,7 +20,7 @@ import psutil
 from ray._private.services import get_node_ip_address
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
-from tests.jobs.test_submission import free_port
+from tests.heads import free_port
 
 # What a file for `ray up` may leave out, and this may not.
 _LISTS = (

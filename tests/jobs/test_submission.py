@@ -4,27 +4,15 @@ Teacher, prompts and result lie in a bucket. The first job is sent by a process 
 interrupts; other commands run here, which is the same code without three seconds of imports.
 """
 
-import asyncio
-import contextlib
 import json
 import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-import tomllib
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import psutil
 import pytest
-import requests
 import torch
 import yaml
 from safetensors.torch import load
@@ -37,15 +25,9 @@ from ppcl.storage.object_store import Store, _files
 from tests import bucket
 from tests.commands import as_process
 from tests.commands import in_process as ppcl
-from tests.conftest import REPOSITORY
+from tests.heads import between, free_port, started
 
 pytestmark = pytest.mark.dashboard
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -67,79 +49,6 @@ def store(s3_server, tmp_path_factory):
         made.scratch = scratch
         yield made
     _files.cache_clear()
-
-
-@dataclass(frozen=True)
-class Head:
-    """A cluster's head: the addresses of its job API and its GCS, and the folder of its logs."""
-
-    api: str
-    gcs: str
-    logs: Path
-
-
-@contextlib.contextmanager
-def started(away, python=sys.executable, **settings):
-    """`ray start --head` with a dashboard, from the folder `away` where no ppcl is; gives its `Head`.
-
-    `settings`: of its environment.
-    """
-    dashboard, gcs = free_port(), free_port()
-    # The names of sockets in it must be short, and pytest's own folders are not.
-    short = tempfile.mkdtemp(prefix="ray")
-    environment = (
-        {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"RAY_JOB_START_TIMEOUT_SECONDS": "300"} | settings
-    )
-    environment["PATH"] = os.pathsep.join([os.path.dirname(python), os.environ["PATH"]])
-    head = subprocess.Popen(
-        [
-            python,
-            "-m",
-            "ray.scripts.scripts",
-            "start",
-            "--head",
-            "--block",
-            f"--port={gcs}",
-            "--num-cpus=4",
-            f"--dashboard-port={dashboard}",
-            "--dashboard-host=127.0.0.1",
-            f"--ray-client-server-port={free_port()}",
-            f"--temp-dir={short}",
-            "--object-store-memory=200000000",
-            f"--dashboard-agent-listen-port={free_port()}",
-            f"--metrics-export-port={free_port()}",
-            "--include-dashboard=true",
-        ],
-        cwd=away,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    address, deadline = f"http://127.0.0.1:{dashboard}", time.monotonic() + 240
-    try:
-        while not _answers(address):
-            assert head.poll() is None, head.stdout.read()
-            assert time.monotonic() < deadline, "the dashboard does not answer"
-            time.sleep(0.2)
-        yield Head(address, f"127.0.0.1:{gcs}", Path(short, "session_latest", "logs"))
-    finally:
-        # Asked to end, it takes half a minute.
-        family = [*psutil.Process(head.pid).children(recursive=True), head] if head.poll() is None else []
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                process.kill()
-        head.wait()
-        shutil.rmtree(short, ignore_errors=True)
-
-
-def _answers(address):
-    """Whether a job API is there, with or without asking for a token."""
-    try:
-        return requests.get(f"{address}/api/version", timeout=10).status_code in (200, 401, 403)
-    except requests.exceptions.RequestException:
-        return False
 
 
 @pytest.fixture(scope="module")
@@ -326,20 +235,6 @@ def test_a_result_in_a_bucket_is_opened_anywhere_and_a_damaged_one_is_told(conti
     assert code == 2 and f"{result.url}/{student} is damaged or missing" in wrong and wrong.count("\n") == 1
 
 
-def test_paths_are_made_absolute_before_a_job_is_sent_and_urls_are_not(tmp_path, monkeypatch):
-    from jobs.submission import absolute
-
-    monkeypatch.chdir(tmp_path)
-    tracking = {"tensorboard": "tb", "mlflow": {"uri": "mlruns"}}
-    values = {"teacher": "t", "prompts": "s3://b/p.txt", "output": "o", "evaluation": {"prompts": "e.txt"}}
-    sent = absolute(Config(**values, tracking=tracking))
-    assert (sent.teacher.path, sent.prompts.url, sent.output.path) == (tmp_path / "t", "s3://b/p.txt", tmp_path / "o")
-    assert sent.evaluation.prompts.path == tmp_path / "e.txt" and sent.tracking.tensorboard == tmp_path / "tb"
-    assert sent.tracking.mlflow.uri == (tmp_path / "mlruns").as_uri()
-    sent = absolute(Config(**values, tracking={"mlflow": {"uri": "http://mlflow:5000"}}))
-    assert sent.tracking.mlflow.uri == "http://mlflow:5000"
-
-
 def test_the_address_that_is_given_counts_and_not_that_of_the_environment(head, monkeypatch):
     known = [job.id for job in Jobs(head).all()]
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
@@ -414,16 +309,6 @@ def test_what_the_nodes_have_not_installed_is_told(head, store, monkeypatch):
         jobs.wait_until_begun(identity)
 
 
-def test_what_a_job_needs_is_what_ppcl_depends_on_but_for_serving():
-    from jobs.submission import _NEEDED
-
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    needed = [*project["dependencies"], *project["optional-dependencies"]["jobs"]]
-    names = {re.match(r"[\w-]+", line)[0].lower() for line in needed}
-    provided = packages_distributions()
-    assert {provided[name][0].lower() for name in _NEEDED} | {"ray"} == names
-
-
 def test_a_job_without_a_last_word_is_told_by_the_end_of_its_log(head):
     sent(head, "wordless-1", "python -c 'import no_such_package'")
     error = ended(head, "wordless-1")["error"]
@@ -452,62 +337,6 @@ def test_a_job_whose_log_cannot_be_read_is_listed_all_the_same(cluster, head):
     assert code == 2 and "could not answer" in wrong and wrong.count("\n") == 1
     code, said, wrong = ppcl("logs", "unreadable-1", "-f", "--address", head)
     assert code == 0 and "the rest of its log cannot be read" in said, wrong
-
-
-@contextlib.contextmanager
-def between(head, breaks, agentless=()):
-    """A server between us and the head.
-
-    The first connections to a log end after a line each, as `breaks` says: "closed", "broken". For every item of
-    `agentless` a job is refused as by a head whose agents have not started yet.
-    """
-    from aiohttp import ClientSession, ClientWSTimeout, web
-
-    async def relay(request):
-        async with ClientSession() as session:
-            if request.method == "POST" and agentless:
-                agentless.pop()
-                answer = "No available agent to submit job, please try again later."
-                return web.Response(status=500, text=answer)
-            if not request.path.endswith("/logs/tail"):
-                async with session.request(request.method, head + request.path_qs, data=await request.read()) as answer:
-                    return web.Response(
-                        body=await answer.read(), status=answer.status, content_type=answer.content_type
-                    )
-            ours, end = web.WebSocketResponse(), breaks.pop(0) if breaks else None
-            await ours.prepare(request)
-            async with session.ws_connect(head + request.path, timeout=ClientWSTimeout(ws_close=0.1)) as theirs:
-                async for message in theirs:
-                    await ours.send_str(message.data)
-                    if end == "closed":
-                        await ours.close()
-                    elif end == "broken":
-                        request.transport.abort()
-                    if end:
-                        break
-            return ours
-
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-
-    async def serve():
-        application = web.Application(client_max_size=2**30)
-        application.router.add_route("*", "/{path:.*}", relay)
-        runner = web.AppRunner(application, shutdown_timeout=1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        ready.set()
-        await over.wait()
-        await runner.cleanup()
-
-    port, over = free_port(), asyncio.Event()
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),), daemon=True)
-    thread.start()
-    assert ready.wait(60)
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        loop.call_soon_threadsafe(over.set)
-        thread.join(60)
 
 
 def test_a_head_that_has_just_started_is_waited_for(head, store):
@@ -573,26 +402,3 @@ def test_an_address_where_nothing_or_something_else_is(job):
     assert code == 2 and "nothing answers at http://127.0.0.1:" in wrong and wrong.count("\n") == 1
     code, _, wrong = ppcl("status", "--address", "head:8265")
     assert code == 2 and "'head:8265' is not an address of Ray's job API" in wrong
-
-
-@pytest.mark.parametrize(
-    ("answer", "sentence"),
-    [
-        (b'{"ray_version": "2.44.1"}', "runs Ray 2.44.1, this ppcl Ray 2.60"),
-        (b"<html>", "is not Ray's job API"),
-        (b"{}", "is not Ray's job API"),
-    ],
-)
-def test_another_ray_and_another_server_are_told(answer, sentence):
-    class Answer(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *_): ...
-
-    with HTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
-        code, _, wrong = ppcl("list", "--address", f"http://127.0.0.1:{server.server_port}")
-    assert code == 2 and sentence in wrong and wrong.count("\n") == 1

@@ -12,7 +12,7 @@ from jobs import submission
 from jobs.submission import Jobs
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
-from tests.jobs.test_submission import started
+from tests.heads import started
 
 pytestmark = pytest.mark.dashboard
 

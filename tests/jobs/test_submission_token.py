@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tests.commands import as_process as ppcl
-from tests.jobs.test_submission import started
+from tests.heads import started
 
 pytestmark = pytest.mark.dashboard
 

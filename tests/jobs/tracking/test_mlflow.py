@@ -8,7 +8,7 @@ import pytest
 from jobs.tracking import mlflow
 from ppcl.config.schema import MlflowTracking
 from ppcl.errors import UserError
-from tests.jobs.test_submission import free_port
+from tests.heads import free_port
 
 
 @pytest.fixture
