@@ -78,12 +78,14 @@ def stop(job, stage, number):
 
 @pytest.fixture(scope="module")
 def finished(job, ray_cluster):
-    """The job's result, interrupted in three stages on the way: in Ray Data's and in both of Ray Train's."""
+    """The job's result, interrupted in three stages on the way: in Ray Data's and, by either signal, in Ray Train's."""
     stop(job, "calibration", signal.SIGINT)
     run_up_to("students", job, "calibration", "probes")
-    stop(job, "students", signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stop(job, "students", number)
     run_up_to("finetuning", job, "variants")
-    stop(job, "finetuning", signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stop(job, "finetuning", number)
     code, said, error = ppcl("compress", job)
     assert code == 0, said + error
     return job.parent / "result", said
