@@ -11,13 +11,13 @@ from ppcl.storage.checkpoint_sync import synced_checkpoints
 from ppcl.storage.tensor_files import drop_damaged, is_whole
 
 
-def drop_damaged_checkpoints(stage: str, folder: Path, drop: Callable[[Path], list[Path]] = drop_damaged) -> list[str]:
+def drop_damaged_checkpoints(stage: str, folder: Path) -> list[str]:
     """Before the ranks start: make the folder, remove what is damaged in it, and give a note for each.
 
-    `drop(folder)` removes it and gives its paths. In a bucket each node does this for itself.
+    In a bucket each node does this for itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return [_damaged(stage, path) for path in drop(folder)]
+    return [damage_note(stage, path) for path in drop_damaged(folder)]
 
 
 @contextmanager
@@ -25,11 +25,12 @@ def open_checkpoints(
     stage: str, folder: str, attempt: str, report: RankReporter, whole: Callable[[Path], bool] = is_whole
 ) -> Iterator[Path]:
     """On a rank: the folder, see `ppcl.storage.checkpoint_sync.synced_checkpoints`. `whole(path)`: of a file."""
-    with synced_checkpoints(folder, attempt, whole, lambda path: report.note(_damaged(stage, path))) as checkpoints:
+    with synced_checkpoints(folder, attempt, whole, lambda path: report.note(damage_note(stage, path))) as checkpoints:
         yield checkpoints
 
 
-def _damaged(stage: str, path: Path) -> str:
+def damage_note(stage: str, path: Path) -> str:
+    """What the user is told of a damaged checkpoint: a file, or the folder of a step."""
     name = path.parent.name if path.parent.name.startswith("step-") else path.stem
     if name.startswith("step-"):
         step = int(name.removeprefix("step-"))

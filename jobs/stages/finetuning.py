@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from jobs.runtime.checkpoints import drop_damaged_checkpoints, open_checkpoints
+from jobs.runtime.checkpoints import damage_note, open_checkpoints
 from jobs.runtime.progress_board import RankReporter
 from jobs.runtime.resources import Resources
 from jobs.runtime.worker_group import run_worker_group
@@ -17,7 +17,7 @@ from ppcl.replacements.io import replacement_files
 from ppcl.search.variants import read_catalog
 from ppcl.storage.manifest import CHECKPOINTS
 from ppcl.storage.mirror import download, remove, upload_on_exit
-from ppcl.training.finetuning.checkpoints import drop_damaged_steps, is_whole_file
+from ppcl.training.finetuning.checkpoints import is_whole_file
 from ppcl.training.finetuning.trainer import DistilledReplacements, finetune
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.run_context import RunContext
@@ -36,10 +36,11 @@ def run(context: StageContext) -> dict[str, Any]:
     """
     folder = context.folder
     resources = Resources.of(workers(context.config), context.device, context.config)
-    notes = drop_damaged_checkpoints(NAME, context.checkpoints, drop_damaged_steps)
+    # The ranks look for damage, each in its share of the files: they are large.
+    context.checkpoints.mkdir(parents=True, exist_ok=True)
     arguments = {"context": context.for_workers()}
     scratch = folder / CHECKPOINTS / "ray"
-    notes += run_worker_group(NAME, _rank, arguments, resources, scratch, context.events)
+    notes = run_worker_group(NAME, _rank, arguments, resources, scratch, context.events)
     download(folder)
     remove(folder / CHECKPOINTS)
     record = json.loads((folder / "finetuning.json").read_text())
@@ -72,6 +73,7 @@ def _rank(arguments: dict[str, Any], report: RankReporter) -> None:
                 device=context.device,
                 dims=ParallelDims.join(1, config.finetuning.data_parallel),
                 report=report,
+                report_damaged=lambda path: report.note(damage_note(NAME, path)),
             ),
             sampling=config.sampling,
         )

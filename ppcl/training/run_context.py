@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,7 @@ class RunContext:
 
     `folder`: where the finished files are written. `checkpoints`: where a stopped run left the files it resumes from.
     `seed`: decides the order of samples, the drawn plans and the noise. `device`: as `torch.device` takes it.
+    `report_damaged`: hears of checkpoints that cannot be resumed from.
     """
 
     folder: Path
@@ -28,6 +30,7 @@ class RunContext:
     device: str = "cpu"
     dims: ParallelDims = field(default_factory=ParallelDims)
     report: ProgressReport = no_report
+    report_damaged: Callable[[Path], None] = lambda path: None
 
     def dtype(self, precision: Precision) -> torch.dtype:
         """The teacher's dtype; `auto` is bfloat16 on GPUs and float32 on CPUs."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -55,10 +55,13 @@ def save_checkpoint(
         shutil.rmtree(_step_folder(folder, old), ignore_errors=True)
 
 
-def newest_checkpoint(folder: Path, dims: ParallelDims) -> Path | None:
+def newest_checkpoint(
+    folder: Path, dims: ParallelDims, report_damaged: Callable[[Path], None] = lambda path: None
+) -> Path | None:
     """The newest checkpoint that is whole for all ranks, which may see different files; None where there is none.
 
-    Each rank compares the hashes of its share of the files.
+    Each rank compares the hashes of its share of the files, so each file is read once. Newer steps that are not whole
+    are removed; `report_damaged` is given those of them that were finished once.
     """
     mine = set(_steps(folder))
     while (step := dims.minimum(max(mine, default=-1))) >= 0:
@@ -66,6 +69,11 @@ def newest_checkpoint(folder: Path, dims: ParallelDims) -> Path | None:
         (whole,) = dims.agreed([step in mine and is_intact(checkpoint, dims.rank, dims.pp * dims.dp)])
         if whole:
             return checkpoint
+        if (checkpoint / _STATE).exists():
+            report_damaged(checkpoint)
+        dims.barrier()
+        if dims.rank == 0:
+            shutil.rmtree(checkpoint, ignore_errors=True)
         mine = {one for one in mine if one < step}
     return None
 
@@ -97,17 +105,6 @@ def is_intact(checkpoint: Path, first: int = 0, every: int = 1) -> bool:
 def is_whole_file(path: Path) -> bool:
     """False for a damaged file of a checkpoint; what is wrong with shards alone is found by `newest_checkpoint`."""
     return path.parent.name == _SHARDS or is_whole(path)
-
-
-def drop_damaged_steps(folder: Path) -> list[Path]:
-    """Remove the steps that are not intact; gives those that were finished once and are damaged now."""
-    damaged = []
-    for step in _steps(folder):
-        path = _step_folder(folder, step)
-        if not is_intact(path):
-            damaged += [path] if (path / _STATE).exists() else []
-            shutil.rmtree(path, ignore_errors=True)
-    return damaged
 
 
 def _step_folder(folder: Path, step: int) -> Path:

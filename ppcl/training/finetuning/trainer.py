@@ -68,7 +68,7 @@ def finetune(
     writes = run.dims.dp_rank == 0
     plans = plans_to_measure(trainer.sampler, distilled.variants, settings.measured_plans, run.seed)
     before = velocity_errors(trainer.model, samples, plans, run)
-    if checkpoint := newest_checkpoint(run.checkpoints, run.dims):
+    if checkpoint := newest_checkpoint(run.checkpoints, run.dims, run.report_damaged):
         trainer.resume(checkpoint)
     trainer.train()
     after = velocity_errors(trainer.model, samples, plans, run)

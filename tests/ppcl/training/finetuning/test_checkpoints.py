@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ppcl.training.finetuning import checkpoints
 from ppcl.training.finetuning.checkpoints import (
-    drop_damaged_steps,
     load_rest,
     load_sharded,
     newest_checkpoint,
@@ -106,10 +106,31 @@ def test_a_step_that_is_not_whole_is_not_resumed_from(folder, fault):
         path.unlink()
     else:
         (step / "state.safetensors").unlink()
-    assert newest_checkpoint(folder, ParallelDims()).name == "step-00000008"
+    told = []
+    assert newest_checkpoint(folder, ParallelDims(), told.append).name == "step-00000008"
     # Of an unfinished one nobody needs to hear.
-    assert drop_damaged_steps(folder) == ([] if fault == "unfinished" else [step])
+    assert told == ([] if fault == "unfinished" else [step])
     assert not step.exists() and (folder / "step-00000008").exists()
+
+
+def _find(folder, out):
+    dims, told, read = ParallelDims.join(1, torch.distributed.get_world_size()), [], []
+    with pytest.MonkeyPatch.context() as patch:
+        sha256 = checkpoints.file_sha256
+        patch.setattr(checkpoints, "file_sha256", lambda path: read.append(str(path)) or sha256(path))
+        found = newest_checkpoint(folder, dims, lambda path: told.append(path.name))
+    (out / f"{dims.rank}.json").write_text(json.dumps({"found": found.name, "told": told, "read": read}))
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_ranks_go_back_together_and_read_every_file_once(folder, tmp_path, damaged):
+    path = sorted((folder / "step-00000012" / "shards").iterdir())[damaged]
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    ranks.run(2, _find, folder, tmp_path)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [(one["found"], one["told"]) for one in found] == [("step-00000008", ["step-00000012"])] * 2
+    read = [name for one in found for name in one["read"]]
+    assert len(read) == len(set(read)) == 4 and not (folder / "step-00000012").exists()
 
 
 def test_a_step_is_written_again_over_what_an_unfinished_one_left(folder):
