@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ppcl.sizing.fit import Place
+if TYPE_CHECKING:
+    from ppcl.sizing.fit import Place
 
 # Seconds in which a node must have answered; without an answer nothing is known of it.
 _PATIENCE = 60.0
@@ -21,6 +22,9 @@ def places(device: str) -> list[Place]:
 
     Empty where there is none yet, or where nobody can tell.
     """
+    # Not by who only measures a node: it would import torch.
+    from ppcl.sizing.fit import Place
+
     kind = "GPU" if device == "cuda" else "CPU"
     nodes = {
         node["NodeID"]: int(node["Resources"][kind])
