@@ -194,11 +194,15 @@ def show(rows: list[dict[str, Any]], plans: list[dict[str, Any]], elimination: d
         table.add_row(f"{row['kept']} % of {row['kind']}", *shares, *errors)
     console.print(table)
     table = Table(title="the best plan that the search finds, without fine-tuning")
-    for heading in ("asked", "error without heads", "with heads", "ratio", "replaced attentions"):
+    for heading in ("asked", "error without heads", "speed", "with heads", "speed", "ratio", "replaced attentions"):
         table.add_column(heading)
     for row in plans:
         before, after = row["without"], row["with"]
-        told = [f"{one['error']:.3g}" if one else "none" for one in (before, after)]
+        told = [
+            text
+            for one in (before, after)
+            for text in ((f"{one['error']:.3g}", f"{one['speedup']:.2f}") if one else ("none", ""))
+        ]
         ratio = f"{after['error'] / before['error']:.2f}" if before and after else ""
         table.add_row(row["key"], *told, ratio, str(after["heads"]) if after else "")
     console.print(table)
