@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from enum import StrEnum
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jobs.cli.progress_lines import ProgressLines
 from jobs.cli.shared import lora_choice, out
 from ppcl.errors import UserError
 
@@ -55,7 +54,7 @@ def export(
     import torch
 
     from jobs.runtime.cluster import best_device
-    from ppcl.export import export_file, export_folder
+    from ppcl.export import check_export, export_file, export_folder
     from ppcl.result import Result
 
     if format_ is Format.SINGLE_FILE and transformer_only:
@@ -67,11 +66,13 @@ def export(
     chosen = lora_choice(lora, lora_scale, lora_transfer)
     applied = None if chosen is None else opened.applied_lora(chosen)
     if chosen and lora_transfer:
+        # What the export would be refused for, before the transfer is fitted.
+        check_export(opened, variant, to, single_file=format_ is Format.SINGLE_FILE)
         device = best_device()
         # As in a job, whatever the number format of what is written.
         precision = torch.bfloat16 if device == "cuda" else torch.float32
         (applied,) = opened.transferred_loras([variant], [chosen], device, precision)
-    with _Lines() as progress:
+    with ProgressLines("written", gb=True) as progress:
         if format_ is Format.SINGLE_FILE:
             facts = export_file(opened, variant, to, weights, progress, applied)
         else:
@@ -89,31 +90,3 @@ def export(
 
 def _say(text: str) -> None:
     out.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-class _Lines:
-    """How far an export is: a live bar on a terminal, a line every ten seconds elsewhere."""
-
-    _SECONDS = 10.0
-
-    def __init__(self) -> None:
-        self.started = self.said = time.monotonic()
-        columns = TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
-        self.task = self.bar.add_task("", total=None)
-
-    def __enter__(self) -> _Lines:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        self.bar.update(self.task, completed=done, total=total)
-        now = time.monotonic()
-        if out.is_terminal or now - self.said < self._SECONDS:
-            return
-        self.said = now
-        left = (now - self.started) * (total - done) / max(1, done)
-        out.print(f"{done / 1e9:.3g} of {total / 1e9:.3g} GB written, {left:.0f} s left", highlight=False, markup=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.cli.shared import out
 
@@ -12,12 +12,13 @@ _SECONDS = 10.0
 
 
 class ProgressLines:
-    """Called with what is done and what there is. `what`: is counted, such as `images drawn`."""
+    """Called with what is done and what there is. `what` is counted, such as `images drawn`; with `gb`, in bytes."""
 
-    def __init__(self, what: str):
-        self.what = what
+    def __init__(self, what: str, gb: bool = False):
+        self.what, self.gb = what, gb
         self.started = self.said = time.monotonic()
-        columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        count = DownloadColumn() if gb else MofNCompleteColumn()
+        columns = TextColumn(what), BarColumn(), count, TimeRemainingColumn()
         self.bar = Progress(*columns, console=out, transient=True, disable=not out.is_terminal)
         self.task = self.bar.add_task("", total=None)
 
@@ -35,4 +36,5 @@ class ProgressLines:
             return
         self.said = now
         left = (now - self.started) * (total - done) / max(1, done)
-        out.print(f"{done} of {total} {self.what}, {left:.0f} s left", highlight=False, markup=False)
+        how_far = f"{done / 1e9:.3g} of {total / 1e9:.3g} GB" if self.gb else f"{done} of {total}"
+        out.print(f"{how_far} {self.what}, {left:.0f} s left", highlight=False, markup=False)

@@ -10,6 +10,7 @@ import typer
 
 from jobs.cli.progress_lines import ProgressLines
 from jobs.cli.shared import out
+from ppcl.config.location import Location
 from ppcl.config.offload import Offload
 from ppcl.errors import UserError
 
@@ -19,7 +20,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 def images(
     result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     suite: Annotated[str, typer.Option(help="prompts, JSON lines with prompt, and if you like id and category")],
-    to: Annotated[Path, typer.Option(help="folder to write into; images that are there from before stay")],
+    to: Annotated[str, typer.Option(help="folder to write into; images that are there from before stay")],
     variant: Annotated[
         list[str] | None, typer.Option(help="a variant or a plan; again for another; default: all variants")
     ] = None,
@@ -45,6 +46,7 @@ def images(
     from ppcl.storage.node_cache import file_sha256
     from ppcl.storage.results import made_of
 
+    folder = _folder_here(to, "--to")
     prompts = read_suite(suite, Path(suite).stem)
     opened = Result(result, teacher=teacher, memory={"offload": offload} if offload else None)
     chosen = {name: opened.variant(name) for name in variant or opened.variants}
@@ -60,7 +62,7 @@ def images(
         images_per_prompt=images_per_prompt,
         sampling=sampling.model_dump(mode="json"),
     )
-    run.claim(to)
+    run.claim(folder)
     device = best_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     pipeline: list[Any] = []
@@ -77,8 +79,8 @@ def images(
         return pipeline[0]
 
     with ProgressLines("images drawn") as progress:
-        drawn = draw_suite(run, prompts, to, pipeline_of, batch_size, progress)
-    told = f"{to / PICTURES}: {len(drawn)} images of {len(prompts)} prompts, {len(plans)} variants with the teacher"
+        drawn = draw_suite(run, prompts, folder, pipeline_of, batch_size, progress)
+    told = f"{folder / PICTURES}: {len(drawn)} images of {len(prompts)} prompts, {len(plans)} variants with the teacher"
     out.print(told, highlight=False, markup=False, soft_wrap=True)
     back = f"give scores back: ppcl score {result} --images {to} --from SCORES.jsonl --name NAME"
     out.print(back, highlight=False, markup=False, soft_wrap=True)
@@ -89,12 +91,20 @@ def _folder(variant: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", variant)
 
 
+def _folder_here(place: str, option: str) -> Path:
+    """A folder of this machine. Raises `UserError` for a URL."""
+    location = Location.of(place)
+    if location.is_url:
+        raise UserError(f"{option} is {place}: harnesses read images from a disk; give a folder of this machine")
+    return location.path
+
+
 def score(
     result: Annotated[str, typer.Argument(help="what ppcl compress wrote: a folder, or s3://bucket/key")],
     from_: Annotated[
         str, typer.Option("--from", help="JSON lines with file, as pictures.jsonl names the image, and score")
     ],
-    images: Annotated[Path, typer.Option(help="the folder that ppcl images wrote")],
+    images: Annotated[str, typer.Option(help="the folder that ppcl images wrote")],
     name: Annotated[str, typer.Option(help="what the score is called, such as geneval2")],
     lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="the score is a distance")] = False,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="level of the intervals")] = 0.95,
@@ -108,9 +118,9 @@ def score(
 
     if not _NAME.fullmatch(name):
         raise UserError(f"--name {name!r} is no name; use letters, digits, '.', '_' and '-'")
-    artifacts = Artifacts(result)
+    artifacts, folder = Artifacts(result), _folder_here(images, "--images")
     artifacts.manifest()
-    run, pictures = SuiteRun.read(images), read_pictures(images)
+    run, pictures = SuiteRun.read(folder), read_pictures(folder)
     if {run.made_of, *(picture.made_of for picture in pictures)} != {made_of(artifacts)}:
         raise UserError(
             f"the images in {images} are of another result than {artifacts.place}, or of an earlier state of it; draw "

@@ -48,8 +48,26 @@ def destination(to: Location, last: str, single: bool = False) -> Iterator[Desti
     It is there at the end of a `with` block, and not where that raises. `last`: the file without which the folder is no
     model; in a bucket it goes up last. Raises `UserError` where something is there already.
     """
-    with _in_bucket(to, last, single) if to.is_url else _on_disk(to.path.absolute(), last if single else None) as made:
+    check_free(to, last, single)
+    with _in_bucket(to, last) if to.is_url else _on_disk(to.path.absolute(), last if single else None) as made:
         yield made
+
+
+def check_free(to: Location, last: str, single: bool = False) -> None:
+    """Raises `UserError` where something is where `destination` would write."""
+    if to.is_url:
+        store = Store(to.url)
+        # Beside a single file there may be a whole bucket of others, which nobody wants listed.
+        there = [last] if store.head(last) else [] if single else list(store.objects())
+        if there:
+            raise UserError(f"{to} exists already: it holds {there[0]}; give --to another place, or remove it")
+        return
+    folder = to.path.absolute()
+    final = folder / last if single else folder
+    if final.exists() and (final.is_file() or any(final.iterdir())):
+        raise UserError(f"{final} exists already; give --to another place, or remove it")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give --to a folder")
 
 
 class _Folder(Destination):
@@ -63,10 +81,6 @@ class _Folder(Destination):
 @contextmanager
 def _on_disk(to: Path, name: str | None) -> Iterator[Destination]:
     final = to / name if name else to
-    if final.exists() and (final.is_file() or any(final.iterdir())):
-        raise UserError(f"{final} exists already; give --to another place, or remove it")
-    if to.exists() and not to.is_dir():
-        raise UserError(f"{to} is a file; give --to a folder")
     working = to.parent / f".{to.name}.{uuid.uuid4().hex[:12]}{PARTIAL}"
     missing = [folder for folder in (to, *to.parents) if not folder.exists()]
     try:
@@ -118,12 +132,8 @@ class _Bucket(Destination):
 
 
 @contextmanager
-def _in_bucket(to: Location, last: str, single: bool) -> Iterator[Destination]:
+def _in_bucket(to: Location, last: str) -> Iterator[Destination]:
     store = Store(to.url)
-    # Beside a single file there may be a whole bucket of others, which nobody wants listed.
-    there = [last] if store.head(last) else [] if single else list(store.objects())
-    if there:
-        raise UserError(f"{to} exists already: it holds {there[0]}; give --to another place, or remove it")
     with private_temporary() as working:
         made = _Bucket(working, store, last)
         try:

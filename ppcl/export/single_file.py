@@ -6,7 +6,7 @@ import torch
 
 from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
-from ppcl.export.destination import destination
+from ppcl.export.destination import check_free, destination
 from ppcl.export.model_card import CardFacts
 from ppcl.export.original_keys import original_tensors
 from ppcl.export.transformer_files import Progress, WeightPlan, write_weights
@@ -27,14 +27,10 @@ def export_file(
     Raises `UserError` where a block is not a stock block, with the replacements that stand in the way and a variant
     that has none of them.
     """
-    location = Location.of(to)
-    if not location.text.endswith(".safetensors"):
-        raise UserError(f"a single file ends in .safetensors; {location} does not")
-    variant = result.variant(choice)
+    check_export(result, choice, to, single_file=True)
+    location, variant = Location.of(to), result.variant(choice)
     applied = None if lora is None else result.applied_lora(lora)
     blocks = VariantBlocks(result.teacher, result.plan_files(variant.plan), applied)
-    if obstacles := blocks.obstacles():
-        raise UserError(_not_stock(result, variant.name, obstacles))
 
     def convert(place: RunningBlock | None, tensors: Tensors) -> Tensors:
         name = result.teacher.adapter.transformer
@@ -50,6 +46,19 @@ def export_file(
         write_weights(blocks, plan, dtype, made, progress, convert)
         made.finished(name)
     return CardFacts.of(result, variant, blocks, dtype, transformer_only=True)
+
+
+def check_export(result: Result, choice: Choice, to: LocationLike, single_file: bool) -> None:
+    """Raises `UserError` for a place that is taken, and for a plan that a single file cannot hold."""
+    location, variant = Location.of(to), result.variant(choice)
+    if not single_file:
+        check_free(location, "")
+        return
+    if not location.text.endswith(".safetensors"):
+        raise UserError(f"a single file ends in .safetensors; {location} does not")
+    if obstacles := VariantBlocks(result.teacher, result.plan_files(variant.plan)).obstacles():
+        raise UserError(_not_stock(result, variant.name, obstacles))
+    check_free(*location.parent, single=True)
 
 
 def _not_stock(result: Result, name: str, obstacles: list[str]) -> str:

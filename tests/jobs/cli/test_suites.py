@@ -164,6 +164,8 @@ def test_an_image_that_was_changed_is_found(drawn, result, ppcl, tmp_path):
         (["images", "{result}", "--suite", "{here}/gone.jsonl", "--to", "{here}/new"], "gone.jsonl does not exist"),
         (["images", "{result}", "--suite", "{suite}", "--to", "{here}", "--variant", "p10"], "no variant 'p10'"),
         (["images", "{result}", "--suite", "{suite}", "--to", "{here}"], "is not empty and holds no images of ppcl"),
+        (["images", "{result}", "--suite", "{suite}", "--to", "s3://b/k"], "give a folder of this machine"),
+        (["images", "{result}", "--suite", "{suite}", "--to", "gs://b/k"], "gs:// is not served"),
         (["score", "{result}", "--from", "x", "--images", "{here}", "--name", "a"], "holds no run.json"),
         (["score", "{result}", "--from", "x", "--images", "{here}", "--name", "../a"], "'../a' is no name"),
         (["score", "{here}", "--from", "x", "--images", "{here}", "--name", "a"], "is not a ppcl result"),
