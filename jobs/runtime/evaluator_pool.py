@@ -75,6 +75,9 @@ class _Evaluator:
         memory = self.config.memory
         self.switch = VariantSwitcher(teacher, files, _finetuned(context), round(memory.replacements_gb * 1e9))
         self.pipeline = teacher.pipeline("cpu", self.dtype, transformer_only=not draws_images)
+        if draws_images:
+            # One image after the other: decoding a batch of large ones takes more memory than the teacher.
+            self.pipeline.vae.enable_slicing()
         sampling, count = self.config.sampling, self.config.evaluation.batch_size
         images = Images(count, sampling.height, sampling.width)
         self.placement = place(self.pipeline, self.device, memory, images, self.switch.most_bytes(self.dtype))

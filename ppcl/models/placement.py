@@ -202,7 +202,8 @@ def _denoising_bytes(transformer: Any, images: Images) -> int:
 
 def _decoding_bytes(vae: Any, images: Images) -> int:
     width = (getattr(vae.config, "block_out_channels", None) or (_VAE_WIDTH,))[0]
-    return images.count * images.height * images.width * width * vae.dtype.itemsize * _PIXEL_COPIES
+    count = 1 if getattr(vae, "use_slicing", False) else images.count
+    return count * images.height * images.width * width * vae.dtype.itemsize * _PIXEL_COPIES
 
 
 def _encoders(pipeline: Any) -> Iterator[nn.Module]:

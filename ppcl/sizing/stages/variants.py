@@ -40,8 +40,8 @@ def evaluator_size(job: JobSize, stage: str) -> WorkerSize:
 def evaluator_memory(job: JobSize, draws_images: bool) -> tuple[Bytes, Bytes]:
     """What an evaluator holds on its device, and on its host."""
     activations, draws = evaluator_activations(job), draws_images
-    # A batch is decoded at once, after its last step.
-    decoding = job.vae.decoding.of(job.config.evaluation.batch_size) if draws else 0
+    # After a batch's last step, one image after the other.
+    decoding = job.vae.decoding.of(1) if draws else 0
     loaded = Loaded(activations, decoding, encoders=draws, vae=draws, transformer=True, replacements=True)
     return pipeline_memory(job, loaded)
 

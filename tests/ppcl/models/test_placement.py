@@ -129,6 +129,9 @@ def test_what_a_pipeline_needs_is_counted_from_its_weights(teacher):
     assert needs.weights("group") < needs.weights("model") < needs.weights("none")
     twice = place(pipeline, "cpu", Memory(), Images(4, 32, 32)).needs
     assert (twice.denoising, twice.decoding) == (2 * needs.denoising, 2 * needs.decoding)
+    # One image after the other.
+    pipeline.vae.enable_slicing()
+    assert 2 * place(pipeline, "cpu", Memory(), Images(2, 32, 32)).needs.decoding == needs.decoding
 
 
 def test_the_bound_of_the_configuration_decides_on_any_device(teacher):
