@@ -1,0 +1,239 @@
+"""What helps a student to recover, after equal steps: initialisations, maps that fade out, and cheap changes of training.
+
+    python benchmarks/recovery.py runs/demo --json benchmarks/results/recovery.json
+
+All ways read the teacher's streams of the same batches, so one pass of the teacher per step trains the students of all.
+`map stays` is the default; every other way differs from it in one thing:
+
+- first: starts as block `u` alone (the paper).
+- fade 0.3, 0.6, 0.9: `distillation.fade`, the map fades out in that share of the steps; the student ends as a stock block.
+- fade 0.6, half a cosine: the same along half a cosine instead of a line.
+- warm-up 30 %: three times as long a warm-up of the learning rate, which is a cosine to zero in all ways.
+- noisy: a sample's loss weighs by its share of noise, 2 t.
+
+The error of a student is that of its streams against the teacher's behind the interval, over the energy of what the interval
+adds, on the teacher's own streams of held-out samples. Takes the calibration set of a finished job; nothing of it is changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ppcl.calibration.dataset import CalibrationSet
+from ppcl.config.schema import Config, Distillation
+from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
+from ppcl.models.teacher import Teacher
+from ppcl.replacements import Interval
+from ppcl.replacements.io import files_in, save_replacement
+from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.storage.manifest import CONFIG
+from ppcl.training.captured import CapturedActivations, CaptureSpec
+from ppcl.training.data import batch_of
+from ppcl.training.distillation.closed_form import ClosedForm
+from ppcl.training.distillation.objectives import StudentObjective, TeacherBlocks
+from ppcl.training.distillation.trainee import Trainee
+from ppcl.training.losses import LossTerm, relative
+from ppcl.training.parallel_dims import ParallelDims
+from ppcl.training.pipeline import PipelineStage
+from ppcl.training.run_context import RunContext
+from ppcl.training.teacher_segment import Consumer, TeacherSegment
+
+_HELD_OUT_BATCH = 48
+
+
+class CosineFade(StudentObjective):
+    """A map that fades out along half a cosine."""
+
+    def at_step(self, step: int) -> None:
+        last = max(1, round(self.settings.fade * self.settings.steps) - 1)
+        self.module.affine_scale = (1 + math.cos(math.pi * min(1, step / last))) / 2 if step < last else 0.0
+
+
+class Noisy(StudentObjective):
+    """A sample's loss weighs by its share of noise; `noise` has those of the batch."""
+
+    noise = torch.zeros(0)
+
+    def losses(self, captured: CapturedActivations, loss_of: Any) -> dict[str, LossTerm]:
+        def weighted(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None) -> LossTerm:
+            root = (2 * Noisy.noise).sqrt().view(-1, 1, 1).to(teacher)
+            return relative(student * root, teacher * root, mask)
+
+        return super().losses(captured, weighted)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train a student: changed keys of the section `distillation`, and the objective."""
+
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    objective: type[StudentObjective] = StudentObjective
+
+
+def ways(steps: int) -> dict[str, Way]:
+    return {
+        "map stays": Way(),
+        "first": Way({"init": "first"}),
+        **{f"fade {share}": Way({"fade": share}) for share in (0.3, 0.6, 0.9)},
+        "fade 0.6, half a cosine": Way({"fade": 0.6}, CosineFade),
+        "warm-up 30 %": Way({"warmup": round(0.3 * steps)}),
+        "noisy": Way(objective=Noisy),
+    }
+
+
+class Bench:
+    """The teacher as one segment, its samples, and the students' closed-form maps, which are the same for all seeds."""
+
+    def __init__(self, job: Path, intervals: Sequence[Interval], settings: Distillation, held_out: int):
+        config = Config.model_validate_json((job / CONFIG).read_text())
+        self.intervals, self.settings = intervals, settings
+        self.teacher, self.samples = Teacher(config.teacher), CalibrationSet(job / "calibration")
+        self.count = self.teacher.adapter.block_ranges(self.teacher.empty_transformer())[-1].stop
+        blocks = range(max(interval.last for interval in intervals) + 1)
+        self.segment = TeacherSegment(self.teacher, blocks, list(intervals), "cpu", torch.float32)
+        self.stage = PipelineStage(0, 1, 0)
+        self.blocks = TeacherBlocks(self.teacher.adapter, self.segment.transformer, self.segment.blocks, self.count)
+        self.held_out = self.samples.ids("validation")[:held_out]
+        self.fitted = self._fit()
+
+    def _fit(self) -> dict[Interval, dict[str, torch.Tensor]]:
+        objectives = [StudentObjective(self.blocks, interval, self.settings) for interval in self.intervals]
+
+        def stream(ids: np.ndarray, consumers: Sequence[Consumer]) -> None:
+            self.segment.stream(self.samples.batch(ids, "cpu", torch.float32), self.stage, consumers)
+
+        fit = ClosedForm(objectives, self.settings, RunContext(Path(), Path()))
+        fit.fit(stream, self.samples.ids("train"), lambda objective: None)
+        return {one.replacement: one.module.state_dict() for one in objectives}
+
+    def capture(self, ids: np.ndarray) -> CapturedActivations:
+        spec = CaptureSpec(frozenset(b for i in self.intervals for b in (i.first, i.last + 1)))
+        inputs = self.samples.batch(ids, "cpu", torch.float32)
+        Noisy.noise = inputs[self.teacher.adapter.timestep] / self.teacher.adapter.timestep_scale
+        return self.segment.run(inputs, self.stage, spec)
+
+    def trainees(self, way: Way) -> dict[Interval, Trainee]:
+        settings, trainees = self.settings.model_copy(update=dict(way.changes)), {}
+        for interval in self.intervals:
+            objective = way.objective(self.blocks, interval, settings)
+            if objective.module.affine:
+                objective.module.load_state_dict(self.fitted[interval])
+            trainees[interval] = Trainee(objective, settings, ParallelDims())
+        return trainees
+
+    def train(self, seed: int, chosen: Mapping[str, Way]) -> dict[str, dict[Interval, Trainee]]:
+        """The students of all ways after all steps, on the same batches."""
+        trainees = {name: self.trainees(way) for name, way in chosen.items()}
+        ids, settings = self.samples.ids("train"), self.settings
+        started_at = time.monotonic()
+        for step in range(settings.steps):
+            captured = self.capture(batch_of(step, ids, settings.batch_size, seed))
+            for trainee in (each for students in trainees.values() for each in students.values()):
+                trainee.train_step(captured, False)
+            if (step + 1) % 20 == 0:
+                print(f"seed {seed}, step {step + 1}, {time.monotonic() - started_at:.0f} s", flush=True)
+        return trainees
+
+    @torch.no_grad()
+    def errors(self, trainees: Mapping[Interval, Trainee]) -> dict[str, float]:
+        """By interval, the error of the student alone on the teacher's streams; `velocity`: with all students on."""
+        with tempfile.TemporaryDirectory() as folder:
+            for interval, trainee in trainees.items():
+                path = Path(folder) / f"{interval.name}.safetensors"
+                save_replacement(trainee.export(), interval, self.teacher.adapter, path)
+            switch, model = VariantSwitcher(self.teacher, files_in(Path(folder))), self.teacher.transformer()
+            plans = {"velocity": list(self.intervals)}
+            parts = [
+                variant_errors(model, switch, plans, self.samples.batch(ids, "cpu", torch.float32))["velocity"]
+                for ids in self._batches()
+            ]
+        # The students as they are saved: without the maps that faded out.
+        sums = {interval: np.zeros(2) for interval in self.intervals}
+        for ids in self._batches():
+            captured = self.capture(ids)
+            for interval, trainee in trainees.items():
+                sums[interval] += _error_and_energy(trainee.objective, captured)
+        alone = {str(interval): float(error / energy) for interval, (error, energy) in sums.items()}
+        return {"velocity": ErrorSums.joined(parts).overall(), **alone}
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self.held_out), _HELD_OUT_BATCH):
+            yield self.held_out[start : start + _HELD_OUT_BATCH]
+
+
+def _error_and_energy(objective: Any, captured: CapturedActivations) -> np.ndarray:
+    """`Σ ‖S(X) - Y‖²` and `Σ ‖Y - X‖²` over the image tokens of a batch."""
+    interval = objective.replacement
+    before, after = captured.boundaries[interval.first], captured.boundaries[interval.last + 1]
+    made = objective.module.streams(before, captured.context)
+    return np.array([float((x - after.img).double().square().sum()) for x in (made.img, before.img)])
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation over the seeds."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def table(rows: Mapping[str, list[dict[str, float]]], title: str) -> Table:
+    """Means over the seeds; brackets: the standard deviation. The last column: against the default, seed by seed."""
+    made, base = Table(title=title), rows["map stays"]
+    columns = list(base[0])
+    for heading in ("way", *columns, "velocity over that of map stays"):
+        made.add_column(heading)
+    for name, found in rows.items():
+        values = ([row[column] for row in found] for column in columns)
+        ratios = [row["velocity"] / plain["velocity"] for row, plain in zip(found, base, strict=True)]
+        cells = (f"{np.mean(each):.5f} ({spread(each):.5f})" for each in values)
+        made.add_row(name, *cells, " ".join(f"{ratio:.3f}" for ratio in ratios))
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", type=Path, help="folder of a finished job")
+    parser.add_argument("--intervals", nargs="+", default=["0-1", "4-7", "10-12"])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--held-out", type=int, default=192, help="validation samples to measure on")
+    parser.add_argument("--only", nargs="+", help="names of ways, with 'map stays' among them; default: all")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    options = parser.parse_args()
+    intervals = [Interval(*map(int, text.split("-"))) for text in options.intervals]
+    settings = Distillation(
+        steps=options.steps, batch_size=options.batch, warmup=options.steps // 10, learning_rate=1e-3
+    )
+    bench = Bench(options.job, intervals, settings, options.held_out)
+    chosen = {name: way for name, way in ways(options.steps).items() if not options.only or name in options.only}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    for seed in range(options.seeds):
+        for name, trainees in bench.train(seed, chosen).items():
+            rows[name].append(bench.errors(trainees))
+            print(f"seed {seed}, {name}: {rows[name][-1]}", flush=True)
+        if options.json:
+            record = {"intervals": options.intervals, "steps": options.steps, "batch": options.batch, "rows": rows}
+            options.json.write_text(json.dumps(record, indent=1))
+    title = f"students of {', '.join(options.intervals)}, {options.steps} steps, {options.seeds} seeds"
+    Console(width=160).print(table(rows, title))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(True)
+    main()
