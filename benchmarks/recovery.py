@@ -1,25 +1,28 @@
-"""What helps a student to recover, after equal steps: initialisations, maps that fade out, and cheap changes of training.
+"""What helps students to recover, after equal steps: initialisations, maps that fade out, cheap changes of training.
 
     python benchmarks/recovery.py runs/demo --json benchmarks/results/recovery.json
 
-All ways read the teacher's streams of the same batches, so one pass of the teacher per step trains the students of all.
-`map stays` is the default; every other way differs from it in one thing:
+Distillation: all ways read the teacher's streams of the same batches, so one pass of the teacher per step trains the
+students of all. `map stays` is the default; every other way differs from it in one thing:
 
 - first: starts as block `u` alone (the paper).
-- fade 0.3, 0.6, 0.9: `distillation.fade`, the map fades out in that share of the steps; the student ends as a stock block.
-- fade 0.6, half a cosine: the same along half a cosine instead of a line.
+- fade 0.3, 0.6, 0.9: `distillation.fade`, the map fades out in that share of the steps; the student is a stock block.
 - warm-up 30 %: three times as long a warm-up of the learning rate, which is a cosine to zero in all ways.
 - noisy: a sample's loss weighs by its share of noise, 2 t.
 
-The error of a student is that of its streams against the teacher's behind the interval, over the energy of what the interval
-adds, on the teacher's own streams of held-out samples. Takes the calibration set of a finished job; nothing of it is changed.
+The error of a student is that of its image stream against the teacher's behind the interval, over the energy of what
+the interval adds, on the teacher's own streams of held-out samples; `velocity` is the error with all students on.
+
+Fine-tuning: the job's variant `half` from its distilled students, plain; with the longer warm-up; noisy; and with
+features, whose loss has beside the velocity's error that of the image stream behind every block, by their logarithms.
+
+Takes the calibration set, and for fine-tuning the students, of a finished job; nothing of the job is changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 import time
@@ -36,33 +39,29 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ppcl.calibration.dataset import CalibrationSet
-from ppcl.config.schema import Config, Distillation
+from ppcl.config.schema import Config, Distillation, Finetuning
 from ppcl.evaluation.velocity_error import ErrorSums, variant_errors
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import Interval
+from ppcl.replacements import Interval, Replacement
 from ppcl.replacements.io import files_in, save_replacement
 from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.search.variants import read_catalog
 from ppcl.storage.manifest import CONFIG
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.closed_form import ClosedForm
 from ppcl.training.distillation.objectives import StudentObjective, TeacherBlocks
 from ppcl.training.distillation.trainee import Trainee
+from ppcl.training.finetuning.plan_sampler import trainable
+from ppcl.training.finetuning.variant_model import VariantModel
 from ppcl.training.losses import LossTerm, relative
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.pipeline import PipelineStage
 from ppcl.training.run_context import RunContext
 from ppcl.training.teacher_segment import Consumer, TeacherSegment
+from ppcl.training.train_state import TrainState
 
 _HELD_OUT_BATCH = 48
-
-
-class CosineFade(StudentObjective):
-    """A map that fades out along half a cosine."""
-
-    def at_step(self, step: int) -> None:
-        last = max(1, round(self.settings.fade * self.settings.steps) - 1)
-        self.module.affine_scale = (1 + math.cos(math.pi * min(1, step / last))) / 2 if step < last else 0.0
 
 
 class Noisy(StudentObjective):
@@ -91,7 +90,6 @@ def ways(steps: int) -> dict[str, Way]:
         "map stays": Way(),
         "first": Way({"init": "first"}),
         **{f"fade {share}": Way({"fade": share}) for share in (0.3, 0.6, 0.9)},
-        "fade 0.6, half a cosine": Way({"fade": 0.6}, CosineFade),
         "warm-up 30 %": Way({"warmup": round(0.3 * steps)}),
         "noisy": Way(objective=Noisy),
     }
@@ -185,53 +183,163 @@ def _error_and_energy(objective: Any, captured: CapturedActivations) -> np.ndarr
     return np.array([float((x - after.img).double().square().sum()) for x in (made.img, before.img)])
 
 
+class FinetuningBench:
+    """The variant `half` of a job, fine-tuned in several ways on the teacher's own states; see the module."""
+
+    ways = ("plain", "warm-up 30 %", "noisy", "features")
+
+    def __init__(self, job: Path, settings: Finetuning, held_out: int):
+        config = Config.model_validate_json((job / CONFIG).read_text())
+        self.settings, self.teacher = settings, Teacher(config.teacher)
+        self.samples = CalibrationSet(job / "calibration")
+        self.plan = read_catalog(job / "variants").variants["half"].plan
+        files = files_in(job / "students")
+        self.files = {replacement: files[replacement] for replacement in self.plan}
+        self.held_out = self.samples.ids("validation")[:held_out]
+
+    def run(self, seed: int) -> dict[str, dict[str, float]]:
+        """By way, the variant's velocity error on held-out samples, before and after."""
+        models = {way: VariantModel(self.teacher, self.files, "cpu", torch.float32, False) for way in self.ways}
+        states = {way: self._state(way, model) for way, model in models.items()}
+        before = self._error(models["plain"])
+        ids, settings = self.samples.ids("train"), self.settings
+        for step in range(settings.steps):
+            inputs = self.samples.batch(batch_of(step, ids, settings.batch_size, seed), "cpu", torch.float32)
+            with torch.no_grad():
+                target, features = self._forward(models["plain"], (), inputs)
+            for way, model in models.items():
+                terms = self._terms(way, inputs, self._forward(model, self.plan, inputs), (target, features))
+                states[way].train_step(terms, logarithm=True)
+            if (step + 1) % 20 == 0:
+                print(f"fine-tuning, seed {seed}, step {step + 1}", flush=True)
+        return {way: {"before": before, "after": self._error(model)} for way, model in models.items()}
+
+    def _state(self, way: str, model: VariantModel) -> TrainState:
+        changes = {"warmup": round(0.3 * self.settings.steps)} if way == "warm-up 30 %" else {}
+        parameters = model.trained_parameters(trainable(self.plan))
+        return TrainState(parameters, self.settings.model_copy(update=changes), ParallelDims())
+
+    def _forward(
+        self, model: VariantModel, plan: Sequence[Replacement], inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The velocity, and the image stream behind every block."""
+        made: list[torch.Tensor] = []
+        model.switch(model.transformer, plan)
+
+        def keep(module: torch.nn.Module, given: Any, returned: Any) -> None:
+            made.append(model.adapter.from_returned(returned).img)
+
+        hooks = [block.register_forward_hook(keep) for block in model.adapter.blocks(model.transformer)]
+        velocity = model.velocity(plan, inputs, training=bool(plan))
+        for hook in hooks:
+            hook.remove()
+        return velocity, made
+
+    def _terms(self, way: str, inputs: dict[str, Any], made: Any, teachers: Any) -> dict[str, LossTerm]:
+        (velocity, features), (target, wanted) = made, teachers
+        noise = inputs[self.teacher.adapter.timestep] / self.teacher.adapter.timestep_scale
+        weight = 2 * noise.view(-1, 1, 1) if way == "noisy" else torch.ones(1)
+        terms = {"velocity": ((velocity - target).square() * weight).sum()}
+        if way == "features":
+            inside = {block for one in self.plan if isinstance(one, Interval) for block in one.blocks[:-1]}
+            borders = [block for block in range(len(wanted)) if block not in inside]
+            terms["features"] = torch.stack([_relative(features[b], wanted[b]) for b in borders]).mean()
+        one = torch.ones(())
+        return {"velocity": (terms.pop("velocity"), (target.square() * weight).sum())} | {
+            name: (value, one) for name, value in terms.items()
+        }
+
+    @torch.no_grad()
+    def _error(self, model: VariantModel) -> float:
+        sums = np.zeros(2)
+        for start in range(0, len(self.held_out), _HELD_OUT_BATCH):
+            inputs = self.samples.batch(self.held_out[start : start + _HELD_OUT_BATCH], "cpu", torch.float32)
+            target = model.velocity((), inputs)
+            error = model.velocity(self.plan, inputs) - target
+            sums += [float(x.double().square().sum()) for x in (error, target)]
+        return float(sums[0] / sums[1])
+
+
+def _relative(made: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (made - target).square().sum() / target.square().sum()
+
+
 def spread(values: Sequence[float]) -> float:
     """The standard deviation over the seeds."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def table(rows: Mapping[str, list[dict[str, float]]], title: str) -> Table:
-    """Means over the seeds; brackets: the standard deviation. The last column: against the default, seed by seed."""
-    made, base = Table(title=title), rows["map stays"]
-    columns = list(base[0])
-    for heading in ("way", *columns, "velocity over that of map stays"):
+def table(rows: Sequence[dict[str, Any]], judged: str, title: str) -> Table:
+    """Means over the seeds; brackets: the standard deviation. The last column: against the first way, seed by seed."""
+    made, columns = Table(title=title), [key for key in rows[0] if key not in ("way", "seed")]
+    for heading in ("way", *columns, f"{judged} over that of {rows[0]['way']}"):
         made.add_column(heading)
-    for name, found in rows.items():
+    base = [row[judged] for row in rows if row["way"] == rows[0]["way"]]
+    for name in dict.fromkeys(row["way"] for row in rows):
+        found = [row for row in rows if row["way"] == name]
         values = ([row[column] for row in found] for column in columns)
-        ratios = [row["velocity"] / plain["velocity"] for row, plain in zip(found, base, strict=True)]
+        ratios = [row[judged] / plain for row, plain in zip(found, base, strict=True)]
         cells = (f"{np.mean(each):.5f} ({spread(each):.5f})" for each in values)
         made.add_row(name, *cells, " ".join(f"{ratio:.3f}" for ratio in ratios))
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("job", type=Path, help="folder of a finished job")
-    parser.add_argument("--intervals", nargs="+", default=["0-1", "4-7", "10-12"])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--held-out", type=int, default=192, help="validation samples to measure on")
-    parser.add_argument("--only", nargs="+", help="names of ways, with 'map stays' among them; default: all")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    options = parser.parse_args()
+def distillation(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a way and seed; prints the table."""
     intervals = [Interval(*map(int, text.split("-"))) for text in options.intervals]
     settings = Distillation(
         steps=options.steps, batch_size=options.batch, warmup=options.steps // 10, learning_rate=1e-3
     )
     bench = Bench(options.job, intervals, settings, options.held_out)
     chosen = {name: way for name, way in ways(options.steps).items() if not options.only or name in options.only}
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    rows = []
     for seed in range(options.seeds):
         for name, trainees in bench.train(seed, chosen).items():
-            rows[name].append(bench.errors(trainees))
-            print(f"seed {seed}, {name}: {rows[name][-1]}", flush=True)
-        if options.json:
-            record = {"intervals": options.intervals, "steps": options.steps, "batch": options.batch, "rows": rows}
-            options.json.write_text(json.dumps(record, indent=1))
-    title = f"students of {', '.join(options.intervals)}, {options.steps} steps, {options.seeds} seeds"
-    Console(width=160).print(table(rows, title))
+            rows.append({"way": name, "seed": seed, **bench.errors(trainees)})
+            print(rows[-1], flush=True)
+    title = (
+        f"students of {', '.join(options.intervals)}, {options.steps} steps of {options.batch}, {options.seeds} seeds"
+    )
+    Console(width=160).print(table(rows, "velocity", title))
+    return rows
 
+
+def finetuning(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row a way and seed; prints the table."""
+    steps = options.finetuning_steps
+    settings = Finetuning(steps=steps, batch_size=options.batch, warmup=steps // 10, learning_rate=5e-4)
+    bench = FinetuningBench(options.job, settings, options.held_out)
+    rows = []
+    for seed in range(options.seeds):
+        rows += [{"way": name, "seed": seed, **found} for name, found in bench.run(seed).items()]
+    title = f"half, {steps} fine-tuning steps of {options.batch}, {options.seeds} seeds"
+    Console(width=160).print(table(rows, "after", title))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", type=Path, help="folder of a finished job")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--intervals", nargs="+", default=["0-1", "4-7", "10-12"])
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--finetuning-steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--held-out", type=int, default=96, help="validation samples to measure on")
+    parser.add_argument("--only", nargs="+", help="names of ways of distillation; default: all")
+    parser.add_argument("--json", type=Path, help="write the figures there; those of other parts stay")
+    options = parser.parse_args()
+    record = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    for part in options.parts:
+        rows = PARTS[part](options)
+        if options.json:
+            given = {name: value for name, value in vars(options).items() if name not in ("job", "json", "parts")}
+            record[part] = {"settings": given, "rows": rows}
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+PARTS = {"distillation": distillation, "finetuning": finetuning}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
