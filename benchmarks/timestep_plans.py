@@ -13,6 +13,7 @@ Nothing of the job is changed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -166,7 +167,7 @@ class Bench:
     def speedups(self, plans: Sequence[Plan], inputs: Mapping[str, Any]) -> list[Speedup]:
         """How many times faster than the teacher each plan is, measured."""
         runs = [forward_seconds(self.transformer, self.switch, [(), *plans], inputs) for _ in range(TIMED_RUNS)]
-        own, *others = [sum(seconds, []) for seconds in zip(*runs, strict=True)]
+        own, *others = [list(itertools.chain(*seconds)) for seconds in zip(*runs, strict=True)]
         return [Speedup.of(own, seconds) for seconds in others]
 
     def plain(self) -> Switchers:
