@@ -3,8 +3,8 @@
     python benchmarks/timestep_plans.py runs/demo --json benchmarks/results/timestep_plans.json
 
 For each speed, the best plan and the best schedule: two plans and the timestep at which they change. Both are chosen on
-the same validation samples, by the error predicted of many plans and then by the measured error of the best ones, and by
-the same times: seconds of the CPU, which other programs do not take. Then: the velocity error on test samples, the time
+the same validation samples, by the error predicted of many plans and then by the measured error of the best ones, and
+by the same times: seconds of the CPU, which other programs do not take. Then: the velocity error on test samples, the time
 of a step as measured again, and pictures from the same seeds as the teacher's. `--emphasis P` weighs the error of a
 timestep `t` by `t**P` where plans are chosen: 0 is the velocity error, more asks for accuracy where pictures are
 composed. `--finetune STEPS` does so again after end-to-end fine-tuning: of the single plan for that many steps, and of
@@ -476,9 +476,8 @@ def row(
 
 def shown(record: Mapping[str, Any], single: Schedule, schedule: Schedule) -> None:
     tuned = f", {record['finetuning_steps']} steps of fine-tuning" if "finetuning_steps" in record else ""
-    print(
-        f"\n{record['speed']:g} times the teacher's speed, emphasis {record['emphasis']:g}{tuned}\n  single:   {single.noisy}\n  schedule: {schedule}"
-    )
+    print(f"\n{record['speed']:g} times the teacher's speed, emphasis {record['emphasis']:g}{tuned}")
+    print(f"  single:   {single.noisy}\n  schedule: {schedule}")
     error, speed = record["velocity"], record["measured_speed"]
     print(
         f"  velocity error {error['single']:.5f} and {error['schedule']:.5f}, {error['ratio']:.3f} "
