@@ -2,13 +2,14 @@
 
     python benchmarks/timestep_plans.py runs/demo --json benchmarks/results/timestep_plans.json
 
-For each speed, the best plan and the best schedule: two plans and the timestep at which they change. Both are chosen on
-the same validation samples, by the error predicted of many plans and then by the measured error of the best ones, and
-by the same times: seconds of the CPU, which other programs do not take. Then: the velocity error on test samples, the time
-of a step as measured again, and pictures from the same seeds as the teacher's. `--emphasis P` weighs the error of a
-timestep `t` by `t**P` where plans are chosen: 0 is the velocity error, more asks for accuracy where pictures are
-composed. `--finetune STEPS` does so again after end-to-end fine-tuning: of the single plan for that many steps, and of
-the two plans of the schedule, each on its timesteps, for as many together. Nothing of the job is changed.
+For each speed, the best plan and the best schedule: two plans and the timestep at which they change. Both are chosen
+on the same validation samples, by the error predicted of many plans and then by the measured error of the best ones,
+and by the same times: seconds of the CPU, which other programs do not take. Then: the velocity error on test samples,
+the time of a step as measured again, and pictures from the same seeds as the teacher's. `--emphasis P` weighs the
+error of a timestep `t` by `t**P` where plans are chosen: 0 is the velocity error, more asks for accuracy where
+pictures are composed. `--finetune STEPS` does so again after end-to-end fine-tuning: of the single plan for that many
+steps, and of the two plans of the schedule, each on its timesteps, for as many together. Nothing of the job is
+changed.
 """
 
 from __future__ import annotations
