@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -370,12 +370,13 @@ def main() -> None:
     latency._synchronized = time.process_time
     bench = Bench(options.result)
     with torch.no_grad():
-        record = measured(bench, options)
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        for record in measured(bench, options):
+            if options.json:
+                options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def measured(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+def measured(bench: Bench, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The record, again with every row."""
     validation = bench.batches("validation", options.samples)
     parts = [sensitivities(bench.transformer, bench.switch, batch) for batch in validation]
     alone = {r: ErrorSums.joined(part[r] for part in parts) for r in parts[0]}
@@ -385,7 +386,8 @@ def measured(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     models = models_by_timestep(alone, grid)
     teachers = draw(bench, bench.plain(), always(Plan()), options.pictures) if options.pictures else None
     test = bench.batches("test", options.test_samples)
-    rows, pairs = [], []
+    rows, pairs = list[dict[str, Any]](), []
+    record = {"samples": options.samples, "timesteps": grid.tolist(), "rows": rows}
     for emphasis, speed in itertools.product(options.emphasis, options.speeds):
         weights = grid**emphasis
         weighted = [ErrorModel(m.replacements, m.products * w) for m, w in zip(models, weights, strict=True)]
@@ -395,10 +397,11 @@ def measured(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         pairs.append((both, {"emphasis": emphasis, "speed": speed, "candidates": len(plans)}))
         rows.append(row(bench, both, (bench.plain(), bench.plain()), test, teachers) | pairs[-1][1])
         shown(rows[-1], *both)
+        yield record
     for both, case in pairs if options.finetune else ():
         rows.append(finetuned_row(bench, both, options.finetune, test, teachers) | case)
         shown(rows[-1], *both)
-    return {"samples": options.samples, "timesteps": grid.tolist(), "rows": rows}
+        yield record
 
 
 def chosen(
