@@ -387,7 +387,11 @@ def measured(bench: Bench, options: argparse.Namespace) -> Iterator[dict[str, An
     teachers = draw(bench, bench.plain(), always(Plan()), options.pictures) if options.pictures else None
     test = bench.batches("test", options.test_samples)
     rows, pairs = list[dict[str, Any]](), []
-    record = {"samples": options.samples, "timesteps": grid.tolist(), "rows": rows}
+    record = {
+        "validation_samples": sum(len(batch[bench.teacher.adapter.timestep]) for batch in validation),
+        "timesteps": grid.tolist(),
+        "rows": rows,
+    }
     for emphasis, speed in itertools.product(options.emphasis, options.speeds):
         weights = grid**emphasis
         weighted = [ErrorModel(m.replacements, m.products * w) for m, w in zip(models, weights, strict=True)]
