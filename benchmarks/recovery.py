@@ -6,7 +6,8 @@ Distillation: all ways read the teacher's streams of the same batches, so one pa
 students of all. `map stays` is the default; every other way differs from it in one thing:
 
 - first: starts as block `u` alone (the paper).
-- fade 0.3, 0.6, 0.9: `distillation.fade`, the map fades out in that share of the steps; the student is a stock block.
+- fade 0.3, 0.6, 0.9: the map is `x + s (W x + b)`, with `s` in a line from 1 to 0 over that share of the steps, and is
+  dropped then; the student ends as a stock block, as it does with `first`.
 - warm-up 30 %: three times as long a warm-up of the learning rate, which is a cosine to zero in all ways.
 - noisy: a sample's loss weighs by its share of noise, 2 t.
 
@@ -26,8 +27,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,25 @@ from ppcl.training.train_state import TrainState
 _HELD_OUT_BATCH = 48
 
 
+class Fading(StudentObjective):
+    """A student whose map counts by a scale `s`: 1 at the first step, 0 from the last of `share` of the steps on."""
+
+    def __init__(self, teacher: TeacherBlocks, replacement: Interval, settings: Distillation, share: float):
+        super().__init__(teacher, replacement, settings)
+        self.last, self.step = max(1, round(share * settings.steps) - 1), 0
+        for linear in self.linears().values():
+            linear.register_forward_hook(lambda module, given, made: self.scale * made)
+
+    @property
+    def scale(self) -> float:
+        return max(0.0, 1 - self.step / self.last)
+
+    def losses(self, captured: CapturedActivations, loss_of: Any) -> dict[str, LossTerm]:
+        terms = super().losses(captured, loss_of)
+        self.step += 1
+        return terms
+
+
 class Noisy(StudentObjective):
     """A sample's loss weighs by its share of noise; `noise` has those of the batch."""
 
@@ -82,14 +103,14 @@ class Way:
     """One way to train a student: changed keys of the section `distillation`, and the objective."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
-    objective: type[StudentObjective] = StudentObjective
+    objective: Callable[[TeacherBlocks, Interval, Distillation], StudentObjective] = StudentObjective
 
 
 def ways(steps: int) -> dict[str, Way]:
     return {
         "map stays": Way(),
         "first": Way({"init": "first"}),
-        **{f"fade {share}": Way({"fade": share}) for share in (0.3, 0.6, 0.9)},
+        **{f"fade {share}": Way(objective=partial(Fading, share=share)) for share in (0.3, 0.6, 0.9)},
         "warm-up 30 %": Way({"warmup": round(0.3 * steps)}),
         "noisy": Way(objective=Noisy),
     }
@@ -153,7 +174,9 @@ class Bench:
         """By interval, the error of the student alone on the teacher's streams; `velocity`: with all students on."""
         with tempfile.TemporaryDirectory() as folder:
             for interval, trainee in trainees.items():
-                path = Path(folder) / f"{interval.name}.safetensors"
+                path, objective = Path(folder) / f"{interval.name}.safetensors", trainee.objective
+                if isinstance(objective, Fading):
+                    objective.module.affine.clear()
                 save_replacement(trainee.export(), interval, self.teacher.adapter, path)
             switch, model = VariantSwitcher(self.teacher, files_in(Path(folder))), self.teacher.transformer()
             plans = {"velocity": list(self.intervals)}
@@ -161,7 +184,6 @@ class Bench:
                 variant_errors(model, switch, plans, self.samples.batch(ids, "cpu", torch.float32))["velocity"]
                 for ids in self._batches()
             ]
-        # The students as they are saved: without the maps that faded out.
         sums = {interval: np.zeros(2) for interval in self.intervals}
         for ids in self._batches():
             captured = self.capture(ids)
@@ -323,7 +345,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--intervals", nargs="+", default=["0-1", "4-7", "10-12"])
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--finetuning-steps", type=int, default=40)
+    parser.add_argument("--finetuning-steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--held-out", type=int, default=96, help="validation samples to measure on")

@@ -17,12 +17,9 @@ NAME = "screening"
 
 
 def settings_of(config: Config) -> Distillation:
-    """The configuration of distillation, for a short one.
-
-    No affine map fades out in it: the students that are chosen after it are trained on, and their maps fade out then.
-    """
+    """The configuration of distillation, for a short one."""
     given, steps = config.distillation, config.detection.screening_steps
-    return given.model_copy(update={"steps": steps, "warmup": min(given.warmup, steps // 10), "fade": 0.0})
+    return given.model_copy(update={"steps": steps, "warmup": min(given.warmup, steps // 10)})
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -23,7 +23,6 @@ def check_config(config: Config) -> None:
     names = names_of(config.variants)
     _check_custom_variants(config.variants)
     _check_warmup("distillation", config.distillation)
-    _check_fade(config.distillation)
     _check_warmup("finetuning", config.finetuning)
     _check_finetuned_variants(config.finetuning, names)
     _check_no_credentials(config.tracking)
@@ -53,14 +52,6 @@ def _check_warmup(section: str, settings: Distillation | Finetuning) -> None:
     if "warmup" in settings.model_fields_set and settings.steps and settings.warmup > settings.steps:
         raise UserError(
             f"{section}.warmup is {settings.warmup}: it must not be more than {section}.steps, {settings.steps}"
-        )
-
-
-def _check_fade(settings: Distillation) -> None:
-    if settings.fade and settings.init != "affine":
-        raise UserError(
-            f"distillation.fade is {settings.fade:g}, but students with distillation.init: {settings.init} have no affine "
-            "map that could fade out; set init to affine, or fade to 0"
         )
 
 

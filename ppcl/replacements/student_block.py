@@ -24,8 +24,8 @@ class StudentBlock(nn.Module):
     """Called exactly as a block is: keyword arguments in, the streams as the adapter returns them out.
 
     `block`: of the same kind as the teacher's block `source`. `affine`: by stream, a residual map `x + W x + b` behind
-    the block, the closed-form start of a student; empty for a student that is a stock block. PPCL, arXiv 2511.16156,
-    Eq. 6. `affine_scale`: `s` of `x + s (W x + b)`, 1 but while the map fades out in distillation; no file holds it.
+    the block, the closed-form start of a student; empty for the paper's start, with which it ends as a stock block.
+    PPCL, arXiv 2511.16156, Eq. 6.
     """
 
     # Read by the stock SD3 forward between blocks.
@@ -47,16 +47,10 @@ class StudentBlock(nn.Module):
         self.source = source
         self.block = block
         self.affine = nn.ModuleDict(affine or {})
-        self.affine_scale = 1.0
 
     def forward(self, **arguments: Any) -> tuple:
         streams = self.adapter.from_returned(self.block(**arguments))
-        # A map of scale 0 is left out, so that it costs nothing and gets no gradient.
-        mapped = {
-            name: torch.add(x, self.affine[name](x), alpha=self.affine_scale)
-            for name, x in streams._asdict().items()
-            if name in self.affine and self.affine_scale
-        }
+        mapped = {name: x + self.affine[name](x) for name, x in streams._asdict().items() if name in self.affine}
         return self.adapter.to_returned(streams._replace(**mapped))
 
     def streams(self, streams: Streams, context: dict[str, Any]) -> Streams:

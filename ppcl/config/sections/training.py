@@ -45,13 +45,6 @@ class Distillation(Section):
         "block u "
         "(the paper); middle: the middle block (the reference code)",
     )
-    fade: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the steps over which a student's affine map fades out and is then dropped, so that the "
-        "student ends as a stock block; 0: the map stays",
-    )
     student_keep_percent: int = Field(
         100,
         ge=1,

@@ -30,7 +30,6 @@ class Trainee:
 
     def train_step(self, captured: CapturedActivations, bfloat16: bool) -> dict[str, float]:
         """One optimizer step on the teacher's activations of a batch; returns the loss and each of its terms."""
-        self.objective.at_step(self.state.step)
         device = next(iter(self.state.parameters.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             terms = self.objective.losses(captured, self.loss)
@@ -39,7 +38,6 @@ class Trainee:
     def export(self) -> nn.Module:
         """The trained module, with the averaged parameters if an average is kept."""
         self.state.use_ema()
-        self.objective.finish()
         return self.module
 
     def save(self, path: Path) -> None:

@@ -14,16 +14,6 @@ SETTINGS = Distillation(steps=3, batch_size=8, learning_rate=1e-3, warmup=1)
 
 
 @torch.enable_grad()
-def test_maps_fade_out_in_sequence_too(teacher_folder, tmp_path):
-    settings = SETTINGS.model_copy(update={"fade": 1.0})
-    SequentialRun(Teacher(teacher_folder), MemorySamples(), settings, 0, "cpu").distil(
-        INTERVALS, tmp_path, lambda done: None
-    )
-    for interval in INTERVALS:
-        assert all(name.startswith("block.") for name in load_file(tmp_path / f"{interval.name}.safetensors"))
-
-
-@torch.enable_grad()
 def test_only_what_stands_before_a_student_differs_in_sequence(teacher_folder, tmp_path):
     teacher, samples = Teacher(teacher_folder), MemorySamples()
     for name in ("apart", "sequence"):

@@ -108,12 +108,6 @@ GOOD = {"teacher": "models/t", "prompts": "p.txt"}
             "distillation.warmup is 11: it must not be more than distillation.steps, 10",
         ),
         (GOOD, ["finetuning.steps=10", "finetuning.warmup=11"], "finetuning.warmup is 11: it must not be more than"),
-        (
-            GOOD,
-            ["distillation.fade=0.5", "distillation.init=first"],
-            "distillation.fade is 0.5, but students with distillation.init: first have no affine map .*; set init to",
-        ),
-        (GOOD, ["distillation.fade=1.5"], "distillation.fade is 1.5: input should be less than or equal to 1"),
         (GOOD, ["sampling.height=9"], "sampling.height is 9: input should be a multiple of 8"),
         (GOOD, ["seed=true"], "seed is True: input should be a number, not true or false"),
         (GOOD, ["width.linear_ffns=true"], "width.linear_ffns is True: input should be a number"),

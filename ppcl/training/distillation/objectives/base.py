@@ -158,12 +158,6 @@ class GradientObjective(DistillationObjective):
     def losses(self, captured: CapturedActivations, loss_of: Loss) -> Mapping[str, LossTerm]:
         """The losses by name, which add up; `loss_of` compares a block's output with the teacher's."""
 
-    def at_step(self, step: int) -> None:  # noqa: B027 -- most objectives are the same at every step
-        """Called before the losses of every optimizer step, the first of which is 0, also in a resumed run."""
-
-    def finish(self) -> None:  # noqa: B027
-        """Called behind the last step, before the module is saved."""
-
 
 class LeastSquaresObjective(GradientObjective):
     """An objective whose closed form is one least-squares fit for each linear map."""

@@ -32,7 +32,7 @@ class StudentObjective(LeastSquaresObjective):
     module: StudentBlock
 
     def __init__(self, teacher: TeacherBlocks, replacement: Interval, settings: Distillation):
-        self.replacement, self.settings = replacement, settings
+        self.replacement = replacement
         first, last = replacement.first, replacement.last
         source = (first + last) // 2 if settings.init == "middle" else first
         block = copy.deepcopy(teacher.blocks[source]).float()
@@ -84,13 +84,6 @@ class StudentObjective(LeastSquaresObjective):
             x = captured.tokens(getattr(before, name), name)
             yield name, x, captured.tokens(getattr(after, name), name) - x
 
-    def at_step(self, step: int) -> None:
-        self.module.affine_scale = affine_scale(step, self.settings)
-
-    def finish(self) -> None:
-        if self.settings.fade:
-            self.module.affine.clear()
-
     def losses(self, captured: CapturedActivations, loss_of: Loss) -> dict[str, LossTerm]:
         output = self.module.streams(captured.boundaries[self.replacement.first], captured.context)
         target = captured.boundaries[self.replacement.last + 1]
@@ -99,14 +92,3 @@ class StudentObjective(LeastSquaresObjective):
             for name, x in target._asdict().items()
             if x is not None
         }
-
-
-def affine_scale(step: int, settings: Distillation) -> float:
-    """`s` of a student's `x + s (W x + b)` in an optimizer step: a line from 1 at step 0 to 0, where `fade` ends.
-
-    It depends on the step alone, so ranks agree on it and a resumed run goes on with it. With `fade` 0 it stays 1.
-    """
-    if not settings.fade:
-        return 1.0
-    last = max(1, round(settings.fade * settings.steps) - 1)
-    return max(0.0, 1 - step / last)
