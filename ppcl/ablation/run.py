@@ -132,6 +132,7 @@ class AblationInputs:
                 "measured_plans": 0,
                 "warmup": min(given.warmup, settings.finetuning_steps // 10),
                 "plan": _PLAN,
+                "train": "replacements",
                 "variants": [],
             }
         )

@@ -7,6 +7,7 @@
 - `PrunedHeads`: a block's attention keeps a part of its heads (width).
 - `LowRankModulation`: all modulations are computed in the few directions the timestep moves them in (width, nearly
   without loss).
+- `TunedBlock`: a block that stays, trained with one plan, which takes it along; plans do not name it.
 
 Depth is PPCL's Stage 1, width its Stage 2 (arXiv 2511.16156, Eq. 6 to 9); pruned FFNs, pruned heads and low-rank
 modulations are not in the paper.
@@ -21,6 +22,7 @@ from ppcl.replacements.registry import KINDS, parse_name, parse_replacement, par
 from ppcl.replacements.replacement import Replacement
 from ppcl.replacements.student_block import Interval
 from ppcl.replacements.text_projectors import TextRun
+from ppcl.replacements.tuned_block import TunedBlock
 
 __all__ = [
     "KINDS",
@@ -32,6 +34,7 @@ __all__ = [
     "PrunedHeads",
     "Replacement",
     "TextRun",
+    "TunedBlock",
     "checked_plan",
     "conflicts",
     "enclosing",

@@ -2,7 +2,8 @@
 
 Fine-tuning makes the plans better that it was done for and those near them; a replacement that has learnt to make up
 for the errors of others may be worse without them. So a plan takes the fine-tuned ones where that was measured to be
-better, or where it was for the measured plans most like it.
+better, or where it was for the measured plans most like it. Where one plan was trained in full, with the teacher's
+own blocks, nothing of it is for any other.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _NEAREST = 2
 class FinetunedSelection:
     """What is known of the fine-tuned replacements.
 
-    `files`: those that were trained. `sensitivity`: the velocity error of each replacement alone, before. `ratios`: by
+    `files`: those that were trained, and the blocks that were with one plan. `sensitivity`: the velocity error of each replacement alone, before. `ratios`: by
     measured plan, its velocity error with the fine-tuned ones over that with the distilled ones.
     """
 
@@ -42,14 +43,24 @@ class FinetunedSelection:
     def uses_finetuned(self, plan: Iterable[Replacement]) -> bool:
         """Whether a plan is better with the fine-tuned replacements, as far as is known."""
         plan = frozenset(plan)
-        if plan.isdisjoint(self.files):
+        in_full = not all(one.in_plans for one in self.files)
+        if plan.isdisjoint(self.files) and not in_full:
             return False
         if plan in self.ratios:
             return self.ratios[plan] < 1
+        if in_full:
+            return False
         nearest = sorted(self.ratios, key=lambda other: -self._likeness(plan, other))[:_NEAREST]
         return len(nearest) == _NEAREST and all(
             self.ratios[other] < 1 and self._likeness(plan, other) > 0 for other in nearest
         )
+
+    def taken(self, plan: Iterable[Replacement]) -> frozenset[Replacement]:
+        """The fine-tuned replacements that are on with a plan: its own, and blocks that were trained with it."""
+        plan = frozenset(plan)
+        if not self.uses_finetuned(plan):
+            return frozenset()
+        return frozenset(one for one in self.files if one in plan or not one.in_plans)
 
     def _likeness(self, one: frozenset[Replacement], other: frozenset[Replacement]) -> float:
         """The share of the sensitivity of what is on in either that is on in both."""

@@ -16,7 +16,7 @@ from torch import nn
 from ppcl.errors import UserError
 from ppcl.models import ModelAdapter
 from ppcl.models.teacher import Teacher
-from ppcl.replacements.registry import parse_name, parse_replacement, sort_key
+from ppcl.replacements.registry import parse_name, parse_stored, sort_key
 from ppcl.replacements.replacement import Replacement
 from ppcl.storage.tensor_files import save_tensors
 
@@ -65,7 +65,7 @@ def load_replacement(
             f"{metadata.get('format')!r}, transformer {metadata.get('transformer')!r}"
         )
     try:
-        module = parse_replacement(metadata["entry"]).empty_module(tensors, metadata, teacher)
+        module = parse_stored(metadata["entry"]).empty_module(tensors, metadata, teacher)
         module.load_state_dict(tensors, strict=True, assign=True)
     except (KeyError, ValueError, IndexError, TypeError, RuntimeError, UserError):
         raise UserError(
@@ -84,7 +84,7 @@ def empty_replacement(path: Path, teacher: Teacher) -> nn.Module:
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from None
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    module = parse_replacement(metadata["entry"]).empty_module(tensors, metadata, teacher)
+    module = parse_stored(metadata["entry"]).empty_module(tensors, metadata, teacher)
     return module.to("meta").requires_grad_(False).eval()
 
 

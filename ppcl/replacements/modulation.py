@@ -17,23 +17,28 @@ class Modulation(nn.Module):
     """A modulation of which only some chunks are computed; the others are constants.
 
     Replaces the linear map `linear (p → chunks · d)` that a block cuts into chunks of its width. `constants` gives
-    the value of each chunk that is not computed. The rows that are computed are views of the linear map's own.
+    the value of each chunk that is not computed. The rows that are computed are views of the linear map's own; one in
+    training stays whole, since its rows alone would get the gradient.
     """
 
     source: nn.Linear | LoraLinear
 
     def __init__(self, linear: nn.Linear | LoraLinear, width: int, constants: Mapping[int, float]):
         super().__init__()
-        # Not a sub-module: its other rows are what is saved here.
-        self.__dict__["source"] = linear
+        plain = linear.base_linear if isinstance(linear, LoraLinear) else linear
+        trained = plain.weight.requires_grad and len(constants) < linear.out_features // width
+        if trained:
+            self.source = linear
+        else:
+            # Not a sub-module: its other rows are what is saved here.
+            self.__dict__["source"] = linear
         self.width, self.chunks = width, linear.out_features // width
         self.constants = dict(constants)
         self.kept = nn.ModuleList()
         runs = _runs([c for c in range(self.chunks) if c not in constants])
         self.rows = [slice(first * width, (last + 1) * width) for first, last in runs]
-        plain = linear.base_linear if isinstance(linear, LoraLinear) else linear
-        if isinstance(plain.weight, DTensor):
-            # The rows are whole only while the block runs.
+        if trained or isinstance(plain.weight, DTensor):
+            # Of a sharded one the rows are whole only while the block runs.
             return
         for rows in self.rows:
             part = nn.Linear(plain.in_features, rows.stop - rows.start, device="meta")

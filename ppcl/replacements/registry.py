@@ -13,20 +13,32 @@ from ppcl.replacements.pruned_heads import PrunedHeads
 from ppcl.replacements.replacement import Replacement
 from ppcl.replacements.student_block import Interval
 from ppcl.replacements.text_projectors import TextRun
+from ppcl.replacements.tuned_block import TunedBlock
 
-# In the order in which plans list replacements that begin at the same block.
+# What plans are made of, in the order in which they list replacements that begin at the same block.
 KINDS: tuple[type[Replacement], ...] = (Interval, TextRun, LinearFfn, PrunedFfn, PrunedHeads, LowRankModulation)
+# What files hold.
+_STORED_KINDS = (*KINDS, TunedBlock)
 
 
 def sort_key(replacement: Replacement) -> tuple[int, int, int]:
     """The sort key of plans: the first block, then the kind, then the replacement's `detail`."""
-    return replacement.first, KINDS.index(type(replacement)), replacement.detail
+    return replacement.first, _STORED_KINDS.index(type(replacement)), replacement.detail
 
 
 def parse_name(name: str) -> Replacement | None:
     """The replacement whose `name` this is; None where it is none."""
-    matches = ((kind, kind.file_form.fullmatch(name)) for kind in KINDS)
+    matches = ((kind, kind.file_form.fullmatch(name)) for kind in _STORED_KINDS)
     return next((kind.from_match(match) for kind, match in matches if match), None)
+
+
+def parse_stored(text: str) -> Replacement:
+    """The replacement that a file says it holds. Raises `ValueError` where it is none."""
+    matches = ((kind, kind.text_form.fullmatch(text)) for kind in _STORED_KINDS)
+    found = next((kind.from_match(match) for kind, match in matches if match), None)
+    if found is None:
+        raise ValueError(f"{text!r} is not a replacement")
+    return found
 
 
 def parse_text(text: str) -> list[Replacement] | None:

@@ -30,13 +30,14 @@ class Replacement(ABC, Generic[ModuleT]):
 
     Class attributes of a kind: `label`, its name in reports; `text_form` and `file_form`, how it is written in plans
     and in file names, with the dataclass' fields as groups; `assembly_order`, kinds with a higher number are assembled
-    later, on what stands there by then.
+    later, on what stands there by then; `in_plans`, whether plans name it, or some only take it along.
     """
 
     label: ClassVar[str]
     text_form: ClassVar[re.Pattern[str]]
     file_form: ClassVar[re.Pattern[str]]
     assembly_order: ClassVar[int] = 0
+    in_plans: ClassVar[bool] = True
 
     # --- What is replaced ---
 

@@ -89,6 +89,10 @@ class VariantSwitcher:
         self._standing: WeakKeyDictionary[nn.Module, OrderedDict[_Standing, dict[int, nn.Module]]] = WeakKeyDictionary()
         self._teachers: WeakKeyDictionary[nn.Module, _Teacher] = WeakKeyDictionary()
 
+    def add(self, replacement: Replacement, module: nn.Module, device: str, dtype: torch.dtype) -> None:
+        """Have a module that is in no file; for transformers on this device and in this type."""
+        self._loaded[_Key(replacement, False, str(device), dtype)] = module
+
     def module(self, replacement: Replacement, device: str, dtype: torch.dtype, tuned: bool = False) -> nn.Module:
         return self._module(_Key(replacement, tuned, str(device), dtype))
 
@@ -116,22 +120,21 @@ class VariantSwitcher:
         return sum(map(tensor_bytes, self._loaded.values()))
 
     def finetuned(self, plan: Iterable[Replacement]) -> frozenset[Replacement]:
-        """The replacements of a plan whose fine-tuned replacements it takes."""
-        plan = frozenset(plan)
-        if self.tuned is None or not self.tuned.uses_finetuned(plan):
-            return frozenset()
-        return plan & self.tuned.files.keys()
+        """The fine-tuned replacements that a plan takes: of its own, and blocks that were trained with it."""
+        return self.tuned.taken(plan) if self.tuned else frozenset()
 
     def plan_files(self, plan: Iterable[Replacement]) -> dict[Replacement, Path]:
         """The files of a plan's replacements, the fine-tuned ones where it takes them."""
-        plan = sorted(plan, key=sort_key)
+        plan = set(plan)
         tuned = self.finetuned(plan)
-        return {one: self.tuned.files[one] if self.tuned and one in tuned else self.files[one] for one in plan}
+        files = {one: self.tuned.files[one] if self.tuned and one in tuned else self.files[one] for one in plan | tuned}
+        return {one: files[one] for one in sorted(files, key=sort_key)}
 
     def _keys(self, transformer: ModelMixin, plan: Sequence[Replacement]) -> list[_Key]:
         tuned = self.finetuned(plan)
         home = transformer.device if cache_of(transformer) is None else "cpu"
-        return [_Key(replacement, replacement in tuned, str(home), transformer.dtype) for replacement in plan]
+        on = [*plan, *sorted(tuned.difference(plan), key=sort_key)]
+        return [_Key(replacement, replacement in tuned, str(home), transformer.dtype) for replacement in on]
 
     def in_memory(self, transformer: ModelMixin, plan: Iterable[Replacement]) -> bool:
         """Whether a plan can be switched to without reading a file."""
@@ -175,7 +178,7 @@ class VariantSwitcher:
                     key.replacement: student_with_lora(modules[key.replacement], self._file(key), lora) for key in keys
                 }
             blocks = self.blocks(transformer, lora)
-            known[wanted] = block_map(self.teacher.adapter, transformer, blocks, modules, wanted.plan)
+            known[wanted] = block_map(self.teacher.adapter, transformer, blocks, modules, modules)
             if cache := cache_of(transformer):
                 for module in known[wanted].values():
                     cache.attach(module)
@@ -239,8 +242,8 @@ class VariantSwitcher:
         if self.limit is None or (size := sum(map(self._size, keys))) <= self.limit:
             return
         raise UserError(
-            f"the plan {','.join(str(key.replacement) for key in keys)} needs {size / 1e9:.3g} GB of replacements, "
-            f"more than memory.replacements_gb, {self.limit / 1e9:.3g}; raise it"
+            f"the plan {','.join(str(key.replacement) for key in keys if key.replacement.in_plans)} needs "
+            f"{size / 1e9:.3g} GB of replacements, more than memory.replacements_gb, {self.limit / 1e9:.3g}; raise it"
         )
 
     def _make_room(self, keys: Sequence[_Key]) -> None:

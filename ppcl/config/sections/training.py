@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ppcl.config.loading import Section
 from ppcl.config.sections.fields import OPERATIONAL, Decay, Replicas
@@ -110,6 +110,11 @@ class Finetuning(Section):
         "variant, or a "
         "plan such as 3-5,ffn:7: this one alone",
     )
+    train: Literal["replacements", "all"] = Field(
+        "replacements",
+        description="replacements: the teacher's own blocks stay as they are, and variants share them; all: those that "
+        "stay in the one plan of finetuning.plan are trained with its replacements (the paper), for this plan alone",
+    )
     variants: list[str] = Field(
         [], description="with plan: variants, the names of the variants to train, whole and in part; []: all"
     )
@@ -136,3 +141,11 @@ class Finetuning(Section):
         "which other plans use the fine-tuned parameters",
     )
     checkpoint_every: int = Field(100, json_schema_extra=OPERATIONAL, ge=1, description="steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _trains_one_plan_in_full(self) -> Finetuning:
+        if self.train == "all" and self.plan in ("variants", "any"):
+            raise ValueError(
+                f"train is all, but plan is {self.plan}; name the one variant or plan to train in full there"
+            )
+        return self

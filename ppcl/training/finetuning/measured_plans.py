@@ -26,7 +26,12 @@ Variants = Mapping[str, Sequence[Replacement]]
 
 
 def plans_to_measure(sampler: PlanSampler, variants: Variants, count: int, seed: int) -> list[list[Replacement]]:
-    """The variants with something to train, and up to `count` drawn plans; for a fixed plan, that one and its parts."""
+    """The variants with something to train, and up to `count` drawn plans; for a fixed plan, that one and its parts.
+
+    Where one is trained in full, that one alone: no other takes what was trained.
+    """
+    if not all(one.in_plans for one in sampler.replacements):
+        return [sampler.replacements]
     drawn = []
     if isinstance(sampler, FixedPlan):
         # What was trained for the whole need not be better for its parts.
@@ -75,15 +80,18 @@ def plan_rows(
     `errors`: by plan, before and after. `trained`: the replacements that were. `sensitivity`: the velocity error of
     each replacement alone.
     """
-    named = {tuple(plan): name for name, plan in variants.items() if trainable(plan)}
+    named = {tuple(plan): name for name, plan in variants.items()}
+    plans = [tuple(one for one in plan if one.in_plans) for plan in errors]
     rows: list[dict[str, Any]] = [
         {"plan": [str(r) for r in plan], "variant": named.get(plan), "before": before, "after": after}
-        for plan, (before, after) in errors.items()
+        for plan, (before, after) in zip(plans, errors.values(), strict=True)
     ]
     ratios = ratios_of(rows)
-    for row, plan in zip(rows, errors, strict=True):
+    in_full = not all(one.in_plans for one in trained)
+    for row, plan in zip(rows, plans, strict=True):
         # A drawn plan stands for those that are not measured: what its row says must not come from its own ratio.
-        known = ratios if row["variant"] else {p: ratio for p, ratio in ratios.items() if p != frozenset(plan)}
+        own = row["variant"] or in_full
+        known = ratios if own else {p: ratio for p, ratio in ratios.items() if p != frozenset(plan)}
         selection = FinetunedSelection(dict.fromkeys(trained, Path()), sensitivity, known)
         row["taken"] = selection.uses_finetuned(plan)
     return rows

@@ -20,6 +20,8 @@ from ppcl.replacements import (
 )
 
 VARIANTS, ANY = "variants", "any"
+# Of `finetuning.train`.
+ALL = "all"
 
 # How often a drawn plan has none of a kind of replacement.
 _WITHOUT = 0.4
@@ -114,9 +116,10 @@ def plan_sampler(
     """The sampler that `finetuning.plan` asks for.
 
     `known`: the replacements that were distilled. `variants`: the named plans. Raises `UserError` for a plan or a
-    variant that does not exist or has nothing to train.
+    variant that does not exist or has nothing to train. In full, every plan but that of the teacher has something.
     """
-    named = {name: plan for name, plan in variants.items() if trainable(plan)}
+    in_full = settings.train == ALL
+    named = {name: plan for name, plan in variants.items() if (plan if in_full else trainable(plan))}
     for name in settings.variants:
         if name not in named:
             raise UserError(
@@ -134,7 +137,12 @@ def plan_sampler(
         return VariantParts(named[name] for name in settings.variants or named)
     if settings.plan in named:
         return FixedPlan(named[settings.plan])
-    return FixedPlan(_plan_of_text(settings.plan, list(known), named, block_ranges))
+    plan = _plan_of_text(settings.plan, list(known), named, block_ranges)
+    if not in_full and not trainable(plan):
+        raise UserError(
+            f"finetuning.plan: {settings.plan!r} has nothing to train; low-rank modulations are not fine-tuned"
+        )
+    return FixedPlan(plan)
 
 
 def _plan_of_text(text: str, known: Sequence[Replacement], named: Iterable[str], block_ranges: Sequence[range]) -> Plan:
@@ -150,6 +158,4 @@ def _plan_of_text(text: str, known: Sequence[Replacement], named: Iterable[str],
             raise UserError(
                 f"finetuning.plan: there is no replacement {replacement}; there are {', '.join(map(str, known))}"
             )
-    if not trainable(plan):
-        raise UserError(f"finetuning.plan: {text!r} has nothing to train; low-rank modulations are not fine-tuned")
     return plan

@@ -3,7 +3,8 @@
 The paper fine-tunes one fixed configuration, which is no longer freely pluggable. Here every step draws a plan, by
 default a named variant or a part of one, plugs it in, and trains the replacements that are on to give the teacher's
 velocity; the teacher itself is never changed. So each replacement learns to work with and without the others. A fixed
-plan is the special case. The distilled replacements stay beside the fine-tuned ones, for the plans that they are better
+plan is the special case, and with `finetuning.train: all` the paper's: copies of the teacher's blocks that stay in the
+plan are trained with it. The distilled replacements stay beside the fine-tuned ones, for the plans that they are better
 for; see `ppcl.replacements.finetuned_selection`.
 """
 
@@ -26,8 +27,9 @@ from ppcl.storage.manifest import write_atomically
 from ppcl.training.data import Samples
 from ppcl.training.finetuning.checkpoints import load_rest, load_sharded, newest_checkpoint, save_checkpoint
 from ppcl.training.finetuning.measured_plans import plan_rows, plans_to_measure, velocity_errors
-from ppcl.training.finetuning.plan_sampler import FixedPlan, plan_sampler, trainable
+from ppcl.training.finetuning.plan_sampler import ALL, FixedPlan, PlanSampler, plan_sampler, trainable
 from ppcl.training.finetuning.state_batches import StateBatches
+from ppcl.training.finetuning.tuned_blocks import tuned_blocks
 from ppcl.training.finetuning.variant_model import VariantModel
 from ppcl.training.run_context import RunContext
 from ppcl.training.sharding import whole
@@ -78,6 +80,7 @@ def finetune(
         record = {
             "steps": settings.steps,
             "fixed": isinstance(trainer.sampler, FixedPlan),
+            "train": settings.train,
             "curve": trainer.state.loss_history,
             "skipped_steps": trainer.state.skipped_steps,
             "plans": plan_rows(errors, distilled.variants, trainer.replacements, distilled.sensitivity),
@@ -101,11 +104,16 @@ class _Trainer:
         self.settings, self.run, self.adapter = settings, run, teacher.adapter
         dtype = run.dtype(settings.precision)
         shard_over = run.dims if settings.shard and run.dims.dp > 1 else None
+        block_ranges = self.adapter.block_ranges(teacher.empty_transformer())
+        self.sampler: PlanSampler = plan_sampler(settings, distilled.files, distilled.variants, block_ranges)
+        files, tuned = distilled.files, {}
+        if settings.train == ALL:
+            files = {one: distilled.files[one] for one in self.sampler.replacements}
+            tuned = tuned_blocks(teacher, files)
+            self.sampler = FixedPlan([*files, *tuned])
         self.model = VariantModel(
-            teacher, distilled.files, run.device, dtype, settings.activation_checkpointing, shard_over
+            teacher, files, tuned, run.device, dtype, settings.activation_checkpointing, shard_over
         )
-        block_ranges = self.adapter.block_ranges(self.model.transformer)
-        self.sampler = plan_sampler(settings, distilled.files, distilled.variants, block_ranges)
         self.replacements = trainable(self.sampler.replacements)
         self.state = TrainState(self.model.trained_parameters(self.replacements), settings, run.dims)
         guidance = Guidance.of(teacher.adapter, teacher.pipeline_class, sampling)

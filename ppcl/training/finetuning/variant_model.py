@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from ppcl.models import swap
 from ppcl.models.block_view import linear_at
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import Replacement
+from ppcl.replacements import Replacement, TunedBlock
 from ppcl.replacements.low_rank_modulation import ModulationBasis
 from ppcl.replacements.switcher import VariantSwitcher
+from ppcl.training.finetuning.tuned_blocks import read_block
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.sharding import gathered, mesh_of, shard
 
@@ -36,12 +37,16 @@ class _Checkpointed(nn.Module):
 
 
 class VariantModel:
-    """The teacher's transformer, frozen, and the replacements from `files`, of which some can be trained."""
+    """The teacher's transformer, frozen, and the replacements from `files`, of which some can be trained.
+
+    `tuned`: of the teacher's blocks those that are trained as well, as copies, each without the parts at these paths.
+    """
 
     def __init__(
         self,
         teacher: Teacher,
         files: Mapping[Replacement, Path],
+        tuned: Mapping[TunedBlock, Sequence[str]],
         device: str,
         dtype: torch.dtype,
         activation_checkpointing: bool,
@@ -54,6 +59,11 @@ class VariantModel:
         prepare = partial(shard, mesh=self.mesh) if self.mesh else None
         self.transformer = teacher.transformer(device=device, dtype=dtype, prepare=prepare)
         self.switch = VariantSwitcher(teacher, files)
+        for one, left_out in tuned.items():
+            module = read_block(teacher, one, left_out, device)
+            if prepare:
+                prepare(module)
+            self.switch.add(one, module, self.transformer.device, dtype)
         if self.mesh:
             self._multiply_out_modulations()
 
