@@ -17,6 +17,7 @@ from ppcl.replacements.parameter_counts import count_parameters
 from ppcl.report.numbers import count
 from ppcl.report.pictures import chosen_prompts
 from ppcl.report.summary import rows_of
+from ppcl.replacements import TunedBlock
 from ppcl.result import Result
 from ppcl.search.variants import TEACHER, Variant
 from ppcl.storage.results import read_results
@@ -44,6 +45,7 @@ class CardFacts:
     obstacles: list[str]
     blocks: list[dict[str, Any]]
     finetuned: bool
+    tuned_blocks: int
     lora: str | None
     scores: dict[str, Any]
     prompts: int
@@ -77,6 +79,7 @@ class CardFacts:
             obstacles=blocks.obstacles(),
             blocks=list(blocks.entries.values()),
             finetuned=result.finetuned(variant.name if variant.name in result.variants else list(variant.plan)),
+            tuned_blocks=sum(isinstance(one, TunedBlock) for one in blocks.files),
             lora=_lora(blocks),
             # Without the LoRA.
             scores=rows.get(variant.name, {}) if variant.name in result.variants else {},
@@ -95,6 +98,7 @@ class CardFacts:
             "teacher": {"parameters": self.teacher_parameters, "sha256": self.teacher_sha256},
             "blocks": self.blocks,
             "fine_tuned": self.finetuned,
+            "tuned_blocks": self.tuned_blocks,
             "lora": self.lora,
         }
 

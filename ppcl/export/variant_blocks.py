@@ -23,7 +23,7 @@ from ppcl.models import IdentityBlock
 from ppcl.models.block_view import linear_at
 from ppcl.models.pruned_transformer import pruned_class
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import LowRankModulation, Replacement
+from ppcl.replacements import LowRankModulation, Replacement, TunedBlock
 from ppcl.replacements.assembly import block_map
 from ppcl.replacements.io import empty_replacement, load_replacement
 from ppcl.replacements.low_rank_modulation import ModulationBasis
@@ -225,7 +225,9 @@ class VariantBlocks:
         wanted = [one for one in self.files if group.number in one.blocks or not one.blocks]
         modules = self._loaded(wanted, dtype)
         blocks = list(self.structure.blocks)
-        if not any(one.removed for one in wanted):
+        # A tuned block has all weights that the plan runs; a LoRA is found beside the teacher's own.
+        whole = any(isinstance(one, TunedBlock) for one in wanted) and not self.lora
+        if not whole and not any(one.removed for one in wanted):
             loaded = self.teacher.transformer({group.number}, dtype=dtype, blocks_only=True)
             blocks[group.number] = self.adapter.blocks(loaded)[group.number]
             if self.lora:

@@ -15,10 +15,12 @@ from ppcl.replacements import (
     Interval,
     LinearFfn,
     LowRankModulation,
+    Plan,
     PrunedFfn,
     PrunedHeads,
     Replacement,
     TextRun,
+    parse_text,
     sort_key,
 )
 from ppcl.search.shortlist import longest_chain, most_intervals
@@ -188,6 +190,34 @@ class JobSize:
 
     def compute_seconds(self, operations: float) -> float:
         return operations / (self.device.flops * self.device.utilisation)
+
+    @property
+    def fine_tuned(self) -> int:
+        """Parameters that fine-tuning trains. In full, and where a name alone gives the plan: those of all blocks."""
+        if self.config.finetuning.train != "all":
+            return self.replacements.fine_tuned
+        plan = self.plan_in_full
+        if plan is None:
+            # Every replacement has fewer than what it stands for.
+            return sum(self.model.blocks)
+        sizes, blocks = replacement_sizes(self.config, self.model, plan), sum(map(self.model.blocks.__getitem__, self.tuned_blocks))
+        # A replaced FFN is left out of the block that it is in.
+        return sizes.fine_tuned + blocks - sum(f.parameters for b in sizes.widest for f in self.model.ffns[b].values())
+
+    @property
+    def tuned_blocks(self) -> list[int]:
+        """The teacher's own blocks of which fine-tuning trains copies, at most."""
+        if self.config.finetuning.train != "all":
+            return []
+        gone = {block for one in self.plan_in_full or () if one.removed for block in one.blocks}
+        return [block for block in range(len(self.model.blocks)) if block not in gone]
+
+    @property
+    def plan_in_full(self) -> Plan | None:
+        """The plan that is trained in full, as far as the configuration gives more than a name."""
+        name = self.config.finetuning.plan
+        replacements = parse_text(name) or self.config.variants.custom.get(name)
+        return None if replacements is None else Plan(replacements)
 
     @property
     def screened(self) -> JobSize:

@@ -79,5 +79,6 @@ def _on_host(job: JobSize, loaded: Loaded) -> int:
 
 
 def replacement_bytes(job: JobSize) -> int:
-    """Replacements in memory at once."""
-    return min(job.number * job.replacements.all, round(job.config.memory.replacements_gb * 1e9))
+    """Replacements in memory at once, and blocks that were fine-tuned with one plan."""
+    tuned = sum(job.model.blocks[block] for block in job.tuned_blocks)
+    return min(job.number * (job.replacements.all + tuned), round(job.config.memory.replacements_gb * 1e9))

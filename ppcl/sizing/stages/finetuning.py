@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ppcl.replacements import Interval
 from ppcl.sizing.job import JobSize, WorkerSize
 from ppcl.sizing.memory import STUDENT_BYTES
 from ppcl.training.finetuning.measured_plans import BATCH, SAMPLES
@@ -19,22 +20,25 @@ def workers(job: JobSize) -> list[WorkerSize]:
     sharded = settings.shard and ranks > 1
     parts = ranks if sharded else 1
     blocks, largest = sum(model.blocks), max(model.blocks)
-    trained = sizes.fine_tuned
+    trained, in_full = job.fine_tuned, settings.train == "all"
     samples = -(-settings.batch_size // ranks)
     device = {
         "teacher": job.number * (model.rest + blocks // parts),
         # All are loaded where they are sharded; else those that are trained, and the modulations.
-        "frozen replacements": job.number * (sizes.all - trained if sharded else sizes.basis) // parts,
+        "frozen replacements": job.number * (sizes.all - trained if sharded and not in_full else sizes.basis) // parts,
         "trained replacements": STUDENT_BYTES * trained // parts,
         "cast weights": 0 if job.cpu else job.number * (largest if settings.activation_checkpointing else trained),
-        "gathered": _GATHERED * job.number * largest if sharded else 0,
+        "gathered": _GATHERED * (_SINGLE if in_full else job.number) * largest if sharded else 0,
         "activations": _activations(job, samples),
     }
     # Forward, backward through all blocks, the target's forward; and the forward again where it is recomputed.
     passes = 4 + settings.activation_checkpointing
     plans = settings.measured_plans + job.variants
     forwards = passes * settings.steps * settings.batch_size + 2 * plans * min(SAMPLES, job.validation)
-    gathers = (2 + settings.activation_checkpointing) * job.number * blocks * (ranks - 1)
+    # The teacher's forward, then the forward, backward and forward again of what is trained, if it is of the blocks.
+    again = 1 + settings.activation_checkpointing
+    gathered = job.number * blocks + again * (_SINGLE * trained if in_full else job.number * blocks)
+    gathers = gathered * (ranks - 1)
     traffic = settings.steps * (gathers + _SINGLE * trained * (ranks - 1)) if sharded else 0
     seconds = None
     if not job.cpu:
@@ -57,10 +61,13 @@ def workers(job: JobSize) -> list[WorkerSize]:
 
 def _activations(job: JobSize, samples: int) -> int:
     """The most of a training step, with the students on or without them, and of measuring plans."""
-    settings, model, students = job.config.finetuning, job.model, job.replacements.students
+    settings, model, students = job.config.finetuning, job.model, list(job.replacements.students)
+    if settings.train == "all":
+        students = [one for one in job.plan_in_full or () if isinstance(one, Interval)]
     gone = {block for one in students for block in one.blocks}
     blocks = range(len(model.blocks))
-    without = [model.memory[b].frozen.of(samples) for b in blocks]
+    tuned = set(job.tuned_blocks)
+    without = [(model.memory[b].saved if b in tuned else model.memory[b].frozen).of(samples) for b in blocks]
     # A trained FFN or attention keeps the inputs of its maps, too.
     maps = samples * job.number * model.tokens * model.width
     for block in [*job.replacements.widest, *job.replacements.heads]:

@@ -14,7 +14,8 @@ from torch import nn
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement, TunedBlock
 from ppcl.replacements.assembly import block_map
-from ppcl.replacements.io import empty_replacement
+from ppcl.replacements.io import empty_replacement, stored_sizes
+from ppcl.replacements.parameter_counts import count_parameters
 from ppcl.replacements.replacement import TeacherStructure
 from ppcl.replacements.tuned_block import own_tensors, without_parts
 
@@ -38,6 +39,15 @@ def tuned_blocks(teacher: Teacher, files: Mapping[Replacement, Path]) -> dict[Tu
                 path for path, names in own_tensors(block).items() if not any(id(own[name]) in runs for name in names)
             ]
     return found
+
+
+def bytes_in_full(teacher: Teacher, files: Mapping[Replacement, Path], dtype: torch.dtype) -> int:
+    """What a plan trained in full takes in memory beside the teacher: its replacements and its own blocks."""
+    count = sum(sum(stored_sizes(path).values()) for path in files.values())
+    blocks = teacher.adapter.blocks(teacher.empty_transformer())
+    for one, left_out in tuned_blocks(teacher, files).items():
+        count += count_parameters(without_parts(blocks[one.block], left_out))
+    return count * dtype.itemsize
 
 
 def read_block(teacher: Teacher, block: TunedBlock, left_out: Sequence[str], device: str) -> nn.Module:

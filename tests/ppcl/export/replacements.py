@@ -48,7 +48,7 @@ class _Samples:
         return {**inputs, adapter_of(self.transformer).timestep: inputs[adapter_of(self.transformer).timestep].clone()}
 
 
-def _disturbed(module: nn.Module, seed: int) -> nn.Module:
+def disturbed(module: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -63,7 +63,7 @@ def student(teacher: Teacher, interval: Interval, affine: bool, source: int | No
     drops_text = getattr(blocks[interval.last], "context_pre_only", False)
     streams = ["img"] if drops_text else ["img", "txt"]
     maps = {stream: affine_map(WIDTH) for stream in streams} if affine else None
-    return _disturbed(StudentBlock(teacher.adapter, interval, source, copy.deepcopy(blocks[source]), maps), source)
+    return disturbed(StudentBlock(teacher.adapter, interval, source, copy.deepcopy(blocks[source]), maps), source)
 
 
 def replacements(teacher: Teacher, folder: Path) -> dict[Replacement, Path]:
@@ -80,17 +80,17 @@ def replacements(teacher: Teacher, folder: Path) -> dict[Replacement, Path]:
     modules[Interval(0, 1)] = student(teacher, Interval(0, 1), affine=True)
     modules[Interval(2, 3)] = student(teacher, Interval(2, 3), affine=False)
     modules[Interval(4, 5)] = student(teacher, Interval(4, 5), affine=False)
-    modules[TextRun(1, 3)] = _disturbed(TextProjectors(TextRun(1, 3), WIDTH, True), 5)
+    modules[TextRun(1, 3)] = disturbed(TextProjectors(TextRun(1, 3), WIDTH, True), 5)
     for number in (0, 2):
         parts = adapter.parts_of(model, number, blocks[number])
-        modules[LinearFfn(number)] = _disturbed(LinearFfnMaps.new(parts, WIDTH), number)
-        modules[PrunedFfn(number, 50)] = _disturbed(PrunedFfnMaps.new(adapter, blocks[number], parts, 50), number)
+        modules[LinearFfn(number)] = disturbed(LinearFfnMaps.new(parts, WIDTH), number)
+        modules[PrunedFfn(number, 50)] = disturbed(PrunedFfnMaps.new(adapter, blocks[number], parts, 50), number)
     for number in (0, 2, first[-1]):
         paths = HeadPaths.of(adapter, model, number, blocks[number])
         heads = PrunedHeadMaps.new(blocks[number], paths, 50)
         # The second of two: of a LoRA other rows than the first ones belong to it.
         heads.heads = (1,)
-        modules[PrunedHeads(number, 50)] = _disturbed(heads, number)
+        modules[PrunedHeads(number, 50)] = disturbed(heads, number)
     assert 3 in first
     for replacement, module in modules.items():
         save_replacement(module, replacement, adapter, folder / f"{replacement.name}.safetensors")
