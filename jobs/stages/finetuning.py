@@ -47,8 +47,8 @@ def check(context: StageContext) -> list[str]:
     gigabytes = bytes_in_full(context.teacher, {one: files[one] for one in plan}, dtype) / 1e9
     if gigabytes > memory.replacements_gb:
         raise UserError(
-            f"finetuning.train is all: the blocks and replacements of {settings.plan} take {gigabytes:.3g} GB, more than "
-            f"memory.replacements_gb, {memory.replacements_gb:g}; raise it"
+            f"finetuning.train is all: the blocks and replacements of {settings.plan} take {gigabytes:.3g} GB, more "
+            f"than memory.replacements_gb, {memory.replacements_gb:g}; raise it"
         )
     return []
 

@@ -13,11 +13,11 @@ from PIL import Image, UnidentifiedImageError
 
 import ppcl
 from ppcl.export.variant_blocks import VariantBlocks
+from ppcl.replacements import TunedBlock
 from ppcl.replacements.parameter_counts import count_parameters
 from ppcl.report.numbers import count
 from ppcl.report.pictures import chosen_prompts
 from ppcl.report.summary import rows_of
-from ppcl.replacements import TunedBlock
 from ppcl.result import Result
 from ppcl.search.variants import TEACHER, Variant
 from ppcl.storage.results import read_results

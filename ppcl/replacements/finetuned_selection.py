@@ -26,8 +26,9 @@ _NEAREST = 2
 class FinetunedSelection:
     """What is known of the fine-tuned replacements.
 
-    `files`: those that were trained, and the blocks that were with one plan. `sensitivity`: the velocity error of each replacement alone, before. `ratios`: by
-    measured plan, its velocity error with the fine-tuned ones over that with the distilled ones.
+    `files`: those that were trained, and the blocks that were with one plan. `sensitivity`: the velocity error of each
+    replacement alone, before. `ratios`: by measured plan, its velocity error with the fine-tuned ones over that with
+    the distilled ones.
     """
 
     files: Mapping[Replacement, Path]

@@ -18,7 +18,7 @@ from ppcl.replacements.tuned_block import TunedBlock
 # What plans are made of, in the order in which they list replacements that begin at the same block.
 KINDS: tuple[type[Replacement], ...] = (Interval, TextRun, LinearFfn, PrunedFfn, PrunedHeads, LowRankModulation)
 # What files hold.
-_STORED_KINDS = (*KINDS, TunedBlock)
+_STORED_KINDS: tuple[type[Replacement], ...] = (*KINDS, TunedBlock)
 
 
 def sort_key(replacement: Replacement) -> tuple[int, int, int]:

@@ -221,11 +221,14 @@ def _finetuning(tuned: dict[str, Any]) -> dict[str, Any] | None:
         return None
     plans = tuned["plans"]
     ratios = sorted(row["after"] / row["before"] for row in plans if row["before"])
-    drawn = [row for row in plans if row["variant"] is None]
+    # One that is trained in full is measured for itself.
+    drawn = [row for row in plans if row["variant"] is None and tuned.get("train") != "all"]
     taken = [row for row in drawn if row["taken"]]
     return {
         "steps": tuned["steps"],
         "fixed": tuned["fixed"],
+        # Results of the version before have replacements trained alone.
+        "in_full": tuned.get("train") == "all",
         "variants": [row for row in plans if row["variant"]],
         "plans": len(plans),
         "better": sum(row["after"] < row["before"] for row in plans),

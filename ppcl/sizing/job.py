@@ -200,9 +200,11 @@ class JobSize:
         if plan is None:
             # Every replacement has fewer than what it stands for.
             return sum(self.model.blocks)
-        sizes, blocks = replacement_sizes(self.config, self.model, plan), sum(map(self.model.blocks.__getitem__, self.tuned_blocks))
+        sizes = replacement_sizes(self.config, self.model, plan)
+        own = sum(self.model.blocks[block] for block in self.tuned_blocks)
         # A replaced FFN is left out of the block that it is in.
-        return sizes.fine_tuned + blocks - sum(f.parameters for b in sizes.widest for f in self.model.ffns[b].values())
+        left_out = sum(ffn.parameters for block in sizes.widest for ffn in self.model.ffns[block].values())
+        return sizes.fine_tuned + own - left_out
 
     @property
     def tuned_blocks(self) -> list[int]:

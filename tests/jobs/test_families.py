@@ -4,13 +4,16 @@ What the families differ in is not what crosses between processes, so it all run
 """
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from jobs.pipeline import Job
 from ppcl.config.schema import Config
-from ppcl.replacements import KINDS, Interval
+from ppcl.errors import UserError
+from ppcl.export import export_folder
+from ppcl.replacements import KINDS, Interval, TunedBlock
 from ppcl.result import Result
 from tests import tiny
 from tests.one_process import stages_in_this_process
@@ -58,6 +61,43 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
     assert image.size == (16, 16)
     for name, variant in result.variants.items():
         assert variant.parameters == sum(p.numel() for p in _running(result, name)), name
+
+
+def test_one_plan_of_qwen_image_is_trained_in_full(ray_cluster, teacher_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text(
+        "\n".join(f"a {c} {s}" for c in ("red", "green", "blue") for s in ("circle", "square"))
+    )
+    values = {
+        "teacher": teacher_folder,
+        "prompts": tmp_path / "prompts.txt",
+        "output": tmp_path / "result",
+        "device": "cpu",
+        "sampling": {"steps": 2, "height": 32, "width": 32},
+        "calibration": {"states_per_prompt": 2, "validation": 0.3},
+        "detection": {"max_length": 3, "samples": 2, "resamples": 2, "screening_steps": 0},
+        "distillation": {"steps": 3, "batch_size": 4, "warmup": 1},
+        "finetuning": {"steps": 20, "batch_size": 8, "warmup": 1, "learning_rate": 2e-5, "plan": "p70", "train": "all"},
+        "variants": {"budgets": [0.7], "custom": {"folded": ["modulations"]}},
+        "evaluation": {"max_prompts": 2},
+    }
+    with stages_in_this_process():
+        Job(Config.model_validate(values), Console(file=io.StringIO())).run("cpu")
+        # Nothing is computed again but the sizes.
+        small = Config.model_validate(values | {"memory": {"replacements_gb": 1e-6}})
+        with pytest.raises(UserError, match="the blocks and replacements of p70 take .* GB, more than memory.repl"):
+            Job(small, Console(file=io.StringIO())).run("cpu")
+    result = Result(tmp_path / "result")
+    assert [name for name in result.variants if result.finetuned(name)] == ["p70"]
+    evaluation = json.loads((tmp_path / "result" / "evaluation" / "evaluation.json").read_text())["variants"]
+    assert [name for name, row in evaluation.items() if row["fine_tuned"]] == ["p70"]
+    tuned = [one for one in result.plan_files(result.variant("p70").plan) if isinstance(one, TunedBlock)]
+    assert len(tuned) == result.variant("p70").blocks - sum(isinstance(o, Interval) for o in result.variant("p70").plan)
+    assert not any(isinstance(one, TunedBlock) for one in result.replacements)
+    export_folder(result, "p70", tmp_path / "exported")
+    card = json.loads((tmp_path / "exported" / "ppcl.json").read_text())
+    assert card["tuned_blocks"] == len(tuned) and card["parameters"] > 0
+    assert "all parameters of the blocks that stayed" in (tmp_path / "exported" / "README.md").read_text()
+    assert "All parameters of the blocks that stay" in (tmp_path / "result" / "report.html").read_text()
 
 
 def _running(result, variant):

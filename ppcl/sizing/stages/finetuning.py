@@ -28,7 +28,8 @@ def workers(job: JobSize) -> list[WorkerSize]:
         "frozen replacements": job.number * (sizes.all - trained if sharded and not in_full else sizes.basis) // parts,
         "trained replacements": STUDENT_BYTES * trained // parts,
         "cast weights": 0 if job.cpu else job.number * (largest if settings.activation_checkpointing else trained),
-        "gathered": _GATHERED * (_SINGLE if in_full else job.number) * largest if sharded else 0,
+        # Of blocks in training their gradients as well, before each rank has its part.
+        "gathered": _GATHERED * (2 * _SINGLE if in_full else job.number) * largest if sharded else 0,
         "activations": _activations(job, samples),
     }
     # Forward, backward through all blocks, the target's forward; and the forward again where it is recomputed.

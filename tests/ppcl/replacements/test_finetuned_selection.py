@@ -7,7 +7,7 @@ import torch
 
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import Interval, LinearFfn, LowRankModulation
+from ppcl.replacements import Interval, LinearFfn, LowRankModulation, TunedBlock
 from ppcl.replacements.finetuned_selection import FinetunedSelection, ratios_of
 from ppcl.replacements.io import load_replacement, save_replacement
 from ppcl.result import Result
@@ -55,6 +55,17 @@ def test_what_nothing_measured_is_like_stays_as_it_was():
     assert not tuned({frozenset({A}): 0.5, frozenset({A, LowRankModulation()}): 0.5}).uses_finetuned({B})
     assert not tuned({frozenset({A, B}): 0.5}).uses_finetuned({A}), "one measured plan tells too little"
     assert not tuned({}).uses_finetuned({A})
+
+
+def test_what_was_trained_with_one_plan_in_full_is_for_that_plan_alone():
+    files = (A, B, TunedBlock(6), TunedBlock(7))
+    trained = tuned({frozenset({A, B}): 0.5}, files)
+    assert trained.taken([A, B]) == set(files) and not trained.taken([A]) and not trained.taken([A, B, C])
+    assert not tuned({frozenset({A, B}): 1.5}, files).taken([A, B])
+    # Where no replacement of the plan is trained, its blocks are all the same.
+    folded = frozenset({LowRankModulation()})
+    assert tuned({folded: 0.5}, files[2:]).taken(folded) == set(files[2:])
+    assert tuned().taken([A, B, D]) == {A, B}
 
 
 def test_a_plan_without_an_error_has_none_to_lose():
