@@ -7,7 +7,7 @@ from ppcl.config.schema import Distillation, Finetuning
 from ppcl.errors import UserError
 from ppcl.evaluation.velocity_error import variant_errors
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import LowRankModulation, Plan, TunedBlock
+from ppcl.replacements import LowRankModulation, Plan, PrunedHeads, TunedBlock
 from ppcl.replacements.finetuned_selection import FinetunedSelection
 from ppcl.replacements.io import files_in
 from ppcl.replacements.switcher import VariantSwitcher
@@ -28,7 +28,7 @@ from tests.ppcl.training.finetuning.test_trainer import (
 )
 from tests.samples import MemorySamples
 
-DEEP, WIDE = "3-5,ffn:0,ffn:2/50", "modulations,text:1-3,ffn:2,ffn:0"
+DEEP, WIDE = "3-5,ffn:0,heads:1/50,ffn:2/50", "modulations,text:1-3,ffn:2,ffn:0"
 VARIANTS = {"teacher": [], "deep": Plan.parse(DEEP), "wide": Plan.parse(WIDE), "folded": Plan.parse("modulations")}
 FFNS = ["img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"]
 
@@ -48,7 +48,7 @@ def students(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("students")
     settings = Distillation(steps=1, batch_size=8, learning_rate=1e-12, init="first", ridge=1.0, train="all")
     with torch.enable_grad():
-        plan = [*PLAN, LowRankModulation()]
+        plan = [*PLAN, PrunedHeads(1, 50), LowRankModulation()]
         distil(Teacher(folder), MemorySamples(256), plan, settings, RunContext(out, out / "c"), 1e-2)
     return out
 
@@ -59,7 +59,9 @@ def test_what_a_plan_does_not_run_of_a_block_is_left_out(folder, students):
         return {one.block: left_out for one, left_out in tuned_blocks(Teacher(folder), files).items()}
 
     assert blocks("0-1") == {2: [], 3: [], 4: [], 5: []}
-    assert blocks(DEEP) == {0: FFNS, 1: [], 2: FFNS}
+    attention = {f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj")}
+    deep = blocks(DEEP)
+    assert (deep[0], deep[2]) == (FFNS, FFNS) and set(deep[1]) == attention | {"attn.add_v_proj", "attn.to_add_out"}
     # Of the blocks inside of the run the text's output, FFN and modulation are gone.
     wide = blocks(WIDE)
     assert wide[0] == FFNS and wide[1] == [] == wide[4]
@@ -92,7 +94,7 @@ def test_the_result_is_what_training_ended_with_and_for_that_plan_alone(folder, 
     assert row["plan"] == list(map(str, plan)) and row["variant"] == name and row["taken"]
     assert row["after"] < 0.7 * row["before"]
 
-    selection = FinetunedSelection.read(tmp_path, SENSITIVITY)
+    selection = FinetunedSelection.read(tmp_path, SENSITIVITY | {PrunedHeads(1, 50): 0.01})
     transformer = teacher.transformer()
     switch = VariantSwitcher(teacher, files_in(students), selection)
     inputs = samples.batch(samples.ids("validation"))
