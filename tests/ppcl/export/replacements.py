@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from ppcl.replacements import (
     Replacement,
     TextRun,
 )
+from ppcl.replacements.finetuned_selection import FinetunedSelection
 from ppcl.replacements.io import files_in, save_replacement
 from ppcl.replacements.linear_ffn import LinearFfnMaps
 from ppcl.replacements.low_rank_modulation import fit_basis
@@ -33,6 +35,7 @@ from ppcl.replacements.student_block import StudentBlock, affine_map
 from ppcl.replacements.text_projectors import TextProjectors
 from ppcl.search.variants import Variant, VariantCatalog
 from ppcl.storage.manifest import CONFIG, Artifacts
+from ppcl.training.finetuning.tuned_blocks import read_block, tuned_blocks
 from tests import tiny
 
 WIDTH = 32
@@ -95,6 +98,16 @@ def replacements(teacher: Teacher, folder: Path) -> dict[Replacement, Path]:
     for replacement, module in modules.items():
         save_replacement(module, replacement, adapter, folder / f"{replacement.name}.safetensors")
     return files_in(folder)
+
+
+def trained_in_full(
+    teacher: Teacher, files: Mapping[Replacement, Path], plan: Plan, folder: Path
+) -> FinetunedSelection:
+    """As if a plan had been fine-tuned with the teacher's blocks in it, and were better for it."""
+    for one, left_out in tuned_blocks(teacher, {replacement: files[replacement] for replacement in plan}).items():
+        block = disturbed(read_block(teacher, one, left_out, "cpu"), one.block)
+        save_replacement(block, one, teacher.adapter, folder / f"{one.name}.safetensors")
+    return FinetunedSelection(files_in(folder), {}, {frozenset(plan): 0.5})
 
 
 def result(root: Path, teacher_folder: Path, custom: dict[str, str]) -> Path:
