@@ -56,10 +56,9 @@ def test_an_export_is_the_tuned_variant_and_other_plans_never_see_its_blocks(in_
     torch.testing.assert_close(velocity(inside), teachers)
 
 
+@pytest.mark.parametrize("in_full", [STOCK], indirect=True)
 def test_a_stock_plan_stays_stock_and_has_the_trained_weights_bit_for_bit(in_full):
     teacher, plan, switch, _ = in_full
-    if str(plan) != STOCK:
-        pytest.skip("not of stock blocks")
     files = switch.plan_files(plan)
     blocks = VariantBlocks(teacher, files)
     model, state = exported(blocks)
