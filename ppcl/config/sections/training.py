@@ -118,6 +118,11 @@ class Finetuning(Section):
     variants: list[str] = Field(
         [], description="with plan: variants, the names of the variants to train, whole and in part; []: all"
     )
+    feature_loss: bool = Field(
+        False,
+        description="also train on the error of the image stream behind every block, with as much weight as that of "
+        "the velocity; keeps the teacher's streams of a step in memory",
+    )
     activation_checkpointing: bool = Field(
         True,
         json_schema_extra=OPERATIONAL,

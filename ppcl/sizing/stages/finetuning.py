@@ -31,6 +31,7 @@ def workers(job: JobSize) -> list[WorkerSize]:
         # Of blocks in training their gradients as well, before each rank has its part.
         "gathered": _GATHERED * (2 * _SINGLE if in_full else job.number) * largest if sharded else 0,
         "activations": _activations(job, samples),
+        "features": _features(job, samples) if settings.feature_loss else 0,
     }
     # Forward, backward through all blocks, the target's forward; and the forward again where it is recomputed.
     passes = 4 + settings.activation_checkpointing
@@ -80,3 +81,10 @@ def _activations(job: JobSize, samples: int) -> int:
         step = max(sum(without), sum(on))
     measured = -(-min(BATCH, job.validation) // settings.data_parallel)
     return max(step, job.forward_bytes(measured))
+
+
+def _features(job: JobSize, samples: int) -> int:
+    """Behind every block the teacher's image stream, and its difference from the variant's in float32 for the backward."""
+    model = job.model
+    numbers = len(model.blocks) * samples * (model.tokens - model.text_tokens) * model.width
+    return numbers * (job.number + _SINGLE)

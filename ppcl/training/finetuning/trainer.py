@@ -21,7 +21,7 @@ import torch
 from ppcl.calibration.guidance import Guidance
 from ppcl.config.schema import Finetuning, Sampling
 from ppcl.models.teacher import Teacher
-from ppcl.replacements import Replacement
+from ppcl.replacements import Interval, Replacement
 from ppcl.replacements.io import save_replacement
 from ppcl.storage.manifest import write_atomically
 from ppcl.training.data import Samples
@@ -31,6 +31,8 @@ from ppcl.training.finetuning.plan_sampler import ALL, FixedPlan, PlanSampler, p
 from ppcl.training.finetuning.state_batches import StateBatches
 from ppcl.training.finetuning.tuned_blocks import tuned_blocks
 from ppcl.training.finetuning.variant_model import VariantModel
+from ppcl.training.losses import LossTerm
+from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.run_context import RunContext
 from ppcl.training.sharding import whole
 from ppcl.training.train_state import TrainState
@@ -133,22 +135,29 @@ class _Trainer:
         state.use_ema()
 
     def train_step(self) -> dict[str, float]:
-        """One optimizer step; gives the relative squared velocity error of the drawn plan, and the plan's length."""
+        """One optimizer step; gives the relative squared velocity error of the drawn plan, and the plan's length.
+
+        With `feature_loss` the loss is the sum of two logarithms, the velocity's error and that of the streams.
+        """
         seed, step = self.run.seed, self.state.step
         # All replicas draw the same plan, and each its own rollouts.
         plan = self.sampler.draw(np.random.default_rng([seed, step]))
         rng = np.random.default_rng([seed, step, self.run.dims.dp_rank])
         batch = self.batches.draw(step, rng)
+        wanted: list[torch.Tensor] | None = [] if self.settings.feature_loss else None
+        features: list[torch.Tensor] | None = [] if self.settings.feature_loss else None
         with torch.no_grad():
-            target = self.model.velocity((), batch.inputs).float()
-        velocity = self.model.velocity(plan, batch.inputs, training=True).float()
-        term = (velocity - target).square().sum(), target.square().sum()
+            target = self.model.velocity((), batch.inputs, features=wanted).float()
+        velocity = self.model.velocity(plan, batch.inputs, training=True, features=features).float()
+        terms = {"velocity": ((velocity - target).square().sum(), target.square().sum())}
+        if wanted is not None and features is not None:
+            terms["features"] = feature_error(features, wanted, plan, self.run.dims)
         # The gradient of the error's logarithm: a plan with few replacements, whose error is small, counts as much as
         # one with many. On the error itself the large plans decide everything, and the small ones get worse.
-        losses = self.state.train_step({"velocity": term}, logarithm=True)
+        losses = self.state.train_step(terms, logarithm=True)
         self.batches.advance(batch, velocity, rng)
         self.model.unplug()
-        return {"loss": losses["loss"], "entries": len(plan)}
+        return {"loss": losses["velocity"], "entries": len(plan)}
 
     def write(self) -> None:
         """Write the trained replacements. All replicas take part, and the first one writes."""
@@ -174,3 +183,20 @@ class _Trainer:
         rest, metadata = load_rest(checkpoint)
         load_sharded(checkpoint, self.state.restart(rest, metadata))
         self.batches.restore(rest)
+
+
+def feature_error(
+    features: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], plan: Sequence[Replacement], dims: ParallelDims
+) -> LossTerm:
+    """The mean over the blocks of the relative squared error of the image streams behind them, as a loss term.
+
+    `features`, `wanted`: `(B, S, d)` of the variant and the teacher behind each block. Within an interval of the plan
+    the variant has no stream of its own.
+    """
+    inside = {block for one in plan if isinstance(one, Interval) for block in one.blocks[:-1]}
+    pairs = [(x, y) for block, (x, y) in enumerate(zip(features, wanted, strict=True)) if block not in inside]
+    errors = torch.stack([(x.float() - y.float()).square().sum() for x, y in pairs])
+    energies = torch.stack([y.float().square().sum() for _, y in pairs])
+    # The energies of all replicas, so that a batch has the same loss however it is split.
+    shares = errors / dims.all_reduce(energies.double()).to(errors)
+    return shares.sum(), torch.tensor(len(pairs) / dims.dp)

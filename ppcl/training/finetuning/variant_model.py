@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ppcl.models import swap
+from ppcl.models import ModelAdapter, swap
 from ppcl.models.block_view import linear_at
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement, TunedBlock
@@ -34,6 +35,20 @@ class _Checkpointed(nn.Module):
 
     def forward(self, **arguments: Any) -> Any:
         return checkpoint(self.block, use_reentrant=False, **arguments)
+
+
+@contextmanager
+def _collected(block: nn.Module, adapter: ModelAdapter, features: list[torch.Tensor]) -> Iterator[None]:
+    """Append the image stream behind a block to `features` whenever the block runs."""
+
+    def collect(module: nn.Module, given: Any, returned: tuple) -> None:
+        features.append(adapter.from_returned(returned).img)
+
+    handle = block.register_forward_hook(collect)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class VariantModel:
@@ -97,12 +112,28 @@ class VariantModel:
             for name, p in self.module(replacement).named_parameters()
         }
 
-    def velocity(self, plan: Sequence[Replacement], inputs: dict[str, Any], training: bool = False) -> torch.Tensor:
-        """The velocity of the variant `plan`, shaped like the stock output; leaves the plan plugged in."""
+    def velocity(
+        self,
+        plan: Sequence[Replacement],
+        inputs: dict[str, Any],
+        training: bool = False,
+        features: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """The velocity of the variant `plan`, shaped like the stock output; leaves the plan plugged in.
+
+        `features`: gets the image stream `(B, S, d)` behind every block, in order.
+        """
         self.switch(self.transformer, plan)
         if training and self.activation_checkpointing:
             blocks = self.adapter.blocks(self.transformer)
             swap(self.transformer, {number: _Checkpointed(block) for number, block in enumerate(blocks)})
+        with ExitStack() as hooks:
+            if features is not None:
+                for block in self.adapter.blocks(self.transformer):
+                    hooks.enter_context(_collected(block, self.adapter, features))
+            return self._forward(inputs)
+
+    def _forward(self, inputs: dict[str, Any]) -> torch.Tensor:
         autocast = torch.autocast(
             self.transformer.device.type,
             torch.bfloat16,

@@ -21,7 +21,7 @@ from tests import ranks, sized
 PLAN = [Interval(0, 1), PrunedFfn(3, 50), PrunedFfn(4, 50)]
 
 
-def _job(folder, shard, recompute, train="replacements"):
+def _job(folder, shard, recompute, train="replacements", features=False):
     return sized.job_of(
         folder,
         PLAN,
@@ -36,14 +36,15 @@ def _job(folder, shard, recompute, train="replacements"):
             "measured_plans": 2,
             "shard": shard,
             "activation_checkpointing": recompute,
+            "feature_loss": features,
         },
     )
 
 
-def _measure(folder, students, out, shard, recompute, train):
+def _measure(folder, students, out, shard, recompute, train, features):
     dims = ParallelDims.join(1, 2)
     distilled = DistilledReplacements(files_in(students), {"a": PLAN}, dict.fromkeys(PLAN, 0.1))
-    settings = _job(folder, shard, recompute, train).config.finetuning
+    settings = _job(folder, shard, recompute, train, features).config.finetuning
     with torch.enable_grad(), PeakMemory() as memory:
         run = RunContext(out, out / "checkpoints", dims=dims)
         finetune(Teacher(folder), sized.SizedSamples(), distilled, settings, run, Sampling(steps=4))
@@ -61,21 +62,23 @@ def distilled(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("shard", "recompute", "train"),
+    ("shard", "recompute", "train", "features"),
     [
-        (False, False, "replacements"),
-        (False, True, "replacements"),
-        (True, False, "replacements"),
-        (True, True, "replacements"),
-        (False, False, "all"),
-        (True, True, "all"),
+        (False, False, "replacements", False),
+        (False, True, "replacements", False),
+        (True, False, "replacements", False),
+        (True, True, "replacements", False),
+        (False, False, "all", False),
+        (True, True, "all", False),
+        (True, True, "replacements", True),
+        (True, True, "all", True),
     ],
 )
-def test_two_real_ranks_hold_what_is_computed(distilled, tmp_path, shard, recompute, train):
+def test_two_real_ranks_hold_what_is_computed(distilled, tmp_path, shard, recompute, train, features):
     folder, students = distilled
-    ranks.run(2, _measure, folder, students, tmp_path, shard, recompute, train)
+    ranks.run(2, _measure, folder, students, tmp_path, shard, recompute, train, features)
     counted = max(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    (rank,) = finetuning.workers(_job(folder, shard, recompute, train))
+    (rank,) = finetuning.workers(_job(folder, shard, recompute, train, features))
     assert 0.9 < rank.device_bytes / counted < 1.1, dict(rank.device)
 
 

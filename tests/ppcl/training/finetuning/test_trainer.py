@@ -8,14 +8,15 @@ import torch
 
 from ppcl.config.schema import Distillation, Finetuning, Sampling
 from ppcl.evaluation.velocity_error import variant_errors
-from ppcl.models import adapter_of
+from ppcl.models import adapter_of, embed, run_blocks
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval, LinearFfn, LowRankModulation, PrunedFfn, TextRun
 from ppcl.replacements.io import files_in, load_replacement
 from ppcl.replacements.switcher import VariantSwitcher
 from ppcl.training.data import batch_of
 from ppcl.training.distillation.trainer import distil
-from ppcl.training.finetuning.trainer import DistilledReplacements, _Trainer, finetune
+from ppcl.training.finetuning.trainer import DistilledReplacements, _Trainer, feature_error, finetune
+from ppcl.training.finetuning.variant_model import VariantModel
 from ppcl.training.parallel_dims import ParallelDims
 from ppcl.training.run_context import RunContext
 from ppcl.training.sharding import local
@@ -119,10 +120,12 @@ def test_a_stopped_run_continues_to_the_same(folder, students, tmp_path):
     assert_same(states(folder, tmp_path / "whole"), states(folder, tmp_path / "stopped"), 1e-5)
 
 
+@pytest.mark.parametrize("feature_loss", [True, False])
 @pytest.mark.parametrize("shard", [True, False])
-def test_replicas_do_not_change_the_result(folder, students, tmp_path, shard):
+def test_replicas_do_not_change_the_result(folder, students, tmp_path, shard, feature_loss):
     # Each replica has trajectories of its own, so the result can be the same only without them.
-    settings = SETTINGS.model_copy(update={"steps": 6, "rollout_share": 0.0, "shard": shard})
+    changes = {"steps": 6, "rollout_share": 0.0, "shard": shard, "feature_loss": feature_loss}
+    settings = SETTINGS.model_copy(update=changes)
     tune(folder, students, tmp_path / "one", settings)
     ranks.run(2, tune, folder, students, tmp_path / "two", settings.model_copy(update={"data_parallel": 2}))
     assert_same(states(folder, tmp_path / "one"), states(folder, tmp_path / "two"), 2e-5)
@@ -215,8 +218,9 @@ def test_what_a_rank_holds_falls_with_the_number_of_ranks(folder, students, tmp_
         assert half - small == pytest.approx((alone - small) / 2, rel=0.02)
 
 
-def test_recomputed_activations_give_the_same(folder, students, tmp_path):
-    settings = SETTINGS.model_copy(update={"steps": 4})
+@pytest.mark.parametrize("feature_loss", [True, False])
+def test_recomputed_activations_give_the_same(folder, students, tmp_path, feature_loss):
+    settings = SETTINGS.model_copy(update={"steps": 4, "feature_loss": feature_loss, "activation_checkpointing": False})
     tune(folder, students, tmp_path / "kept", settings)
     tune(folder, students, tmp_path / "again", settings.model_copy(update={"activation_checkpointing": True}))
     assert_same(states(folder, tmp_path / "kept"), states(folder, tmp_path / "again"), 1e-5)
@@ -266,3 +270,44 @@ def test_the_loss_is_the_velocitys_relative_squared_error(folder, students, tmp_
         VariantSwitcher(teacher, files_in(students))(model, plan)
         expected = (model(**inputs)[0] - target).square().sum() / target.square().sum()
     assert told == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_features_are_the_image_streams_behind_every_block(folder, students):
+    teacher, plan = Teacher(folder), [Interval(3, 5), LinearFfn(0)]
+    model = VariantModel(teacher, files_in(students), "cpu", torch.float32, activation_checkpointing=True)
+    inputs, adapter = MemorySamples().batch([0, 1]), teacher.adapter
+    made = []
+    with torch.no_grad():
+        model.velocity(plan, inputs, training=True, features=made)
+        blocks = adapter.blocks(model.transformer)
+        streams, context = embed(model.transformer, inputs)
+        expected = [run_blocks(adapter, blocks[: number + 1], streams, context).img for number in range(6)]
+        model.velocity(plan, inputs)
+    assert len(made) == 6
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(made, expected, strict=True))
+
+
+def test_the_error_of_features_is_the_mean_of_shares_outside_intervals():
+    g = torch.Generator().manual_seed(0)
+    wanted = [10.0**block * torch.randn(2, 3, 4, generator=g) for block in range(5)]
+    features = [x + 0.1 * torch.randn(2, 3, 4, generator=g) for x in wanted]
+    total, divisor = feature_error(features, wanted, [Interval(1, 3), LinearFfn(0)], ParallelDims())
+    shares = [float((x - y).square().sum() / y.square().sum()) for x, y in zip(features, wanted, strict=True)]
+    assert float(total / divisor) == pytest.approx((shares[0] + shares[3] + shares[4]) / 3, rel=1e-5)
+
+
+def test_features_are_trained_beside_the_velocity(folder, students, tmp_path):
+    """The streams within the model come nearer to the teacher's than those that the velocity alone asks for."""
+    settings = SETTINGS.model_copy(update={"steps": 60, "plan": "0-1,3-5", "measured_plans": 0})
+    samples, plan, errors = MemorySamples(256), [Interval(0, 1), Interval(3, 5)], {}
+    inputs = samples.batch(samples.ids("validation"))
+    for feature_loss in (False, True):
+        out = tmp_path / str(feature_loss)
+        tune(folder, students, out, settings.model_copy(update={"feature_loss": feature_loss}))
+        model = VariantModel(Teacher(folder), files_in(students) | files_in(out), "cpu", torch.float32, False)
+        made, wanted = [], []
+        with torch.no_grad():
+            model.velocity((), inputs, features=wanted)
+            model.velocity(plan, inputs, features=made)
+        errors[feature_loss] = float(feature_error(made, wanted, plan, ParallelDims())[0])
+    assert errors[True] < 0.9 * errors[False]
