@@ -84,7 +84,7 @@ def _activations(job: JobSize, samples: int) -> int:
 
 
 def _features(job: JobSize, samples: int) -> int:
-    """Behind every block the teacher's image stream, and its difference from the variant's in float32 for the backward."""
+    """Behind every block the teacher's image stream, and in float32 its difference from the variant's."""
     model = job.model
     numbers = len(model.blocks) * samples * (model.tokens - model.text_tokens) * model.width
     return numbers * (job.number + _SINGLE)
