@@ -185,7 +185,10 @@ def test_ctrl_c_finishes_requests_in_flight(bucket_server):
 def test_a_second_signal_ends_what_is_under_way_with_a_clear_answer(start, result_folder, tmp_path):
     file = tmp_path / "log.jsonl"
     command = start(result_folder, "--quiet", "--set", f"log.file={file}").serving()
-    told = "auto takes teacher: the result has no checker's scores; name another score in elastic.score, or list in "
+    told = (
+        "auto takes teacher: the result has no checker's scores; name another score in elastic.score, or list in "
+        "elastic.variants what it may degrade to"
+    )
     assert told in command.said
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(command.generate, 100_000)
