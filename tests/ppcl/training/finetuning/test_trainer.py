@@ -274,7 +274,7 @@ def test_the_loss_is_the_velocitys_relative_squared_error(folder, students, tmp_
 
 def test_features_are_the_image_streams_behind_every_block(folder, students):
     teacher, plan = Teacher(folder), [Interval(3, 5), LinearFfn(0)]
-    model = VariantModel(teacher, files_in(students), "cpu", torch.float32, activation_checkpointing=True)
+    model = VariantModel(teacher, files_in(students), {}, "cpu", torch.float32, activation_checkpointing=True)
     inputs, adapter = MemorySamples().batch([0, 1]), teacher.adapter
     made = []
     with torch.no_grad():
@@ -304,7 +304,7 @@ def test_features_are_trained_beside_the_velocity(folder, students, tmp_path):
     for feature_loss in (False, True):
         out = tmp_path / str(feature_loss)
         tune(folder, students, out, settings.model_copy(update={"feature_loss": feature_loss}))
-        model = VariantModel(Teacher(folder), files_in(students) | files_in(out), "cpu", torch.float32, False)
+        model = VariantModel(Teacher(folder), files_in(students) | files_in(out), {}, "cpu", torch.float32, False)
         made, wanted = [], []
         with torch.no_grad():
             model.velocity((), inputs, features=wanted)
