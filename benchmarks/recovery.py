@@ -15,7 +15,7 @@ The error of a student is that of its image stream against the teacher's behind 
 the interval adds, on the teacher's own streams of held-out samples; `velocity` is the error with all students on.
 
 Fine-tuning: the job's variant `half` from its distilled students, plain; with the longer warm-up; noisy; and with
-features, whose loss has beside the velocity's error that of the image stream behind every block, by their logarithms.
+features (`finetuning.feature_loss`), whose loss has beside the velocity's error that of the streams behind the blocks.
 
 Takes the calibration set, and for fine-tuning the students, of a finished job; nothing of the job is changed.
 """
@@ -55,6 +55,7 @@ from ppcl.training.distillation.closed_form import ClosedForm
 from ppcl.training.distillation.objectives import StudentObjective, TeacherBlocks
 from ppcl.training.distillation.trainee import Trainee
 from ppcl.training.finetuning.plan_sampler import trainable
+from ppcl.training.finetuning.trainer import feature_error
 from ppcl.training.finetuning.variant_model import VariantModel
 from ppcl.training.losses import LossTerm, relative
 from ppcl.training.parallel_dims import ParallelDims
@@ -246,30 +247,17 @@ class FinetuningBench:
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The velocity, and the image stream behind every block."""
         made: list[torch.Tensor] = []
-        model.switch(model.transformer, plan)
-
-        def keep(module: torch.nn.Module, given: Any, returned: Any) -> None:
-            made.append(model.adapter.from_returned(returned).img)
-
-        hooks = [block.register_forward_hook(keep) for block in model.adapter.blocks(model.transformer)]
-        velocity = model.velocity(plan, inputs, training=bool(plan))
-        for hook in hooks:
-            hook.remove()
-        return velocity, made
+        return model.velocity(plan, inputs, training=bool(plan), features=made), made
 
     def _terms(self, way: str, inputs: dict[str, Any], made: Any, teachers: Any) -> dict[str, LossTerm]:
         (velocity, features), (target, wanted) = made, teachers
         noise = inputs[self.teacher.adapter.timestep] / self.teacher.adapter.timestep_scale
         weight = 2 * noise.view(-1, 1, 1) if way == "noisy" else torch.ones(1)
-        terms = {"velocity": ((velocity - target).square() * weight).sum()}
+        error, energy = ((x.square() * weight).sum() for x in (velocity - target, target))
+        terms = {"velocity": (error, energy)}
         if way == "features":
-            inside = {block for one in self.plan if isinstance(one, Interval) for block in one.blocks[:-1]}
-            borders = [block for block in range(len(wanted)) if block not in inside]
-            terms["features"] = torch.stack([_relative(features[b], wanted[b]) for b in borders]).mean()
-        one = torch.ones(())
-        return {"velocity": (terms.pop("velocity"), (target.square() * weight).sum())} | {
-            name: (value, one) for name, value in terms.items()
-        }
+            terms["features"] = feature_error(features, wanted, self.plan, ParallelDims())
+        return terms
 
     @torch.no_grad()
     def _error(self, model: VariantModel) -> float:
@@ -280,10 +268,6 @@ class FinetuningBench:
             error = model.velocity(self.plan, inputs) - target
             sums += [float(x.double().square().sum()) for x in (error, target)]
         return float(sums[0] / sums[1])
-
-
-def _relative(made: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return (made - target).square().sum() / target.square().sum()
 
 
 def spread(values: Sequence[float]) -> float:
