@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 from torch import nn
 
 
@@ -48,3 +49,17 @@ def _shallow(module: nn.Module | None) -> nn.Module:
         dict(module._buffers),
     )
     return made
+
+
+def linear_rows(linear: nn.Linear, rows: torch.Tensor) -> nn.Linear:
+    """A copy of some outputs of a linear map."""
+    return new_linear(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+
+
+def new_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A linear map with copies of these, `(outputs, inputs)` and `(outputs,)`."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone())
+    return linear

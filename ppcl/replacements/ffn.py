@@ -11,7 +11,7 @@ from torch import nn
 
 from ppcl.models import BlockParts, ModelAdapter
 from ppcl.models.block_view import view
-from ppcl.replacements.replacement import Assembly, Replacement
+from ppcl.replacements.replacement import Assembly, OneBlock, Replacement
 
 if TYPE_CHECKING:
     from ppcl.replacements.parameter_counts import ParameterCounts
@@ -31,24 +31,10 @@ MapsT = TypeVar("MapsT", bound=FfnMaps)
 
 
 @dataclass(frozen=True)
-class Ffn(Replacement[MapsT]):
+class Ffn(OneBlock[MapsT]):
     """A replacement of the FFNs of one block, of the image stream and of the text stream where the block has one."""
 
     label = "FFN"
-
-    block: int
-
-    @property
-    def blocks(self) -> range:
-        return range(self.block, self.block + 1)
-
-    @property
-    def first(self) -> int:
-        return self.block
-
-    @property
-    def last(self) -> int:
-        return self.block
 
     @property
     def phrase(self) -> str:

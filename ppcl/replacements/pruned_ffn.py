@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ppcl.config import plan_syntax
 from ppcl.linalg import PrunedUnits
 from ppcl.models import BlockParts, ModelAdapter, Streams
-from ppcl.models.block_view import linear_at
+from ppcl.models.block_view import linear_at, linear_rows, new_linear
 from ppcl.models.lora_linear import LoraLinear
 from ppcl.models.weight_cache import host_original
 from ppcl.replacements.ffn import Ffn, FfnMaps
@@ -51,7 +51,7 @@ class PrunedFfnMaps(FfnMaps):
         for stream, where in parts.items():
             up, down = (linear_at(block, f"{where.ffn}.{name}") for name in (adapter.ffn_up, adapter.ffn_down))
             units = torch.arange(max(1, round(up.out_features * keep_percent / 100)))
-            maps[stream] = _rows_of(up, units), _linear(down.weight[:, units], down.bias)
+            maps[stream] = linear_rows(up, units), new_linear(down.weight[:, units], down.bias)
         return cls(maps)
 
     def maps(self, stream: str) -> tuple[nn.Linear, nn.Linear]:
@@ -165,13 +165,3 @@ def hidden_units(block: nn.Module, structure: TeacherStructure, number: int) -> 
     """By stream, the hidden units of the FFNs of a block that is built as the teacher's block `number` is."""
     up = structure.adapter.ffn_up
     return {s: linear_at(block, f"{where.ffn}.{up}").out_features for s, where in structure.parts(number).items()}
-
-
-def _rows_of(linear: nn.Linear, units: torch.Tensor) -> nn.Linear:
-    return _linear(linear.weight[units], linear.bias[units])
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
-    return linear

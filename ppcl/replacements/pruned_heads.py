@@ -19,10 +19,10 @@ from torch import nn
 from ppcl.config import plan_syntax
 from ppcl.linalg import PrunedGroups
 from ppcl.models import ModelAdapter, Streams
-from ppcl.models.block_view import linear_at, view
+from ppcl.models.block_view import linear_at, linear_rows, new_linear, view
 from ppcl.models.lora_linear import LoraLinear
 from ppcl.replacements.ffn import Ffn
-from ppcl.replacements.replacement import Assembly, Replacement, TeacherStructure
+from ppcl.replacements.replacement import Assembly, OneBlock, Replacement, TeacherStructure
 
 if TYPE_CHECKING:
     from ppcl.models.teacher import Teacher
@@ -84,7 +84,7 @@ class PrunedHeadMaps(nn.Module):
         """With the first heads of the block's own; see `kept_heads`."""
         heads = range(kept_heads(paths.heads(block), keep_percent))
         rows = paths.inputs(block, heads)
-        qkv = {stream: [_rows_of(linear_at(block, p), rows) for p in each] for stream, each in paths.qkv.items()}
+        qkv = {stream: [linear_rows(linear_at(block, p), rows) for p in each] for stream, each in paths.qkv.items()}
         return cls(heads, qkv, {stream: _columns_of(linear_at(block, p), rows) for stream, p in paths.out.items()})
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class PrunedHeadMaps(nn.Module):
         rows = paths.inputs(block, self.heads)
         for stream, each in paths.qkv.items():
             for number, path in enumerate(each):
-                _set(linear_at(self.qkv[stream], str(number)), _rows_of(linear_at(block, path), rows))
+                _set(linear_at(self.qkv[stream], str(number)), linear_rows(linear_at(block, path), rows))
         for stream, solved in zip(paths.out, pruned.maps, strict=True):
             out = linear_at(self.out, stream)
             out.weight.copy_(solved.weight)
@@ -126,7 +126,7 @@ def with_heads(block: nn.Module, paths: HeadPaths, maps: PrunedHeadMaps) -> nn.M
 
 
 @dataclass(frozen=True)
-class PrunedHeads(Replacement[PrunedHeadMaps]):
+class PrunedHeads(OneBlock[PrunedHeadMaps]):
     """Block `block`, whose attention keeps `keep_percent` percent of its heads, 1 to 99."""
 
     label = "heads"
@@ -135,20 +135,7 @@ class PrunedHeads(Replacement[PrunedHeadMaps]):
     # On what stands for the block's FFNs by then.
     assembly_order = 1
 
-    block: int
     keep_percent: int
-
-    @property
-    def blocks(self) -> range:
-        return range(self.block, self.block + 1)
-
-    @property
-    def first(self) -> int:
-        return self.block
-
-    @property
-    def last(self) -> int:
-        return self.block
 
     def contains(self, other: Replacement) -> bool:
         """An FFN of the same block can be replaced too: they share no parameter."""
@@ -221,22 +208,10 @@ def parameters_of_heads(block: nn.Module, paths: HeadPaths, heads: int) -> int:
     )
 
 
-def _rows_of(linear: nn.Linear, rows: torch.Tensor) -> nn.Linear:
-    return _linear(linear.weight[rows], None if linear.bias is None else linear.bias[rows])
-
-
 def _columns_of(linear: nn.Linear, columns: torch.Tensor) -> nn.Linear:
     # What the heads that go say on average goes into the bias.
     bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-    return _linear(linear.weight[:, columns], bias)
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
-    return linear
+    return new_linear(linear.weight[:, columns], bias)
 
 
 def _set(linear: nn.Linear, values: nn.Linear) -> None:

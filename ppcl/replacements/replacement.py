@@ -168,6 +168,25 @@ class BlockRun(Replacement[ModuleT]):
         super().check(block_lists)
 
 
+@dataclass(frozen=True)
+class OneBlock(Replacement[ModuleT]):
+    """A replacement of a part of block `block`, or of its weights."""
+
+    block: int
+
+    @property
+    def blocks(self) -> range:
+        return range(self.block, self.block + 1)
+
+    @property
+    def first(self) -> int:
+        return self.block
+
+    @property
+    def last(self) -> int:
+        return self.block
+
+
 class TeacherStructure:
     """The teacher's blocks and where their parts are; weights are not read."""
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ppcl.models.block_view import view
 from ppcl.models.lora_linear import LoraLinear
-from ppcl.replacements.replacement import Assembly, Replacement, TeacherStructure
+from ppcl.replacements.replacement import Assembly, OneBlock, Replacement, TeacherStructure
 
 if TYPE_CHECKING:
     from ppcl.models.teacher import Teacher
@@ -28,7 +28,7 @@ class LeftOut(nn.Identity):
 
 
 @dataclass(frozen=True)
-class TunedBlock(Replacement[nn.Module]):
+class TunedBlock(OneBlock[nn.Module]):
     """Block `block`, which stays in a plan and was trained with it. Its module is a stock block.
 
     FFNs, text runs and modulations of the plan are put into it as they are into the teacher's.
@@ -40,20 +40,6 @@ class TunedBlock(Replacement[nn.Module]):
     # The other kinds make their views of it.
     assembly_order = -1
     in_plans = False
-
-    block: int
-
-    @property
-    def blocks(self) -> range:
-        return range(self.block, self.block + 1)
-
-    @property
-    def first(self) -> int:
-        return self.block
-
-    @property
-    def last(self) -> int:
-        return self.block
 
     @property
     def phrase(self) -> str:
