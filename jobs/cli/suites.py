@@ -10,11 +10,10 @@ import typer
 
 from jobs.cli.progress_lines import ProgressLines
 from jobs.cli.shared import out
+from ppcl.config.checks import BENCHMARK_NAME
 from ppcl.config.location import Location
 from ppcl.config.offload import Offload
 from ppcl.errors import UserError
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def images(
@@ -49,9 +48,9 @@ def images(
     folder = _folder_here(to, "--to")
     prompts = read_suite(suite, Path(suite).stem)
     opened = Result(result, teacher=teacher, memory={"offload": offload} if offload else None)
-    chosen = {name: opened.variant(name) for name in variant or opened.variants}
-    # What every other is compared with.
-    plans = {TEACHER: ""} | {_folder(name): str(one.plan) for name, one in chosen.items()}
+    # By folder; the teacher, too, with which every other is compared.
+    chosen = {_folder(name): name for name in (TEACHER, *(variant or opened.variants))}
+    plans = {folder: str(opened.variant(name).plan) for folder, name in chosen.items()}
     sampling = opened.sampling
     run = SuiteRun(
         suite=Path(suite).stem,
@@ -75,7 +74,7 @@ def images(
             pipeline.append(made)
             if placement.mode != "none":
                 out.print(str(placement), highlight=False, markup=False)
-        opened.switch(pipeline[0], TEACHER if name == TEACHER else next(c for c in chosen if _folder(c) == name))
+        opened.switch(pipeline[0], chosen[name])
         return pipeline[0]
 
     with ProgressLines("images drawn") as progress:
@@ -116,7 +115,7 @@ def score(
     from ppcl.storage.manifest import Artifacts
     from ppcl.storage.results import made_of, save_given_scores
 
-    if not _NAME.fullmatch(name):
+    if not BENCHMARK_NAME.fullmatch(name):
         raise UserError(f"--name {name!r} is no name; use letters, digits, '.', '_' and '-'")
     artifacts, folder = Artifacts(result), _folder_here(images, "--images")
     artifacts.manifest()

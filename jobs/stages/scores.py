@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,16 @@ def _score(
             f"evaluation.scorers.{name}.suites is {settings.suites}, and no image is of these; prompts are there only "
             "without suites, or where evaluation.prompts or evaluation.checker gives them"
         )
-    chunks = [(variant, chunk) for variant in variants for chunk in chunks_of(wanted, settings.batch_size)]
+    # All variants of some prompts, then of the next: the teacher's images of them are read once.
+    chunks = [(variant, tuple(chunk)) for chunk in chunks_of(wanted, settings.batch_size) for variant in variants]
 
-    def batch_of(item: tuple[str, list[int]]) -> Batch:
+    @lru_cache(maxsize=2)
+    def images_of(variant: str, indices: tuple[int, ...]) -> np.ndarray:
+        return load_images([image_path(folder, variant, index) for index in indices])
+
+    def batch_of(item: tuple[str, tuple[int, ...]]) -> Batch:
         variant, indices = item
-        images, teachers = (load_images([image_path(folder, one, i) for i in indices]) for one in (variant, TEACHER))
+        teachers, images = images_of(TEACHER, indices), images_of(variant, indices)
         return _batch([prompts[i] for i in indices], images, variant, [seed + i for i in indices], teachers)
 
     def told(done: int) -> None:

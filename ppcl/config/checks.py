@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 # The suite of `evaluation.prompts`, or of what stands in for them.
 PROMPTS_SUITE = "prompts"
-_BENCHMARK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Of scorers and suites.
+BENCHMARK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def check_config(config: Config) -> None:
@@ -81,7 +82,7 @@ def _check_no_credentials(settings: Tracking) -> None:
 def _check_benchmarks(settings: Evaluation) -> None:
     for key, names in (("scorers", settings.scorers), ("suites", settings.suites)):
         for name in names:
-            if not _BENCHMARK_NAME.fullmatch(name):
+            if not BENCHMARK_NAME.fullmatch(name):
                 raise UserError(f"evaluation.{key}: {name!r} is no name; use letters, digits, '.', '_' and '-'")
     known = [PROMPTS_SUITE, *settings.suites]
     for name, scorer in settings.scorers.items():

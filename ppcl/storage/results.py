@@ -88,11 +88,13 @@ def save_given_scores(artifacts: Artifacts, name: str, content: dict[str, Any]) 
 def _given_scores(artifacts: Artifacts) -> list[dict[str, Any]]:
     """Those of the variants as they are, without files that cannot be read."""
     record = artifacts.record(GIVEN_SCORES)
-    found = []
-    for name in sorted(record.files) if record else []:
+    if record is None:
+        return []
+    now, found = made_of(artifacts), []
+    for name in sorted(record.files):
         with suppress(OSError, ValueError):
             content = json.loads(artifacts.file(*name.split("/")).read_text())
-            if content["made_of"] == made_of(artifacts):
+            if content["made_of"] == now:
                 found.append(content)
     return found
 
