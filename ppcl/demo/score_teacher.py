@@ -17,9 +17,16 @@ import numpy as np
 import torch
 
 from ppcl.demo import world
+from ppcl.demo.text_encoders import TOKENS
 from ppcl.models.teacher import Teacher
 
 _BATCH = 50
+# How each family's demo teacher is sampled.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "QwenImagePipeline": {"true_cfg_scale": 1.0},
+    "FluxPipeline": {"guidance_scale": 2.0, "max_sequence_length": TOKENS},
+    "StableDiffusion3Pipeline": {"guidance_scale": 1.0, "max_sequence_length": TOKENS},
+}
 
 
 def score(pipeline: Any, per_category: int, steps: int, seed: int) -> dict[str, dict[str, float]]:
@@ -48,11 +55,11 @@ def draw(pipeline: Any, prompts: Sequence[str], steps: int, seed: int, batch: in
         pipeline(
             list(prompts[start : start + batch]),
             num_inference_steps=steps,
-            true_cfg_scale=1.0,
             height=world.CANVAS,
             width=world.CANVAS,
             generator=generator,
             output_type="np",
+            **ARGUMENTS[type(pipeline).__name__],
         ).images
         for start in range(0, len(prompts), batch)
     ]

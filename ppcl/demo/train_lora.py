@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from ppcl.demo import text, world
-from ppcl.demo.train_teacher import GRID, TEXT_LENGTH, encode_pictures
+from ppcl.demo.lessons import GRID, TEXT_LENGTH, encode_pictures
 from ppcl.demo.train_vae import scenes
 from ppcl.models.teacher import Teacher
 

@@ -1,10 +1,18 @@
-"""Train the demo teacher: a stock `QwenImagePipeline` of 16 blocks on the shapes world, on a CPU or a GPU.
+"""Train a demo teacher on the shapes world, on a CPU or a GPU: a stock pipeline of one of three families.
 
     python -m ppcl.demo.train_vae --output demo/checkpoints/vae
     python -m ppcl.demo.train_teacher --vae demo/checkpoints/vae --output demo/teacher
 
-Rectified flow on the VAE's latents (Liu et al. 2022, arXiv 2209.03003): `x_t = (1 - t) x + t e`, target `e - x`. Each
-latent is encoded once. The run writes a checkpoint every few minutes and the same command continues from it.
+The first teacher, a Qwen-Image of 16 blocks, learns from the world's scenes. FLUX.1 and Stable Diffusion 3.5 learn
+from its velocities, which takes less steps, and have a VAE of their own kind with the same latents:
+
+    python -m ppcl.demo.train_image_vae --like demo/teacher/vae --output demo/checkpoints/image_vae
+    python -m ppcl.demo.train_teacher --family flux --taught-by demo/teacher --guidance 1 3 \\
+        --vae demo/checkpoints/image_vae --work demo/checkpoints/flux --output demo/flux
+    python -m ppcl.demo.train_teacher --family sd3 --taught-by demo/teacher --guidance 1.5 1.5 \\
+        --vae demo/checkpoints/image_vae --work demo/checkpoints/sd3 --output demo/sd3
+
+The run writes a checkpoint every few minutes and the same command continues from it.
 """
 
 from __future__ import annotations
@@ -12,133 +20,28 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImagePipeline,
-    QwenImageTransformer2DModel,
-)
+from diffusers import QwenImagePipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ppcl.demo import text, world
+from ppcl.demo.families import FAMILIES, Family
+from ppcl.demo.lessons import Lesson, Scenes, Velocities
 from ppcl.demo.score_teacher import score
-from ppcl.demo.train_vae import Z_DIM, scenes, single_frame_convolutions, to_unit
+from ppcl.demo.store_bfloat16 import store_bfloat16
 from ppcl.storage.atomic import replacing
 
-BLOCKS, HEADS, HEAD_DIM = 16, 4, 24
-TEXT_LENGTH = 15  # tokens of the longest caption, template included
-UNCONDITIONAL_SHARE = 0.05
 EMA_DECAY = 0.999
-SHIFT = 2.0  # what an image shows is settled at high noise: sample there more closely
-# Scenes of these come more often: they are learnt last.
-CATEGORY_WEIGHT = {"position": 3.0, "counting": 2.0}
-GRID = [(1, 4, 4)]  # the latent 8 × 8 in patches of 2
-
-
-def new_transformer() -> QwenImageTransformer2DModel:
-    model = QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=4 * Z_DIM,
-        out_channels=Z_DIM,
-        num_layers=BLOCKS,
-        attention_head_dim=HEAD_DIM,
-        num_attention_heads=HEADS,
-        joint_attention_dim=text.WIDTH,
-        axes_dims_rope=(8, 8, 8),
-    )
-    # adaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748): every block starts as the identity.
-    for block in model.transformer_blocks:
-        for modulation in (block.img_mod[1], block.txt_mod[1]):
-            torch.nn.init.zeros_(modulation.weight)
-            torch.nn.init.zeros_(modulation.bias)
-    torch.nn.init.zeros_(model.proj_out.weight)
-    torch.nn.init.zeros_(model.proj_out.bias)
-    return model
-
-
-def new_pipeline(vae: AutoencoderKLQwenImage, transformer: QwenImageTransformer2DModel, seed: int) -> QwenImagePipeline:
-    tokenizer = text.new_tokenizer()
-    pipeline = QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=vae,
-        text_encoder=text.new_text_encoder(len(tokenizer), seed),
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@torch.no_grad()
-def encode_scenes(vae: AutoencoderKLQwenImage, count: int, seed: int, device: str) -> tuple[torch.Tensor, list[str]]:
-    """Normalised, packed latents `(count, 16, 32)` of training scenes, with their captions."""
-    pictures, texts = scenes(count, np.random.default_rng(seed))
-    return encode_pictures(vae, pictures, device), texts
-
-
-@torch.no_grad()
-def encode_pictures(vae: AutoencoderKLQwenImage, pictures: torch.Tensor, device: str) -> torch.Tensor:
-    """Normalised, packed latents `(n, 16, 32)` of pictures `(n, 3, 64, 64)` uint8."""
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(device)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(device)
-    packed = []
-    with single_frame_convolutions():
-        for index, chunk in enumerate(pictures.split(64)):
-            z = (vae.encode(to_unit(chunk).to(device)).latent_dist.mode() - mean) / std
-            packed.append(QwenImagePipeline._pack_latents(z, len(z), Z_DIM, 8, 8).cpu())
-            if index % 100 == 0:
-                print(f"encoded {index * 64}/{len(pictures)} scenes", flush=True)
-    return torch.cat(packed)
-
-
-@dataclass(frozen=True)
-class Scenes:
-    """The training set on the device: latents `(n, 16, 32)`, the number of each caption, and how often it is drawn.
-
-    `embeddings (v, L, text width)` and `masks (v, L)`: the encoded captions by number; the last one is the empty one.
-    """
-
-    latents: torch.Tensor
-    captions: torch.Tensor
-    weights: torch.Tensor
-    embeddings: torch.Tensor
-    masks: torch.Tensor
-
-    @classmethod
-    def of(cls, pipeline: QwenImagePipeline, options: argparse.Namespace) -> Scenes:
-        """Encoded once, and kept in the work folder."""
-        cache = options.work / "latents.safetensors"
-        if not cache.exists():
-            options.work.mkdir(parents=True, exist_ok=True)
-            latents, texts = encode_scenes(pipeline.vae, options.scenes, options.seed, options.device)
-            save_file({"latents": latents}, cache, metadata={"texts": json.dumps(texts)})
-        with safe_open(cache, "pt") as file:
-            latents, texts = file.get_tensor("latents"), json.loads(file.metadata()["texts"])
-        vocabulary = [*sorted(set(texts)), " "]
-        number = {caption: index for index, caption in enumerate(vocabulary)}
-        category = {caption.text: caption.category for caption in world.captions()}
-        pipeline.text_encoder.to(options.device)
-        embeddings, masks = text.encode(pipeline, vocabulary, TEXT_LENGTH)
-        return cls(
-            latents.to(options.device),
-            torch.tensor([number[caption] for caption in texts], device=options.device),
-            torch.tensor([CATEGORY_WEIGHT.get(category[caption], 1.0) for caption in texts]),
-            embeddings.to(options.device),
-            masks.to(options.device),
-        )
 
 
 class TeacherTraining:
     """The transformer in training: optimizer, average of the weights, loss curve, and their checkpoint."""
 
-    def __init__(self, model: QwenImageTransformer2DModel, options: argparse.Namespace):
-        self.model, self.options, self.work = model, options, options.work
+    def __init__(self, family: Family, options: argparse.Namespace):
+        model = family.transformer
+        self.family, self.model, self.options, self.work = family, model, options, options.work
         self.parameters = dict(model.named_parameters())
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
@@ -147,10 +50,10 @@ class TeacherTraining:
         self.step = 0
         self.curve: list[dict] = []
 
-    def train_step(self, scenes: Scenes) -> float:
+    def train_step(self, lesson: Lesson) -> float:
         """One step on a batch that the step's number alone decides; gives the loss."""
         self._set_rate()
-        loss = self._loss(scenes)
+        loss = self._loss(lesson)
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -168,27 +71,12 @@ class TeacherTraining:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * share
 
-    def _loss(self, scenes: Scenes) -> torch.Tensor:
-        options, device, batch = self.options, self.options.device, self.options.batch
-        # Seeded by the step: a continued run sees the batches an undisturbed one would have seen.
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
-        rows = torch.multinomial(scenes.weights, batch, replacement=True, generator=generator).to(device)
-        noise = torch.randn(batch, *scenes.latents.shape[1:], generator=generator).to(device)
-        t = torch.sigmoid(0.6 + 1.2 * torch.randn(batch, generator=generator)).to(device)
-        drop = torch.rand(batch, generator=generator).to(device) < UNCONDITIONAL_SHARE
-        index = torch.where(drop, len(scenes.embeddings) - 1, scenes.captions[rows])
-        clean = scenes.latents[rows]
-        noisy = (1 - t)[:, None, None] * clean + t[:, None, None] * noise
+    def _loss(self, lesson: Lesson) -> torch.Tensor:
+        batch = lesson.batch(self.step, self.options.batch)
+        device = self.options.device
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            velocity = self.model(
-                hidden_states=noisy,
-                timestep=t,
-                encoder_hidden_states=scenes.embeddings[index],
-                encoder_hidden_states_mask=scenes.masks[index],
-                img_shapes=[GRID] * batch,
-                return_dict=False,
-            )[0]
-        return (velocity.float() - (noise - clean)).square().mean()
+            velocity = self.family.velocity(batch)
+        return (velocity.float() - batch.target).square().mean()
 
     def save(self) -> None:
         """Write a checkpoint beside the old one, then take its place in one rename."""
@@ -227,20 +115,35 @@ class TeacherTraining:
             p.copy_(self.ema[name])
 
 
-def train(options: argparse.Namespace) -> tuple[QwenImagePipeline, list[dict]]:
-    """Train the transformer; gives the whole pipeline and the loss curve."""
+def lesson_of(family: Family, options: argparse.Namespace) -> Lesson:
+    """What the options say the teacher learns from; what is computed for it stays in the work folder."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    taught_by = None
+    if options.taught_by is not None:
+        taught_by = QwenImagePipeline.from_pretrained(options.taught_by).to(options.device)
+    vae = (taught_by or family.pipeline).vae.to(options.device)
+    scenes = Scenes(vae, options.scenes, options.seed, options.work, options.device)
+    if taught_by is None:
+        return scenes
+    low, high = options.guidance
+    return Velocities(taught_by, scenes, options.velocities, (low, high), options.work)
+
+
+def train(options: argparse.Namespace) -> tuple[Family, list[dict]]:
+    """Train the transformer; gives the whole family, its pipeline among it, and the loss curve."""
     torch.manual_seed(options.seed)
-    vae = AutoencoderKLQwenImage.from_pretrained(options.vae).to(options.device).eval()
-    model = new_transformer().to(options.device)
-    pipeline = new_pipeline(vae, model, options.seed)
-    scenes = Scenes.of(pipeline, options)
-    training = TeacherTraining(model, options)
+    family = FAMILIES[options.family](options.vae, options.seed)
+    family.pipeline.set_progress_bar_config(disable=True)
+    lesson = lesson_of(family, options)
+    family.read(lesson.vocabulary, options.device)
+    family.transformer.to(options.device)
+    training = TeacherTraining(family, options)
     training.load()
     if options.compile:
-        model.compile_repeated_blocks()
+        family.transformer.compile_repeated_blocks()
     first, started_at, running = training.step, time.monotonic(), None
     for step in range(first, options.steps):
-        loss, last = training.train_step(scenes), step == options.steps - 1
+        loss, last = training.train_step(lesson), step == options.steps - 1
         running = loss if running is None else 0.98 * running + 0.02 * loss
         if step % 50 == 0 or last:
             training.curve.append({"step": step, "loss": round(running, 5)})
@@ -250,14 +153,32 @@ def train(options: argparse.Namespace) -> tuple[QwenImagePipeline, list[dict]]:
         if (step + 1) % options.checkpoint_every == 0 or last:
             training.save()
     training.use_ema()
-    return pipeline, training.curve
+    return family, training.curve
 
 
 def main() -> None:
+    options = _parser().parse_args()
+    family, curve = train(options)
+    family.pipeline.to("cpu").save_pretrained(options.output)
+    store_bfloat16(options.output)
+    scores = score(family.pipeline, options.per_category, options.sampling_steps, seed=1)
+    named = ("family", "seed", "steps", "batch", "scenes", "learning_rate", "sampling_steps", "guidance")
+    record = {name: getattr(options, name) for name in named}
+    record |= {"images_per_category": options.per_category, "scores": scores}
+    record |= {"vae": json.loads((options.vae / "training.json").read_text()), "curve": curve}
+    (options.output / "training.json").write_text(json.dumps(record, indent=1))
+    print(json.dumps(scores, indent=1))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vae", type=Path, required=True, help="folder written by ppcl.demo.train_vae")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="qwen_image")
+    parser.add_argument("--vae", type=Path, required=True, help="folder written by train_vae or train_image_vae")
     parser.add_argument("--output", type=Path, required=True, help="the pipeline folder to write")
     parser.add_argument("--work", type=Path, default=Path("demo/checkpoints/teacher"), help="checkpoints and latents")
+    parser.add_argument("--taught-by", type=Path, help="a trained Qwen-Image demo teacher, to learn its velocities")
+    parser.add_argument("--velocities", type=int, default=120_000, help="samples whose velocities are computed")
+    parser.add_argument("--guidance", type=float, nargs=2, default=(1.0, 1.0), help="lowest and highest scale in them")
     parser.add_argument("--steps", type=int, default=16000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -268,24 +189,7 @@ def main() -> None:
     parser.add_argument("--per-category", type=int, default=100)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    pipeline, curve = train(options)
-    pipeline.to("cpu").save_pretrained(options.output)
-    scores = score(pipeline, options.per_category, options.sampling_steps, seed=1)
-    record = {
-        "seed": options.seed,
-        "steps": options.steps,
-        "batch": options.batch,
-        "scenes": options.scenes,
-        "learning_rate": options.learning_rate,
-        "sampling_steps": options.sampling_steps,
-        "images_per_category": options.per_category,
-        "scores": scores,
-        "vae": json.loads((options.vae / "training.json").read_text()),
-        "curve": curve,
-    }
-    (options.output / "training.json").write_text(json.dumps(record, indent=1))
-    print(json.dumps(scores, indent=1))
+    return parser
 
 
 if __name__ == "__main__":
