@@ -21,6 +21,7 @@ from ppcl.models import Streams, adapter_of, embed, swap
 from ppcl.replacements import Interval, LowRankModulation, PrunedFfn, Replacement
 from ppcl.replacements.assembly import block_map
 from ppcl.replacements.low_rank_modulation import ModulationBasis
+from ppcl.replacements.parameter_counts import ffn_parameters
 from ppcl.replacements.pruned_ffn import PrunedFfnMaps
 from ppcl.sizing.model import published
 from ppcl.training.captured import CapturedActivations, CaptureSpec
@@ -83,7 +84,7 @@ def plan_of(transformer: nn.Module, billions: float, low_rank: bool) -> list[Rep
             break
         plan.append(PrunedFfn(number, 50))
         parts = adapter.parts_of(transformer, number, blocks[number])
-        left -= sum(_count(blocks[number].get_submodule(where.ffn)) for where in parts.values()) / 2
+        left -= sum(ffn_parameters(adapter, blocks[number], where) for where in parts.values()) / 2
     return plan
 
 

@@ -16,4 +16,4 @@ def detect(
     """The content of `detection.json`, computed here."""
     tables = similarity_tables(probes, block_ranges, settings, width, tell)
     intervals = intervals_from_similarity(tables, settings)
-    return detection_record(tables, intervals, [intervals], width, probes)
+    return detection_record(tables, intervals, [intervals], width, probes, list(tables["ffn_errors"]))

@@ -30,6 +30,7 @@ from ppcl.detection.surrogates import by_start, candidate_intervals
 from ppcl.errors import UserError
 from ppcl.evaluation.velocity_error import ErrorSums, error_model, resampled_models
 from ppcl.replacements import Interval, Replacement, sort_key
+from ppcl.replacements.replacement import TeacherStructure
 from ppcl.search.shortlist import longest_chain, most_intervals, shortlist, unstable
 from ppcl.search.variants import blocks_to_remove, custom_intervals
 from ppcl.storage.manifest import StageFiles
@@ -76,13 +77,19 @@ def run(context: StageContext) -> dict[str, Any]:
         layouts = [intervals]
     custom = custom_intervals(config.variants)
     intervals = sorted({*intervals, *custom}, key=sort_key)
-    detection = detection_record(tables, intervals, layouts, config.width, probes.folder)
+    detection = detection_record(tables, intervals, layouts, config.width, probes.folder, _prunable(context))
     write_detection(context.folder, detection)
     return {"plan": detection["plan"], "notes": notes}
 
 
 def _block_ranges(context: StageContext) -> list[range]:
     return context.teacher.adapter.block_ranges(context.teacher.empty_transformer())
+
+
+def _prunable(context: StageContext) -> list[int]:
+    """The blocks of which hidden units and heads can go."""
+    structure = TeacherStructure(context.teacher.adapter, context.teacher.empty_transformer())
+    return [number for number in range(len(structure.blocks)) if structure.parts(number)]
 
 
 def _measure(context: StageContext) -> tuple[dict[str, Any], list[Interval], list[list[Interval]], list[str]]:

@@ -196,10 +196,12 @@ def detection_record(
     layouts: Sequence[Sequence[Interval]],
     width: Width,
     probes_folder: Path,
+    prunable: Sequence[int],
 ) -> dict[str, Any]:
     """What the stage leaves: the tables, `intervals` that may overlap, and `plan`, every replacement to be made.
 
-    `layouts`: plans of intervals; text runs are found in what each of them leaves.
+    `layouts`: plans of intervals; text runs are found in what each of them leaves. `prunable`: the blocks of which
+    hidden units and heads can go; linear maps are for those among them whose FFN stands alone.
     """
     block_ranges = [range(*span) for span in tables["spans"]]
     errors = tables["ffn_errors"]
@@ -209,12 +211,13 @@ def detection_record(
         for layout in layouts:
             places = _apart(_with_text(probes_folder, block_ranges), [*layout, *_chains(intervals)])
             runs |= dict.fromkeys(text_runs(tables["text_map"], places, width.text_similarity))
-    pruned = [PrunedFfn(block, kept) for block in errors for kept in sorted(set(width.ffn_keep_percents), reverse=True)]
-    heads = [
-        PrunedHeads(block, kept) for block in errors for kept in sorted(set(width.head_keep_percents), reverse=True)
+    units, heads = (sorted(set(kept), reverse=True) for kept in (width.ffn_keep_percents, width.head_keep_percents))
+    pruned = [
+        *(PrunedFfn(block, kept) for block in prunable for kept in units),
+        *(PrunedHeads(block, kept) for block in prunable for kept in heads),
     ]
     low_rank = [LowRankModulation()] if width.low_rank_modulations else []
-    plan = [*intervals, *sorted(runs, key=sort_key), *map(LinearFfn, sorted(ffns)), *pruned, *heads, *low_rank]
+    plan = [*intervals, *sorted(runs, key=sort_key), *map(LinearFfn, sorted(ffns)), *pruned, *low_rank]
     return {
         **tables,
         "intervals": [[interval.first, interval.last] for interval in intervals],

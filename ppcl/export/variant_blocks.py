@@ -19,8 +19,9 @@ from ppcl.lora import (
     shares_on,
     student_with_lora,
 )
-from ppcl.models import IdentityBlock
+from ppcl.models import BlockParts, FusedParts, IdentityBlock, ModelAdapter, Parts
 from ppcl.models.block_view import linear_at
+from ppcl.models.fused_output import FusedOutput
 from ppcl.models.pruned_transformer import pruned_class
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import LowRankModulation, Replacement, TunedBlock
@@ -138,19 +139,7 @@ class VariantBlocks:
         """See `ppcl.models.pruned_transformer`."""
         adapter = self.adapter
         parts = {
-            name: {
-                stream: {
-                    "modulation": where.modulation,
-                    "norm1": where.norm1,
-                    "norm2": where.norm2,
-                    "ffn": where.ffn,
-                    "up": adapter.ffn_up,
-                    "down": adapter.ffn_down,
-                    "out": where.out,
-                    "qkv": list(where.qkv),
-                }
-                for stream, where in streams.items()
-            }
+            name: {stream: _described(adapter, where) for stream, where in streams.items()}
             for name, streams in adapter.parts.items()
         }
         lists = {
@@ -280,12 +269,22 @@ class VariantBlocks:
         modulations are in low rank.
         """
         text = self.structure.parts(place.number)["txt"]
+        assert isinstance(text, BlockParts)
         gone = tuple(f"{path}." for path in (text.modulation, text.ffn, text.norm2, text.out))
         state = {name: tensor for name, tensor in state.items() if not name.startswith(gone)}
         for kind, tensor in student.get_submodule(text.modulation).named_parameters():
             chunks = tensor.split(self._width(), 0)
             state[f"{text.modulation}.{kind}"] = torch.cat([chunks[SCALE1], chunks[SHIFT1]])
         return state
+
+
+def _described(adapter: ModelAdapter, where: Parts) -> dict[str, Any]:
+    """The paths of a stream's parts, as `ppcl.models.pruned_transformer` reads them."""
+    common = {"modulation": where.modulation, "qkv": list(where.qkv)}
+    if isinstance(where, FusedParts):
+        return {**common, "up": where.ffn_up, "fused": where.fused}
+    paths = {"norm1": where.norm1, "norm2": where.norm2, "ffn": where.ffn, "out": where.out}
+    return {**common, **paths, "up": adapter.ffn_up, "down": adapter.ffn_down}
 
 
 def _drops_text(block: nn.Module) -> bool:
@@ -295,13 +294,23 @@ def _drops_text(block: nn.Module) -> bool:
 def _own_tensors(block: nn.Module, attention: str) -> Iterator[tuple[str, torch.Tensor]]:
     """A block's tensors as the exported block names them: nothing is wrapped around what is stock there."""
     wrapped = isinstance(block, StudentBlock | RunStart | RunBlock)
-    for name, tensor in block.state_dict().items():
+    for name, tensor in _state(block).items():
         if name.startswith("recorder.") or ".basis." in name:
             # The same attention once more; and what all blocks share.
             continue
         if wrapped:
             name = name.removeprefix("block.").replace(f"{attention}.attention.", f"{attention}.", 1)
         yield name.replace(".kept.", ".rows."), tensor
+
+
+def _state(block: nn.Module) -> Tensors:
+    """A block's tensors, with its output projection in one."""
+    state: Tensors = block.state_dict()
+    for path, output in block.named_modules():
+        if isinstance(output, FusedOutput):
+            state = {name: tensor for name, tensor in state.items() if not name.startswith(f"{path}.")}
+            state |= {f"{path}.{name}": tensor for name, tensor in output.joined().items()}
+    return state
 
 
 def _basis(modules: Mapping[Replacement, nn.Module]) -> Tensors:

@@ -47,6 +47,35 @@ class BlockParts:
     qkv: tuple[str, str, str]
 
 
+@dataclass(frozen=True)
+class FusedParts:
+    """The sub-modules of a single-stream block whose last map reads the attention and the FFN side by side.
+
+        block(x) = x + gate * fused([attended, hidden])        x: text tokens, then image tokens, (B, T + S, d)
+
+    There is one of it, under the stream `img`: it holds the FFN of all tokens. `modulation`: the linear map whose
+    output is shift, scale and gate. `ffn_up`: the map that gives the hidden units. `fused`: the output projection, whose
+    first inputs are the attention's. `qkv`: as in `BlockParts`.
+    """
+
+    modulation: str
+    ffn_up: str
+    fused: str
+    qkv: tuple[str, str, str]
+
+    @property
+    def out(self) -> str:
+        """The attention's part of the output projection, in a block of which `unfused` made a view."""
+        return f"{self.fused}.attention"
+
+    @property
+    def ffn_down(self) -> str:
+        """The FFN's part of it."""
+        return f"{self.fused}.ffn"
+
+
+Parts = BlockParts | FusedParts
+
 # As diffusers' attention modules call them.
 IMG_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 TXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -61,8 +90,8 @@ class ModelAdapter:
     - `block_lists`: attributes of the transformer that hold its blocks, in running order. An interval never crosses
       from one list to the next, because their blocks differ in kind.
     - `layer_counts`: by block list, the key of the transformer's configuration that says how many blocks it has.
-    - `parts`: by block list and stream (`img`, `txt`), the parts of a block that width pruning replaces. A list that is
-      not named has none: the FFN of a single-stream block shares its output projection with the attention.
+    - `parts`: by block list and stream (`img`, `txt`), the parts of a block that width pruning replaces; of a
+      single-stream block `FusedParts` under `img`. A list that is not named has none.
     - `prompt_arguments`: arguments of the transformer's forward that depend on the prompt; the text comes first.
       `shared_arguments`: those that depend on the image's size or on constants only, the same for all samples.
     - `encoded`: the values that the pipeline's `encode_prompt` returns, in order, each as the name of the transformer's
@@ -85,7 +114,7 @@ class ModelAdapter:
     pipelines: tuple[str, ...]
     block_lists: tuple[str, ...]
     layer_counts: tuple[str, ...]
-    parts: dict[str, dict[str, BlockParts]]
+    parts: Mapping[str, Mapping[str, Parts]]
     prompt_arguments: tuple[str, ...]
     shared_arguments: tuple[str, ...]
     encoded: tuple[str | None, ...]
@@ -127,7 +156,7 @@ class ModelAdapter:
         count = self.block_ranges(transformer)[-1].stop
         raise UserError(f"block {block} does not exist: this {self.name} has blocks 0 to {count - 1}")
 
-    def parts_of(self, transformer: nn.Module, number: int, block: nn.Module) -> dict[str, BlockParts]:
+    def parts_of(self, transformer: nn.Module, number: int, block: nn.Module) -> dict[str, Parts]:
         """By stream, where the replaceable parts of the teacher's block `number` are.
 
         Empty for a kind of block that has none; a stream that the block drops is left out.
@@ -136,7 +165,7 @@ class ModelAdapter:
         dropped = "txt" if getattr(block, "context_pre_only", False) else None
         return {stream: where for stream, where in parts.items() if stream != dropped}
 
-    def parts_read(self, transformer: nn.Module, number: int) -> dict[str, BlockParts]:
+    def parts_read(self, transformer: nn.Module, number: int) -> Mapping[str, Parts]:
         """The same of every stream that the block's attention reads, also of one that the block then drops.
 
         Such a stream has `qkv`, and none of what comes after the attention.
@@ -145,6 +174,12 @@ class ModelAdapter:
             n for n, span in zip(self.block_lists, self.block_ranges(transformer), strict=True) if number in span
         )
         return self.parts.get(name, {})
+
+    def ffn_maps(self, where: Parts) -> tuple[str, str]:
+        """The paths of the FFN's two linear maps in a block; the second of a fused one is that of its view."""
+        if isinstance(where, FusedParts):
+            return where.ffn_up, where.ffn_down
+        return f"{where.ffn}.{self.ffn_up}", f"{where.ffn}.{self.ffn_down}"
 
     def split(self, arguments: dict[str, Any]) -> tuple[Streams, dict[str, Any]]:
         """A block's arguments as (streams, context)."""

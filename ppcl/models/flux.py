@@ -1,4 +1,4 @@
-from ppcl.models.adapter import IMG_QKV, TXT_QKV, BlockParts, ModelAdapter, register
+from ppcl.models.adapter import IMG_QKV, TXT_QKV, BlockParts, FusedParts, ModelAdapter, register
 
 FLUX = register(
     ModelAdapter(
@@ -18,7 +18,8 @@ FLUX = register(
                     "attn.to_add_out",
                     TXT_QKV,
                 ),
-            }
+            },
+            "single_transformer_blocks": {"img": FusedParts("norm.linear", "proj_mlp", "proj_out", IMG_QKV)},
         },
         prompt_arguments=("encoder_hidden_states", "pooled_projections"),
         shared_arguments=("img_ids", "txt_ids", "guidance"),

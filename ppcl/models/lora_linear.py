@@ -57,10 +57,11 @@ class LoraLinear(nn.Module):
         bias = None if self.bias is None else self.bias[rows]
         return LoraLinear(base, self.down, up, self.scale, self.origin, bias, self._share(self.down, up))
 
-    def columns(self, base: nn.Module, columns: torch.Tensor) -> LoraLinear:
-        """The update for some inputs, beside a map that reads those alone."""
+    def columns(self, base: nn.Module, columns: slice | torch.Tensor, bias: bool = True) -> LoraLinear:
+        """The update for some inputs, beside a map that reads those alone. `bias`: with that of the update."""
         down = self.down[:, columns]
-        return LoraLinear(base, down, self.up, self.scale, self.origin, self.bias, self._share(down, self.up))
+        shift = self.bias if bias else None
+        return LoraLinear(base, down, self.up, self.scale, self.origin, shift, self._share(down, self.up))
 
     def in_basis(self, base: nn.Module, directions: torch.Tensor, mean: torch.Tensor) -> LoraLinear:
         """The update for inputs given by coordinates `c` in `x = directions c + mean`: `W'Q = WQ + up (down Q)`."""

@@ -12,7 +12,8 @@ The key `pruned` of `transformer/config.json` describes the blocks:
 - `lists`: by attribute of the transformer that holds blocks, one entry a block, in running order, see `_shaped`.
 - `parts`: by the same attribute and stream (`img`, `txt`), the paths in a block of `modulation`, `norm1`, `norm2`,
   `ffn`, `up` and `down` (in the FFN), `out` (the attention's output), and `qkv` (what gives its queries, keys and
-  values). `attention`: its path.
+  values). A single-stream block has `modulation`, `qkv`, `up` (what gives its hidden units) and `fused` (the output map
+  of the attention and of the hidden units) alone. `attention`: its path.
 - `img`, `txt`: the arguments of a block that take the streams. `returns`: the streams that it returns, in order.
 - `width`: that of the streams. `modulation_rank`: the coordinates that all modulations read; null where they read
   their whole input.
@@ -173,13 +174,18 @@ def _shaped(block: nn.Module, entry: Mapping[str, Any], pruned: Mapping[str, Any
     for stream, count in entry.get("hidden", {}).items():
         if stream not in given or (inside_run and stream == "txt"):
             continue
+        if "fused" in given[stream]:
+            up = _linear(block, given[stream]["up"])
+            block.set_submodule(given[stream]["up"], nn.Linear(up.in_features, count))
+            _with_fewer_inputs(block, given[stream]["fused"], up.out_features - count)
+            continue
         ffn = block.get_submodule(given[stream]["ffn"])
         up, down = (_linear(ffn, given[stream][name]) for name in ("up", "down"))
         ffn.set_submodule(given[stream]["up"], nn.Linear(up.in_features, count))
         ffn.set_submodule(given[stream]["down"], nn.Linear(count, down.out_features))
     for stream, where in given.items():
         modulation: Any = block.get_submodule(where["modulation"])
-        features, width = modulation.in_features, _linear(block, where["out"]).out_features
+        features, width = modulation.in_features, pruned["width"]
         chunks = modulation.out_features // width
         read = features if basis is None else basis.directions.shape[1]
         if inside_run and stream == "txt":
@@ -214,16 +220,25 @@ def _shaped(block: nn.Module, entry: Mapping[str, Any], pruned: Mapping[str, Any
 def _with_heads(block: nn.Module, heads: int, path: str, parts: Mapping[str, Mapping]) -> None:
     """Give the attention of a stock block fewer heads, in all streams that it reads."""
     attention: Any = block.get_submodule(path)
-    width = heads * (_linear(block, parts["img"]["qkv"][0]).out_features // attention.heads)
+    before = _linear(block, parts["img"]["qkv"][0]).out_features
+    width = heads * (before // attention.heads)
     for where in parts.values():
         for name in where["qkv"]:
             own = _linear(block, name)
             block.set_submodule(name, nn.Linear(own.in_features, width, bias=own.bias is not None))
+        if "fused" in where:
+            _with_fewer_inputs(block, where["fused"], before - width)
+            continue
         parent, _, name = where["out"].rpartition(".")
         # A stream that the block drops has no output.
         if getattr(block.get_submodule(parent), name, None) is not None:
             block.set_submodule(where["out"], nn.Linear(width, _linear(block, where["out"]).out_features))
     set_heads(attention, heads)
+
+
+def _with_fewer_inputs(block: nn.Module, path: str, fewer: int) -> None:
+    own = _linear(block, path)
+    block.set_submodule(path, nn.Linear(own.in_features - fewer, own.out_features, bias=own.bias is not None))
 
 
 def set_heads(attention: Any, heads: int) -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from ppcl.models import BlockParts, ModelAdapter
+from ppcl.models import ModelAdapter, Parts
 from ppcl.models.block_view import view
+from ppcl.models.fused_output import unfused
 from ppcl.replacements.replacement import Assembly, OneBlock, Replacement
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ class FfnMaps(nn.Module, ABC):
 
     @abstractmethod
     def replaced_parts(
-        self, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts]
+        self, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, Parts]
     ) -> dict[str, nn.Module]:
-        """By path in the block, what to put there, for the streams of `parts`."""
+        """By path in the block, what to put there, for the streams of `parts`. `block`: as `unfused` gives it."""
 
 
 MapsT = TypeVar("MapsT", bound=FfnMaps)
@@ -63,6 +64,7 @@ class Ffn(OneBlock[MapsT]):
         return sum(size for name, size in sizes.items() if streams & set(name.split(".")))
 
 
-def with_ffn(adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts], maps: FfnMaps) -> nn.Module:
+def with_ffn(adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, Parts], maps: FfnMaps) -> nn.Module:
     """The block with its FFNs replaced, as a view of it."""
+    block = unfused(block, parts.values())
     return view(block, maps.replaced_parts(adapter, block, parts))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ppcl.config import plan_syntax
-from ppcl.models import BlockParts, ModelAdapter, Streams
+from ppcl.models import BlockParts, ModelAdapter, Parts, Streams
 from ppcl.models.block_view import linear_at
 from ppcl.replacements.ffn import Ffn, FfnMaps
 from ppcl.replacements.modulation import GATE2, SCALE2, SHIFT2, Modulation
@@ -30,18 +30,20 @@ class LinearFfnMaps(nn.ModuleDict, FfnMaps):
     """By stream, the map `l: (…, d) → (…, d)` of one block's FFN."""
 
     @classmethod
-    def new(cls, parts: Mapping[str, BlockParts], width: int) -> LinearFfnMaps:
+    def new(cls, parts: Mapping[str, Parts], width: int) -> LinearFfnMaps:
         return cls({stream: nn.Linear(width, width) for stream in parts})
 
     def linears(self) -> dict[str, nn.Linear]:
         return {stream: linear for stream, linear in self.items() if isinstance(linear, nn.Linear)}
 
     def replaced_parts(
-        self, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts]
+        self, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, Parts]
     ) -> dict[str, nn.Module]:
         replaced: dict[str, nn.Module] = {}
         linears = self.linears()
         for stream, where in parts.items():
+            # A single-stream block's FFN has no norm, modulation and gate of its own to take away.
+            assert isinstance(where, BlockParts)
             constants = {SHIFT2: 0.0, SCALE2: 0.0, GATE2: 1.0}
             modulation = linear_at(block, where.modulation)
             replaced[where.modulation] = Modulation(modulation, linears[stream].in_features, constants)

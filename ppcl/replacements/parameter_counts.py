@@ -8,7 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
+from ppcl.models import FusedParts, ModelAdapter, Parts
 from ppcl.models.block_view import linear_at
+from ppcl.models.fused_output import unfused
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.io import stored_sizes
 from ppcl.replacements.low_rank_modulation import LowRankModulation
@@ -69,6 +71,27 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def ffn_parameters(adapter: ModelAdapter, block: nn.Module, where: Parts) -> int:
+    """Parameters of one stream's FFN in a stock block; those of a fused one with the bias of the output projection."""
+    if not isinstance(where, FusedParts):
+        return count_parameters(block.get_submodule(where.ffn))
+    block = unfused(block, [where])
+    return sum(_numbers(linear_at(block, path)) for path in adapter.ffn_maps(where))
+
+
+def attention_parameters(block: nn.Module, paths: HeadPaths) -> int:
+    """Parameters of a stock block's maps before and after its attention's heads."""
+    block = unfused(block, paths.fused)
+    # A fused bias is changed and stays, whatever else is.
+    biases = sum(linear_at(block, where.ffn_down).out_features for where in paths.fused)
+    return sum(_numbers(linear_at(block, path)) for path in paths.all) + biases
+
+
+def _numbers(linear: nn.Linear) -> int:
+    # Not its parameters: a part of a fused map may hold all of that.
+    return linear.weight.numel() + (0 if linear.bias is None else linear.bias.numel())
+
+
 def parameter_counts(teacher: Teacher, files: Mapping[Replacement, Path]) -> ParameterCounts:
     """Counted without loading a weight: the teacher's from its structure, a replacement's from its file's header."""
     model, adapter = teacher.empty_transformer(), teacher.adapter
@@ -82,14 +105,15 @@ def parameter_counts(teacher: Teacher, files: Mapping[Replacement, Path]) -> Par
     for number, block in enumerate(blocks):
         parts = adapter.parts_of(model, number, block)
         if parts:
-            paths = HeadPaths.of(adapter, model, number, block).all
-            attentions[number] = sum(count_parameters(block.get_submodule(path)) for path in paths)
+            attentions[number] = attention_parameters(block, HeadPaths.of(adapter, model, number, block))
         for stream, where in parts.items():
-            modulation, ffn = linear_at(block, where.modulation), count_parameters(block.get_submodule(where.ffn))
+            modulation, ffn = linear_at(block, where.modulation), ffn_parameters(adapter, block, where)
             width = modulation.in_features
             rows.setdefault(number, {})[stream] = modulation.out_features
-            # Shift, scale and gate of the FFN: three chunks of the modulation.
             ffns.setdefault(number, {})[stream] = ffn
+            if isinstance(where, FusedParts):
+                continue
+            # Shift, scale and gate of the FFN: three chunks of the modulation.
             chunks.setdefault(number, {})[stream] = 3 * width * (modulation.in_features + (modulation.bias is not None))
             if stream == "txt":
                 texts[number] = ffn + count_parameters(modulation) + count_parameters(block.get_submodule(where.out))

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from ppcl.config import plan_syntax
 from ppcl.linalg import PrunedUnits
-from ppcl.models import BlockParts, ModelAdapter, Streams
+from ppcl.models import ModelAdapter, Parts, Streams
 from ppcl.models.block_view import linear_at, linear_rows, new_linear
+from ppcl.models.fused_output import unfused
 from ppcl.models.lora_linear import LoraLinear
 from ppcl.models.weight_cache import host_original
 from ppcl.replacements.ffn import Ffn, FfnMaps
@@ -44,12 +45,12 @@ class PrunedFfnMaps(FfnMaps):
 
     @classmethod
     def new(
-        cls, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts], keep_percent: int
+        cls, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, Parts], keep_percent: int
     ) -> PrunedFfnMaps:
         """With the first units of the block's own; `keep_percent` of them, rounded, at least one."""
-        maps = {}
+        maps, block = {}, unfused(block, parts.values())
         for stream, where in parts.items():
-            up, down = (linear_at(block, f"{where.ffn}.{name}") for name in (adapter.ffn_up, adapter.ffn_down))
+            up, down = (linear_at(block, path) for path in adapter.ffn_maps(where))
             units = torch.arange(max(1, round(up.out_features * keep_percent / 100)))
             maps[stream] = linear_rows(up, units), new_linear(down.weight[:, units], down.bias)
         return cls(maps)
@@ -69,12 +70,12 @@ class PrunedFfnMaps(FfnMaps):
         new_down.bias.copy_(pruned.bias)
 
     def replaced_parts(
-        self, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, BlockParts]
+        self, adapter: ModelAdapter, block: nn.Module, parts: Mapping[str, Parts]
     ) -> dict[str, nn.Module]:
         """The two maps, with the stock FFN around them; a LoRA of the block's own is cut to the units that stay."""
         replaced: dict[str, nn.Module] = {}
         for stream, where in parts.items():
-            paths = [f"{where.ffn}.{name}" for name in (adapter.ffn_up, adapter.ffn_down)]
+            paths = adapter.ffn_maps(where)
             own = [block.get_submodule(path) for path in paths]
             replaced |= dict(zip(paths, self._with_lora(stream, *own), strict=True))
         return replaced
@@ -145,7 +146,7 @@ def kept_parameters(
     """By stream, parameters of a block's FFN with `keep_percent` of its hidden units; its last bias counts in part."""
     sizes = {}
     for stream, where in structure.parts(block).items():
-        hidden = linear_at(structure.blocks[block], f"{where.ffn}.{structure.adapter.ffn_up}").out_features
+        hidden = linear_at(structure.blocks[block], structure.adapter.ffn_maps(where)[0]).out_features
         sizes[stream] = teacher.ffns[block][stream] * max(1, round(hidden * keep_percent / 100)) // hidden
     return sizes
 
@@ -163,5 +164,5 @@ def kept_units(kept: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def hidden_units(block: nn.Module, structure: TeacherStructure, number: int) -> dict[str, int]:
     """By stream, the hidden units of the FFNs of a block that is built as the teacher's block `number` is."""
-    up = structure.adapter.ffn_up
-    return {s: linear_at(block, f"{where.ffn}.{up}").out_features for s, where in structure.parts(number).items()}
+    ups = {stream: structure.adapter.ffn_maps(where)[0] for stream, where in structure.parts(number).items()}
+    return {stream: linear_at(block, path).out_features for stream, path in ups.items()}

@@ -18,8 +18,9 @@ from torch import nn
 
 from ppcl.config import plan_syntax
 from ppcl.linalg import PrunedGroups
-from ppcl.models import ModelAdapter, Streams
+from ppcl.models import FusedParts, ModelAdapter, Streams
 from ppcl.models.block_view import linear_at, linear_rows, new_linear, view
+from ppcl.models.fused_output import FusedOutput, unfused
 from ppcl.models.lora_linear import LoraLinear
 from ppcl.replacements.ffn import Ffn
 from ppcl.replacements.replacement import Assembly, OneBlock, Replacement, TeacherStructure
@@ -34,20 +35,24 @@ class HeadPaths:
     """Where a block has what its heads are made of.
 
     `attention`: the path of the attention. By stream: `qkv`, those of the maps that give queries, keys and values, and
-    `out`, that of the output projection, for the streams that the block does not drop.
+    `out`, that of the output projection, for the streams that the block does not drop. `fused`: those parts whose
+    output projection reads hidden units too; `out` is then a part of it, in a block as `unfused` gives it.
     """
 
     attention: str
     qkv: Mapping[str, tuple[str, ...]]
     out: Mapping[str, str]
+    fused: tuple[FusedParts, ...] = ()
 
     @classmethod
     def of(cls, adapter: ModelAdapter, transformer: nn.Module, number: int, block: nn.Module) -> HeadPaths:
         """Of the teacher's block `number`, or of one that is built alike."""
+        parts = adapter.parts_of(transformer, number, block)
         return cls(
             adapter.attention,
             {stream: where.qkv for stream, where in adapter.parts_read(transformer, number).items()},
-            {stream: where.out for stream, where in adapter.parts_of(transformer, number, block).items()},
+            {stream: where.out for stream, where in parts.items()},
+            tuple(where for where in parts.values() if isinstance(where, FusedParts)),
         )
 
     @property
@@ -82,6 +87,7 @@ class PrunedHeadMaps(nn.Module):
     @classmethod
     def new(cls, block: nn.Module, paths: HeadPaths, keep_percent: int) -> PrunedHeadMaps:
         """With the first heads of the block's own; see `kept_heads`."""
+        block = unfused(block, paths.fused)
         heads = range(kept_heads(paths.heads(block), keep_percent))
         rows = paths.inputs(block, heads)
         qkv = {stream: [linear_rows(linear_at(block, p), rows) for p in each] for stream, each in paths.qkv.items()}
@@ -101,7 +107,10 @@ class PrunedHeadMaps(nn.Module):
             out.bias.copy_(solved.bias)
 
     def replaced_parts(self, block: nn.Module, paths: HeadPaths) -> dict[str, nn.Module]:
-        """By path in the block, what to put there; a LoRA of the block's own is cut to the heads that stay."""
+        """By path in the block, what to put there; a LoRA of the block's own is cut to the heads that stay.
+
+        `block`: as `unfused` gives it.
+        """
         rows = paths.inputs(block, self.heads)
         replaced: dict[str, nn.Module] = {}
         for stream, each in paths.qkv.items():
@@ -119,7 +128,12 @@ def with_heads(block: nn.Module, paths: HeadPaths, maps: PrunedHeadMaps) -> nn.M
     # Here, since it imports diffusers.
     from ppcl.models.pruned_transformer import set_heads
 
+    block = unfused(block, paths.fused)
     made = view(block, maps.replaced_parts(block, paths))
+    for where in paths.fused:
+        output = made.get_submodule(where.fused)
+        assert isinstance(output, FusedOutput)
+        output.join_biases()
     # The view has its own attention, since maps in it were exchanged.
     set_heads(made.get_submodule(paths.attention), len(maps.heads))
     return made
@@ -202,9 +216,10 @@ def parameters_of_heads(block: nn.Module, paths: HeadPaths, heads: int) -> int:
     """Parameters of a stock block's maps before and after its attention, with some of its heads."""
     width = heads * paths.head_width(block)
     before = [linear_at(block, path) for each in paths.qkv.values() for path in each]
-    behind = [linear_at(block, path) for path in paths.out.values()]
+    behind = [linear_at(unfused(block, paths.fused), path) for path in paths.out.values()]
+    # What the heads that go say on average goes into a bias.
     return sum(width * (one.in_features + (one.bias is not None)) for one in before) + sum(
-        one.out_features * (width + (one.bias is not None)) for one in behind
+        one.out_features * (width + 1) for one in behind
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.models import BlockParts, ModelAdapter
+from ppcl.models import ModelAdapter, Parts
 
 if TYPE_CHECKING:
     from ppcl.models.teacher import Teacher
@@ -194,7 +194,7 @@ class TeacherStructure:
         self.adapter, self.transformer = adapter, transformer
         self.blocks = tuple(adapter.blocks(transformer)) if blocks is None else tuple(blocks)
 
-    def parts(self, block: int) -> dict[str, BlockParts]:
+    def parts(self, block: int) -> dict[str, Parts]:
         """By stream, the replaceable parts of a block; empty for a kind of block that has none."""
         return self.adapter.parts_of(self.transformer, block, self.blocks[block])
 

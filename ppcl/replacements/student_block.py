@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ppcl.config import plan_syntax
-from ppcl.models import IdentityBlock, ModelAdapter, Streams
+from ppcl.models import FusedParts, IdentityBlock, ModelAdapter, Streams
+from ppcl.models.fused_output import separate_output
 from ppcl.replacements.pruned_ffn import hidden_units, kept_parameters
 from ppcl.replacements.replacement import Assembly, BlockRun, Replacement, TeacherStructure
 
@@ -117,7 +118,7 @@ class Interval(BlockRun[StudentBlock]):
         return sum(teacher.blocks[block] for block in self.blocks)
 
     def modulation_rows_removed(self, teacher: ParameterCounts, within: Replacement | None) -> int:
-        # A single-stream block has none; the student has those of one block.
+        # The student has those of one block.
         rows = [sum(teacher.rows.get(block, {}).values()) for block in self.blocks]
         return sum(rows) - rows[0]
 
@@ -143,7 +144,13 @@ def _block_as_stored(teacher: Teacher, source: int, tensors: Mapping[str, torch.
     structure = TeacherStructure(teacher.adapter, teacher.empty_transformer())
     block = structure.blocks[source]
     for where in structure.parts(source).values():
-        for name in (teacher.adapter.ffn_up, teacher.adapter.ffn_down):
-            rows, columns = tensors[f"block.{where.ffn}.{name}.weight"].shape
-            block.set_submodule(f"{where.ffn}.{name}", nn.Linear(columns, rows, device="meta"))
+        paths = teacher.adapter.ffn_maps(where)
+        if isinstance(where, FusedParts):
+            if f"block.{where.fused}.weight" in tensors:
+                # Whole: it was never taken apart.
+                continue
+            block.set_submodule(where.fused, separate_output(block, where))
+        for path in paths:
+            rows, columns = tensors[f"block.{path}.weight"].shape
+            block.set_submodule(path, nn.Linear(columns, rows, device="meta"))
     return block

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ppcl.config import plan_syntax
-from ppcl.models import BlockParts, ModelAdapter, Streams
+from ppcl.models import BlockParts, ModelAdapter, Parts, Streams
 from ppcl.models.block_view import linear_at, view
 from ppcl.replacements.ffn import Ffn, FfnMaps, with_ffn
 from ppcl.replacements.modulation import Modulation
@@ -129,7 +129,7 @@ def text_parts(block: nn.Module, parts: BlockParts, z: nn.Linear) -> dict[str, n
 def text_run(
     adapter: ModelAdapter,
     blocks: Mapping[int, nn.Module],
-    parts: Mapping[str, BlockParts],
+    parts: Mapping[str, Parts],
     projectors: TextProjectors,
     ffns: Mapping[int, FfnMaps] | None = None,
 ) -> dict[int, nn.Module]:
@@ -144,7 +144,9 @@ def text_run(
         if number == run.first:
             standing[number] = RunStart(adapter, with_ffn(adapter, block, parts, maps) if maps else block)
             continue
-        exchanged = text_parts(block, parts["txt"], projectors.z_map(number))
+        text = parts["txt"]
+        assert isinstance(text, BlockParts)
+        exchanged = text_parts(block, text, projectors.z_map(number))
         if maps:
             exchanged |= maps.replaced_parts(adapter, block, {"img": parts["img"]})
         standing[number] = RunBlock(adapter, view(block, exchanged), number == run.last, projectors)

@@ -285,7 +285,8 @@ def assumed_plan(config: Config, model: Model, interval: int) -> list[Replacemen
         if width.text and all("txt" in model.ffns[b] for b in i.blocks)
     ]
     blocks = [block for block, ffns in enumerate(model.ffns) if ffns]
-    linear = [LinearFfn(block) for block in blocks[: width.linear_ffns]]
+    alone = [block for block in blocks if not any(ffn.fused for ffn in model.ffns[block].values())]
+    linear = [LinearFfn(block) for block in alone[: width.linear_ffns]]
     pruned = [PrunedFfn(block, percent) for block in blocks for percent in sorted(set(width.ffn_keep_percents))]
     heads = [PrunedHeads(block, percent) for block in blocks for percent in sorted(set(width.head_keep_percents))]
     low_rank = [LowRankModulation()] if width.low_rank_modulations else []

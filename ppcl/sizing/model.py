@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ppcl.errors import UserError
-from ppcl.models import ModelAdapter, Streams, adapter_of, embed
+from ppcl.models import FusedParts, ModelAdapter, Streams, adapter_of, embed
 from ppcl.models.block_view import linear_at
 from ppcl.models.teacher import Teacher
+from ppcl.replacements.parameter_counts import ffn_parameters
 from ppcl.replacements.pruned_heads import HeadPaths, kept_heads, parameters_of_heads
 from ppcl.sizing.peak_memory import PeakMemory
 
@@ -64,10 +65,14 @@ class BlockMemory:
 
 @dataclass(frozen=True)
 class FfnSize:
-    """The FFN of one stream of a block: its `parameters` and its hidden `units`."""
+    """The FFN of one stream of a block: its `parameters`, its hidden `units`, and whether it shares its output map.
+
+    One that does is of all tokens, and cannot become a linear map.
+    """
 
     parameters: int
     units: int
+    fused: bool = False
 
     def kept(self, percent: int) -> int:
         """Parameters with `percent` of the units."""
@@ -279,7 +284,9 @@ def _ffns(adapter: ModelAdapter, model: nn.Module, number: int, block: nn.Module
     """By stream, the FFN of a block."""
     return {
         stream: FfnSize(
-            _count(block.get_submodule(where.ffn)), linear_at(block, f"{where.ffn}.{adapter.ffn_up}").out_features
+            ffn_parameters(adapter, block, where),
+            linear_at(block, adapter.ffn_maps(where)[0]).out_features,
+            isinstance(where, FusedParts),
         )
         for stream, where in adapter.parts_of(model, number, block).items()
     }
@@ -320,7 +327,8 @@ def _flops(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: d
 def _sums_flops(adapter: ModelAdapter, model: nn.Module, number: int, streams: Streams) -> int:
     """Operations of `X^T X` and `X^T Y` of a block's streams and FFN inputs; see `ppcl.detection.fit_probes`."""
     tokens = {name: x.shape[1] for name, x in streams._asdict().items()}
-    fitted = [*tokens, *adapter.parts_of(model, number, adapter.blocks(model)[number])]
+    parts = adapter.parts_of(model, number, adapter.blocks(model)[number])
+    fitted = [*tokens, *(stream for stream, where in parts.items() if not isinstance(where, FusedParts))]
     return sum(4 * tokens[name] * streams.img.shape[-1] ** 2 for name in fitted)
 
 

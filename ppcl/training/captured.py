@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from ppcl.models import Streams
+
+# What is of all tokens, the text's in front: the one stream of a single-stream block.
+JOINT = "joint"
 
 
 @dataclass
@@ -18,8 +22,9 @@ class CapturedActivations:
     Boundary `b` is the input of block `b`, both streams `(B, S, d)` and `(B, T, d)`. `text_inputs`: by block, the
     modulated text input of its attention `(B, T, d)`. `residuals`: by block and stream, the stream after the
     attention's residual. `hidden`: by block and stream, the FFN's hidden units `(B, T, h)`. `attended`: by block and
-    stream, what the attention's heads give to the output projection `(B, T, d)`. `context`: the block's
-    other arguments. `text_mask`: `(B, T)`, true where a token is not padding.
+    stream, what the attention's heads give to the output projection `(B, T, d)`; of a single-stream block both are of
+    all tokens, `(B, T + S, …)`, under `img`. `context`: the block's other arguments. `text_mask`: `(B, T)`, true where
+    a token is not padding.
     """
 
     boundaries: dict[int, Streams] = field(default_factory=dict)
@@ -40,8 +45,10 @@ class CapturedActivations:
         return self.text_mask if stream == "txt" else None
 
     def tokens(self, x: torch.Tensor, stream: str) -> torch.Tensor:
-        """A stream's tokens `(n, d)` that are not padding, float32."""
+        """The tokens `(n, d)` that are not padding, of a stream or of `JOINT`, float32."""
         mask = self.mask(stream)
+        if stream == JOINT and self.text_mask is not None:
+            mask = F.pad(self.text_mask, (0, x.shape[1] - self.text_mask.shape[1]), value=True)
         return (x[mask] if mask is not None else x.flatten(0, 1)).float()
 
 

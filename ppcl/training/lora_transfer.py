@@ -11,6 +11,7 @@ and stays a stock block.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -21,8 +22,9 @@ from torch import nn
 from ppcl.linalg import Moments
 from ppcl.linalg.affine_fit import fit_affine
 from ppcl.lora import AppliedLora, Lora, LoraLayer, LoraTransfer, StudentUpdate, block_prefixes, student_with_lora
-from ppcl.models import Streams, embed, run_blocks
+from ppcl.models import FusedParts, Streams, embed, run_blocks
 from ppcl.models.block_view import linear_at
+from ppcl.models.fused_output import attended_inputs
 from ppcl.models.placement import cache_of
 from ppcl.replacements import Replacement
 from ppcl.replacements.pruned_ffn import kept_units
@@ -128,22 +130,27 @@ def _names(lora: Lora, prefixes: Sequence[str]) -> tuple[str, ...]:
 def source_layers(structure: TeacherStructure, student: StudentBlock, prefix: str, lora: Lora) -> dict[str, LoraLayer]:
     """By path in a student, the update of the block that it began as, cut to the hidden units that it kept."""
     adapter, source = structure.adapter, student.source
-    rows: dict[str, torch.Tensor] = {}
-    columns: dict[str, torch.Tensor] = {}
+    block = structure.blocks[source]
+    own = {name.removeprefix(prefix): layer for name, layer in lora.layers.items() if name.startswith(prefix)}
     for where in structure.parts(source).values():
-        up, down = (f"{where.ffn}.{name}" for name in (adapter.ffn_up, adapter.ffn_down))
-        kept, own = linear_at(student.block, up).weight, linear_at(structure.blocks[source], up).weight
-        if len(kept) < len(own):
-            rows[up] = columns[down] = kept_units(kept, own).cpu()
-    layers = {}
-    for name, layer in lora.layers.items():
-        if name.startswith(prefix):
-            path = name.removeprefix(prefix)
-            layers[f"block.{path}"] = _cut(layer, rows.get(path, slice(None)), columns.get(path, slice(None)))
-    return layers
+        up, down = adapter.ffn_maps(where)
+        kept, whole = linear_at(student.block, up).weight, linear_at(block, up).weight
+        if len(kept) == len(whole):
+            continue
+        if isinstance(where, FusedParts) and (layer := own.pop(where.fused, None)):
+            # A narrow student has the output projection in two.
+            attended = attended_inputs(block, where)
+            own[where.out] = _cut(replace(layer, bias=None), columns=slice(0, attended))
+            own[down] = _cut(layer, columns=slice(attended, None))
+        units = kept_units(kept, whole).cpu()
+        own |= {up: _cut(own[up], rows=units)} if up in own else {}
+        own |= {down: _cut(own[down], columns=units)} if down in own else {}
+    return {f"block.{path}": layer for path, layer in own.items()}
 
 
-def _cut(layer: LoraLayer, rows: torch.Tensor | slice, columns: torch.Tensor | slice) -> LoraLayer:
+def _cut(
+    layer: LoraLayer, rows: torch.Tensor | slice = slice(None), columns: torch.Tensor | slice = slice(None)
+) -> LoraLayer:
     bias = None if layer.bias is None else layer.bias[rows]
     return LoraLayer(layer.down[:, columns], layer.up[rows], layer.scale, bias)
 

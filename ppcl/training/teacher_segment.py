@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ppcl.models import ModelAdapter, embed, run_blocks
+from ppcl.models import FusedParts, ModelAdapter, embed, run_blocks
+from ppcl.models.fused_output import reader_of
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Replacement
 from ppcl.training.captured import CapturedActivations, CaptureSpec
@@ -111,25 +112,33 @@ class TeacherSegment:
                 listen(block.get_submodule(self.adapter.attention), text)
             if number in wanted.residuals:
                 for stream, parts in self.adapter.parts_of(self.transformer, number, block).items():
+                    if isinstance(parts, FusedParts):
+                        # Nothing stands between its attention and its FFN.
+                        continue
 
                     def residual(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
                         captured.residuals[key] = args[0]
 
                     listen(block.get_submodule(parts.norm2), residual)
-            if number in wanted.hidden:
-                for stream, parts in self.adapter.parts_of(self.transformer, number, block).items():
+            for stream, parts in self.adapter.parts_of(self.transformer, number, block).items():
+                if number in wanted.hidden:
+                    path, inputs = reader_of(block, parts, self.adapter.ffn_maps(parts)[1])
 
-                    def hidden(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
-                        captured.hidden[key] = args[0]
+                    def hidden(
+                        args: tuple, named: dict, key: tuple[int, str] = (number, stream), inputs: slice = inputs
+                    ) -> None:
+                        captured.hidden[key] = args[0][..., inputs]
 
-                    listen(block.get_submodule(f"{parts.ffn}.{self.adapter.ffn_down}"), hidden)
-            if number in wanted.attended:
-                for stream, parts in self.adapter.parts_of(self.transformer, number, block).items():
+                    listen(block.get_submodule(path), hidden)
+                if number in wanted.attended:
+                    path, inputs = reader_of(block, parts, parts.out)
 
-                    def attended(args: tuple, named: dict, key: tuple[int, str] = (number, stream)) -> None:
-                        captured.attended[key] = args[0]
+                    def attended(
+                        args: tuple, named: dict, key: tuple[int, str] = (number, stream), inputs: slice = inputs
+                    ) -> None:
+                        captured.attended[key] = args[0][..., inputs]
 
-                    listen(block.get_submodule(parts.out), attended)
+                    listen(block.get_submodule(path), attended)
         try:
             yield
         finally:

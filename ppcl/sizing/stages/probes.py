@@ -63,5 +63,5 @@ def fit_tokens(job: JobSize) -> int:
 
 
 def fits(job: JobSize, block: int) -> int:
-    """The affine maps that are fitted for a block: of each stream, and of each FFN."""
-    return 2 + len(job.model.ffns[block])
+    """The affine maps that are fitted for a block: of each stream, and of each FFN that stands alone."""
+    return 2 + sum(not ffn.fused for ffn in job.model.ffns[block].values())

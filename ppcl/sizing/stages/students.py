@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from ppcl.linalg.moments import CHUNK
 from ppcl.replacements import Interval
@@ -79,7 +80,7 @@ def rank_moments(job: JobSize, part: range, closed_form: bool = True) -> Iterato
 def _closed_form_moments(job: JobSize, part: range, base: dict[str, int], samples: int) -> Iterator[dict[str, int]]:
     """While the samples pass, and while maps are solved for; `base`: what is there all the time."""
     settings = job.config.distillation
-    moments = [gram for _, gram in _grams(job, part)]
+    moments = [one.bytes for one in _grams(job, part)]
     held = min(sum(moments), max(round(settings.moments_gb * 1e9), max(moments, default=0)))
     # What heads give is kept while the rest of the block runs.
     attended = samples * job.stream if _attentions(job, part) else 0
@@ -88,7 +89,7 @@ def _closed_form_moments(job: JobSize, part: range, base: dict[str, int], sample
         "moments": held,
         "activations": 2 * samples * job.stream + max(forward, _counting(job, part, samples)),
     }
-    largest = max((units for units, _ in _grams(job, part)), default=0)
+    largest = max((one.inputs for one in _grams(job, part)), default=0)
     heads = max((a.streams * a.width**2 for a in _attentions(job, part)), default=0)
     yield base | {
         "moments": held,
@@ -113,22 +114,32 @@ def _closed_form_bytes(job: JobSize, own: ReplacementSizes, train: str) -> int:
     return job.number * (sum(own.pruned.values()) + sum(own.heads.values())) + _SINGLE * linear
 
 
-def _grams(job: JobSize, part: range) -> Iterator[tuple[int, int]]:
-    """`(p, bytes)` of the moments of every map `p → q` that a rank fits."""
+class _Gram(NamedTuple):
+    """The moments of a map `p → q`: `inputs` p, their `bytes`, and the `tokens` of a sample that they count."""
+
+    inputs: int
+    bytes: int
+    tokens: float
+
+
+def _grams(job: JobSize, part: range) -> Iterator[_Gram]:
+    """The moments of every map that a rank fits."""
     model, config = job.model, job.config
-    d = model.width
+    # A stream has half of the tokens, on average; a single-stream block has all of them.
+    d, everything, half = model.width, model.tokens, model.tokens / 2
     for block in part:
         for ffn in model.ffns[block].values():
             if config.width.ffn_keep_percents or config.distillation.student_keep_percent < 100:
-                yield ffn.units, _DOUBLE * ffn.units**2
-            if config.width.linear_ffns != 0:
-                yield d, 2 * _DOUBLE * d**2
+                yield _Gram(ffn.units, _DOUBLE * ffn.units**2, everything if ffn.fused else half)
+            if config.width.linear_ffns != 0 and not ffn.fused:
+                yield _Gram(d, 2 * _DOUBLE * d**2, half)
     for attention in _attentions(job, part):
-        yield from ((attention.width, _DOUBLE * attention.width**2) for _ in range(attention.streams))
+        tokens = everything / attention.streams
+        yield from [_Gram(attention.width, _DOUBLE * attention.width**2, tokens)] * attention.streams
     own = job.replacements.within(part)
     if config.distillation.init == "affine":
-        yield from ((d, 2 * _DOUBLE * d**2) for _ in own.students for _ in ("img", "txt"))
-    yield from ((d, 2 * _DOUBLE * d**2) for run in own.text for _ in run.blocks)
+        yield from (_Gram(d, 2 * _DOUBLE * d**2, half) for _ in own.students for _ in ("img", "txt"))
+    yield from (_Gram(d, 2 * _DOUBLE * d**2, half) for run in own.text for _ in run.blocks)
 
 
 def _attentions(job: JobSize, part: range) -> list[AttentionSize]:
@@ -140,8 +151,9 @@ def _attentions(job: JobSize, part: range) -> list[AttentionSize]:
 def _counting(job: JobSize, part: range, samples: int) -> int:
     """Adding the widest inputs to their moments: the tokens in float32, and a chunk of them centred."""
     model = job.model
-    units = max((units for units, _ in _grams(job, part)), default=model.width)
-    tokens = samples * model.longest_tokens
+    units = max((one.inputs for one in _grams(job, part)), default=model.width)
+    joint = any(ffn.fused for block in part for ffn in model.ffns[block].values())
+    tokens = samples * (model.tokens if joint else model.longest_tokens)
     chunk = min(CHUNK, tokens) * units * (_SINGLE + 2 * (_DOUBLE if job.cpu else _SINGLE))
     hidden = tokens * units * (job.number + (0 if job.cpu else _SINGLE))
     return hidden + chunk + 3 * _DOUBLE * units**2
@@ -150,11 +162,10 @@ def _counting(job: JobSize, part: range, samples: int) -> int:
 def _closed_form_seconds(job: JobSize, pp: int, dp: int) -> float:
     """One forward of the teacher over the samples a pass, the Gram matrices, and an elimination a stream and block."""
     model, settings = job.model, job.config.distillation
-    everything = sum(gram for _, gram in _grams(job, range(len(model.blocks))))
-    passes = max(1, -(-everything // round(settings.moments_gb * 1e9 * pp)))
+    grams = list(_grams(job, range(len(model.blocks))))
+    passes = max(1, -(-sum(one.bytes for one in grams) // round(settings.moments_gb * 1e9 * pp)))
     forward = job.compute_seconds(passes * job.train * job.forward_flops / (pp * dp))
     rate = job.device.sums * job.device.utilisation
-    tokens = job.train * model.tokens / 2
-    counting = sum(2 * gram / _DOUBLE for _, gram in _grams(job, range(len(model.blocks)))) * tokens
-    solving = sum(4.0 * p**3 for p, _ in _grams(job, range(len(model.blocks))))
+    counting = sum(2 * one.bytes / _DOUBLE * one.tokens for one in grams) * job.train
+    solving = sum(4.0 * one.inputs**3 for one in grams)
     return forward + counting / (rate * pp * dp) + solving / (rate * pp)

@@ -21,7 +21,7 @@ from ppcl.linalg import (
     eliminate_units,
     fit_affine,
 )
-from ppcl.models import BlockParts, ModelAdapter
+from ppcl.models import ModelAdapter, Parts
 from ppcl.replacements.replacement import Replacement
 from ppcl.training.captured import CapturedActivations, CaptureSpec
 from ppcl.training.losses import Loss, LossTerm
@@ -112,7 +112,7 @@ class TeacherBlocks:
     blocks: Mapping[int, nn.Module]
     count: int
 
-    def parts(self, number: int) -> dict[str, BlockParts]:
+    def parts(self, number: int) -> dict[str, Parts]:
         """By stream, the replaceable parts of a block."""
         return self.adapter.parts_of(self.transformer, number, self.blocks[number])
 

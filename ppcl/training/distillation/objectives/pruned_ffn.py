@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from ppcl.config.schema import Distillation
+from ppcl.models import FusedParts
 from ppcl.models.block_view import linear_at
+from ppcl.models.fused_output import unfused
 from ppcl.replacements.pruned_ffn import PrunedFfn, PrunedFfnMaps
-from ppcl.training.captured import CapturedActivations, CaptureSpec
+from ppcl.training.captured import JOINT, CapturedActivations, CaptureSpec
 from ppcl.training.distillation.objectives.base import (
     DistillationObjective,
     Gradient,
@@ -28,7 +30,8 @@ class PrunedFfnObjective(DistillationObjective):
 
     def __init__(self, teacher: TeacherBlocks, replacement: PrunedFfn, settings: Distillation):
         self.replacement, self.adapter = replacement, teacher.adapter
-        self.block, self.parts = teacher.blocks[replacement.block], teacher.parts(replacement.block)
+        self.parts = teacher.parts(replacement.block)
+        self.block = unfused(teacher.blocks[replacement.block], self.parts.values())
         self.module = PrunedFfnMaps.new(teacher.adapter, self.block, self.parts, replacement.keep_percent)
         self.capture = CaptureSpec()
         self.init_capture = CaptureSpec(hidden=frozenset({replacement.block}))
@@ -38,7 +41,8 @@ class PrunedFfnObjective(DistillationObjective):
 
     def updates(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         for stream in self.parts:
-            x = captured.tokens(captured.hidden[self.replacement.block, stream], stream)
+            joint = isinstance(self.parts[stream], FusedParts)
+            x = captured.tokens(captured.hidden[self.replacement.block, stream], JOINT if joint else stream)
             yield self._moment(stream), x, x[:, :0]
 
     def kept_units(self) -> dict[str, int]:
@@ -57,5 +61,5 @@ class PrunedFfnObjective(DistillationObjective):
 
     def _maps(self, stream: str) -> tuple[nn.Linear, nn.Linear]:
         """The teacher's own two maps."""
-        ffn = self.block.get_submodule(self.parts[stream].ffn)
-        return linear_at(ffn, self.adapter.ffn_up), linear_at(ffn, self.adapter.ffn_down)
+        up, down = self.adapter.ffn_maps(self.parts[stream])
+        return linear_at(self.block, up), linear_at(self.block, down)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from ppcl.config.schema import Distillation
 from ppcl.models.block_view import linear_at
+from ppcl.models.fused_output import unfused
 from ppcl.replacements.pruned_heads import HeadPaths, PrunedHeadMaps, PrunedHeads
-from ppcl.training.captured import CapturedActivations, CaptureSpec
+from ppcl.training.captured import JOINT, CapturedActivations, CaptureSpec
 from ppcl.training.distillation.objectives.base import (
     DistillationObjective,
     Gradient,
@@ -26,8 +27,8 @@ class PrunedHeadsObjective(DistillationObjective):
 
     def __init__(self, teacher: TeacherBlocks, replacement: PrunedHeads, settings: Distillation):
         self.replacement, number = replacement, replacement.block
-        self.block = teacher.blocks[number]
-        self.paths = HeadPaths.of(teacher.adapter, teacher.transformer, number, self.block)
+        self.paths = HeadPaths.of(teacher.adapter, teacher.transformer, number, teacher.blocks[number])
+        self.block = unfused(teacher.blocks[number], self.paths.fused)
         self.module = PrunedHeadMaps.new(self.block, self.paths, replacement.keep_percent)
         self.capture = CaptureSpec()
         self.init_capture = CaptureSpec(attended=frozenset({number}))
@@ -39,7 +40,8 @@ class PrunedHeadsObjective(DistillationObjective):
 
     def updates(self, captured: CapturedActivations) -> Iterator[MomentUpdate]:
         for stream in self.paths.out:
-            x = captured.tokens(captured.attended[self.replacement.block, stream], stream)
+            joint = bool(self.paths.fused)
+            x = captured.tokens(captured.attended[self.replacement.block, stream], JOINT if joint else stream)
             yield self._moment(stream), x, x[:, :0]
 
     def kept_units(self) -> dict[str, int]:

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from torch import nn
 
 from ppcl.config.schema import Distillation
-from ppcl.models import Streams
+from ppcl.models import FusedParts, Streams
 from ppcl.models.block_view import linear_at
+from ppcl.models.fused_output import separate_output
 from ppcl.replacements.pruned_ffn import PrunedFfn
 from ppcl.replacements.student_block import Interval, StudentBlock, affine_map
 from ppcl.training.captured import CapturedActivations, CaptureSpec
@@ -39,6 +40,9 @@ class StudentObjective(LeastSquaresObjective):
         self.pruned: PrunedFfnObjective | None = None
         if settings.student_keep_percent < 100 and teacher.parts(source):
             self.pruned = PrunedFfnObjective(teacher, PrunedFfn(source, settings.student_keep_percent), settings)
+            for where in teacher.parts(source).values():
+                if isinstance(where, FusedParts):
+                    block.set_submodule(where.fused, separate_output(block, where))
             replaced = self.pruned.module.replaced_parts(teacher.adapter, block, teacher.parts(source))
             for path, module in replaced.items():
                 block.set_submodule(path, module)
