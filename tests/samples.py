@@ -38,3 +38,22 @@ class MemorySamples:
             "encoder_hidden_states_mask": self.mask[rows].to(device),
             "img_shapes": [[(1, 4, 4)]] * len(rows),
         }
+
+
+class FluxSamples:
+    """The same for the tiny FLUX.1: a transformer's inputs, row by row."""
+
+    def __init__(self, transformer: torch.nn.Module, count: int = 64):
+        self.count, self.inputs = count, tiny.inputs(transformer, count)
+
+    def ids(self, split: Split) -> np.ndarray:
+        border = self.count - self.count // 4
+        return np.arange(border) if split == "train" else np.arange(border, self.count)
+
+    def batch(self, ids: Sequence[int], device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        rows = torch.as_tensor(np.asarray(ids))
+        shared = ("img_ids", "txt_ids")
+        return {
+            name: value.clone() if name in shared else value[rows].to(device, dtype)
+            for name, value in self.inputs.items()
+        }

@@ -54,8 +54,8 @@ class FusedParts:
         block(x) = x + gate * fused([attended, hidden])        x: text tokens, then image tokens, (B, T + S, d)
 
     There is one of it, under the stream `img`: it holds the FFN of all tokens. `modulation`: the linear map whose
-    output is shift, scale and gate. `ffn_up`: the map that gives the hidden units. `fused`: the output projection, whose
-    first inputs are the attention's. `qkv`: as in `BlockParts`.
+    output is shift, scale and gate. `ffn_up`: the map that gives the hidden units. `fused`: the output projection,
+    whose first inputs are the attention's. `qkv`: as in `BlockParts`.
     """
 
     modulation: str
