@@ -2,6 +2,7 @@
 
 `W [a; h] + b = W_a a + (W_h h + b)`: a single-stream block has one map for what its attention's heads give, `a`, and
 for its hidden units, `h`. The stock forward of the block stays as it is: it calls one module with both side by side.
+Two products have as many multiplications as the one; their sum is one more pass over the output `(B, T + S, d)`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """FFNs with fewer hidden units. Which ones stay, and what the second map then is, is a least-squares problem.
 
 See `ppcl.linalg.elimination`: one elimination gives every width. Not in the PPCL paper, which replaces an FFN by a
-linear map or not at all.
+linear map or not at all. Of a single-stream block the problem is that of the FFN's part of the fused output projection,
+over all tokens: at `d = 3072` and 12288 hidden units 1.2 GB of a Gram matrix and `2.3e12` multiplications a block.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from jobs.pipeline import Job
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.export import export_folder
-from ppcl.replacements import KINDS, Interval, TunedBlock
+from ppcl.replacements import KINDS, Interval, LinearFfn, PrunedFfn, PrunedHeads, TunedBlock
 from ppcl.result import Result
 from tests import tiny
 from tests.one_process import stages_in_this_process
@@ -42,7 +42,10 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
         width={"text_similarity": 0.2, "ffn_keep_percents": [50], "head_keep_percents": [50]},
         distillation={"steps": 3, "batch_size": 4, "warmup": 1},
         finetuning={"steps": 2, "batch_size": 4, "warmup": 1, "measured_plans": 2},
-        variants={"budgets": [0.7], "custom": {"folded": ["modulations"]}},
+        variants={
+            "budgets": [0.7],
+            "custom": {"folded": ["modulations"], "narrow": ["ffn:4/50", "heads:4/50", "ffn:5/50"]},
+        },
         evaluation={"max_prompts": 2},
     )
     with stages_in_this_process():
@@ -50,15 +53,19 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
     result = Result(tmp_path / "result")
     kinds = {type(entry) for entry in result.replacements}
     assert kinds == set(KINDS)
-    assert result.variants.keys() == {"teacher", "p70", "all", "folded"}
+    assert result.variants.keys() == {"teacher", "p70", "all", "folded", "narrow"}
     if family == "flux":
         assert any(entry.first >= 4 for entry in result.replacements if isinstance(entry, Interval)), (
             "none of single-stream blocks"
         )
-    image = result.pipeline("p70")(
-        "a red circle", num_inference_steps=2, height=16, width=16, **ARGUMENTS[family]
-    ).images[0]
-    assert image.size == (16, 16)
+        # All blocks have parts to make narrow, the linear maps stand for those of two streams.
+        for kind, blocks in {PrunedFfn: range(10), PrunedHeads: range(10), LinearFfn: range(4)}.items():
+            assert [entry.first for entry in result.replacements if isinstance(entry, kind)] == list(blocks), kind
+    for name in ("p70", "narrow"):
+        image = result.pipeline(name)(
+            "a red circle", num_inference_steps=2, height=16, width=16, **ARGUMENTS[family]
+        ).images[0]
+        assert image.size == (16, 16)
     for name, variant in result.variants.items():
         assert variant.parameters == sum(p.numel() for p in _running(result, name)), name
 

@@ -7,12 +7,13 @@ from ppcl.config.schema import Distillation
 from ppcl.models import adapter_of
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval
-from ppcl.training.captured import CaptureSpec
+from ppcl.training.captured import JOINT, CapturedActivations, CaptureSpec
 from ppcl.training.distillation.objectives import TeacherBlocks, new_objective
 from ppcl.training.distillation.segments import segment_of
 from ppcl.training.losses import normalized
 from ppcl.training.pipeline import PipelineStage
 from ppcl.training.teacher_segment import Consumer, TeacherSegment
+from tests import tiny
 from tests.samples import MemorySamples
 
 INTERVALS = [Interval(0, 1), Interval(3, 5)]
@@ -94,3 +95,25 @@ def test_a_student_in_training_keeps_what_goes_into_its_interval_and_what_comes_
     captured = segment.run(inputs, PipelineStage(0, 1), objective.capture)
     assert captured.boundaries.keys() == {3, 6}
     assert objective.losses(captured, normalized).keys() == {"img", "txt"}
+
+
+def test_tokens_of_a_joint_stream_are_those_of_the_text_that_are_no_padding_and_all_of_the_image():
+    x = torch.arange(2 * 5 * 3).reshape(2, 5, 3)
+    mask = torch.tensor([[True, False], [True, True]])
+    captured = CapturedActivations(text_mask=mask)
+    expected = torch.cat([x[0, :1], x[0, 2:], x[1]])
+    assert torch.equal(captured.tokens(x, JOINT), expected.float())
+    assert torch.equal(CapturedActivations().tokens(x, JOINT), x.flatten(0, 1).float())
+
+
+@torch.no_grad()
+def test_a_single_stream_block_has_both_under_one_name_and_no_residual(tmp_path):
+    segment = TeacherSegment(Teacher(tiny.flux_pipeline(tmp_path / "teacher")), range(10), [], "cpu", torch.float32)
+    numbers = frozenset({1, 4})
+    spec = CaptureSpec(hidden=numbers, attended=numbers, residuals=numbers)
+    captured = segment.run(tiny.inputs(segment.transformer), PipelineStage(0, 1), spec)
+    both = {(1, "img"), (1, "txt")}
+    assert captured.residuals.keys() == both
+    assert captured.hidden.keys() == captured.attended.keys() == both | {(4, "img")}
+    assert captured.hidden[4, "img"].shape == (3, 6 + 16, 128)
+    assert captured.attended[4, "img"].shape == (3, 6 + 16, 32)
