@@ -159,7 +159,7 @@ class VariantBlocks:
 
     def _width(self) -> int:
         """That of the streams."""
-        return linear_at(self.structure.blocks[0], self.structure.parts(0)["img"].out).out_features
+        return linear_at(self.structure.blocks[0], self.structure.parts(0)["img"].qkv[0]).in_features
 
     def _own(self, number: int) -> nn.Module:
         """The block with the stock forward at a number, on the meta device."""

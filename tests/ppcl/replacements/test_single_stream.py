@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppcl.config.schema import Distillation, Sampling
+from ppcl.config.schema import Distillation, Memory, Sampling
 from ppcl.export.variant_blocks import VariantBlocks
 from ppcl.lora import AppliedLora, LoraTransfer, read_lora
 from ppcl.models import embed, run_blocks
 from ppcl.models.lora_linear import LoraLinear
+from ppcl.models.placement import place
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval, LowRankModulation, Plan, PrunedFfn, PrunedHeads
 from ppcl.replacements.io import files_in, load_replacement
@@ -179,6 +180,17 @@ def test_a_plan_is_switched_counted_exported_and_read_back(teacher, files, plan)
     torch.testing.assert_close(velocity(made), expected, rtol=1e-5, atol=1e-6)
     switch(model, ())
     assert torch.equal(velocity(model), teachers)
+
+
+@pytest.mark.parametrize("mode", ["group", "model"])
+def test_weights_that_come_and_go_give_the_same_numbers(teacher, files, mode):
+    """Maps in two are of what the host has, whether their block is on the device or not."""
+    pipeline, model, switch = teacher.pipeline(), teacher.transformer(), VariantSwitcher(teacher, files)
+    place(pipeline, "cpu", Memory(offload=mode))
+    for plan in map(Plan.parse, ("ffn:4/25,ffn:5/50", "heads:4/50,ffn:4/25", "", "6-7,ffn:5/50,heads:8/50")):
+        switch(pipeline.transformer, plan)
+        switch(model, plan)
+        torch.testing.assert_close(velocity(pipeline.transformer), velocity(model), rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_counted_before_training_is_what_is_made(teacher, files):
