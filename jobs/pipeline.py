@@ -27,6 +27,7 @@ from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
 from ppcl.evaluation.suites import configured_prompts
 from ppcl.models.teacher import Teacher
+from ppcl.models.weight_checks import check_weights
 from ppcl.report import write_report
 from ppcl.search.checks import check_variants
 from ppcl.storage.atomic import remove_partials
@@ -61,6 +62,7 @@ class Job:
             )
         configured_prompts(config)  # refuses a suite that cannot be read
         self.teacher = Teacher(config.teacher, known.get("teacher_hashes"))
+        check_weights(self.teacher.files)
         check_variants(config.variants, self.teacher.adapter.block_ranges(self.teacher.empty_transformer()))
         if unread := self.teacher.bytes_without_sha256():
             console.print(

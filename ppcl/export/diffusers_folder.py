@@ -85,7 +85,7 @@ def _model_index(teacher: Teacher, blocks: VariantBlocks) -> dict[str, Any]:
 def _other_files(teacher: Teacher) -> list[tuple[Path, str]]:
     """The pipeline's other parts: where they lie on this machine, and their paths in the folder."""
     root = teacher.with_weights(transformer=False)
-    return [(root / name, name) for name in teacher.part_files()]
+    return [(root / real, name) for name, real in teacher.part_files().items()]
 
 
 def _licences(teacher: Teacher) -> list[tuple[Path, str]]:

@@ -100,6 +100,8 @@ class ModelAdapter:
     - `timestep_scale`: the value of the forward's timestep argument for pure noise, 1.0 or 1000.0.
     - `guidance_argument`: the argument of the pipeline's call that sets the scale of classifier-free guidance.
       `guidance_keeps_norm`: True if the guided velocity is given the norm of the conditional one.
+    - `optional_components`: components that `model_index.json` may leave out (null) beside those that the pipeline's
+      class calls optional.
     - `latents`, `timestep`: names of these arguments of the transformer's forward. `packed_latents`: True if latents
       are patched into tokens `(B, S, d)` by the pipeline's `_pack_latents`, False if they are `(B, C, H, W)`.
     - `img`, `txt`: names of the arguments of a block that take the streams. `returns`: the streams that a block
@@ -132,6 +134,7 @@ class ModelAdapter:
     packed_latents: bool = True
     guidance_argument: str = "true_cfg_scale"
     guidance_keeps_norm: bool = False
+    optional_components: tuple[str, ...] = ()
 
     def lists(self, transformer: nn.Module) -> list[nn.ModuleList]:
         return [getattr(transformer, name) for name in self.block_lists]

@@ -26,8 +26,11 @@ _LONGEST_HEADER = 100 << 20  # the format's own limit
 class RemoteWeights:
     """A safetensors object, its header read. Raises `UserError` where it does not exist or is no safetensors file."""
 
-    def __init__(self, store: Store, name: str, tag: str):
-        """`tag`: that of the object when the teacher was opened; another one in its place is refused."""
+    def __init__(self, store: Store, name: str, tag: str, size: int | None = None):
+        """`tag`: that of the object when the teacher was opened; another one in its place is refused.
+
+        `size`: in bytes, where it is known; an object that is shorter than its header says is refused.
+        """
         self.store, self.name, self.tag = store, name, tag
         try:
             (length,) = struct.unpack("<Q", self._bytes(0, 8))
@@ -42,6 +45,9 @@ class RemoteWeights:
         except (ValueError, struct.error) as error:
             raise self._damaged(error) from None
         self.start = 8 + length
+        end = self.start + max((entry["data_offsets"][1] for entry in self.header.values()), default=0)
+        if size is not None and size != end:
+            raise self._damaged(f"it has {size} bytes, and its header describes {end}")
 
     def _damaged(self, error: Exception | str) -> UserError:
         return UserError(

@@ -26,5 +26,7 @@ SD3 = register(
         timestep_scale=1000.0,
         packed_latents=False,
         guidance_argument="guidance_scale",
+        # Zeros stand for the text of the T5 then.
+        optional_components=("text_encoder_3", "tokenizer_3"),
     )
 )

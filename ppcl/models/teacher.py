@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
 from ppcl.models import IdentityBlock, ModelAdapter, adapter_of, swap
-from ppcl.models.remote_safetensors import RemoteWeights
+from ppcl.models.pipeline_files import INDEX, WEIGHTS, PipelineFiles, open_weights
+from ppcl.models.weight_checks import TRANSFORMER, check_names, check_unquantised, not_finite
 from ppcl.storage.node_cache import file_sha256, parallel_map
-from ppcl.storage.object_store import Store
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_WEIGHTS = ".safetensors"
-# Prefixes of the names of those components, beside the transformer, that are models.
-_PARTS_WITH_WEIGHTS = ("text_encoder", "vae")
-_LFS_POINTER = b"version https://git-lfs"
 _TRUSTED_LIBRARIES = ("diffusers", "transformers")
 # The name of the module that an export brings for blocks that are not stock: `ppcl.models.pruned_transformer`.
 EXPORTED_MODULE = "ppcl_transformer"
@@ -54,22 +48,14 @@ class Teacher:
 
     def __init__(self, location: LocationLike, hashes: Mapping[str, str] | None = None):
         """`hashes`: those of an earlier `Teacher`, which are not asked for and computed again."""
-        location = Location.of(location)
+        self.files = files = PipelineFiles.of(Location.of(location))
         self.hashes = dict(hashes or {})
-        self.store = Store(location.url) if location.is_url else None
-        if self.store:
-            self._listed = self.store.objects()
-            self.folder = self.store.snapshot(
-                [name for name in self._listed if not name.endswith(_WEIGHTS)], self._listed
-            )
-        else:
-            self.folder = location.path.absolute()
-        self.place = str(location.absolute())
-        index = self._json("model_index.json")
-        entry = index.get("transformer")
+        self.place, self.folder, self.store = files.place, files.folder, files.store
+        entry = files.components.get(TRANSFORMER)
         if not entry:
             raise UserError(
-                f"{self.place} is a {index.get('_class_name')}, which has no transformer; point to an MMDiT pipeline"
+                f"{self.place} is a {files.pipeline_index.get('_class_name')}, which has no transformer; point to an "
+                "MMDiT pipeline"
             )
         if entry[0] == EXPORTED_MODULE:
             raise UserError(
@@ -77,93 +63,45 @@ class Teacher:
                 "export a plan of stock blocks, or give the teacher that it was made from"
             )
         self.adapter: ModelAdapter = adapter_of(entry[1])
-        self.pipeline_class: str = index["_class_name"]
-        for name, value in index.items():
-            if isinstance(value, list) and value[0] is not None and value[0] not in _TRUSTED_LIBRARIES:
+        self.pipeline_class: str = files.pipeline_index["_class_name"]
+        for name, (library, _) in files.components.items():
+            if library not in _TRUSTED_LIBRARIES:
                 raise UserError(
-                    f"{self.place}/model_index.json takes {name} from {value[0]!r}: code from a model folder is never "
-                    f"run; only classes of {' and '.join(_TRUSTED_LIBRARIES)} are loaded"
+                    f"{self.place}/{INDEX} takes {name} from {library!r}: code from a model folder is never run; only "
+                    f"classes of {' and '.join(_TRUSTED_LIBRARIES)} are loaded"
                 )
         if self.pipeline_class not in self.adapter.pipelines:
             raise UserError(
                 f"{self.place} is a {self.pipeline_class}; supported for {self.adapter.transformer}: "
                 f"{', '.join(self.adapter.pipelines)}"
             )
-        for name in self._names():
-            if PurePosixPath(name).suffix in _PICKLES:
+        self._absent()
+        files.check()
+        for part in files.models:
+            check_unquantised(files, part)
+        self.transformer_files = files.tensor_files(TRANSFORMER)
+
+    def _absent(self) -> dict[str, None]:
+        """The components that the pipeline's class takes and that are null. Raises `UserError` for needed ones."""
+        import diffusers
+
+        parameters = inspect.signature(getattr(diffusers, self.pipeline_class).__init__).parameters.values()
+        needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty][1:]
+        absent = [name for name in needed if name not in self.files.components]
+        for name in absent:
+            if name not in self.adapter.optional_components:
                 raise UserError(
-                    f"{self.place}/{name} is a pickle, which can run code when it is loaded; convert the weights to "
-                    "safetensors (save_pretrained with safe_serialization) and remove the file"
+                    f"{self.place}/{INDEX} gives no {name} (null), which a {self.pipeline_class} needs; get a complete "
+                    "copy"
                 )
-        self._check_weights(index)
-        self.transformer_files = self._transformer_files()
-
-    def _check_weights(self, index: dict[str, Any]) -> None:
-        """Refuse weights that are not there, from names and first bytes alone. Raises `UserError`."""
-        names = self._names()
-        for name in names:
-            if not self.store and name.endswith(_WEIGHTS) and _is_lfs_pointer(self.folder / name):
-                raise UserError(
-                    f"{self.place}/{name} is a Git LFS pointer in place of the weights; run git lfs pull in the folder"
-                )
-            if name.endswith(f"{_WEIGHTS}.index.json"):
-                self._check_shards(name, names)
-        for part, value in index.items():
-            if not isinstance(value, list) or value[0] is None or not part.startswith(_PARTS_WITH_WEIGHTS):
-                continue
-            if not any(name.startswith(f"{part}/") and name.endswith(_WEIGHTS) for name in names):
-                raise UserError(
-                    f"{self.place}/{part} holds no {_WEIGHTS} file; get a complete copy, or save it as safetensors"
-                )
-
-    def _check_shards(self, index_name: str, names: Collection[str]) -> None:
-        folder = PurePosixPath(index_name).parent
-        for shard in sorted(set(self._json(index_name).get("weight_map", {}).values())):
-            if str(folder / shard) not in names:
-                raise UserError(
-                    f"{self.place}/{folder / shard} is missing, which {index_name} names; get a complete copy of it"
-                )
-
-    def _names(self) -> list[str]:
-        """The paths of all files under the pipeline's folder."""
-        if self.store:
-            return sorted(self._listed)
-        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file())
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        if not path.exists():
-            raise UserError(
-                f"{self.place} is not a diffusers pipeline folder: {path.name} is missing; point to a folder written "
-                "by save_pretrained"
-            )
-        try:
-            return json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.place}/{name} is not valid JSON ({error}); get an intact copy of it") from None
-
-    def _transformer_files(self) -> dict[str, str]:
-        """The safetensors file of each tensor of the transformer, by name, relative to the pipeline's folder."""
-        sharded = "transformer/diffusion_pytorch_model.safetensors.index.json"
-        if (self.folder / sharded).exists():
-            return {name: f"transformer/{file}" for name, file in self._json(sharded)["weight_map"].items()}
-        single = "transformer/diffusion_pytorch_model.safetensors"
-        if single not in self._names():
-            raise UserError(
-                f"{self.place}/transformer holds no diffusion_pytorch_model.safetensors; save the transformer as "
-                "safetensors"
-            )
-        if self.store:
-            return dict.fromkeys(self._remote_weights(single).names, single)
-        with _open(self.folder / single) as file:
-            return dict.fromkeys(file.keys(), single)
+        return dict.fromkeys(absent)
 
     def _sha256(self, name: str) -> str:
         """The sha256 of a file's content, the same wherever the file lies.
 
         Weights in a bucket are read for it only where their writer left none, in constant memory.
         """
-        if self.store is None or not name.endswith(_WEIGHTS):
+        if self.store is None or not name.endswith(WEIGHTS):
             return file_sha256(self.folder / name)
         if (key := self._hash_key(name)) not in self.hashes:
             self.hashes[key] = self.store.sha256(name) or self._sha256_of_content(name)
@@ -171,11 +109,11 @@ class Teacher:
 
     def _hash_key(self, name: str) -> str:
         """Another content under the same URL has another tag."""
-        return f"{self.place}/{name} {self._listed[name].tag}"
+        return f"{self.place}/{name} {self.files.listed[name].tag}"
 
     def _sha256_of_content(self, name: str) -> str:
         assert self.store is not None
-        size, tag = self._listed[name]
+        size, tag = self.files.listed[name]
         try:
             return self.store.sha256_of_content(name, size, tag)
         except FileExistsError:
@@ -188,10 +126,11 @@ class Teacher:
         """The size of the weights in a bucket that have to be read for their sha256: their writer left none."""
         if self.store is None:
             return 0
-        names = [name for name in self._listed if name.endswith(_WEIGHTS) and self._hash_key(name) not in self.hashes]
+        loaded = {*self.transformer_files.values(), *self.files.part_files().values()}
+        names = sorted(n for n in loaded if n.endswith(WEIGHTS) and self._hash_key(n) not in self.hashes)
         left = dict(zip(names, parallel_map(self.store.sha256, names), strict=True))
         self.hashes |= {self._hash_key(name): sha256 for name, sha256 in left.items() if sha256}
-        return sum(self._listed[name].size for name, sha256 in left.items() if not sha256)
+        return sum(self.files.listed[name].size for name, sha256 in left.items() if not sha256)
 
     def sha256(self) -> str:
         """One hash over the transformer's configuration and weights, by which a result identifies its teacher."""
@@ -201,68 +140,50 @@ class Teacher:
         return digest.hexdigest()
 
     def part_hashes(self) -> dict[str, str]:
-        """The sha256 of all files of the pipeline's other parts (text encoders, tokenizer, VAE, scheduler), by path."""
-        names = self.part_files()
-        return dict(zip(names, parallel_map(self._sha256, names), strict=True))
+        """The sha256 of all files of the pipeline's other parts (text encoders, tokenizer, VAE, scheduler), by path.
 
-    def part_files(self) -> list[str]:
-        """The paths of all files of the pipeline's parts beside the transformer."""
-        index = self._json("model_index.json")
-        parts = {name for name, value in index.items() if isinstance(value, list) and name != "transformer"}
-        return [name for name in self._names() if name.split("/")[0] in parts]
+        Of what links lead to, and by the names without a variant.
+        """
+        names = self.part_files()
+        return dict(zip(names, parallel_map(self._sha256, list(names.values())), strict=True))
+
+    def part_files(self) -> dict[str, str]:
+        """The files of the pipeline's parts beside the transformer, by the names that they have without a variant."""
+        return self.files.part_files()
 
     def pixels_a_token(self) -> int:
         """The side of a token in an image, pixels: what the VAE shrinks by, times the patches of 2."""
         return 2 * vae_shrinks_by(self.vae_config())
 
     def vae_config(self) -> dict[str, Any]:
-        return self._json("vae/config.json")
+        return self.files.json("vae/config.json")
 
     def component_parameters(self) -> dict[str, int]:
         """The parameters of the pipeline's other parts, by name, from the headers of their files alone."""
-        counts: dict[str, int] = {}
-        for name in self._names():
-            part = name.split("/")[0]
-            if name.endswith(_WEIGHTS) and part != "transformer" and "/" in name:
-                counts[part] = counts.get(part, 0) + sum(math.prod(shape) for shape in self._shapes(name))
-        return counts
+        return {
+            part: sum(math.prod(t.shape) for file in self._weight_files(part) for t in self.files.header(file).values())
+            for part in self.files.models
+            if part != TRANSFORMER
+        }
 
-    def _shapes(self, name: str) -> Iterator[Sequence[int]]:
-        """The shapes of a file's tensors."""
-        if self.store:
-            yield from (entry["shape"] for entry in self._remote_weights(name).header.values())
-            return
-        with _open(self.folder / name) as file:
-            for tensor in file.keys():  # noqa: SIM118 - not a dict
-                yield file.get_slice(tensor).get_shape()
+    def _weight_files(self, part: str) -> list[str]:
+        return sorted(name for name in self.files.weights[part].files.values() if name.endswith(WEIGHTS))
 
     def versions(self) -> dict[str, str]:
         """By file, what changes with its content and is had without reading it: size and times, or an object's tag.
 
         Of a bucket as it is now, which may be another than was listed when the teacher was opened.
         """
-        if self.store:
-            return {name: object.tag for name, object in self.store.objects().items()}
-        versions = {}
-        for path in sorted(self.folder.rglob("*")):
-            if path.is_file():
-                status = path.stat()
-                # The time of the last change of any kind, since a copy may keep that of the content.
-                versions[str(path.relative_to(self.folder))] = (
-                    f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-                )
-        return versions
+        return self.files.versions()
 
     def with_weights(self, transformer: bool = True, others: bool = True) -> Path:
         """The folder on this node with weights, of the transformer and of the other parts; downloads missing ones."""
-        if self.store:
-
-            def wanted(name: str) -> bool:
-                return transformer if name.startswith("transformer/") else others
-
-            names = [name for name in self._listed if not name.endswith(_WEIGHTS) or wanted(name)]
-            return self.store.snapshot(names, self._listed)
-        return self.folder
+        if not self.store:
+            return self.folder
+        parts = [part for part in self.files.models if (transformer if part == TRANSFORMER else others)]
+        weights = {name for part in parts for name in self._weight_files(part)}
+        small = self.files.small_names()
+        return self.store.snapshot([*small, *sorted(weights - set(small))], dict(self.files.listed))
 
     def pipeline(self, device: str = "cpu", dtype: torch.dtype = torch.float32, transformer_only: bool = False) -> Any:
         """The stock diffusers pipeline. The transformer's parameters do not require gradients.
@@ -271,12 +192,14 @@ class Teacher:
         """
         import diffusers
 
-        index = self._json("model_index.json") if transformer_only else {}
-        left_out = {part: None for part in index if part.startswith(_PARTS_WITH_WEIGHTS)}
+        check_names(self.files, TRANSFORMER, self.empty_transformer())
+        others = [part for part in self.files.models if part != TRANSFORMER]
+        left_out = self._absent() | (dict.fromkeys(others) if transformer_only else {})
         pipeline_class = getattr(diffusers, self.pipeline_class)
         pipeline = pipeline_class.from_pretrained(
             self.with_weights(others=not transformer_only),
             dtype=dtype,
+            variant=self.files.variant_of([TRANSFORMER] if transformer_only else self.files.models),
             use_safetensors=True,
             local_files_only=True,
             **left_out,
@@ -293,8 +216,9 @@ class Teacher:
         pipeline_class = getattr(diffusers, self.pipeline_class)
         pipeline = pipeline_class.from_pretrained(
             self.with_weights(transformer=False),
-            transformer=None,
+            **self._absent() | {TRANSFORMER: None},
             dtype=dtype,
+            variant=self.files.variant_of(part for part in self.files.models if part != TRANSFORMER),
             use_safetensors=True,
             local_files_only=True,
         )
@@ -302,7 +226,7 @@ class Teacher:
         return pipeline.to(device)
 
     def config(self) -> dict[str, Any]:
-        return self._json("transformer/config.json")
+        return self.files.json("transformer/config.json")
 
     def empty_transformer(self) -> ModelMixin:
         """The transformer with all its parameters on the meta device: structure without memory."""
@@ -329,6 +253,7 @@ class Teacher:
         NaN or infinite weights.
         """
         model = self.empty_transformer()
+        check_names(self.files, TRANSFORMER, model)
         count = len(self.adapter.blocks(model))
         keep = set(range(count)) if keep is None else set(keep)
         dropped = [self._prefix(model, block) for block in range(count) if block not in keep]
@@ -346,19 +271,13 @@ class Teacher:
 
         for name, tensor in self._tensors(wanted):
             if not tensor.isfinite().all():
-                raise UserError(
-                    f"the weight {name} in {self.place}/{self.transformer_files[name]} has NaN or infinite values; get "
-                    "an intact copy of it"
-                )
+                raise UserError(not_finite(self.files, self.transformer_files[name], name))
             # Without `dtype`, accelerate would convert it to the type of the empty structure.
             set_module_tensor_to_device(
                 model, name, device, tensor, dtype=dtype if tensor.is_floating_point() else None
             )
             if prepare and (block := waiting.complete(name)):
                 prepare(block.requires_grad_(False))
-        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta and wanted(name)]
-        if missing:
-            raise UserError(f"{self.place}/transformer lacks {len(missing)} weights, the first being {missing[0]}")
         return model.requires_grad_(False)
 
     def _prefix(self, model: nn.Module, block: int) -> str:
@@ -368,10 +287,6 @@ class Teacher:
                 return f"{name}.{block - span.start}."
         raise UserError(f"block {block} does not exist in {self.place}")
 
-    def _remote_weights(self, name: str) -> RemoteWeights:
-        assert self.store is not None
-        return RemoteWeights(self.store, name, self._listed[name].tag)
-
     def _tensors(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:
         by_file: dict[str, list[str]] = {}
         for name, file in self.transformer_files.items():
@@ -379,23 +294,11 @@ class Teacher:
                 by_file.setdefault(file, []).append(name)
         for file, names in by_file.items():
             if self.store:
-                yield from self._remote_weights(file).tensors(names)
+                yield from self.files.remote_weights(file).tensors(names)
                 continue
-            with _open(self.folder / file) as opened:
+            with open_weights(self.folder / file) as opened:
                 for name in names:
                     yield name, opened.get_tensor(name)
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); get an intact copy of it") from None
 
 
 class _BlocksToPrepare:

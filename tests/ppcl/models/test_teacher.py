@@ -109,16 +109,21 @@ def test_git_lfs_pointers_in_place_of_weights_are_refused(folder, name):
         Teacher(folder)
 
 
-@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
-def test_a_shard_that_the_index_names_and_that_is_missing_is_refused(folder, part):
-    index = folder / part / "diffusion_pytorch_model.safetensors.index.json"
+@pytest.mark.parametrize(
+    ("part", "stem"),
+    [("transformer", "diffusion_pytorch_model"), ("text_encoder", "model"), ("vae", "diffusion_pytorch_model")],
+)
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_a_shard_that_the_index_names_and_that_is_missing_is_refused(folder, part, stem, variant):
+    (folder / part / f"{stem}.safetensors").unlink()
+    index = folder / part / f"{stem}.safetensors.index{variant}.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
-    with pytest.raises(UserError, match=f"{part}/model-00001-of-00002.safetensors is missing, which {part}/"):
+    with pytest.raises(UserError, match=f"{part}/model-00001-of-00002.safetensors is missing, which {part}/{stem}"):
         Teacher(folder)
 
 
 def test_a_component_without_weights_is_refused(folder):
     for path in (folder / "text_encoder").glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(UserError, match="text_encoder holds no .safetensors file"):
+    with pytest.raises(UserError, match="text_encoder holds no model.safetensors; get a complete copy"):
         Teacher(folder)
