@@ -22,6 +22,7 @@ from jobs.progress import Reporter, duration
 from jobs.stage import JobIdentity, Stage, StageContext, prompts_hash, stages_for
 from jobs.tracking.listener import tracked, trackers_of
 from ppcl.calibration.prompts import check_prompts, count_prompts
+from ppcl.calibration.sampling_checks import check_sampling
 from ppcl.config.plan_defaults import INTERVAL
 from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
@@ -62,6 +63,7 @@ class Job:
             )
         configured_prompts(config)  # refuses a suite that cannot be read
         self.teacher = Teacher(config.teacher, known.get("teacher_hashes"))
+        check_sampling(self.teacher, config.sampling)
         check_weights(self.teacher.files)
         check_variants(config.variants, self.teacher.adapter.block_ranges(self.teacher.empty_transformer()))
         if unread := self.teacher.bytes_without_sha256():

@@ -95,14 +95,20 @@ class Result:
 
     @cached_property
     def sampling(self) -> Sampling:
-        """How the job called the pipeline: steps, size and further arguments."""
+        """How the job called the pipeline: steps, size and further arguments; the size is that of the images.
+
+        Pipelines round sizes down to multiples of a token's pixels; the same call with the rounded size is the same.
+        """
         try:
             # Alone: other settings may have other names in the version that wrote the result.
-            return Sampling.model_validate(json.loads(self.artifacts.text(CONFIG))["sampling"])
+            sampling = Sampling.model_validate(json.loads(self.artifacts.text(CONFIG))["sampling"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{self.artifacts.place}/{CONFIG} is damaged or missing; run ppcl compress again to make it again"
             ) from None
+        multiple = self.teacher.pixels_a_token()
+        drawn = {"height": sampling.height, "width": sampling.width}
+        return sampling.model_copy(update={key: side // multiple * multiple for key, side in drawn.items()})
 
     def variant(self, choice: Choice) -> Variant:
         """A named variant, or any plan of trained replacements: a text such as `"3-5,text:8-9,ffn:1"`, or a list.

@@ -128,6 +128,7 @@ class PipelineInfo:
     """The pipeline's defaults `steps`, `height` and `width`, which are those of the result's evaluation.
 
     `multiple`: both sides of an image are multiples of so many pixels, the size of one token of the transformer.
+    `largest`: the longest side of an image, pixels; None where there is none.
     `auto`: the variants that `auto` takes, from large to small. `auto_by`: why these.
     `arguments`: names that `GenerationRequest.arguments` may hold, such as `negative_prompt`. `loras`: names of LoRAs.
     """
@@ -140,6 +141,7 @@ class PipelineInfo:
     loras: tuple[str, ...] = ()
     auto: tuple[str, ...] = ()
     auto_by: str = ""
+    largest: int | None = None
 
 
 class Backend(Protocol):

@@ -91,7 +91,7 @@ def generate(
         **sampling.arguments,
     ).images[0]
     picture.save(output)
-    out.print(f"{output}: {variant}, {sampling.width} × {sampling.height}, seed {seed}", highlight=False, markup=False)
+    out.print(f"{output}: {variant}, {picture.width} × {picture.height}, seed {seed}", highlight=False, markup=False)
 
 
 def report(

@@ -36,7 +36,7 @@ from ppcl.calibration import batch_files, dataset
 from ppcl.calibration.encoding import Embedding, EncodedPrompts, encode, negative_prompt
 from ppcl.calibration.noised_images import noise_images
 from ppcl.calibration.prompts import Prompt, read_prompts
-from ppcl.calibration.trajectory_recorder import NEGATIVE, Call, State, StateSettings, check_arguments, record
+from ppcl.calibration.trajectory_recorder import NEGATIVE, Call, State, StateSettings, record
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.models.placement import Images, place
@@ -119,6 +119,7 @@ class _Work:
             context.device,
             sampling.arguments.get("negative_prompt"),
             sampling.arguments.get("max_sequence_length"),
+            *([sampling.arguments["clip_skip"]] if "clip_skip" in sampling.arguments else []),
         )
         states = key_of(
             "states",
@@ -205,9 +206,15 @@ class _Encoder(_Actor):
 
     def make(self, number: int, path: Path) -> None:
         sampling = self.work.config.sampling
-        check_arguments(type(self.pipeline), sampling)
         prompts = self.work.batch(number)
-        embeddings = encode(self.pipeline, self.teacher.adapter, [p.text for p in prompts], sampling)
+        embeddings = encode(
+            self.pipeline,
+            self.teacher.adapter,
+            [p.text for p in prompts],
+            sampling,
+            negative=number == NEGATIVE,
+            transformer_config=self.teacher.config(),
+        )
         dataset.write_embeddings(path, [p.id for p in prompts], [p.text for p in prompts], embeddings)
 
 
@@ -307,8 +314,6 @@ def _write_batches(config: Config, path: Path) -> dict[int, int]:
     settings = config.calibration
     # An empty prompt stands there where none is used, so that the cache has the same files in any case.
     negative = config.sampling.arguments.get("negative_prompt") or ""
-    if not isinstance(negative, str):
-        raise UserError(f"sampling.arguments has negative_prompt {negative!r}; give one prompt, as text")
     images = settings.image_column if settings.source == "images" else None
     prompts = read_prompts(config.prompts, settings.prompt_column, images, settings.max_prompts)
     sizes: dict[int, int] = {}

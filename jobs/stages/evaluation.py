@@ -11,6 +11,7 @@ import numpy as np
 from jobs.runtime.evaluator_pool import EvaluatorPool, chunks_of, offload_of, workers
 from jobs.stage import Stage, StageContext
 from ppcl.calibration.dataset import CalibrationSet
+from ppcl.calibration.prompts import prompts_sha256
 from ppcl.calibration.splits import SPLIT_NAMES
 from ppcl.config.schema import Config
 from ppcl.evaluation.image_scores import ImageScorer
@@ -135,8 +136,9 @@ def _splits(samples: CalibrationSet, prompts: list[TestPrompt], seen: set[str]) 
 
 def _also_reads(context: StageContext) -> list[Any]:
     settings = context.config.evaluation
-    files = [settings.prompts, *settings.suites.values()]
-    return [context.identity.teacher_parts, *(file_sha256(local_file(file)) if file else None for file in files)]
+    prompts = prompts_sha256(settings.prompts) if settings.prompts else None
+    suites = [file_sha256(local_file(file)) for file in settings.suites.values()]
+    return [context.identity.teacher_parts, prompts, *suites]
 
 
 STAGE = Stage(

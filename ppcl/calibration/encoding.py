@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,16 +41,31 @@ class EncodedPrompts:
 
 
 @torch.no_grad()
-def encode(pipeline: Any, adapter: ModelAdapter, texts: list[str], sampling: Sampling) -> list[Embedding]:
-    """Embeddings of a batch of prompts, on the CPU. Padding is cut off, so no mask is needed."""
+def encode(
+    pipeline: Any,
+    adapter: ModelAdapter,
+    texts: list[str],
+    sampling: Sampling,
+    negative: bool = False,
+    transformer_config: Mapping[str, Any] | None = None,
+) -> list[Embedding]:
+    """Embeddings of a batch of prompts, on the CPU. Padding is cut off, so no mask is needed.
+
+    `negative`: they are negative prompts. `transformer_config`: of a pipeline without its transformer; some pipelines
+    ask it for the width of a text encoder that is left out.
+    """
     accepted = inspect.signature(pipeline.encode_prompt).parameters
     # Families with several text encoders give each the same prompt by default, but some require the argument.
     arguments: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in accepted}
     if "do_classifier_free_guidance" in accepted:
         arguments["do_classifier_free_guidance"] = False
-    returned = pipeline.encode_prompt(
-        prompt=texts, **arguments, max_sequence_length=longest_prompt(type(pipeline), sampling)
-    )
+    # The stock call skips no layers of a negative prompt.
+    if "clip_skip" in accepted and not negative:
+        arguments["clip_skip"] = sampling.arguments.get("clip_skip")
+    with _configured(pipeline, transformer_config):
+        returned = pipeline.encode_prompt(
+            prompt=texts, **arguments, max_sequence_length=longest_prompt(type(pipeline), sampling)
+        )
     named = {name: value for name, value in zip(adapter.encoded, returned, strict=True) if name}
     mask = named.pop(adapter.text_mask, None) if adapter.text_mask else None
     embeddings = [{name: value[row].cpu() for name, value in named.items()} for row in range(len(texts))]
@@ -56,6 +73,19 @@ def encode(pipeline: Any, adapter: ModelAdapter, texts: list[str], sampling: Sam
         for embedding, valid in zip(embeddings, mask.bool().cpu(), strict=True):
             embedding[TEXT] = embedding[TEXT][valid]
     return embeddings
+
+
+@contextmanager
+def _configured(pipeline: Any, config: Mapping[str, Any] | None) -> Iterator[None]:
+    """Give a pipeline without a transformer the configuration of one."""
+    if config is None or pipeline.transformer is not None:
+        yield
+        return
+    pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
+    try:
+        yield
+    finally:
+        pipeline.transformer = None
 
 
 def longest_prompt(pipeline_class: type, sampling: Sampling) -> int:

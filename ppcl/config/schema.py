@@ -59,7 +59,9 @@ class Config(Section):
 
     teacher: Location = Field(..., description="folder of a diffusers pipeline, or s3://bucket/key")
     prompts: Location = Field(
-        ..., description="calibration prompts: .txt (one per line), .jsonl, .csv or .parquet; a path or s3://bucket/key"
+        ...,
+        description="calibration prompts: .txt (one per line), .jsonl, .csv, .parquet or a folder of .parquet files; a "
+        "path or s3://bucket/key",
     )
     output: Location = Field(Location("runs/ppcl"), description="folder of the result, or s3://bucket/key")
     seed: int = Field(0, ge=0, description="seed of all random numbers")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ppcl.calibration.prompts import read_prompts
+from ppcl.calibration.prompts import half_character, read_prompts
 from ppcl.config.checks import PROMPTS_SUITE
 from ppcl.config.location import LocationLike
 from ppcl.config.schema import Config
@@ -53,6 +53,8 @@ def read_suite(location: LocationLike, suite: str, limit: int | None = None, col
         text = row.get(column)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{location}, line {number} has no text under {column!r}; give every line one")
+        if half := half_character(text):
+            raise UserError(f"{location}, line {number}: the text has half a character ({half}); write it whole")
         name = str(_either(row, ID) if _either(row, ID) is not None else len(prompts))
         if name in seen:
             raise UserError(f"{location}, line {number} has the id {name!r} of another line; give each its own")

@@ -155,6 +155,11 @@ class Teacher:
         """The side of a token in an image, pixels: what the VAE shrinks by, times the patches of 2."""
         return 2 * vae_shrinks_by(self.vae_config())
 
+    def largest_side(self) -> int | None:
+        """The longest side of an image that has positions, pixels; None where any has."""
+        most = self.config().get("pos_embed_max_size")
+        return most * self.pixels_a_token() if most else None
+
     def vae_config(self) -> dict[str, Any]:
         return self.files.json("vae/config.json")
 

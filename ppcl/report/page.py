@@ -14,7 +14,7 @@ from ppcl.replacements import Interval, TextRun, parse_replacement, sort_key
 from ppcl.report import figures, numbers
 from ppcl.report.benchmarks import benchmark_table
 from ppcl.report.measured import CLOSED_FORM, FINAL, SCREENED, measured_detection, sensitivities
-from ppcl.report.pictures import picture_rows
+from ppcl.report.pictures import drawn_size, picture_rows
 from ppcl.report.summary import finite, rows_of
 from ppcl.search.variants import TEACHER
 from ppcl.storage.manifest import Artifacts, write_atomically
@@ -102,7 +102,7 @@ def _context(results: Results) -> dict[str, Any]:
         "quality": [drawing for drawing in quality if drawing],
         "categories": figures.category_scores(measured, looks),
         "pictures": picture_rows(results, list(looks)),
-        "sampling": evaluation.get("sampling", {}),
+        "sampling": evaluation.get("sampling", {}) | drawn_size(results),
     }
 
 

@@ -50,6 +50,17 @@ def picture_rows(results: Results, names: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def drawn_size(results: Results) -> dict[str, int]:
+    """`width` and `height` of the teacher's images, which a pipeline may have rounded; empty where there are none."""
+    for path in sorted((results.root / "evaluation" / "pictures" / TEACHER).glob("*.png")):
+        try:
+            with Image.open(path) as image:
+                return {"width": image.width, "height": image.height}
+        except (OSError, UnidentifiedImageError):
+            continue
+    return {}
+
+
 def chosen_prompts(results: Results) -> list[int]:
     """The numbers of the prompts that pictures are shown of."""
     return _chosen([prompt.get("category") for prompt in results.stage("evaluation").get("prompts", [])])

@@ -67,12 +67,14 @@ def exists(path: str | Path) -> bool:
     return Path(path).exists() if store is None else store.head() is not None
 
 
-def file_version(path: Path) -> tuple[str, int, Any] | None:
+def file_version(place: LocationLike) -> tuple[str, int, Any] | None:
     """Place, size, and time of change or tag of a file: another content has other ones. None where it is missing."""
-    store = store_of(path)
+    location = Location.of(place)
+    store = Store(location.url) if location.is_url else store_of(location.path)
     if store is not None:
         answer = store.head()
         return None if answer is None else (store.url, answer["ContentLength"], answer["ETag"])
+    path = location.path
     try:
         stat = path.stat()
     except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,9 @@ from ppcl.config.location import SCHEME
 from ppcl.storage.scratch import keep_used, scratch_folder
 
 MIRROR = "ppcl-mirror"
+
+# In a bucket's mirror, the folder of files whose keys are no paths; and bytes of a name that file systems take.
+_HASHED, _LONGEST_NAME = ".hashed", 200
 
 # Threads of one `parallel_map`.
 _AT_ONCE = 8
@@ -36,11 +40,24 @@ def file_sha256(path: Path) -> str:
 
 
 def mirror(url: str, is_file: bool = False) -> Path:
-    """The folder of this node that mirrors a URL, or its file. What is in the folder stays until this process ends."""
-    path = scratch_folder() / MIRROR / url.removeprefix(SCHEME)
+    """The folder of this node that mirrors a URL, or its file. What is in the folder stays until this process ends.
+
+    A file whose key is no path, or has a longer name than file systems take, is named by a hash of the URL.
+    """
+    names = url.removeprefix(SCHEME).split("/")
+    if is_file and not all(_is_file_name(name) for name in names):
+        # Of a key of up to 1,024 bytes, which need be no path at all.
+        suffix = "".join(re.findall(r"\.\w{1,16}$", names[-1]))
+        names = [names[0], _HASHED, f"{hashlib.sha256(url.encode()).hexdigest()}{suffix}"]
+    path = scratch_folder().joinpath(MIRROR, *names)
     # A mark for each of many files would take as many open files.
     keep_used(path.parent if is_file else path)
     return path
+
+
+def _is_file_name(name: str) -> bool:
+    # Locks and tags lie beside a file, under longer names.
+    return name not in ("", ".", "..") and len(name.encode()) <= _LONGEST_NAME
 
 
 def make_folder(folder: Path) -> Path:

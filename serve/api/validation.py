@@ -107,6 +107,13 @@ def _size(size: str, info: PipelineInfo, limits: Limits) -> tuple[int, int]:
             "invalid_value",
             422,
         )
+    if info.largest is not None and max(width, height) > info.largest:
+        raise invalid(
+            f"size is {size}; the positions of this model reach to {info.largest} pixels a side",
+            "size",
+            "limit_exceeded",
+            422,
+        )
     if width * height > limits.pixels:
         raise invalid(
             f"size is {size}, {width * height} pixels; at most {limits.pixels} are made", "size", "limit_exceeded", 422

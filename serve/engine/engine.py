@@ -397,7 +397,15 @@ def _pipeline_info(weights: Weights) -> PipelineInfo:
     arguments = tuple(
         name for name in _ARGUMENTS if name in parameters and not (ignores_guidance_scale and name == "guidance_scale")
     )
-    return PipelineInfo(sampling.steps, sampling.height, sampling.width, multiple, arguments, tuple(weights.loras))
+    return PipelineInfo(
+        sampling.steps,
+        sampling.height,
+        sampling.width,
+        multiple,
+        arguments,
+        tuple(weights.loras),
+        largest=weights.result.teacher.largest_side(),
+    )
 
 
 def _task(request: GenerationRequest, decision: Decision, index: int, arguments: dict[str, Any]) -> GenerationTask:

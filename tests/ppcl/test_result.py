@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLQwenImage
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -205,6 +206,25 @@ def test_a_student_comes_back_from_its_file_as_it_was(tmp_path, teacher_folder):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and not any(
         p.requires_grad for p in half.parameters()
     )
+
+
+def test_a_size_that_the_pipeline_rounds_is_told_as_it_is_drawn(tmp_path):
+    """Of a teacher that draws multiples of 16: results that earlier versions made may have any multiple of 8."""
+    folder = tiny.qwen_pipeline(tmp_path / "teacher")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    deeper = config | {"dim_mult": [1] * 4, "temperal_downsample": [False] * 3}
+    AutoencoderKLQwenImage.from_config(deeper).save_pretrained(folder / "vae")
+    path = made_result.result(tmp_path / "result", folder) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"sampling": config["sampling"] | {"height": 56, "width": 40}}))
+    result = Result(path.parent)
+    assert (result.sampling.height, result.sampling.width) == (48, 32)
+    pipeline = result.pipeline()
+    rounded, own = (
+        pipeline("a red circle", num_inference_steps=1, height=h, width=w, generator=torch.Generator().manual_seed(0))
+        for h, w in ((56, 40), (48, 32))
+    )
+    assert rounded.images[0].size == (32, 48) and rounded.images[0].tobytes() == own.images[0].tobytes()
 
 
 def test_the_jobs_sampling_is_told_or_asked_for(copy):

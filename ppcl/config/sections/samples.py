@@ -35,7 +35,7 @@ class Calibration(Section):
         "images: noised VAE latents of the images named in image_column",
     )
     prompt_column: str = Field("prompt", description="column of the prompts in .jsonl, .csv and .parquet files")
-    image_column: str = Field("image", description="column of the image paths, relative to the prompt file")
+    image_column: str = Field("image", description="column of the images: paths relative to the prompt file, or URLs")
     max_prompts: int | None = Field(None, ge=1, description="maximum number of prompts to use; null: all")
     states_per_prompt: int = Field(
         4, ge=1, description="timesteps kept of each prompt's trajectory, or noised of each image"

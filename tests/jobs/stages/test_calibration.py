@@ -175,11 +175,6 @@ def test_a_mistake_found_by_a_worker_arrives_as_one_sentence(ray_cluster, teache
     assert "\n" not in str(caught.value)
 
 
-def test_a_negative_prompt_that_is_no_text_is_refused_at_the_start(here, teacher_folder, prompts, tmp_path):
-    with pytest.raises(UserError, match=r"negative_prompt \['a', 'b'\]; give one prompt, as text"):
-        run(config(teacher_folder, prompts, {"negative_prompt": ["a", "b"]}), tmp_path)
-
-
 def test_two_prompts_are_too_few(here, teacher_folder, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\na blue circle\na red circle\n")

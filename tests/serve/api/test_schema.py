@@ -1,5 +1,7 @@
 """Which parameters there are, what they may be, and what a mistake is told."""
 
+from dataclasses import replace
+
 import pytest
 
 from serve.api.schema import ImageRequest, parse
@@ -187,3 +189,11 @@ def test_the_schema_that_clients_can_read_describes_every_parameter_of_ours():
         "description" in properties[name]
         for name in ("negative_prompt", "num_inference_steps", "seed", "min_variant", "deadline_ms")
     )
+
+
+def test_a_side_beyond_the_models_positions_is_refused():
+    small = replace(INFO, largest=64)
+    assert (wanted(info=small, size="64x64").width, wanted(size="64x96").height) == (64, 96)
+    refused = excess(info=small, size="64x80")
+    assert (refused.code, refused.param) == ("limit_exceeded", "size")
+    assert str(refused.message).startswith("size is 64x80; the positions of this model reach to 64 pixels a side")
