@@ -224,6 +224,16 @@ def _txt(file: PromptFile, columns: list[str]) -> Iterator[tuple[str, list[Any]]
             yield f"line {number}", [line]
 
 
+def unreadable_json(error: Exception) -> str:
+    """What is wrong with a line, from what reading it as JSON raised."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"is not valid JSON ({error.msg}); correct or remove it"
+    # Valid, and nothing that Python reads.
+    if isinstance(error, RecursionError):
+        return "has brackets in thousands of levels; remove what holds them"
+    return "has a number of thousands of digits; shorten or remove it"
+
+
 class _Pairs(list[tuple[str, Any]]):
     """An object of JSON, with keys that it has twice."""
 
@@ -237,9 +247,7 @@ def _jsonl(file: PromptFile, columns: list[str]) -> Iterator[tuple[str, list[Any
             try:
                 row = json.loads(line, object_pairs_hook=_Pairs)
             except (ValueError, RecursionError) as error:
-                # Numbers of thousands of digits and brackets of thousands of levels are valid, and nothing that Python
-                # reads.
-                raise UserError(f"{where} is not valid JSON ({getattr(error, 'msg', error)})") from None
+                raise UserError(f"{where} {unreadable_json(error)}") from None
             if not isinstance(row, _Pairs):
                 raise UserError(f"{where} is not a JSON object with the key {columns[0]!r}")
             _require(where, columns, [name for name, _ in row])

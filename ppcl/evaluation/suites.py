@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ppcl.calibration.prompts import half_character, read_prompts
+from ppcl.calibration.prompts import half_character, read_prompts, unreadable_json
 from ppcl.config.checks import PROMPTS_SUITE
 from ppcl.config.location import LocationLike
 from ppcl.config.schema import Config
@@ -86,8 +86,7 @@ def _object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        # Numbers of thousands of digits and brackets of thousands of levels are valid, and nothing that Python reads.
-        raise UserError(f"{where} is not valid JSON ({getattr(error, 'msg', error)})") from None
+        raise UserError(f"{where} {unreadable_json(error)}") from None
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object; write one a line")
     return row

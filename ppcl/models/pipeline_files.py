@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ppcl.config.location import Location
 from ppcl.errors import UserError
 from ppcl.models.remote_safetensors import RemoteWeights
+from ppcl.models.safetensors_header import Header, read_header
 from ppcl.storage.object_store import Object, Store
 
 INDEX = "model_index.json"
@@ -33,10 +34,11 @@ _LONGEST_POINTER = 1024
 
 
 class TensorHeader(NamedTuple):
-    """What a safetensors file says of a tensor, `dtype` such as `BF16`."""
+    """What a safetensors file says of a tensor: `dtype`, such as `BF16`, and where in the file its numbers begin."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 @dataclass(frozen=True)
@@ -190,11 +192,14 @@ class PipelineFiles:
     def header(self, name: str) -> dict[str, TensorHeader]:
         """The tensors of a file, from its header alone."""
         if self.store:
-            header = self.remote_weights(name).header
-            return {tensor: TensorHeader(entry["dtype"], tuple(entry["shape"])) for tensor, entry in header.items()}
-        with open_weights(self.folder / name) as file:
-            slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118 - not a dict
-            return {tensor: TensorHeader(s.get_dtype(), tuple(s.get_shape())) for tensor, s in slices.items()}
+            weights = self.remote_weights(name)
+            header, start = weights.header, weights.start
+        else:
+            header, start = _local_header(self.folder / name)
+        return {
+            tensor: TensorHeader(entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+            for tensor, entry in header.items()
+        }
 
     def remote_weights(self, name: str) -> RemoteWeights:
         assert self.store is not None
@@ -251,8 +256,26 @@ def open_weights(path: Path) -> Any:
     """Open a safetensors file of this machine. Raises `UserError` where it is none."""
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); get an intact copy of it") from None
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _local_header(path: Path) -> tuple[Header, int]:
+    """Without a mapping of the file, which may be larger than what the machine can map."""
+
+    def read(start: int, stop: int) -> bytes:
+        file.seek(start)
+        return file.read(stop - start)
+
+    try:
+        with open(path, "rb") as file:
+            return read_header(read, path.stat().st_size)
+    except (ValueError, OSError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read as safetensors ({error}); get an intact copy of it")
 
 
 def _require_folder(folder: Path) -> None:

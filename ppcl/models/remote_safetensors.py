@@ -7,20 +7,19 @@ import struct
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
 from ppcl.errors import UserError
+from ppcl.models.safetensors_header import read_header
 from ppcl.storage.object_store import Store
 
 # Adjacent tensors are read by one request up to this size, with so many requests at once: the memory of a worker beside
 # the tensors that it keeps is bounded.
 _REQUEST_BYTES = 64 << 20
 _AT_ONCE = 4
-_LONGEST_HEADER = 100 << 20  # the format's own limit
 
 
 class RemoteWeights:
@@ -33,21 +32,13 @@ class RemoteWeights:
         """
         self.store, self.name, self.tag = store, name, tag
         try:
-            (length,) = struct.unpack("<Q", self._bytes(0, 8))
-            if length > _LONGEST_HEADER:
-                raise ValueError(f"its header would be {length} bytes long")
-            self.header: dict[str, dict[str, Any]] = json.loads(self._bytes(8, 8 + length))
-            self.header.pop("__metadata__", None)
+            self.header, self.start = read_header(self._bytes, size)
         except FileNotFoundError:
             raise UserError(
                 f"{store.url}/{name} does not exist, but the index of the weights names it; upload it again"
             ) from None
         except (ValueError, struct.error) as error:
             raise self._damaged(error) from None
-        self.start = 8 + length
-        end = self.start + max((entry["data_offsets"][1] for entry in self.header.values()), default=0)
-        if size is not None and size != end:
-            raise self._damaged(f"it has {size} bytes, and its header describes {end}")
 
     def _damaged(self, error: Exception | str) -> UserError:
         return UserError(

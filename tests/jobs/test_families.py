@@ -7,6 +7,7 @@ import io
 import json
 
 import pytest
+from diffusers import StableDiffusion3Pipeline
 from rich.console import Console
 
 from jobs.pipeline import Job
@@ -17,12 +18,24 @@ from ppcl.replacements import KINDS, Interval, LinearFfn, PrunedFfn, PrunedHeads
 from ppcl.result import Result
 from tests import tiny
 from tests.one_process import stages_in_this_process
+from tests.ppcl.models.test_pipeline_files import as_hub_cache
 
 ARGUMENTS = {
     "flux": {"guidance_scale": 2.5, "max_sequence_length": 12},
     "sd3": {"guidance_scale": 1.0, "max_sequence_length": 12},
+    "sd3 of the hub": {"guidance_scale": 4.0, "max_sequence_length": 12, "clip_skip": 1},
 }
-TEACHERS = {"flux": tiny.flux_pipeline, "sd3": tiny.sd3_pipeline}
+
+
+def sd3_of_the_hub(folder):
+    """As the hub's cache has it: fp16 names alone, files that are links, no T5."""
+    own = tiny.sd3_pipeline(folder.parent / "own")
+    pipeline = StableDiffusion3Pipeline.from_pretrained(own, text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(folder.parent / "plain", variant="fp16", max_shard_size="100KB")
+    return as_hub_cache(folder.parent / "plain", folder)
+
+
+TEACHERS = {"flux": tiny.flux_pipeline, "sd3": tiny.sd3_pipeline, "sd3 of the hub": sd3_of_the_hub}
 
 
 @pytest.mark.parametrize("family", TEACHERS)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 from ppcl.config.location import Location
@@ -17,6 +18,7 @@ from ppcl.export import export_folder
 from ppcl.export.destination import destination
 from ppcl.export.tensor_writer import TensorFile
 from ppcl.models.teacher import Teacher
+from ppcl.models.weight_checks import check_weights
 from ppcl.replacements import Plan
 from ppcl.result import Result
 from tests import tiny
@@ -77,6 +79,34 @@ def test_the_same_image_where_ppcl_is_not_installed(made, name, tmp_path):
         np.testing.assert_allclose(image, expected, atol=1e-5)
     else:
         assert (image == expected).all()
+
+
+@torch.no_grad()
+def test_an_export_of_stock_blocks_is_a_teacher_and_any_other_is_refused_as_one(made, tmp_path):
+    export_folder(made, "stock", tmp_path / "stock", torch.float32)
+    teacher = Teacher(tmp_path / "stock")
+    check_weights(teacher.files)
+    smaller, stock = teacher.transformer(), made.pipeline("stock").transformer
+    assert len(teacher.adapter.blocks(smaller)) < len(made.teacher.adapter.blocks(stock))
+    inputs = tiny.inputs(stock)
+    torch.testing.assert_close(smaller(**inputs).sample, stock(**inputs).sample)
+    assert teacher.part_hashes() == made.teacher.part_hashes()
+    export_folder(made, "shaped", tmp_path / "shaped", torch.float32)
+    with pytest.raises(UserError, match="is an export whose blocks are not all stock blocks, .*; export a plan of"):
+        Teacher(tmp_path / "shaped")
+    export_folder(made, "stock", tmp_path / "alone", torch.float32, transformer_only=True)
+    with pytest.raises(UserError, match="is not a diffusers pipeline folder: model_index.json is missing; point to a"):
+        Teacher(tmp_path / "alone")
+
+
+def test_an_export_of_a_teacher_with_a_variants_names_has_plain_ones(made, tmp_path):
+    DiffusionPipeline.from_pretrained(made.teacher.folder).save_pretrained(tmp_path / "fp16", variant="fp16")
+    for name in ("README.md", "transformer/config.json"):
+        shutil.copyfile(made.teacher.folder / name, tmp_path / "fp16" / name)
+    renamed = Result(made.artifacts.root, teacher=tmp_path / "fp16")
+    export_folder(renamed, "stock", tmp_path / "out", torch.float32)
+    assert not list((tmp_path / "out").rglob("*fp16*"))
+    check_weights(Teacher(tmp_path / "out").files)
 
 
 def test_the_card_and_the_record_say_what_the_model_is(made, tmp_path):

@@ -123,7 +123,7 @@ def test_a_quantised_component_is_refused_when_the_teacher_is_opened(folder, par
 
 @pytest.mark.parametrize("file", [TRANSFORMER, VAE, ENCODER])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_not_finite_are_found_in_the_first_rows(folder, file, value):
+def test_numbers_that_are_not_finite_are_found_in_the_first_ones(folder, file, value):
     name = max(load_file(folder / file))
 
     def damage(tensors):

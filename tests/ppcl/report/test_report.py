@@ -170,6 +170,17 @@ def test_a_large_picture_is_shown_smaller(tmp_path):
     assert Image.open(_opened(first["src"])).size == (288, 384)
 
 
+def test_the_size_that_is_told_is_that_of_the_images(tmp_path):
+    """A pipeline may round the size that was asked for."""
+    root = made.job(tmp_path / "job")
+    path = root / "evaluation" / "evaluation.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"sampling": record["sampling"] | {"height": 44, "width": 36}}))
+    for picture in (root / "evaluation" / "pictures" / "teacher").glob("*.png"):
+        Image.new("RGB", (32, 40)).save(picture)
+    assert "20 steps, 32 × 40 pixels" in read(root).said
+
+
 @pytest.mark.parametrize(
     ("stages", "told"),
     [
