@@ -73,6 +73,7 @@ class Job:
                 highlight=False,
                 soft_wrap=True,
             )
+        check_sampling(self.teacher, config.sampling)
         self.identity = JobIdentity.of(self.teacher, prompts)
         self.artifacts.start(self._record())
         self.reporter = Reporter(console, self.artifacts.path(LOG))
@@ -101,6 +102,8 @@ class Job:
         with artifacts.exclusive_lock(), self._log(), tracking, self._last_event():
             remove_partials(artifacts.root)
             artifacts.update_job(self._record())
+            if note := self.teacher.few_step_note(self.config.sampling.steps):
+                self.reporter.say(note)
             self._check_resources(stages, device)
             if check_memory:
                 self._check_memory(stages, device)

@@ -253,7 +253,8 @@ class CalibrationSet:
             raise UserError(f"{self.folder} holds no complete calibration set; run ppcl compress again")
         call = json.loads((self.folder / CALL).read_text())
         self.adapter = adapter_of(call["transformer"])
-        self.call = Call(call["each"], call["whole"])
+        # A set of an earlier version has no schedule.
+        self.call = Call(call["each"], call["whole"], call.get("timesteps", []), call.get("sigmas", []))
         states = [path for path in files if path.parent.name == STATES]
         prompts = [path for path in files if path.parent.name == PROMPTS]
         self._states = _Rows(self.folder / STATES, states, "sample_id", also=["prompt_id"])

@@ -33,7 +33,7 @@ class Guidance:
         pipeline_class = getattr(diffusers, pipeline)
         argument = adapter.guidance_argument
         default = inspect.signature(pipeline_class.__call__).parameters[argument].default
-        scale = sampling.arguments.get(argument, default)
+        scale = sampling.arguments.get(argument, default) or 0
         if scale <= 1 or negative_prompt(pipeline_class, sampling) is None:
             return None
         return cls(float(scale), adapter.guidance_keeps_norm)

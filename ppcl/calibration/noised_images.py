@@ -1,8 +1,9 @@
-"""States of images: VAE latents, noised along the straight path of rectified flow."""
+"""States of images: VAE latents, noised along the straight path of rectified flow to the levels of the sampler."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from ppcl.calibration.encoding import Embedding, EncodedPrompts, collate, pipeline_arguments
 from ppcl.calibration.seeding import generator, strata
-from ppcl.calibration.trajectory_recorder import Call, State, StateSettings, call_of, check_arguments
+from ppcl.calibration.trajectory_recorder import Call, State, StateSettings, call_of, check_arguments, sigmas_of
 from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models import ModelAdapter
@@ -61,6 +62,7 @@ def noise_images(
 ) -> tuple[list[State], Call]:
     """`states_per_prompt` noised latents of each image; noise and timestep depend on (seed, prompt id, slot) alone.
 
+    Noise levels are those of the sampler's own schedule: a teacher distilled for few steps is defined on no others.
     `images`: their paths or URLs, one per prompt. `pipeline` needs no transformer, only `transformer_config`: a
     stand-in receives the pipeline's call. Raises `UserError` for an image that cannot be read or a size that does not
     fit the pipeline.
@@ -76,15 +78,16 @@ def noise_images(
         )
     states = []
     for prompt_id, picture in zip(prompts.ids, latents, strict=True):
-        for slot, t in enumerate(strata(seed, prompt_id, settings.states_per_prompt)):
+        for slot, position in enumerate(strata(seed, prompt_id, settings.states_per_prompt)):
+            step = int(position * len(call.timesteps))
             noise = torch.randn(shape, generator=generator("noise", seed, prompt_id, slot)).to(picture)
             states.append(
                 State(
                     sample_id=settings.sample_id(prompt_id, slot),
                     prompt_id=prompt_id,
                     embedding_id=prompt_id,
-                    timestep=float(t) * adapter.timestep_scale,
-                    latents=noised(picture[None], noise[None], torch.tensor([t]))[0],
+                    timestep=call.timesteps[step],
+                    latents=noised(picture[None], noise[None], torch.tensor([call.sigmas[step]]))[0],
                 )
             )
     return states, call
@@ -140,7 +143,7 @@ def _first_call(
             **arguments,
             height=sampling.height,
             width=sampling.width,
-            num_inference_steps=1,
+            num_inference_steps=sampling.steps,
             generator=generator("first call"),
             output_type="latent",
         )
@@ -148,4 +151,8 @@ def _first_call(
         pass
     finally:
         pipeline.transformer = own
-    return call_of(adapter, stand_in.arguments), stand_in.arguments[adapter.latents].shape[1:]
+    scheduler = pipeline.scheduler
+    scale = adapter.timestep_scale / scheduler.config.num_train_timesteps
+    timesteps = [timestep.item() * scale for timestep in scheduler.timesteps.double()]
+    call = replace(call_of(adapter, stand_in.arguments), timesteps=timesteps, sigmas=sigmas_of(pipeline))
+    return call, stand_in.arguments[adapter.latents].shape[1:]

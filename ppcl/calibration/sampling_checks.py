@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, Union, get_args, get_origin
 
@@ -20,6 +21,8 @@ def check_sampling(teacher: Teacher, sampling: Sampling) -> None:
 
     pipeline_class = getattr(diffusers, teacher.pipeline_class)
     check_arguments(pipeline_class, sampling)
+    if "sigmas" in sampling.arguments:
+        teacher.check_sigmas()
     for name, value in sampling.arguments.items():
         _check_type(pipeline_class, name, value)
     _check_negative_prompt(sampling)
@@ -30,6 +33,7 @@ def check_sampling(teacher: Teacher, sampling: Sampling) -> None:
             f"sampling.arguments has max_sequence_length {longest}; give the tokens of a prompt, at least 1"
         )
     check_size(teacher, sampling.height, sampling.width)
+    _check_embedded_guidance(pipeline_class, teacher.config(), sampling)
     _check_inputs(teacher, pipeline_class, sampling)
 
 
@@ -122,3 +126,14 @@ def _check_inputs(teacher: Teacher, pipeline_class: Any, sampling: Sampling) -> 
     except AttributeError:
         # What it asks of components is checked when it runs.
         return
+
+
+def _check_embedded_guidance(pipeline_class: type, transformer: Mapping[str, Any], sampling: Sampling) -> None:
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    if not transformer.get("guidance_embeds") or "guidance_scale" not in parameters:
+        return
+    if sampling.arguments.get("guidance_scale", parameters["guidance_scale"].default) is None:
+        raise UserError(
+            "the teacher takes an embedded guidance scale (guidance_embeds: true), and none is set; set "
+            "sampling.arguments.guidance_scale"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,10 +77,14 @@ class Call:
     """The transformer's arguments that all samples share: those that depend on nothing but the image's size.
 
     `each`: one value per sample, the same for all. `whole`: a tensor without a batch axis, as nested lists.
+    `timesteps (n,)`, `sigmas (n + 1,)`: the schedule of a trajectory, see `ppcl.calibration.schedules.Schedule`;
+    timesteps as the transformer is given them. Empty where it was not recorded.
     """
 
     each: dict[str, Any]
     whole: dict[str, Any]
+    timesteps: list[float] = field(default_factory=list)
+    sigmas: list[float] = field(default_factory=list)
 
 
 def check_arguments(pipeline_class: type, sampling: Sampling) -> None:
@@ -113,6 +117,8 @@ class _Recorder:
 
     `text`: the prompts' embeddings as the pipeline is given them. `choose(row, steps)`: the denoising steps to keep of
     a prompt, by its row in the batch. `kept`: by row, denoising step and side of guidance, the timestep and latents.
+    A denoising step is one evaluation: a scheduler of second order makes two of a step of its own.
+    `timesteps`: of each evaluation.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class _Recorder:
         self.steps: list[list[int]] = []
         self.kept: dict[tuple[int, int, bool], tuple[float, torch.Tensor]] = {}
         self.call: Call | None = None
+        self.timesteps: dict[int, float] = {}
 
     def __call__(self, module: torch.nn.Module, args: tuple, arguments: dict[str, Any]) -> None:
         if arguments.get("skip_layers") is not None:  # an extra call of SD3's skip-layer guidance, not the model itself
@@ -132,6 +139,7 @@ class _Recorder:
             self.steps = [self.choose(row, self.pipeline.num_timesteps) for row in range(prompts)]
         step = self.pipeline.scheduler.step_index or 0
         latents, timesteps = arguments[self.adapter.latents], arguments[self.adapter.timestep]
+        self.timesteps[step] = timesteps[0].item()
         for row in range(len(latents)):
             # Guidance is a second call (Qwen-Image, FLUX.1) or a second half of the batch (SD3).
             prompt = row % prompts
@@ -181,7 +189,14 @@ def record(
         hook.remove()
     if recorder.call is None:
         raise RuntimeError(f"{type(pipeline).__name__} did not call its transformer")
-    return _states(recorder, prompts.ids, settings), recorder.call
+    schedule = [recorder.timesteps[step] for step in sorted(recorder.timesteps)], sigmas_of(pipeline)
+    call = replace(recorder.call, timesteps=schedule[0], sigmas=schedule[1])
+    return _states(recorder, prompts.ids, settings), call
+
+
+def sigmas_of(pipeline: Any) -> list[float]:
+    """The noise levels of the pipeline's last call, `(n + 1,)`."""
+    return pipeline.scheduler.sigmas.double().tolist()
 
 
 def _states(recorder: _Recorder, prompt_ids: Sequence[int], settings: StateSettings) -> list[State]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ from ppcl.config.variant_names import names_of
 from ppcl.errors import UserError
 
 if TYPE_CHECKING:
-    from ppcl.config.schema import Config, Distillation, Evaluation, Finetuning, Tracking, Variants
+    from ppcl.config.schema import Config, Distillation, Evaluation, Finetuning, Sampling, Tracking, Variants
 
 # The suite of `evaluation.prompts`, or of what stands in for them.
 PROMPTS_SUITE = "prompts"
@@ -28,6 +29,7 @@ def check_config(config: Config) -> None:
     _check_finetuned_variants(config.finetuning, names)
     _check_no_credentials(config.tracking)
     _check_benchmarks(config.evaluation)
+    _check_sigmas(config.sampling)
 
 
 def _check_custom_variants(settings: Variants) -> None:
@@ -76,6 +78,23 @@ def _check_no_credentials(settings: Tracking) -> None:
         raise UserError(
             "tracking.mlflow.uri holds a user or a password, which no configuration may; set MLFLOW_TRACKING_USERNAME "
             "and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+
+
+def _check_sigmas(settings: Sampling) -> None:
+    sigmas = settings.arguments.get("sigmas")
+    if sigmas is None:
+        return
+    numbers = isinstance(sigmas, list) and sigmas and all(isinstance(s, int | float) and 0 < s <= 1 for s in sigmas)
+    if not numbers or any(later >= earlier for earlier, later in itertools.pairwise(sigmas)):
+        raise UserError(
+            f"sampling.arguments.sigmas is {sigmas!r}; give a falling list of numbers above 0 and at most 1, without "
+            "the 0 at its end"
+        )
+    if len(sigmas) != settings.steps:
+        raise UserError(
+            f"sampling.arguments.sigmas has {len(sigmas)} values, and sampling.steps is {settings.steps}; set "
+            f"sampling.steps to {len(sigmas)}"
         )
 
 

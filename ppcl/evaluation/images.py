@@ -40,13 +40,16 @@ def _sample(
     seeds: Sequence[int],
     sampling: Sampling,
     output_type: str,
-    on_step_end: Callable[[], None] | None = None,
+    on_step_end: Callable[[int], None] | None = None,
 ) -> Any:
-    """What the pipeline gives for a batch: images, or the latents behind the last step."""
+    """What the pipeline gives for a batch: images, or the latents behind the last step.
 
-    def step_end(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    `on_step_end(number)` is called after every evaluation of the transformer, counted from 0.
+    """
+
+    def step_end(_pipeline: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_step_end is not None:
-            on_step_end()
+            on_step_end(step)
         return tensors
 
     return pipeline(
@@ -91,14 +94,20 @@ def step_times(
 
     The first step of each turn is not counted. Prompt encoding is not part of a step, and the latents are not decoded.
     """
-    # A first step that is not counted, and at least one that is.
-    short = sampling.model_copy(update={"steps": max(2, min(sampling.steps, _TIMED_STEPS))})
+    # A first step that is not counted, and at least one that is; where the steps lie does not matter.
+    arguments = {name: value for name, value in sampling.arguments.items() if name != "sigmas"}
+    steps = max(2, min(sampling.steps, _TIMED_STEPS))
+    short = sampling.model_copy(update={"steps": steps, "arguments": arguments})
+    # A scheduler of second order makes two evaluations a step.
+    order = pipeline.scheduler.order
     seeds = range(len(prompts))
 
     def turn(plan: Sequence[Replacement]) -> list[float]:
         ends: list[float] = []
 
-        def step_end() -> None:
+        def step_end(evaluation: int) -> None:
+            if evaluation % order:
+                return
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())

@@ -18,6 +18,7 @@ from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
 from ppcl.models import IdentityBlock, ModelAdapter, adapter_of, swap
 from ppcl.models.pipeline_files import INDEX, WEIGHTS, PipelineFiles, open_weights
+from ppcl.models.schedulers import check_scheduler, few_step_note
 from ppcl.models.weight_checks import TRANSFORMER, check_names, check_unquantised, not_finite
 from ppcl.storage.node_cache import file_sha256, parallel_map
 
@@ -79,6 +80,8 @@ class Teacher:
         files.check()
         for part in files.models:
             check_unquantised(files, part)
+        if scheduler := self._scheduler_class():
+            check_scheduler(self.place, scheduler, self.scheduler_config(), self.pipeline_class)
         self.transformer_files = files.tensor_files(TRANSFORMER)
 
     def _absent(self) -> dict[str, None]:
@@ -232,6 +235,31 @@ class Teacher:
 
     def config(self) -> dict[str, Any]:
         return self.files.json("transformer/config.json")
+
+    def scheduler_config(self) -> dict[str, Any]:
+        return self.files.json("scheduler/scheduler_config.json")
+
+    def _scheduler_class(self) -> str | None:
+        return self.files.components.get("scheduler", (None, None))[1]
+
+    def scheduler(self) -> Any:
+        """The pipeline's own scheduler, as stored: of one of the classes in `ppcl.models.schedulers`."""
+        import diffusers
+
+        name = self._scheduler_class()
+        if name is None:
+            raise UserError(f"{self.place}/{INDEX} names no scheduler; get a complete copy of the pipeline")
+        return getattr(diffusers, name).from_config(self.scheduler_config())
+
+    def check_sigmas(self) -> None:
+        """Raise `UserError` where the scheduler takes no sigmas from `sampling.arguments`."""
+        if name := self._scheduler_class():
+            check_scheduler(self.place, name, self.scheduler_config(), self.pipeline_class, sigmas=True)
+
+    def few_step_note(self, steps: int) -> str | None:
+        """A warning where the teacher looks distilled for fewer steps than these; None elsewhere."""
+        scheduler = self.scheduler_config() if self._scheduler_class() else {}
+        return few_step_note(self.place, self.files.pipeline_index, self.config(), scheduler, steps)
 
     def empty_transformer(self) -> ModelMixin:
         """The transformer with all its parameters on the meta device: structure without memory."""

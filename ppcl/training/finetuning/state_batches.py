@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from ppcl.calibration.guidance import Guidance
+from ppcl.calibration.schedules import Schedule
 from ppcl.config.schema import Finetuning
 from ppcl.models import ModelAdapter
 from ppcl.training.data import Samples, batch_of
-from ppcl.training.finetuning.rollouts import Rollouts, visited_timesteps
+from ppcl.training.finetuning.rollouts import Rollouts
+from ppcl.training.finetuning.solvers import EulerSolver, RolloutSolver, rollout_solver
 from ppcl.training.run_context import RunContext
 
 # Trajectories that run at once, in batches: more than one step learns on, so that successive steps see different ones.
@@ -33,11 +35,23 @@ class StateBatch:
     places: np.ndarray
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """What draws the teacher's images: its scheduler, and the schedule that calibration recorded.
+
+    `schedule`: None in a calibration set without one; trajectories of `steps` steps are then read off its samples.
+    """
+
+    scheduler: Any
+    schedule: Schedule | None
+    steps: int
+
+
 class StateBatches:
     """One replica's share of each batch: the teacher's states first, the rollouts behind them.
 
-    `sampling_steps`: the steps of a trajectory. `guidance`: how a trajectory follows both sides of guidance, as the
-    sampler does; None where the sampler makes one call a step.
+    `sampler`: what moves a trajectory on. `guidance`: how it follows both sides of guidance, as the sampler does; None
+    where the sampler makes one call a step.
     """
 
     def __init__(
@@ -45,7 +59,7 @@ class StateBatches:
         samples: Samples,
         adapter: ModelAdapter,
         settings: Finetuning,
-        sampling_steps: int,
+        sampler: Sampler,
         run: RunContext,
         guidance: Guidance | None = None,
     ):
@@ -53,17 +67,24 @@ class StateBatches:
         self.dtype = run.dtype(settings.precision)
         self.ids = samples.ids("train")
         self.guidance = guidance
-        self.rollouts = self._start_rollouts(sampling_steps) if settings.rollout_share else None
+        self.rollouts = self._start_rollouts(sampler) if settings.rollout_share else None
 
-    def _start_rollouts(self, steps: int) -> Rollouts:
+    def _start_rollouts(self, sampler: Sampler) -> Rollouts:
         """Trajectories that start on the teacher's states, and so at all timesteps from the first step on."""
-        inputs = self.samples.batch(self.ids[:: max(1, len(self.ids) // _GRID_SAMPLES)], "cpu", torch.float32)
-        grid = visited_timesteps(self._noise_shares(inputs), steps)
+        schedule = sampler.schedule
+        if schedule is None:
+            inputs = self.samples.batch(self.ids[:: max(1, len(self.ids) // _GRID_SAMPLES)], "cpu", torch.float32)
+            schedule = Schedule.of_timesteps(self._noise_shares(inputs), sampler.steps)
         prompts = self.ids if self.guidance is None else conditional_ids(self.ids)
         order = np.random.default_rng([self.run.seed, self.run.dims.dp_rank]).permutation(prompts)
         ids = order[: _POOL * self.settings.batch_size]
         inputs = self.samples.batch(ids, "cpu", torch.float32)
-        return Rollouts(ids, self._noise_shares(inputs), inputs[self.adapter.latents], grid, prompts)
+        latents = inputs[self.adapter.latents]
+        # Samples without a schedule may lie between the steps of one, where only Euler's method can begin.
+        solver: RolloutSolver = EulerSolver(schedule)
+        if sampler.schedule is not None:
+            solver = rollout_solver(sampler.scheduler, schedule, len(ids), latents.shape[1:])
+        return Rollouts(ids, self._noise_shares(inputs), latents, schedule, prompts, solver)
 
     def _noise_shares(self, inputs: dict[str, Any]) -> np.ndarray:
         """The timesteps of a batch as shares of noise in [0, 1]."""

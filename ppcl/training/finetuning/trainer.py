@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ppcl.calibration.dataset import CalibrationSet
 from ppcl.calibration.guidance import Guidance
+from ppcl.calibration.schedules import Schedule
 from ppcl.config.schema import Finetuning, Sampling
 from ppcl.models.teacher import Teacher
 from ppcl.replacements import Interval, Replacement
@@ -28,7 +30,7 @@ from ppcl.training.data import Samples
 from ppcl.training.finetuning.checkpoints import load_rest, load_sharded, newest_checkpoint, save_checkpoint
 from ppcl.training.finetuning.measured_plans import plan_rows, plans_to_measure, velocity_errors
 from ppcl.training.finetuning.plan_sampler import ALL, FixedPlan, PlanSampler, plan_sampler, trainable
-from ppcl.training.finetuning.state_batches import StateBatches
+from ppcl.training.finetuning.state_batches import Sampler, StateBatches
 from ppcl.training.finetuning.tuned_blocks import tuned_blocks
 from ppcl.training.finetuning.variant_model import VariantModel
 from ppcl.training.losses import LossTerm
@@ -119,7 +121,9 @@ class _Trainer:
         self.replacements = trainable(self.sampler.replacements)
         self.state = TrainState(self.model.trained_parameters(self.replacements), settings, run.dims)
         guidance = Guidance.of(teacher.adapter, teacher.pipeline_class, sampling)
-        self.batches = StateBatches(samples, self.adapter, settings, sampling.steps, run, guidance)
+        schedule = Schedule.of_call(samples.call, self.adapter) if isinstance(samples, CalibrationSet) else None
+        sampler = Sampler(teacher.scheduler(), schedule, sampling.steps)
+        self.batches = StateBatches(samples, self.adapter, settings, sampler, run, guidance)
 
     def train(self) -> None:
         """Train to the last step, with a checkpoint now and then; the parameters end as their averages."""

@@ -134,7 +134,8 @@ def test_pictures_are_normalised_and_packed_as_flux_unpacks_them(tmp_path):
     assert call.each == {"guidance": 3.5} and set(call.whole) == {"img_ids", "txt_ids"}
     pixels = torch.tensor([200, 30, 90]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
     x = (pipeline.vae.encode(pixels).latent_dist.mode() - 0.1) * 1.5
-    t = strata(5, 0, 1)[0].item()
+    t = 1 - int(strata(5, 0, 1)[0] * 4) / 4
+    assert 0 < t < 1 and states[0].timestep == pytest.approx(t)
     noise = torch.randn(states[0].latents.shape, generator=generator("noise", 5, 0, 0))
     own = (states[0].latents - t * noise) / (1 - t)
     back = pipeline._unpack_latents(own[None], 16, 16, pipeline.vae_scale_factor)

@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ppcl.calibration.guidance import Guidance
+from ppcl.calibration.schedules import Schedule
 from ppcl.config.schema import Finetuning
 from ppcl.models import adapter_of
-from ppcl.training.finetuning.state_batches import StateBatches, conditional_ids
+from ppcl.training.finetuning.state_batches import Sampler, StateBatches, conditional_ids
 from ppcl.training.run_context import RunContext
 
+# What a transformer is given is rounded, what the sampler moves by is not.
+SCHEDULE = Schedule(np.array([1.0, 0.75, 0.5, 0.25]), np.array([1.0, 0.76, 0.51, 0.24, 0.0]))
 GUIDANCE = Guidance(scale=3.0, keeps_norm=True)
 # Sample 5 is missing: its state was not finite.
 IDS = np.array([0, 1, 2, 3, 4, 6, 7])
@@ -34,7 +38,8 @@ class TwoSided:
 def batches(tmp_path):
     settings = Finetuning(batch_size=8, rollout_share=0.5)
     adapter = adapter_of("QwenImageTransformer2DModel")
-    return StateBatches(TwoSided(), adapter, settings, 4, RunContext(tmp_path, tmp_path), GUIDANCE)
+    sampler = Sampler(FlowMatchEulerDiscreteScheduler(), SCHEDULE, 4)
+    return StateBatches(TwoSided(), adapter, settings, sampler, RunContext(tmp_path, tmp_path), GUIDANCE)
 
 
 def test_rollouts_are_of_prompts_whose_both_sides_are_there():
@@ -59,11 +64,10 @@ def test_a_batch_has_both_sides_of_a_rollout_at_the_same_state(batches):
 
 def test_a_rollout_follows_the_guided_velocity(batches):
     rollouts = batches.rollouts
-    rollouts.grid = np.array([0.25, 0.5])
     batch = batches.draw(0, np.random.default_rng(0))
     velocity = torch.randn(8, 4, 8)
     before = rollouts.latents[batch.places].clone()
     batches.advance(batch, velocity, np.random.default_rng(0))
-    moved = before + (0.25 - 0.5) * GUIDANCE(velocity[-4:-2], velocity[-2:])
+    moved = before + (0.24 - 0.51) * GUIDANCE(velocity[-4:-2], velocity[-2:])
     assert torch.allclose(rollouts.latents[batch.places], moved)
     assert (rollouts.timesteps[batch.places] == 0.25).all()
