@@ -73,7 +73,6 @@ class Job:
                 highlight=False,
                 soft_wrap=True,
             )
-        check_sampling(self.teacher, config.sampling)
         self.identity = JobIdentity.of(self.teacher, prompts)
         self.artifacts.start(self._record())
         self.reporter = Reporter(console, self.artifacts.path(LOG))

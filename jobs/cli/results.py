@@ -71,6 +71,11 @@ def generate(
         raise UserError(f"the folder {output.absolute().parent} does not exist; make it or choose another --output")
     opened = Result(result, teacher=teacher, memory={"offload": offload} if offload else None)
     sampling = opened.sampling
+    sigmas = sampling.arguments.get("sigmas")
+    if steps is not None and sigmas is not None and steps != len(sigmas):
+        raise UserError(
+            f"--steps is {steps}, and the job's sampling.arguments.sigmas are for {len(sigmas)}; leave it out"
+        )
     images = Images(1, sampling.height, sampling.width)
     device = best_device()
     # As in a job.

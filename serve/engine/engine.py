@@ -9,13 +9,14 @@ import asyncio
 import inspect
 import threading
 import time
-from collections.abc import AsyncGenerator, Hashable
+from collections.abc import AsyncGenerator, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from ppcl.calibration.encoding import longest_prompt
 from ppcl.errors import UserError
 from ppcl.lora import AppliedLora
 from ppcl.search.variants import Variant
@@ -124,7 +125,8 @@ class Engine:
             self.info.width,
             _WARM_UP_STEPS,
             0,
-            self.weights.result.sampling.arguments,
+            # Its steps may lie anywhere.
+            {name: value for name, value in self.weights.result.sampling.arguments.items() if name != "sigmas"},
         )
 
     def _quality_levels(self) -> list[str]:
@@ -154,9 +156,13 @@ class Engine:
     def _image_seconds(self, variant: Variant, rows: int) -> float:
         """Return the device-seconds of one image of the default size and steps in batches of `rows` rows."""
         workload = WorkloadKey(variant.plan, self.info.height * self.info.width)
-        per_step = calls_per_step(self.weights.pipeline.__call__, self.weights.result.sampling.arguments)
+        per_step = self._calls_per_step(self.weights.result.sampling.arguments)
         steps_s = self.info.steps * per_step * self.cost_model.forward(workload, rows) / rows
         return steps_s + self.cost_model.overhead(workload)
+
+    def _calls_per_step(self, arguments: Mapping[str, Any]) -> int:
+        pipeline = self.weights.pipeline
+        return calls_per_step(pipeline.__call__, arguments) * pipeline.scheduler.order
 
     async def models(self) -> list[ModelInfo]:
         pixels = self.info.height * self.info.width
@@ -240,8 +246,12 @@ class Engine:
         return replace(self.weights.loras[request.lora.name], scale=request.lora.scale)
 
     def _count_tokens(self, request: GenerationRequest) -> int:
-        """Return the prompt's tokens. Raises `Refused` where it or the negative prompt has too many."""
-        limit, counts = self.settings.limits.prompt_tokens, {}
+        """Return the prompt's tokens. Raises `Refused` where it or the negative prompt has too many.
+
+        The pipeline would cut them without a word to `max_sequence_length`.
+        """
+        longest = longest_prompt(type(self.weights.pipeline), self.weights.result.sampling)
+        limit, counts = min(self.settings.limits.prompt_tokens, longest), {}
         for name, text in (("prompt", request.prompt), ("negative_prompt", request.arguments.get("negative_prompt"))):
             if text is None:
                 continue
@@ -251,12 +261,20 @@ class Engine:
                 raise Refused(422, "invalid_request_error", message, "string_too_long", name)
         return counts["prompt"]
 
+    def _check_steps(self, steps: int, arguments: Mapping[str, Any]) -> None:
+        """Raises `Refused` for other steps than those that the result's own sigmas are for."""
+        sigmas = arguments.get("sigmas")
+        if sigmas is not None and steps != len(sigmas):
+            message = f"num_inference_steps is {steps}; this model is drawn in the {len(sigmas)} steps of its sigmas"
+            raise Refused(422, "invalid_request_error", message, "invalid_value", "num_inference_steps")
+
     def _admit(
         self, request: GenerationRequest, named: Variant | None, tokens: int, lora: AppliedLora | None
     ) -> tuple[_Job, Accepted]:
         """Accept a request and queue its images. Raises `Refused`."""
         arguments = {**self.weights.result.sampling.arguments, **request.arguments}
-        per_step = calls_per_step(self.weights.pipeline.__call__, arguments)
+        self._check_steps(request.steps, arguments)
+        per_step = self._calls_per_step(arguments)
         with self._lock:
             now = time.monotonic()
             if self._closed:

@@ -258,10 +258,15 @@ def test_a_teacher_without_an_embedded_guidance_scale_records_none(with_schedule
 
 def test_an_argument_or_a_guidance_scale_that_is_wrong_is_refused_without_a_weight(tmp_path):
     teacher = Teacher(MAKERS["sd3"](tmp_path))
-    check_sampling(teacher, Sampling(arguments={"sigmas": [1.0, 0.5], "guidance_scale": 0}))
+    check_sampling(teacher, Sampling(height=32, width=32, arguments={"sigmas": [1.0, 0.5], "guidance_scale": 0}))
     with pytest.raises(UserError, match="'true_cfg_scale', which cannot be set for StableDiffusion3Pipeline"):
-        check_sampling(teacher, Sampling(arguments={"true_cfg_scale": 2}))
-    distilled = SimpleNamespace(pipeline_class="QwenImagePipeline", config=lambda: {"guidance_embeds": True})
+        check_sampling(teacher, Sampling(height=32, width=32, arguments={"true_cfg_scale": 2}))
+    # 8 positions, patches of 2 latents, latents of 2 pixels.
+    with pytest.raises(UserError, match="sampling.width is 48, and the teacher makes no side longer than 32; set 32"):
+        check_sampling(teacher, Sampling(height=32, width=48))
+    distilled = SimpleNamespace(
+        pipeline_class="QwenImagePipeline", config=lambda: {"guidance_embeds": True}, pixels_a_token=lambda: 16
+    )
     with pytest.raises(UserError, match="set sampling.arguments.guidance_scale"):
         check_sampling(distilled, Sampling())
     check_sampling(distilled, Sampling(arguments={"guidance_scale": 1.0}))

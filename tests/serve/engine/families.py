@@ -76,6 +76,11 @@ def sd3_calls():
     return sd3_pipeline(), [call | own for own in guided + plain]
 
 
+def calls_of(family, qwen):
+    """A family's stock pipeline, and calls of it that differ in all that a client can set."""
+    return {"qwen": lambda: qwen_calls(qwen), "flux": flux_calls, "sd3": sd3_calls}[family]()
+
+
 def latents(pipeline, call):
     seeded = call | {"generator": torch.Generator().manual_seed(call.get("generator", 0))}
     return pipeline(**seeded, output_type="latent").images

@@ -270,3 +270,34 @@ def test_a_closed_engine_refuses_and_is_not_healthy(result_folder):
             await events(engine)
 
     run(close())
+
+
+def with_arguments(engine, monkeypatch, **arguments):
+    """The engine's result as if its job had had these arguments."""
+    sampling = engine.weights.result.sampling
+    changed = sampling.model_copy(update={"arguments": sampling.arguments | arguments})
+    monkeypatch.setitem(engine.weights.result.__dict__, "sampling", changed)
+
+
+def test_a_prompt_that_the_pipeline_would_cut_is_refused(engine, monkeypatch):
+    with_arguments(engine, monkeypatch, max_sequence_length=4)
+    with pytest.raises(Refused, match="the prompt has [0-9]+ tokens; at most 4 are taken") as refused:
+        run(events(engine, model="teacher"))
+    assert refused.value.status == 422
+    assert isinstance(run(events(engine, model="teacher", prompt="red circle"))[-1], FinalImage)
+
+
+def test_a_request_for_other_steps_than_the_results_sigmas_is_refused(engine, monkeypatch):
+    with_arguments(engine, monkeypatch, sigmas=[1.0, 0.7, 0.4, 0.1])
+    with pytest.raises(Refused, match="num_inference_steps is 5; this model is drawn in the 4 steps") as refused:
+        run(events(engine, model="teacher", steps=5))
+    assert (refused.value.status, refused.value.param) == (422, "num_inference_steps")
+    own = run(events(engine, model="teacher", steps=4))[-1]
+    monkeypatch.undo()
+    assert not np.array_equal(own.image, run(events(engine, model="teacher", steps=4))[-1].image)
+
+
+def test_a_second_order_scheduler_makes_two_calls_a_step(engine, monkeypatch):
+    assert engine._calls_per_step({}) == 1 and engine._calls_per_step({"negative_prompt": " "}) == 2
+    monkeypatch.setattr(engine.weights.pipeline.scheduler, "order", 2, raising=False)
+    assert engine._calls_per_step({}) == 2 and engine._calls_per_step({"negative_prompt": " "}) == 4

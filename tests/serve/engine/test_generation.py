@@ -16,7 +16,8 @@ from serve.engine.generation import (
 )
 from serve.engine.shared_pipeline import WorkloadKey
 from tests.ppcl.calibration.test_families import flux_pipeline, sd3_pipeline
-from tests.serve.engine.families import latents, share
+from tests.schedulers import CASES
+from tests.serve.engine.families import embedded, latents, share
 
 
 @pytest.fixture
@@ -94,6 +95,32 @@ def test_a_preview_shows_what_the_latents_decode_to(generator, qwen):
     preview = _PreviewRequest(latents(qwen, call), 0, 6, lambda *arguments: seen.append(arguments))
     generator._preview(TASK, Ticket(), preview)
     assert np.array_equal(seen[0][2], generator.generate(TASK, Ticket()).image)
+
+
+@pytest.mark.parametrize("name", ["heun", "unipc", "dpm"])
+def test_steps_and_previews_are_counted_alike_with_every_scheduler(name):
+    """A step of Heun's method is two calls of the transformer; previews are `x_t - σ_t v` there too."""
+    pipeline = sd3_pipeline()
+    pipeline.scheduler = CASES[name].scheduler()
+    pipeline.set_progress_bar_config(disable=True)
+    call = embedded(3) | {"guidance_scale": 1.0}
+    task = GenerationTask((), None, 16, 16, 4, 7, arguments=call, previews=1)
+    stock = pipeline(
+        **call, height=16, width=16, num_inference_steps=4, generator=torch.Generator().manual_seed(7), output_type="np"
+    ).images[0]
+    generator, steps, seen = ImageGenerator(share(pipeline)[0]), [], []
+    try:
+        made = generator.generate(task, Ticket(), steps.append, lambda number, step, image: seen.append((number, step)))
+        shared = generator.shared
+        recorded = shared.copy(WorkloadKey((), 256), Ticket())
+        recorder = _CleanLatentsRecorder(recorded.scheduler)
+        result = latents(recorded, call | {"height": 16, "width": 16, "num_inference_steps": 4})
+    finally:
+        generator.close()
+    assert steps == [1, 2, 3, 4] and seen == [(0, 2)]
+    assert np.abs(made.image / 255 - stock).max() < 0.51 / 255 + 1e-4
+    # The last step of all these solvers is of first order, to no noise.
+    torch.testing.assert_close(recorder.latents, result, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_a_step_takes_are_told_by_how_the_pipeline_guides(qwen):

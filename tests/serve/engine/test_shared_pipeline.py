@@ -12,7 +12,8 @@ from serve.engine.batcher import Ticket
 from serve.engine.generation import GenerationTask, ImageGenerator
 from serve.engine.shared_pipeline import BatchLimits, SharedPipeline, WorkloadKey
 from tests import made_result
-from tests.serve.engine.families import GATHER, flux_calls, latents, qwen_calls, sd3_calls, share
+from tests.schedulers import CASES, WORKING
+from tests.serve.engine.families import GATHER, calls_of, latents, share
 
 
 def together(shared, calls, plans):
@@ -32,7 +33,7 @@ def together(shared, calls, plans):
 @pytest.mark.parametrize("family", ["qwen", "flux", "sd3"])
 def test_batched_is_serial(family, qwen):
     """Steps, lengths of prompts, guidance, negative prompts and sizes all mixed."""
-    pipeline, calls = {"qwen": lambda: qwen_calls(qwen), "flux": flux_calls, "sd3": sd3_calls}[family]()
+    pipeline, calls = calls_of(family, qwen)
     shared, batches = share(pipeline)
     alone = [latents(pipeline, call) for call in calls]
     try:
@@ -43,6 +44,24 @@ def test_batched_is_serial(family, qwen):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert max(rows for _, rows in batches) >= 3, "nothing was batched"
     assert len({tensor.flatten()[0].item() for tensor in alone}) == len(calls), "the calls are alike"
+
+
+@pytest.mark.parametrize(("name", "family"), [case for case in WORKING if case[0] != "euler"])
+def test_batched_is_serial_with_every_scheduler(name, family, qwen, monkeypatch):
+    """Requests at different steps share batches, and each has the history of its own scheduler."""
+    pipeline, calls = calls_of(family, qwen)
+    # Enough steps for a full history.
+    calls = [call | {"num_inference_steps": call.get("num_inference_steps", 4) + 3} for call in calls[:4]]
+    monkeypatch.setattr(pipeline, "scheduler", CASES[name].scheduler())
+    shared, batches = share(pipeline, gather=0.5)
+    alone = [latents(pipeline, call) for call in calls]
+    try:
+        at_once = together(shared, calls, [()] * len(calls))
+    finally:
+        shared.close()
+    for one, other in zip(at_once, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert max(rows for _, rows in batches) >= 2, "nothing was batched"
 
 
 def test_pictures_of_different_variants_share_a_transformer(tmp_path, teacher_folder):
