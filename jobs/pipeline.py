@@ -63,8 +63,8 @@ class Job:
             )
         configured_prompts(config)  # refuses a suite that cannot be read
         self.teacher = Teacher(config.teacher, known.get("teacher_hashes"))
-        check_sampling(self.teacher, config.sampling)
         check_weights(self.teacher.files)
+        check_sampling(self.teacher, config.sampling)
         check_variants(config.variants, self.teacher.adapter.block_ranges(self.teacher.empty_transformer()))
         if unread := self.teacher.bytes_without_sha256():
             console.print(

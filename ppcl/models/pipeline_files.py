@@ -110,7 +110,7 @@ class PipelineFiles:
     def json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         if not path.exists():
-            raise UserError(_no_pipeline(self.place, path.name))
+            raise UserError(_no_pipeline(self.place, name))
         return _parsed(path.read_bytes(), f"{self.place}/{name}")
 
     @cached_property
@@ -233,6 +233,13 @@ class PipelineFiles:
         for part in self.components:
             if not any(name.startswith(f"{part}/") for name in names):
                 raise UserError(f"{self.place}/{part} is missing, which {INDEX} names; get a complete copy")
+        if variant := self.variant_of(self.models):
+            for part, entry in sorted({(name.split("/")[0], name.split("/")[1]) for name in names}):
+                if "." not in entry:
+                    raise UserError(
+                        f"{self.place}/{part}/{entry} has no ending, at which diffusers fails where weights are of a "
+                        f"variant ({variant}); move it out of the folder"
+                    )
         weights = [file for part in self.models for file in self.weights[part].files.values()]
         for name in sorted({*weights, *self.part_files().values()}):
             if self._is_pointer(name):

@@ -64,7 +64,7 @@ class Teacher:
                 "export a plan of stock blocks, or give the teacher that it was made from"
             )
         self.adapter: ModelAdapter = adapter_of(entry[1])
-        self.pipeline_class: str = files.pipeline_index["_class_name"]
+        self.pipeline_class = str(files.pipeline_index.get("_class_name"))
         for name, (library, _) in files.components.items():
             if library not in _TRUSTED_LIBRARIES:
                 raise UserError(

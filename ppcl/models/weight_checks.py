@@ -28,6 +28,7 @@ _RENAMED = ("query.weight", "proj_attn.weight")
 _UNUSED = ("lm_head.weight",)
 # Of the first numbers of a tensor, read to see whether its numbers are finite.
 _SAMPLED = 4096
+_LONGEST_REASON = 200
 _UNQUANTISED = "give the weights in bfloat16, float16 or float32 (load them, call dequantize, save_pretrained)"
 
 
@@ -35,7 +36,8 @@ def check_weights(files: PipelineFiles) -> None:
     """Check names, shapes and types of all weights, and on this machine the first numbers of each for NaN.
 
     Cost: the headers, by ranged reads from a bucket, and at most 4,096 numbers of a tensor; the structures of all
-    models are made without memory. Raises `UserError`: the file, the tensor, the value seen, what to do.
+    models are made without memory, and tokenizers are loaded. Raises `UserError`: the file, the tensor, the value
+    seen, what to do.
     """
     for part in files.models:
         check_unquantised(files, part)
@@ -43,13 +45,16 @@ def check_weights(files: PipelineFiles) -> None:
         found = _headers(files, part)
         library, class_name = files.components[part]
         if library == "diffusers":
-            model = _empty(class_name, files.json(f"{part}/config.json"))
+            model = _empty(files, part, class_name)
             check_names(files, part, model)
             _check_shapes(files, part, model, found)
         else:
             _check_text_encoder(files, part, class_name)
         if files.store is None:
             _check_finite(files, found)
+    for part, (_, class_name) in files.components.items():
+        if part.startswith("tokenizer"):
+            _check_tokenizer(files, part, class_name)
 
 
 def check_unquantised(files: PipelineFiles, part: str) -> None:
@@ -108,11 +113,24 @@ def _headers(files: PipelineFiles, part: str) -> dict[str, tuple[str, TensorHead
     return {name: (file, by_file[file][name]) for name, file in by_tensor.items()}
 
 
-def _empty(class_name: str, config: Mapping[str, Any]) -> nn.Module:
+def _empty(files: PipelineFiles, part: str, class_name: str) -> nn.Module:
+    """The structure of a model without memory. Raises `UserError` where its configuration gives none."""
     import diffusers
 
-    with init_empty_weights():
-        return getattr(diffusers, class_name).from_config(config)
+    model_class = getattr(diffusers, class_name, None)
+    if model_class is None:
+        raise UserError(
+            f"{files.place}/model_index.json names {class_name} for {part}, which diffusers {diffusers.__version__} "
+            "does not have; install the diffusers that wrote the folder, or a newer one"
+        )
+    try:
+        with init_empty_weights():
+            return model_class.from_config(files.json(f"{part}/config.json"))
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{files.place}/{part}/config.json does not describe a {class_name} ({' '.join(str(error).split())}); get "
+            "an intact copy of it"
+        ) from None
 
 
 def _check_shapes(
@@ -168,6 +186,27 @@ def _check_text_encoder(files: PipelineFiles, part: str, class_name: str) -> Non
         raise UserError(
             f"{place}: the tensor {name} has the shape {_shape(seen)}, and the {class_name} of {part}/config.json "
             f"takes {_shape(expected)}; get the config.json that belongs to the weights"
+        )
+
+
+def _check_tokenizer(files: PipelineFiles, part: str, class_name: str) -> None:
+    """Load a tokenizer, whose vocabulary must be there: transformers would go on without words."""
+    import transformers
+
+    place, folder = f"{files.place}/{part}", files.folder / part
+    try:
+        tokenizer = getattr(transformers, class_name).from_pretrained(folder, local_files_only=True)
+        # In one file, or in those of older versions.
+        forms = dict(tokenizer.vocab_files_names)
+        whole = forms.pop("tokenizer_file", "tokenizer.json")
+    # The library of tokenizers raises plain exceptions.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_LONGEST_REASON]
+        raise UserError(f"{place} cannot be loaded as a {class_name} ({reason}); get an intact copy of it") from None
+    missing = [name for name in forms.values() if not (folder / name).exists()]
+    if not (folder / whole).exists() and (missing or not forms):
+        raise UserError(
+            f"{place} holds neither {whole} nor {' and '.join(missing) or 'another form'}; get a complete copy"
         )
 
 

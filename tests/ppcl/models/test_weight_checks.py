@@ -155,6 +155,66 @@ def test_a_text_encoder_of_another_class_is_refused(folder):
     assert "text_encoder" in told and "Qwen2_5_VLForConditionalGeneration" in told
 
 
+def test_a_configuration_that_describes_no_model_is_refused(folder):
+    path = folder / "vae" / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"dim_mult": "124"}))
+    assert "vae/config.json does not describe a AutoencoderKLQwenImage (" in refusal(folder)
+    path.unlink()
+    with pytest.raises(UserError, match="is not a diffusers pipeline folder: vae/config.json is missing"):
+        Teacher(folder)
+
+
+def test_a_class_that_this_diffusers_does_not_have_is_named(folder):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vae": ["diffusers", "AutoencoderOfTomorrow"]}))
+    assert "names AutoencoderOfTomorrow for vae, which diffusers" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it has no header"),
+        (b"\xff" * 64, "its header would be"),
+        (b"\2\0\0\0\0\0\0\0[]", "its header is no JSON object"),
+        (b'\x07\0\0\0\0\0\0\0{"a":1}', "its header does not describe tensors"),
+        (b"\2\0\0\0\0\0\0\0{}more", "it has 14 bytes, and its header describes 10"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_is_told_by_its_header(folder, content, said):
+    (folder / VAE).write_bytes(content)
+    assert f"{VAE} cannot be read as safetensors ({said}" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", '{"version": "1.0", "model": {"type": "none"}}'])
+def test_a_damaged_tokenizer_is_refused(folder, content):
+    (folder / "tokenizer" / "tokenizer.json").write_text(content)
+    assert "tokenizer cannot be loaded as a Qwen2Tokenizer (" in refusal(folder)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(folder):
+    """Transformers would load one without words, to which all prompts are alike."""
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    assert "tokenizer holds neither tokenizer.json nor vocab.json and merges.txt; get a" in refusal(folder)
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    assert "tokenizer cannot be loaded as a Qwen2Tokenizer" in refusal(folder)
+
+
+def test_a_pipeline_without_a_class_is_refused(folder):
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "_class_name"}))
+    with pytest.raises(UserError, match="is a None; supported for QwenImageTransformer2DModel: QwenImagePipeline"):
+        Teacher(folder)
+
+
+def test_a_file_at_which_diffusers_fails_beside_a_variant_is_refused(folder):
+    (folder / "vae" / "LICENSE").write_text("Do as you like.")
+    check_weights(Teacher(folder).files)
+    (folder / TRANSFORMER).rename(folder / "transformer/diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(UserError, match=r"vae/LICENSE has no ending, at which diffusers fails .*\(fp16\); move it out"):
+        Teacher(folder)
+
+
 def test_weights_of_a_bucket_are_refused_from_their_headers_alone(folder, store, s3):
     change(folder / ENCODER, lambda tensors: tensors.pop("model.norm.weight"))
     for path in sorted(folder.rglob("*")):
