@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ppcl.models import ModelAdapter, adapter_of, swapped
+from ppcl.models import BlockLayout, ModelAdapter, adapter_of, show_processor, swapped
 from ppcl.training.data import Samples, batch_of
 
 if TYPE_CHECKING:
@@ -30,15 +30,20 @@ class _Gated(nn.Module):
     context_pre_only = False
     block: nn.Module
 
-    def __init__(self, adapter: ModelAdapter, block: nn.Module, gates: list[torch.Tensor], number: int):
+    def __init__(
+        self, adapter: ModelAdapter, layout: BlockLayout, block: nn.Module, gates: list[torch.Tensor], number: int
+    ):
         super().__init__()
-        self.adapter, self.gates, self.number = adapter, gates, number
+        self.adapter, self.layout, self.gates, self.number = adapter, layout, gates, number
         # Not a sub-module: the block belongs to the teacher.
         self.__dict__["block"] = block
+        show_processor(self, block)
 
-    def forward(self, **arguments: Any) -> tuple:
-        before, _ = self.adapter.split(arguments)
-        after = self.adapter.from_returned(self.block(**arguments))
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        given = self.layout.named(arguments, named)
+        before, _ = self.adapter.parted(self.layout, given)
+        returned = self.block(**given)
+        after = self.adapter.from_returned(returned)
         gate = self.gates[0][self.number]
         mixed = {
             name: x
@@ -46,7 +51,7 @@ class _Gated(nn.Module):
             else getattr(before, name) + gate.to(x) * (x - getattr(before, name))
             for name, x in after._asdict().items()
         }
-        return self.adapter.to_returned(after._replace(**mixed))
+        return self.adapter.to_returned(after._replace(**mixed), returned)
 
 
 def learned_gates(
@@ -66,7 +71,8 @@ def learned_gates(
     optimizer = torch.optim.Adam([logits], lr=_RATE)
     generator = torch.Generator().manual_seed(seed)
     ids, gates = samples.ids("train"), [torch.ones(len(blocks), device=device)]
-    gated = {number: _Gated(adapter, block, gates, number) for number, block in enumerate(blocks)}
+    layouts = [adapter.layout_at(transformer, number) for number in range(len(blocks))]
+    gated = {n: _Gated(adapter, layouts[n], block, gates, n) for n, block in enumerate(blocks)}
     for step in range(steps):
         inputs = {**samples.batch(batch_of(step, ids, batch_size, seed), device, dtype), "return_dict": False}
         with torch.no_grad():

@@ -75,13 +75,16 @@ def equal_lengths(count: int, block_ranges: Sequence[range]) -> list[Interval]:
 def skip_errors(transformer: nn.Module, batches: Iterable[dict], tell: Callable[[int], None]) -> list[float]:
     """The velocity error with one block left out, by block."""
     adapter = adapter_of(transformer)
-    count = len(adapter.blocks(transformer))
+    blocks = adapter.blocks(transformer)
+    count = len(blocks)
+    layouts = [adapter.layout_at(transformer, block) for block in range(count)]
     error, energy = torch.zeros(count, dtype=torch.float64), 0.0
     for inputs in batches:
         target = transformer(**{**inputs, "return_dict": False})[0].double()
         energy += float(target.square().sum())
         for block in range(count):
-            with swapped(transformer, {block: IdentityBlock(adapter)}):
+            identity = IdentityBlock(adapter, layouts[block], blocks[block])
+            with swapped(transformer, {block: identity}):
                 made = transformer(**{**inputs, "return_dict": False})[0].double()
             error[block] += (made - target).square().sum().cpu()
             tell(block)

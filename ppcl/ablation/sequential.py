@@ -84,7 +84,7 @@ class SequentialRun:
         for interval, trainee in trainees.items():
             with torch.no_grad():
                 between = [segment.blocks[number] for number in range(block, interval.first)]
-                streams = run_blocks(self.teacher.adapter, between, streams, batch.context)
+                streams = run_blocks(self.teacher.adapter, between, streams, batch.context, block)
             ends = {interval.first: streams, interval.last + 1: batch.boundaries[interval.last + 1]}
             seen = CapturedActivations(boundaries=ends, context=batch.context, text_mask=batch.text_mask)
             trainee.train_step(seen, segment.dtype is torch.bfloat16)

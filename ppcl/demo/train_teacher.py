@@ -140,7 +140,7 @@ def train(options: argparse.Namespace) -> tuple[Family, list[dict]]:
     training = TeacherTraining(family, options)
     training.load()
     if options.compile:
-        family.transformer.compile_repeated_blocks()
+        family.pipeline.transformer.compile_repeated_blocks()
     first, started_at, running = training.step, time.monotonic(), None
     for step in range(first, options.steps):
         loss, last = training.train_step(lesson), step == options.steps - 1

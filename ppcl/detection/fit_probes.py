@@ -149,7 +149,7 @@ def _walk(
     yield segment.range.start, streams, captured
     for number, block in segment.blocks.items():
         with segment.listening(captured, wanted):
-            streams = run_blocks(segment.adapter, [block], streams, context)
+            streams = run_blocks(segment.adapter, [block], streams, context, number)
         if number + 1 == segment.range.stop:
             pipeline_stage.send(streams)
         yield number + 1, streams, captured

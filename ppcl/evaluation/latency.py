@@ -66,7 +66,9 @@ def measure_latencies(transformer: nn.Module, switch: VariantSwitcher, inputs: M
         """Seconds that the blocks take less with one plan on than with another."""
         block_maps = [switch.replacements(transformer, plan) for plan in (before, after)]
         modules = [[block_map.get(number, blocks[number]) for number in numbers] for block_map in block_maps]
-        slower, faster = min_time([partial(run_blocks, adapter, chain, streams, context) for chain in modules])
+        slower, faster = min_time(
+            [partial(run_blocks, adapter, chain, streams, context, numbers.start) for chain in modules]
+        )
         return slower - faster
 
     groups: dict[Any, list[Replacement]] = {}

@@ -129,15 +129,15 @@ def sensitivities(
         starting.setdefault(replacement.first, []).append(replacement)
     streams, context = embed(transformer, inputs)
     timestep = inputs[adapter.timestep] / adapter.timestep_scale
-    teachers = head(transformer, run_blocks(adapter, blocks, streams, context), inputs)
+    teachers = head(transformer, run_blocks(adapter, blocks, streams, context, 0), inputs)
     sums = {}
     for block in range(len(blocks)):
         for replacement in starting.get(block, ()):
             block_map = switch.replacements(transformer, [replacement])
             behind = [block_map.get(b, blocks[b]) for b in range(block, len(blocks))]
-            branch = run_blocks(adapter, behind, streams, context)
+            branch = run_blocks(adapter, behind, streams, context, block)
             sums[replacement] = ErrorSums.of(head(transformer, branch, inputs), teachers, timestep, sketch=True)
-        streams = run_blocks(adapter, blocks[block : block + 1], streams, context)
+        streams = run_blocks(adapter, blocks[block : block + 1], streams, context, block)
     return {replacement: sums[replacement] for replacement in switch.files}
 
 
@@ -157,12 +157,13 @@ def surrogate_errors(
         starting.setdefault(interval.first, []).append(interval)
     streams, context = embed(transformer, inputs)
     timestep = inputs[adapter.timestep] / adapter.timestep_scale
-    teachers = head(transformer, run_blocks(adapter, blocks, streams, context), inputs)
+    teachers = head(transformer, run_blocks(adapter, blocks, streams, context, 0), inputs)
     sums = {}
     for block in range(max(starting, default=-1) + 1):
-        streams = run_blocks(adapter, blocks[block : block + 1], streams, context)
+        streams = run_blocks(adapter, blocks[block : block + 1], streams, context, block)
         for interval in starting.get(block, ()):
-            branch = run_blocks(adapter, blocks[interval.last + 1 :], surrogates[interval](streams), context)
+            rest = blocks[interval.last + 1 :]
+            branch = run_blocks(adapter, rest, surrogates[interval](streams), context, interval.last + 1)
             sums[interval] = ErrorSums.of(head(transformer, branch, inputs), teachers, timestep, sketch=True)
     return sums
 

@@ -20,7 +20,6 @@ from ppcl.lora import (
     student_with_lora,
 )
 from ppcl.models import BlockParts, FusedParts, IdentityBlock, ModelAdapter, Parts
-from ppcl.models.block_view import linear_at
 from ppcl.models.fused_output import FusedOutput
 from ppcl.models.pruned_transformer import pruned_class
 from ppcl.models.teacher import Teacher
@@ -159,7 +158,7 @@ class VariantBlocks:
 
     def _width(self) -> int:
         """That of the streams."""
-        return linear_at(self.structure.blocks[0], self.structure.parts(0)["img"].qkv[0]).in_features
+        return self.adapter.width(self.structure.blocks[0])
 
     def _own(self, number: int) -> nn.Module:
         """The block with the stock forward at a number, on the meta device."""

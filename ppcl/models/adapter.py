@@ -6,18 +6,32 @@ value of a block, and the arguments of the transformer for the prompt, the laten
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ppcl.errors import UserError
+from ppcl.models.block_layout import (
+    BlockLayout,
+    Context,
+    block_class,
+    class_of_transformer,
+    registered_layout,
+    resolved,
+)
 
 
 class Streams(NamedTuple):
-    """The two streams between blocks: image `(B, S, d)` and text `(B, T, d)`, None where a model drops it."""
+    """The two streams between blocks: image `(B, S, d)` and text `(B, T, d)`.
+
+    The text is None where a model drops it, and where all its blocks take image and text tokens as one stream `img`.
+    """
 
     img: torch.Tensor
     txt: torch.Tensor | None
@@ -27,6 +41,10 @@ class Streams(NamedTuple):
         if self.txt is None:
             raise ValueError("the model dropped the text stream before this block")
         return self.txt
+
+    def joined(self) -> torch.Tensor:
+        """Text and image tokens as one stream `(B, T + S, d)`, as stock forwards hand them to single-stream blocks."""
+        return self.img if self.txt is None else torch.cat([self.txt, self.img], 1)
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,11 @@ IMG_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 TXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
 
+# `example(config, samples, grid, text_tokens)`: arguments of the stock forward for images of `grid` tokens, rows and
+# columns. Floating-point tensors are not set; all others have values that a pipeline could give.
+Example = Callable[[Any, int, tuple[int, int], int], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class ModelAdapter:
     """The layout of one family of MMDiTs.
@@ -89,6 +112,9 @@ class ModelAdapter:
       `pipelines`: class names of the diffusers pipelines that ppcl accepts with this transformer.
     - `block_lists`: attributes of the transformer that hold its blocks, in running order. An interval never crosses
       from one list to the next, because their blocks differ in kind.
+    - `block_classes`: by block list, the class of its blocks, in the file of the transformer's class.
+    - `layouts`: by block list, how its blocks take and return the streams. Diffusers' own registry of blocks says it of
+      the lists that are not named here.
     - `layer_counts`: by block list, the key of the transformer's configuration that says how many blocks it has.
     - `parts`: by block list and stream (`img`, `txt`), the parts of a block that width pruning replaces; of a
       single-stream block `FusedParts` under `img`. A list that is not named has none.
@@ -104,33 +130,34 @@ class ModelAdapter:
       class calls optional.
     - `latents`, `timestep`: names of these arguments of the transformer's forward. `packed_latents`: True if latents
       are patched into tokens `(B, S, d)` by the pipeline's `_pack_latents`, False if they are `(B, C, H, W)`.
-    - `img`, `txt`: names of the arguments of a block that take the streams. `returns`: the streams that a block
-      returns, in order.
     - `attention`: path of the joint attention in a block, which takes the streams by the arguments `img` and `txt`.
     - `temb`: the argument of a block from which a SiLU and a linear map compute its modulations.
     - `ffn_up`, `ffn_down`: paths in an FFN of its two linear maps, with the hidden units between them.
+    - `example`: makes arguments of the transformer's forward from its configuration, see `Example`.
+    - `notes`: by what ppcl cannot do with the family (a width, `calibration`, `plan`, `export`), why not.
     """
 
     name: str
     transformer: str
     pipelines: tuple[str, ...]
     block_lists: tuple[str, ...]
+    block_classes: tuple[str, ...]
     layer_counts: tuple[str, ...]
     parts: Mapping[str, Mapping[str, Parts]]
     prompt_arguments: tuple[str, ...]
     shared_arguments: tuple[str, ...]
     encoded: tuple[str | None, ...]
     timestep_scale: float
+    example: Example
+    layouts: Mapping[str, BlockLayout] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
     text_mask: str | None = None
     attention: str = "attn"
     temb: str = "temb"
     ffn_up: str = "net.0.proj"
     ffn_down: str = "net.2"
-    img: str = "hidden_states"
-    txt: str = "encoder_hidden_states"
     latents: str = "hidden_states"
     timestep: str = "timestep"
-    returns: tuple[str, str] = ("txt", "img")
     packed_latents: bool = True
     guidance_argument: str = "true_cfg_scale"
     guidance_keeps_norm: bool = False
@@ -184,19 +211,74 @@ class ModelAdapter:
             return where.ffn_up, where.ffn_down
         return f"{where.ffn}.{self.ffn_up}", f"{where.ffn}.{self.ffn_down}"
 
-    def split(self, arguments: dict[str, Any]) -> tuple[Streams, dict[str, Any]]:
-        """A block's arguments as (streams, context)."""
-        context = {k: v for k, v in arguments.items() if k not in (self.img, self.txt)}
-        return Streams(arguments[self.img], arguments[self.txt]), context
+    @cached_property
+    def _layouts(self) -> dict[str, BlockLayout]:
+        layouts = {}
+        for name, class_name in zip(self.block_lists, self.block_classes, strict=True):
+            stated = self.layouts.get(name) or registered_layout(self.transformer, class_name)
+            layouts[name] = resolved(stated or BlockLayout(), self.transformer, class_name)
+        return layouts
 
-    def join(self, streams: Streams, context: Mapping[str, Any]) -> dict[str, Any]:
-        return {self.img: streams.img, self.txt: streams.txt, **context}
+    def layout(self, block_list: str) -> BlockLayout:
+        """How the blocks of a list take and return the streams."""
+        return self._layouts[block_list]
 
-    def from_returned(self, returned: tuple) -> Streams:
-        return Streams(**dict(zip(self.returns, returned, strict=True)))
+    def layout_at(self, transformer: nn.Module, number: int) -> BlockLayout:
+        """How a block takes and returns the streams."""
+        ranges = zip(self.block_lists, self.block_ranges(transformer), strict=True)
+        return next(self.layout(name) for name, span in ranges if number in span)
 
-    def to_returned(self, streams: Streams) -> tuple:
+    @property
+    def img(self) -> str:
+        """The argument of a block that takes the image stream, or both as one."""
+        return self.layout(self.block_lists[0]).img
+
+    @property
+    def txt(self) -> str:
+        """The argument of a block that takes the text stream, where it has one."""
+        return self.layout(self.block_lists[0]).txt or "encoder_hidden_states"
+
+    @property
+    def returns(self) -> tuple[str, ...]:
+        """The streams that a block of the first list returns, in order."""
+        return self.layout(self.block_lists[0]).returns
+
+    def split(self, arguments: Mapping[str, Any]) -> tuple[Streams, dict[str, Any]]:
+        """A block's arguments as (streams, context), of the first list's kind."""
+        return self.parted(self.layout(self.block_lists[0]), arguments)
+
+    def parted(self, layout: BlockLayout, arguments: Mapping[str, Any]) -> tuple[Streams, dict[str, Any]]:
+        """The arguments of a block with that layout as (streams, context)."""
+        context = {name: value for name, value in arguments.items() if name not in (layout.img, layout.txt)}
+        return Streams(arguments[layout.img], arguments[layout.txt] if layout.txt else None), context
+
+    def join(self, streams: Streams, context: Mapping[str, Any], number: int | None = None) -> dict[str, Any]:
+        """The arguments of block `number`, which must be given where blocks are called with different arguments."""
+        if not isinstance(context, Context):
+            return {self.img: streams.img, self.txt: streams.txt, **context}
+        layout, own = context.of(number)
+        if layout.txt is None:
+            return {layout.img: streams.joined(), **own}
+        return {layout.img: streams.img, layout.txt: streams.txt, **own}
+
+    def from_returned(self, returned: Any, before: Streams | None = None) -> Streams:
+        """What a block returned as streams. `before`: those it was given, by which one stream is parted into two."""
+        if not isinstance(returned, torch.Tensor):
+            return Streams(**dict(zip(self.returns, returned, strict=True)))
+        if before is None or before.txt is None:
+            return Streams(returned, None)
+        text = before.txt.shape[1]
+        return Streams(returned[:, text:], returned[:, :text])
+
+    def to_returned(self, streams: Streams, like: Any = None) -> Any:
+        """Streams as a block returns them. `like`: what a block of the same kind returned; a tuple where not given."""
+        if isinstance(like, torch.Tensor):
+            return streams.joined()
         return tuple(getattr(streams, name) for name in self.returns)
+
+    def width(self, block: nn.Module) -> int:
+        """`d`, the width of the streams: what the first map of a block's attention reads."""
+        return next(p.shape[-1] for p in block.get_submodule(self.attention).parameters() if p.ndim == 2)
 
 
 _RECORDS: dict[str, ModelAdapter] = {}
@@ -211,9 +293,74 @@ def supported() -> list[str]:
     return sorted(_RECORDS)
 
 
+def records() -> list[ModelAdapter]:
+    """All records, by the name of their family."""
+    return sorted(_RECORDS.values(), key=lambda record: record.name.lower())
+
+
 def adapter_of(transformer: nn.Module | str) -> ModelAdapter:
     """The record of a transformer, or of a transformer's class name. Raises `UserError` where there is none."""
     name = transformer if isinstance(transformer, str) else type(transformer).__name__
     if name not in _RECORDS:
-        raise UserError(f"the transformer {name} is not supported; supported are {', '.join(supported())}")
+        nearest = difflib.get_close_matches(name, supported(), 1, 0.0)[0]
+        raise UserError(
+            f"the transformer {name} is not supported; the nearest supported one is {nearest}, and ppcl architectures "
+            "lists all"
+        )
     return _RECORDS[name]
+
+
+def check_record(transformer: nn.Module) -> None:
+    """Compare a transformer with its record, as far as ppcl relies on it; the weights are not read.
+
+    Raises `UserError`, in one sentence, where the installed diffusers has other attributes or arguments.
+    """
+    record = adapter_of(transformer)
+    for missing in _missing(record, transformer):
+        import diffusers
+
+        raise UserError(
+            f"the {record.transformer} of diffusers {diffusers.__version__} has no {missing}, on which ppcl relies; "
+            "install a version of diffusers that ppcl's requirements name"
+        )
+
+
+def _missing(record: ModelAdapter, transformer: nn.Module) -> Iterator[str]:
+    """What a record names and a transformer does not have, one phrase each."""
+    arguments = inspect.signature(class_of_transformer(record.transformer).forward).parameters
+    for name in (record.latents, record.timestep, *record.prompt_arguments, *record.shared_arguments):
+        if name not in arguments:
+            yield f"argument {name} of its forward"
+    for block_list, count in zip(record.block_lists, record.layer_counts, strict=True):
+        if not isinstance(getattr(transformer, block_list, None), nn.ModuleList):
+            yield f"list of blocks {block_list}"
+            return
+        if count not in getattr(transformer, "config", {count: 0}):
+            yield f"key {count} in its configuration"
+    for block_list, class_name in zip(record.block_lists, record.block_classes, strict=True):
+        layout, blocks = record.layout(block_list), getattr(transformer, block_list)
+        own = block_class(record.transformer, class_name)
+        if own is None or not all(isinstance(block, own) for block in blocks):
+            yield f"blocks of the class {class_name} in {block_list}"
+            return
+        for name in filter(None, (layout.img, layout.txt)):
+            if name not in layout.arguments:
+                yield f"argument {name} of the blocks in {block_list}"
+        for where in record.parts.get(block_list, {}).values() if len(blocks) else ():
+            for path in _paths(record, where):
+                if not _has(blocks[0], path):
+                    yield f"part {path} in the blocks of {block_list}"
+
+
+def _paths(record: ModelAdapter, where: Parts) -> tuple[str, ...]:
+    if isinstance(where, FusedParts):
+        return where.modulation, where.ffn_up, where.fused, *where.qkv
+    return where.modulation, where.norm1, where.norm2, *record.ffn_maps(where), where.out, *where.qkv
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

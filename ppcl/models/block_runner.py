@@ -8,45 +8,62 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ppcl.models.adapter import ModelAdapter, Streams, adapter_of
+from ppcl.models.block_layout import BlockLayout, Context
 
 
 class IdentityBlock(nn.Module):
     """A block that returns its input streams. It replaces a removed block, so the block lists keep their length.
 
-    `replaced`: that block. A ControlNet's residual is added behind it, unless the block drops the text stream.
+    `layout`: how blocks in that place take and return the streams. `replaced`: the block that stood there. A
+    ControlNet's residual is added behind the identity, unless the block drops the text stream.
     """
 
     # Read by the stock SD3 forward between blocks.
     context_pre_only = False
 
-    def __init__(self, adapter: ModelAdapter, replaced: nn.Module | None = None):
+    def __init__(self, adapter: ModelAdapter, layout: BlockLayout, replaced: nn.Module | None = None):
         super().__init__()
-        self.adapter = adapter
+        self.adapter, self.layout = adapter, layout
         self.context_pre_only = bool(getattr(replaced, "context_pre_only", False))
+        show_processor(self, replaced)
 
-    def forward(self, **arguments: Any) -> tuple:
-        return self.adapter.to_returned(self.adapter.split(arguments)[0])
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        return self.returned(self.streams_of(self.layout.named(arguments, named)))
+
+    def streams_of(self, arguments: dict[str, Any]) -> Streams:
+        return self.adapter.parted(self.layout, arguments)[0]
+
+    def returned(self, streams: Streams) -> Any:
+        return streams.joined() if self.layout.txt is None else self.adapter.to_returned(streams)
 
 
 class _Tap(IdentityBlock):
-    """Keeps the first block's input streams and context; returns `answer` in place of the streams if it is given."""
+    """Keeps the streams and the context that it is given; returns `answer` in place of the streams if it is given."""
 
     streams: Streams
     context: dict[str, Any]
 
-    def __init__(self, adapter: ModelAdapter, answer: Streams | None = None):
-        super().__init__(adapter)
+    def __init__(self, adapter: ModelAdapter, layout: BlockLayout, replaced: nn.Module, answer: Streams | None = None):
+        super().__init__(adapter, layout, replaced)
         self.answer = answer
 
-    def forward(self, **arguments: Any) -> tuple:
-        self.streams, self.context = self.adapter.split(arguments)
-        return self.adapter.to_returned(self.answer or self.streams)
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        self.streams, self.context = self.adapter.parted(self.layout, self.layout.named(arguments, named))
+        return self.returned(self.answer or self.streams)
+
+
+def show_processor(module: nn.Module, block: nn.Module | None) -> None:
+    """Let a module that stands for a block show the block's attention processor, which some stock forwards look at."""
+    processor = getattr(getattr(block, "attn", None), "processor", None)
+    if processor is not None and not hasattr(module, "attn"):
+        module.__dict__["attn"] = SimpleNamespace(processor=processor)
 
 
 def swap(transformer: nn.Module, entries: Mapping[int, nn.Module]) -> dict[int, nn.Module]:
@@ -73,35 +90,49 @@ def swapped(transformer: nn.Module, entries: Mapping[int, nn.Module]) -> Iterato
         swap(transformer, before)
 
 
-def _tapped(transformer: nn.Module, tap: _Tap) -> contextlib.AbstractContextManager:
-    adapter = tap.adapter
-    count = len(adapter.blocks(transformer))
-    through = IdentityBlock(adapter)
-    return swapped(transformer, {0: tap} | {block: through for block in range(1, count)})
-
-
 @torch.no_grad()
-def embed(transformer: nn.Module, inputs: Mapping[str, Any]) -> tuple[Streams, dict[str, Any]]:
+def embed(transformer: nn.Module, inputs: Mapping[str, Any]) -> tuple[Streams, Context]:
     """`X_0`, the streams before the first block, and the context: the other arguments of every block.
 
     `inputs`: arguments of the stock forward. No block needs to be loaded.
     """
-    tap = _Tap(adapter_of(transformer))
-    with _tapped(transformer, tap):
+    adapter = adapter_of(transformer)
+    layouts, blocks = _layouts(adapter, transformer), adapter.blocks(transformer)
+    taps = {number: _Tap(adapter, layout, blocks[number]) for number, layout in layouts.items()}
+    with swapped(transformer, taps):
         transformer(**inputs)
-    return tap.streams, tap.context
+    return taps[0].streams, Context({number: tap.context for number, tap in taps.items()}, layouts)
 
 
-def head(transformer: nn.Module, streams: Streams, inputs: Mapping[str, Any]) -> torch.Tensor:
+def head(transformer: nn.Module, streams: Streams, inputs: Mapping[str, Any]) -> Any:
     """The velocity that the stock head makes of the streams after the last block, shaped like the stock output."""
-    with _tapped(transformer, _Tap(adapter_of(transformer), streams)):
+    adapter = adapter_of(transformer)
+    layouts, blocks = _layouts(adapter, transformer), adapter.blocks(transformer)
+    # Only what the last block returns is used.
+    through = {number: IdentityBlock(adapter, layout, blocks[number]) for number, layout in layouts.items()}
+    last = max(layouts)
+    with swapped(transformer, through | {last: _Tap(adapter, layouts[last], blocks[last], streams)}):
         return transformer(**{**inputs, "return_dict": False})[0]
 
 
+def _layouts(adapter: ModelAdapter, transformer: nn.Module) -> dict[int, BlockLayout]:
+    """By block number."""
+    ranges = zip(adapter.block_lists, adapter.block_ranges(transformer), strict=True)
+    return {number: adapter.layout(name) for name, span in ranges for number in span}
+
+
 def run_blocks(
-    adapter: ModelAdapter, blocks: Iterable[nn.Module], streams: Streams, context: Mapping[str, Any]
+    adapter: ModelAdapter,
+    blocks: Iterable[nn.Module],
+    streams: Streams,
+    context: Mapping[str, Any],
+    first: int | None = None,
 ) -> Streams:
-    """Run some blocks alone: with those of `u..v`, `X_{u-1}` becomes `X_v`."""
-    for block in blocks:
-        streams = adapter.from_returned(block(**adapter.join(streams, context)))
+    """Run some blocks alone: with those of `u..v`, `X_{u-1}` becomes `X_v`.
+
+    `first`: the number of the first of them, which may be left out where a model calls all its blocks alike.
+    """
+    for index, block in enumerate(blocks):
+        number = None if first is None else first + index
+        streams = adapter.from_returned(block(**adapter.join(streams, context, number)), streams)
     return streams

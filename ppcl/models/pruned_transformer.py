@@ -106,10 +106,15 @@ class _ShapedBlock(nn.Module):
         return list(inspect.signature(self.stock.forward).parameters)[1:]
 
     def _stock(self, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The streams that the stock forward makes, by name."""
-        return dict(zip(self.pruned["returns"], super().forward(**arguments), strict=True))
+        """The streams that the stock forward makes, by name; `img` alone where text and image are one stream."""
+        returned = super().forward(**arguments)
+        return (
+            {"img": returned} if torch.is_tensor(returned) else dict(zip(self.pruned["returns"], returned, strict=True))
+        )
 
-    def _returned(self, streams: Mapping[str, torch.Tensor]) -> tuple:
+    def _returned(self, streams: Mapping[str, torch.Tensor]) -> Any:
+        if "txt" not in streams:
+            return streams["img"]
         return tuple(streams[name] for name in self.pruned["returns"])
 
 
@@ -118,7 +123,7 @@ class AffineBlock(_ShapedBlock):
 
     affine: nn.ModuleDict
 
-    def forward(self, *arguments: Any, **named: Any) -> tuple:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
         streams = self._stock(self._arguments(arguments, named))
         return self._returned({n: x + self.affine[n](x) if n in self.affine else x for n, x in streams.items()})
 

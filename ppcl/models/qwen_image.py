@@ -1,4 +1,17 @@
+"""Qwen-Image, and Qwen-Image-Edit, whose transformer of the same class is given the edited image's tokens too."""
+
+from __future__ import annotations
+
+from typing import Any
+
 from ppcl.models.adapter import IMG_QKV, TXT_QKV, BlockParts, ModelAdapter, register
+from ppcl.models.example_inputs import latents_and_text
+
+
+def _example(config: Any, samples: int, grid: tuple[int, int], text: int) -> dict[str, Any]:
+    call = latents_and_text(config, samples, grid, text, packed=True)
+    return call | {"img_shapes": [[(1, *grid)]] * samples, "encoder_hidden_states_mask": None}
+
 
 QWEN_IMAGE = register(
     ModelAdapter(
@@ -6,6 +19,7 @@ QWEN_IMAGE = register(
         transformer="QwenImageTransformer2DModel",
         pipelines=("QwenImagePipeline",),
         block_lists=("transformer_blocks",),
+        block_classes=("QwenImageTransformerBlock",),
         layer_counts=("num_layers",),
         parts={
             "transformer_blocks": {
@@ -18,6 +32,7 @@ QWEN_IMAGE = register(
         shared_arguments=("img_shapes", "guidance"),
         encoded=("encoder_hidden_states", "encoder_hidden_states_mask"),
         timestep_scale=1.0,
+        example=_example,
         guidance_keeps_norm=True,
     )
 )

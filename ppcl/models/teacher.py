@@ -16,7 +16,7 @@ from torch import nn
 
 from ppcl.config.location import Location, LocationLike
 from ppcl.errors import UserError
-from ppcl.models import IdentityBlock, ModelAdapter, adapter_of, swap
+from ppcl.models import IdentityBlock, ModelAdapter, adapter_of, check_record, swap
 from ppcl.models.pipeline_files import INDEX, WEIGHTS, PipelineFiles, open_weights
 from ppcl.models.schedulers import check_scheduler, few_step_note
 from ppcl.models.weight_checks import TRANSFORMER, check_names, check_unquantised, not_finite
@@ -262,11 +262,16 @@ class Teacher:
         return few_step_note(self.place, self.files.pipeline_index, self.config(), scheduler, steps)
 
     def empty_transformer(self) -> ModelMixin:
-        """The transformer with all its parameters on the meta device: structure without memory."""
+        """The transformer with all its parameters on the meta device: structure without memory.
+
+        Raises `UserError` where it does not have what its record names.
+        """
         import diffusers
 
         with init_empty_weights():
-            return getattr(diffusers, self.adapter.transformer).from_config(self.config()).eval()
+            model = getattr(diffusers, self.adapter.transformer).from_config(self.config()).eval()
+        check_record(model)
+        return model
 
     def transformer(
         self,
@@ -290,8 +295,9 @@ class Teacher:
         count = len(self.adapter.blocks(model))
         keep = set(range(count)) if keep is None else set(keep)
         dropped = [self._prefix(model, block) for block in range(count) if block not in keep]
-        through = IdentityBlock(self.adapter)
-        swap(model, {block: through for block in range(count) if block not in keep})
+        blocks = self.adapter.blocks(model)
+        layouts = {block: self.adapter.layout_at(model, block) for block in range(count) if block not in keep}
+        swap(model, {b: IdentityBlock(self.adapter, layout, blocks[b]) for b, layout in layouts.items()})
         waiting = _BlocksToPrepare(
             {self._prefix(model, number): block for number, block in enumerate(self.adapter.blocks(model))}
             if prepare

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ppcl.config import plan_syntax
-from ppcl.models import FusedParts, IdentityBlock, ModelAdapter, Streams
+from ppcl.models import FusedParts, IdentityBlock, ModelAdapter, Streams, run_blocks, show_processor
 from ppcl.models.fused_output import separate_output
 from ppcl.replacements.pruned_ffn import hidden_units, kept_parameters
 from ppcl.replacements.replacement import Assembly, BlockRun, Replacement, TeacherStructure
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class StudentBlock(nn.Module):
-    """Called exactly as a block is: keyword arguments in, the streams as the adapter returns them out.
+    """Called exactly as a block is, and returns what a block does.
 
     `block`: of the same kind as the teacher's block `source`. `affine`: by stream, a residual map `x + W x + b` behind
     the block, the closed-form start of a student; empty for the paper's start, with which it ends as a stock block.
@@ -48,15 +48,17 @@ class StudentBlock(nn.Module):
         self.source = source
         self.block = block
         self.affine = nn.ModuleDict(affine or {})
+        show_processor(self, block)
 
-    def forward(self, **arguments: Any) -> tuple:
-        streams = self.adapter.from_returned(self.block(**arguments))
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        returned = self.block(*arguments, **named)
+        streams = self.adapter.from_returned(returned)
         mapped = {name: x + self.affine[name](x) for name, x in streams._asdict().items() if name in self.affine}
-        return self.adapter.to_returned(streams._replace(**mapped))
+        return self.adapter.to_returned(streams._replace(**mapped), returned)
 
-    def streams(self, streams: Streams, context: dict[str, Any]) -> Streams:
+    def streams(self, streams: Streams, context: Mapping[str, Any]) -> Streams:
         """The same on streams: `(X_{u-1}, context)` to the student's `X_v`."""
-        return self.adapter.from_returned(self(**self.adapter.join(streams, context)))
+        return run_blocks(self.adapter, [self], streams, context, self.interval.first)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Interval(BlockRun[StudentBlock]):
         """
         structure = variant.structure
         for number in self.blocks[1:]:
-            variant.standing[number] = IdentityBlock(structure.adapter, structure.blocks[number])
+            layout = structure.adapter.layout_at(structure.transformer, number)
+            variant.standing[number] = IdentityBlock(structure.adapter, layout, structure.blocks[number])
         variant.standing[self.first] = module
 
     def exported(self, module: StudentBlock, block: int, structure: TeacherStructure) -> dict[str, Any]:

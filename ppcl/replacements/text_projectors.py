@@ -84,8 +84,8 @@ class RunStart(_InRun):
         self.recorder = _TextInputRecorder(block.get_submodule(adapter.attention), adapter.txt)
         self.block = view(block, {adapter.attention: self.recorder})
 
-    def forward(self, **arguments: Any) -> tuple:
-        streams = self.adapter.from_returned(self.block(**arguments))
+    def forward(self, *arguments: Any, **named: Any) -> tuple:
+        streams = self.adapter.from_returned(self.block(*arguments, **named))
         txt = torch.cat([streams.require_txt(), self.recorder.take()], dim=-1)
         return self.adapter.to_returned(streams._replace(txt=txt))
 
@@ -103,8 +103,8 @@ class RunBlock(_InRun):
         if last and projectors.h is not None:
             self.h = projectors.h
 
-    def forward(self, **arguments: Any) -> tuple:
-        streams, context = self.adapter.split(arguments)
+    def forward(self, *arguments: Any, **named: Any) -> tuple:
+        streams, context = self.adapter.split(self.adapter.layout(self.adapter.block_lists[0]).named(arguments, named))
         h, z = streams.require_txt().chunk(2, dim=-1)
         made = self.adapter.from_returned(self.block(**self.adapter.join(Streams(streams.img, z), context)))
         txt = self.projectors.after(h) if self.last else streams.txt

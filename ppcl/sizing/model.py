@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ppcl.errors import UserError
-from ppcl.models import FusedParts, ModelAdapter, Streams, adapter_of, embed
+from ppcl.models import Context, FusedParts, ModelAdapter, Streams, adapter_of, embed
 from ppcl.models.block_view import linear_at
 from ppcl.models.teacher import Teacher
 from ppcl.replacements.parameter_counts import ffn_parameters
@@ -171,7 +171,7 @@ class Model:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = getattr(diffusers, transformer).from_config(config).eval()
             blocks = adapter.blocks(model)
-            calls = [_call(adapter, model.config, samples, grid, text_tokens) for samples in (1, 2)]
+            calls = [adapter.example(model.config, samples, grid, text_tokens) for samples in (1, 2)]
             with _counter() as rest:
                 one = _at_blocks(model, adapter, calls[0], dtype)
             two = _at_blocks(model, adapter, calls[1], dtype)
@@ -181,7 +181,8 @@ class Model:
             for number, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
                 if kind not in alike:
                     sums = _sums_flops(adapter, model, number, one[0])
-                    alike[kind] = (block_memory(adapter, block, one, two), *_flops(adapter, block, *one), sums)
+                    memory = block_memory(adapter, block, number, one, two)
+                    alike[kind] = (memory, *_flops(adapter, block, number, *one), sums)
             sizes, width = tuple(map(_count, blocks)), one[0].img.shape[-1]
             return cls(
                 name=name,
@@ -205,30 +206,32 @@ class Model:
             )
 
 
-# The streams and the other arguments of a block.
-BlockInputs = tuple[Streams, dict[str, Any]]
+# The streams before the first block, and the other arguments of all.
+BlockInputs = tuple[Streams, Context]
 
 
 def _at_blocks(model: nn.Module, adapter: ModelAdapter, call: dict[str, Any], dtype: torch.dtype) -> BlockInputs:
     """What the first block is given."""
     streams, context = embed(model, call)
-    return Streams(*(_cast(x, dtype) for x in streams)), {name: _cast(value, dtype) for name, value in context.items()}
+    return Streams(*(_cast(x, dtype) for x in streams)), context.mapped(lambda value: _cast(value, dtype))
 
 
-def block_memory(adapter: ModelAdapter, block: nn.Module, one: BlockInputs, two: BlockInputs) -> BlockMemory:
+def block_memory(
+    adapter: ModelAdapter, block: nn.Module, number: int, one: BlockInputs, two: BlockInputs
+) -> BlockMemory:
     """Measure what running a block takes, from its inputs for one sample and for two."""
 
     def through(measure: Callable[[BlockInputs], int]) -> SampleBytes:
         return SampleBytes.through(measure(one), measure(two))
 
     return BlockMemory(
-        forward=through(lambda inputs: _forward_peak(adapter, block, inputs)),
-        saved=through(lambda inputs: saved_for_backward(adapter, block, inputs, trained=True)),
-        frozen=through(lambda inputs: saved_for_backward(adapter, block, inputs, trained=False)),
+        forward=through(lambda inputs: _forward_peak(adapter, block, number, inputs)),
+        saved=through(lambda inputs: saved_for_backward(adapter, block, number, inputs, trained=True)),
+        frozen=through(lambda inputs: saved_for_backward(adapter, block, number, inputs, trained=False)),
     )
 
 
-def saved_for_backward(adapter: ModelAdapter, block: nn.Module, inputs: BlockInputs, trained: bool) -> int:
+def saved_for_backward(adapter: ModelAdapter, block: nn.Module, number: int, inputs: BlockInputs, trained: bool) -> int:
     """Bytes that autograd keeps of a block's forward, without its parameters and what all blocks share.
 
     `trained`: a student's, whose float32 parameters have a gradient; else the streams alone have one.
@@ -237,7 +240,7 @@ def saved_for_backward(adapter: ModelAdapter, block: nn.Module, inputs: BlockInp
     parameters: dict[str, torch.Tensor] = (
         dict(block.named_parameters()) if trained else _frozen_parameters(block, streams.img.dtype)
     )
-    shared = [*parameters.values(), *tree_leaves(context)]
+    shared = [*parameters.values(), *tree_leaves(context.of(number)[1])]
     others = {x.untyped_storage()._cdata for x in shared if torch.is_tensor(x)}
     kept: dict[int, int] = {}
     held: list[Any] = []  # else the address of a freed storage could be used again
@@ -253,18 +256,19 @@ def saved_for_backward(adapter: ModelAdapter, block: nn.Module, inputs: BlockInp
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=streams.img.dtype is torch.bfloat16),
     ):
-        given = adapter.join(streams if trained else _with_gradient(streams), context)
+        given = adapter.join(streams if trained else _with_gradient(streams), context, number)
         held.append(functional_call(block, parameters, kwargs=given))
     return sum(kept.values())
 
 
-def _forward_peak(adapter: ModelAdapter, block: nn.Module, inputs: BlockInputs) -> int:
+def _forward_peak(adapter: ModelAdapter, block: nn.Module, number: int, inputs: BlockInputs) -> int:
     """The most bytes alive at once in a block's forward without gradients, beside its parameters and inputs."""
     parameters = _frozen_parameters(block, inputs[0].img.dtype)
     with torch.no_grad(), PeakMemory() as memory:
-        memory.hold(parameters, inputs)
+        given = adapter.join(*inputs, number)
+        memory.hold(parameters, given)
         before = memory.now
-        kept = functional_call(block, parameters, kwargs=adapter.join(*inputs))  # noqa: F841 - alive at the peak
+        kept = functional_call(block, parameters, kwargs=given)  # noqa: F841 - alive at the peak
         return memory.peak - before
 
 
@@ -313,10 +317,10 @@ def _counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=attention)
 
 
-def _flops(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: dict[str, Any]) -> tuple[int, int]:
+def _flops(adapter: ModelAdapter, block: nn.Module, number: int, streams: Streams, context: Context) -> tuple[int, int]:
     """Of one forward of a block in training, and of forward and backward."""
     with _counter() as counter, torch.autocast("cpu", torch.bfloat16, enabled=streams.img.dtype is torch.bfloat16):
-        output = adapter.from_returned(block(**adapter.join(streams, context)))
+        output = adapter.from_returned(block(**adapter.join(streams, context, number)))
         forward = counter.get_total_flops()
         torch.stack([stream.float().sum() for stream in output if stream is not None]).sum().backward()
     for p in block.parameters():
@@ -326,32 +330,10 @@ def _flops(adapter: ModelAdapter, block: nn.Module, streams: Streams, context: d
 
 def _sums_flops(adapter: ModelAdapter, model: nn.Module, number: int, streams: Streams) -> int:
     """Operations of `X^T X` and `X^T Y` of a block's streams and FFN inputs; see `ppcl.detection.fit_probes`."""
-    tokens = {name: x.shape[1] for name, x in streams._asdict().items()}
+    tokens = {name: x.shape[1] for name, x in streams._asdict().items() if x is not None}
     parts = adapter.parts_of(model, number, adapter.blocks(model)[number])
     fitted = [*tokens, *(stream for stream, where in parts.items() if not isinstance(where, FusedParts))]
     return sum(4 * tokens[name] * streams.img.shape[-1] ** 2 for name in fitted)
-
-
-def _call(adapter: ModelAdapter, config: Any, samples: int, grid: tuple[int, int], text: int) -> dict[str, Any]:
-    """Arguments of the stock forward for images of `grid` tokens, rows and columns."""
-    rows, columns = grid
-    call: dict[str, Any] = {
-        "timestep": torch.empty(samples),
-        "encoder_hidden_states": torch.empty(samples, text, config.joint_attention_dim),
-    }
-    if adapter.packed_latents:
-        call["hidden_states"] = torch.empty(samples, rows * columns, config.in_channels)
-    else:
-        call["hidden_states"] = torch.empty(samples, config.in_channels, 2 * rows, 2 * columns)
-    if "pooled_projections" in adapter.prompt_arguments:
-        call["pooled_projections"] = torch.empty(samples, config.pooled_projection_dim)
-    if "img_shapes" in adapter.shared_arguments:
-        call |= {"img_shapes": [[(1, rows, columns)]] * samples, "encoder_hidden_states_mask": None}
-    if "img_ids" in adapter.shared_arguments:
-        call |= {"img_ids": torch.empty(rows * columns, 3), "txt_ids": torch.empty(text, 3)}
-    if config.get("guidance_embeds"):
-        call["guidance"] = torch.empty(samples)
-    return call
 
 
 def _bytes(call: dict[str, Any], names: Iterable[str], dtype: torch.dtype) -> int:

@@ -51,6 +51,11 @@ class CapturedActivations:
             mask = F.pad(self.text_mask, (0, x.shape[1] - self.text_mask.shape[1]), value=True)
         return (x[mask] if mask is not None else x.flatten(0, 1)).float()
 
+    def all_tokens(self, streams: Streams) -> torch.Tensor:
+        """The tokens `(n, d)` of both streams that are not padding, those of the text first, float32."""
+        named = (("txt", streams.txt), ("img", streams.img))
+        return torch.cat([self.tokens(x, name) for name, x in named if x is not None])
+
 
 @dataclass(frozen=True)
 class CaptureSpec:

@@ -215,7 +215,7 @@ def _count_all(
         while number < stop:
             before, here = streams, first.get(number)
             end = here.plain.interval.last + 1 if here else number + 1
-            streams = run_blocks(adapter, blocks[number:end], before, context)
+            streams = run_blocks(adapter, blocks[number:end], before, context, number)
             if here:
                 _count(structure, here, captured, before, streams)
             number = end
@@ -228,10 +228,12 @@ def _count(
     adapter, interval, context = structure.adapter, student.plain.interval, captured.context
     of_block, updated = _run(student.updated, before, context)
     _, plain = _run(student.plain, before, context)
-    teacher = run_blocks(adapter, structure.blocks[interval.first : interval.last + 1], before, context)
+    own = structure.blocks[interval.first : interval.last + 1]
+    teacher = run_blocks(adapter, own, before, context, interval.first)
+    one_stream = adapter.layout_at(structure.transformer, interval.first).txt is None
 
     def tokens(streams: Streams, name: str) -> torch.Tensor:
-        return captured.tokens(getattr(streams, name), name)
+        return captured.all_tokens(streams) if one_stream else captured.tokens(getattr(streams, name), name)
 
     for name, moments in student.moments.items():
         wanted = tokens(changed, name) - tokens(teacher, name)
@@ -241,14 +243,14 @@ def _count(
 
 def _run(student: StudentBlock, streams: Streams, context: Mapping[str, Any]) -> tuple[Streams, Streams]:
     """What the student's block makes of its input, and what the student makes of that."""
-    returned: list[tuple] = []
+    returned: list[Any] = []
 
-    def keep(module: nn.Module, arguments: tuple, output: tuple) -> None:
+    def keep(module: nn.Module, arguments: tuple, output: Any) -> None:
         returned.append(output)
 
     handle = student.block.register_forward_hook(keep)
     try:
-        made = student.streams(streams, dict(context))
+        made = student.streams(streams, context)
     finally:
         handle.remove()
-    return student.adapter.from_returned(returned[0]), made
+    return student.adapter.from_returned(returned[0], streams), made

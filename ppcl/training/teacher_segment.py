@@ -60,7 +60,7 @@ class TeacherSegment:
             captured.boundaries[self.range.start] = streams
         with self.listening(captured, wanted):
             for number, block in self.blocks.items():
-                streams = run_blocks(self.adapter, [block], streams, context)
+                streams = run_blocks(self.adapter, [block], streams, context, number)
                 if number + 1 in wanted.boundaries:
                     captured.boundaries[number + 1] = streams
         pipeline_stage.send(streams)
@@ -83,7 +83,7 @@ class TeacherSegment:
         with self.listening(captured, wanted):
             for number in range(self.range.start - 1, self.range.stop):
                 if number in self.blocks:
-                    streams = run_blocks(self.adapter, [self.blocks[number]], streams, context)
+                    streams = run_blocks(self.adapter, [self.blocks[number]], streams, context, number)
                 if number + 1 == self.range.stop:
                     pipeline_stage.send(streams)
                 if number + 1 in wanted.boundaries:

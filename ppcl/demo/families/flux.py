@@ -16,7 +16,7 @@ from ppcl.demo.train_vae import Z_DIM
 
 class Flux(Family):
     def __init__(self, vae: Path, seed: int):
-        self.transformer = FluxTransformer2DModel(
+        model = self.transformer = FluxTransformer2DModel(
             patch_size=1,
             in_channels=4 * Z_DIM,
             num_layers=4,
@@ -28,9 +28,9 @@ class Flux(Family):
             guidance_embeds=True,
             axes_dims_rope=(8, 8, 8),
         )
-        double, single = self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
+        double, single = self.transformer.transformer_blocks, model.single_transformer_blocks
         zero([norm.linear for block in double for norm in (block.norm1, block.norm1_context)])
-        zero([*(block.norm.linear for block in single), self.transformer.proj_out])
+        zero([*(block.norm.linear for block in single), model.proj_out])
         tokenizer, tokenizer_2 = text_encoders.clip_tokenizer(), text_encoders.t5_tokenizer()
         self.pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),

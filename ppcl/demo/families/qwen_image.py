@@ -20,7 +20,7 @@ from ppcl.demo.train_vae import Z_DIM
 
 class QwenImage(Family):
     def __init__(self, vae: Path, seed: int):
-        self.transformer = QwenImageTransformer2DModel(
+        model = self.transformer = QwenImageTransformer2DModel(
             patch_size=2,
             in_channels=4 * Z_DIM,
             out_channels=Z_DIM,
@@ -32,7 +32,7 @@ class QwenImage(Family):
         )
         blocks = self.transformer.transformer_blocks
         zero([modulation[1] for block in blocks for modulation in (block.img_mod, block.txt_mod)])
-        zero([self.transformer.proj_out])
+        zero([model.proj_out])
         tokenizer = text.new_tokenizer()
         self.pipeline = QwenImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),

@@ -16,7 +16,7 @@ from ppcl.demo.train_vae import Z_DIM
 
 class SD3(Family):
     def __init__(self, vae: Path, seed: int):
-        self.transformer = SD3Transformer2DModel(
+        model = self.transformer = SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
             in_channels=Z_DIM,
@@ -33,7 +33,7 @@ class SD3(Family):
         )
         blocks = self.transformer.transformer_blocks
         zero([norm.linear for block in blocks for norm in (block.norm1, block.norm1_context)])
-        zero([self.transformer.proj_out])
+        zero([model.proj_out])
         tokenizer = text_encoders.clip_tokenizer()
         tokenizer_3 = text_encoders.t5_tokenizer()
         one, two = (text_encoders.clip(tokenizer, WIDTH // 2, projected=True, seed=seed + n) for n in (0, 1))

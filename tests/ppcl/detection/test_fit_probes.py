@@ -195,9 +195,9 @@ def test_one_boundary_is_in_memory_at_a_time(teacher_folder, tmp_path, monkeypat
     alive, most = [], 0
     original = module.run_blocks
 
-    def watched(adapter, blocks, streams, context):
+    def watched(adapter, blocks, streams, context, first):
         nonlocal most
-        made = original(adapter, blocks, streams, context)
+        made = original(adapter, blocks, streams, context, first)
         alive.append(weakref.ref(made.img))
         gc.collect()
         most = max(most, sum(ref() is not None for ref in alive))

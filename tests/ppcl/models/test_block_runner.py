@@ -83,6 +83,8 @@ def test_flux_has_one_span_a_block_list():
     assert adapter_of(model).block_ranges(model) == [range(0, 3), range(3, 7)]
 
 
-def test_an_unsupported_transformer_is_named_with_the_supported_ones():
-    with pytest.raises(UserError, match="Linear is not supported; supported are FluxT.*QwenImageT.*SD3T"):
+def test_an_unsupported_transformer_is_named_with_the_nearest_supported_one():
+    with pytest.raises(UserError, match="Linear is not supported; the nearest supported one is .*ppcl architectures"):
         adapter_of(nn.Linear(1, 1))
+    with pytest.raises(UserError, match="nearest supported one is WanTransformer3DModel"):
+        adapter_of("WanVACETransformer3DModel")

@@ -66,7 +66,7 @@ def test_an_unsupported_transformer_is_named(folder):
     index = json.loads((folder / "model_index.json").read_text())
     index["transformer"][1] = "PixArtTransformer2DModel"
     (folder / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="PixArtTransformer2DModel is not supported; supported are"):
+    with pytest.raises(UserError, match="PixArtTransformer2DModel is not supported; the nearest supported one is"):
         Teacher(folder)
 
 

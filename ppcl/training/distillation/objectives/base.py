@@ -118,7 +118,7 @@ class TeacherBlocks:
 
     def width(self, number: int) -> int:
         """`d`, the width of the streams."""
-        return next(p.shape[-1] for p in self.blocks[number].parameters() if p.ndim == 2)
+        return self.adapter.width(self.blocks[number])
 
 
 class DistillationObjective(ABC):

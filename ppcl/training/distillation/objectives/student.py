@@ -46,10 +46,12 @@ class StudentObjective(LeastSquaresObjective):
             replaced = self.pruned.module.replaced_parts(teacher.adapter, block, teacher.parts(source))
             for path, module in replaced.items():
                 block.set_submodule(path, module)
+        # Blocks that take text and image tokens as one stream have one map for all of them.
+        self.one_stream = teacher.adapter.layout_at(teacher.transformer, first).txt is None
         affine = {}
         if settings.init == "affine":
             drops_text = getattr(teacher.blocks[last], "context_pre_only", False)
-            streams = [name for name in Streams._fields if name == "img" or not drops_text]
+            streams = [name for name in Streams._fields if name == "img" or not (drops_text or self.one_stream)]
             affine = {name: affine_map(teacher.width(source)) for name in streams}
         self.module = StudentBlock(teacher.adapter, replacement, source, block, affine)
         self.capture = CaptureSpec(frozenset({first, last + 1}))
@@ -85,8 +87,11 @@ class StudentObjective(LeastSquaresObjective):
             return
         before, after = captured.boundaries[self.replacement.first + 1], captured.boundaries[self.replacement.last + 1]
         for name in self.module.affine:
-            x = captured.tokens(getattr(before, name), name)
-            yield name, x, captured.tokens(getattr(after, name), name) - x
+            x, y = (
+                captured.all_tokens(streams) if self.one_stream else captured.tokens(getattr(streams, name), name)
+                for streams in (before, after)
+            )
+            yield name, x, y - x
 
     def losses(self, captured: CapturedActivations, loss_of: Loss) -> dict[str, LossTerm]:
         output = self.module.streams(captured.boundaries[self.replacement.first], captured.context)

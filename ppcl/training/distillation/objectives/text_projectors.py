@@ -52,7 +52,7 @@ class TextProjectorsObjective(LeastSquaresObjective):
         for number in self.replacement.blocks[1:]:
             # The teacher's own image stream goes into every block of the run.
             streams = Streams(captured.boundaries[number].img, torch.cat([h, z], -1))
-            output = run_blocks(self.adapter, [self.standing[number]], streams, captured.context)
+            output = run_blocks(self.adapter, [self.standing[number]], streams, captured.context, number)
             parts[f"img_{number:02d}"] = loss_of(output.img, captured.boundaries[number + 1].img, None)
             parts[f"z_{number:02d}"] = relative(self.module.z_map(number)(z), captured.text_inputs[number], mask)
         if self.module.h is not None:
