@@ -18,7 +18,7 @@ from ppcl.replacements import KINDS, Interval, LinearFfn, PrunedFfn, PrunedHeads
 from ppcl.result import Result
 from tests import tiny
 from tests.one_process import stages_in_this_process
-from tests.ppcl.models.test_pipeline_files import as_hub_cache
+from tests.teacher_folders import as_hub_cache
 
 ARGUMENTS = {
     "flux": {"guidance_scale": 2.5, "max_sequence_length": 12},

@@ -11,7 +11,7 @@ from ppcl.config.schema import Sampling
 from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from tests import tiny
-from tests.ppcl.models.test_pipeline_files import set_index
+from tests.teacher_folders import set_index
 
 MAKERS = {"qwen": tiny.qwen_pipeline, "flux": tiny.flux_pipeline, "sd3": tiny.sd3_pipeline}
 SIZES = {"qwen": (32, 32), "flux": (16, 16), "sd3": (16, 16)}

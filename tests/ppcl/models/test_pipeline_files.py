@@ -1,7 +1,6 @@
 """Folders of pipelines as people have them: each is the same teacher, or is refused in one sentence."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -13,6 +12,7 @@ from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.models.weight_checks import check_weights
 from tests import tiny
+from tests.teacher_folders import as_hub_cache, set_index, upload_all
 
 MAKERS = {"Qwen-Image": tiny.qwen_pipeline, "FLUX.1": tiny.flux_pipeline, "SD3": tiny.sd3_pipeline}
 
@@ -94,18 +94,6 @@ def test_components_of_different_variants_are_refused(folder):
         Teacher(folder)
 
 
-def as_hub_cache(folder, cache):
-    """As the hub's client keeps a repository: files are links to blobs named by their hash."""
-    (cache / "blobs").mkdir(parents=True)
-    snapshot = cache / "snapshots" / "0123abc"
-    for number, path in enumerate(sorted(p for p in folder.rglob("*") if p.is_file())):
-        blob, link = cache / "blobs" / f"{number:040x}", snapshot / path.relative_to(folder)
-        shutil.copyfile(path, blob)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-    return snapshot
-
-
 def test_files_that_are_links_are_the_teacher_and_are_hashed_by_what_they_lead_to(folder, tmp_path):
     snapshot = as_hub_cache(folder, tmp_path / "models--a--b")
     linked, plain = Teacher(snapshot), Teacher(folder)
@@ -171,12 +159,6 @@ def test_what_lies_beside_the_components_is_no_part_of_the_teacher(folder):
     assert again.sha256() == plain.sha256() and again.part_hashes() == plain.part_hashes()
     assert {n: v for n, v in again.versions().items() if "flax" not in n} == versions
     check_weights(again.files)
-
-
-def upload_all(folder, store):
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            store.upload(path, str(path.relative_to(folder)))
 
 
 def test_of_a_bucket_only_what_is_loaded_is_read(folder, store, s3):
@@ -252,11 +234,6 @@ def test_gguf_files_are_refused_as_such(folder, tmp_path):
     with pytest.raises(UserError, match="flux1-Q4.gguf is a file; point to the folder of a diffusers pipeline"):
         (tmp_path / "flux1-Q4.gguf").write_bytes(b"GGUF")
         Teacher(tmp_path / "flux1-Q4.gguf")
-
-
-def set_index(folder, **values):
-    path = folder / "model_index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def test_a_pipeline_without_its_optional_components_is_whole(originals, tmp_path):

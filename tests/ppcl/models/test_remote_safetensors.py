@@ -6,12 +6,7 @@ import torch
 from ppcl.errors import UserError
 from ppcl.models.remote_safetensors import RemoteWeights
 from ppcl.models.teacher import Teacher
-
-
-def upload_all(folder, store):
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            store.upload(path, str(path.relative_to(folder)))
+from tests.teacher_folders import upload_all
 
 
 def test_a_rank_reads_the_ranges_of_its_own_blocks_and_no_weight_else(store, s3, teacher_folder):

@@ -11,6 +11,7 @@ from ppcl.errors import UserError
 from ppcl.models.teacher import Teacher
 from ppcl.models.weight_checks import check_weights
 from tests import tiny
+from tests.teacher_folders import upload_all
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -217,9 +218,7 @@ def test_a_file_at_which_diffusers_fails_beside_a_variant_is_refused(folder):
 
 def test_weights_of_a_bucket_are_refused_from_their_headers_alone(folder, store, s3):
     change(folder / ENCODER, lambda tensors: tensors.pop("model.norm.weight"))
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            store.upload(path, str(path.relative_to(folder)))
+    upload_all(folder, store)
     s3.requests.clear()
     with pytest.raises(UserError, match="s3://.*text_encoder lacks 1 weights of a .*norm.weight; get a complete copy"):
         check_weights(Teacher(store.url).files)
@@ -229,9 +228,7 @@ def test_weights_of_a_bucket_are_refused_from_their_headers_alone(folder, store,
 
 
 def test_an_object_that_was_cut_off_is_refused(folder, store):
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            store.upload(path, str(path.relative_to(folder)))
+    upload_all(folder, store)
     store.write(VAE, (folder / VAE).read_bytes()[:-8])
     with pytest.raises(UserError, match=f"{VAE} cannot be read as safetensors .it has .* bytes, and its header"):
         check_weights(Teacher(store.url).files)
