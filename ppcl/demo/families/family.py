@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,12 @@ class Family(ABC):
         return {name: value[captions] for name, value in self.encoded.items()}
 
 
-def zero(maps: Iterable[nn.Module]) -> None:
-    """Linear maps whose outputs start at zero.
+def zero(model: nn.Module, modulations: tuple[str, ...]) -> None:
+    """Start the head and the modulations, whose names end so, at zero.
 
     adaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748): with modulations of zero a block starts as the identity.
     """
-    for linear in maps:
-        for parameter in linear.parameters():
-            nn.init.zeros_(parameter)
+    for name, linear in model.named_modules():
+        if name == "proj_out" or name.endswith(modulations):
+            for parameter in linear.parameters():
+                nn.init.zeros_(parameter)

@@ -28,9 +28,7 @@ class Flux(Family):
             guidance_embeds=True,
             axes_dims_rope=(8, 8, 8),
         )
-        double, single = self.transformer.transformer_blocks, model.single_transformer_blocks
-        zero([norm.linear for block in double for norm in (block.norm1, block.norm1_context)])
-        zero([*(block.norm.linear for block in single), model.proj_out])
+        zero(model, ("norm1.linear", "norm1_context.linear", "norm.linear"))
         tokenizer, tokenizer_2 = text_encoders.clip_tokenizer(), text_encoders.t5_tokenizer()
         self.pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),

@@ -30,9 +30,7 @@ class QwenImage(Family):
             joint_attention_dim=text.WIDTH,
             axes_dims_rope=(8, 8, 8),
         )
-        blocks = self.transformer.transformer_blocks
-        zero([modulation[1] for block in blocks for modulation in (block.img_mod, block.txt_mod)])
-        zero([model.proj_out])
+        zero(model, ("img_mod.1", "txt_mod.1"))
         tokenizer = text.new_tokenizer()
         self.pipeline = QwenImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
