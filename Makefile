@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo demo-full test test-unit lint types docs faults clean
+.PHONY: setup demo demo-full demo-flux demo-sd3 test test-unit lint types docs faults clean
 
 setup: $(VENV)/.ready
 
@@ -22,6 +22,10 @@ demo: setup
 # The same with fine-tuning in full, into runs/demo-full.
 demo-full: setup
 	$(BIN)/ppcl compress demo/demo-full.yaml
+
+# The small trained FLUX.1 and Stable Diffusion 3.5, into runs/flux and runs/sd3.
+demo-flux demo-sd3: demo-%: setup
+	$(BIN)/ppcl compress demo/$*.yaml
 
 # Two processes: files of tests go to them whole, since what is costly is shared within a file, and in the order of
 # tests/conftest.py, which has the longest first.
