@@ -166,13 +166,13 @@ def qwen_pipeline(folder: Path, blocks: int = 6, seed: int = 0) -> Path:
     return folder
 
 
-def _autoencoder() -> AutoencoderKL:
-    """Four latent channels, factor 2."""
+def _autoencoder(channels: int = 4) -> AutoencoderKL:
+    """`channels` latent ones, factor 2."""
     torch.manual_seed(0)
     return AutoencoderKL(
         block_out_channels=(4, 4),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=2,
         sample_size=16,
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -182,18 +182,18 @@ def _autoencoder() -> AutoencoderKL:
     ).eval()
 
 
-def _clip(width: int, projected: bool, seed: int) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """A CLIP text encoder of one layer over single letters."""
+def _clip(width: int, projected: bool, seed: int, length: int = 16) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """A CLIP text encoder over single letters, which takes `length` of them."""
     letters = [f"{chr(97 + i)}{end}" for i in range(26) for end in ("", "</w>")]
     vocabulary = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=16)
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=length)
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=16,
+        max_position_embeddings=length,
         projection_dim=width,
         bos_token_id=len(letters),
         eos_token_id=len(letters) + 1,

@@ -112,8 +112,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_HEADS,
         **_TWO_LISTS,
         **_ROPE,
-        "in_channels": 16,
-        "joint_attention_dim": 24,
+        "in_channels": 64,
+        "joint_attention_dim": 32,
         "pooled_projection_dim": 24,
     },
     "Lumina2Transformer2DModel": {

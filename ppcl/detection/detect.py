@@ -45,6 +45,12 @@ def finite_tokens(probes_folder: Path, blocks: int, stream: str) -> torch.Tensor
     return finite
 
 
+def streams_of(probes_folder: Path) -> tuple[str, ...]:
+    """The teacher's streams: the image's alone where all blocks take text and image tokens as one."""
+    there = load_file(tokens_file(probes_folder, 1))
+    return tuple(name for name in STREAMS if name in there)
+
+
 def text_runs(table: Table, block_ranges: list[range], similarity: float) -> list[TextRun]:
     """From the first block on, the longest runs whose last text stream is that similar to their first one."""
     runs = []
@@ -150,15 +156,21 @@ def similarity_tables(
     block, see `ppcl.detection.fit_probes.ffn_error`. `tokens`: those compared, `left_out`: those that were not finite,
     of each stream. `tell(done, total)` counts rows of tables, which `run` computes on `device`.
     """
-    blocks = block_ranges[-1].stop
-    finite = {name: finite_tokens(probes_folder, blocks, name) for name in STREAMS}
+    blocks, streams = block_ranges[-1].stop, streams_of(probes_folder)
+    if settings.stream not in (*streams, "mean"):
+        raise UserError(
+            "detection.stream is txt, but this teacher's blocks have one stream for text and image; set img"
+        )
+    with_text = width.text and "txt" in streams
+    finite = {name: finite_tokens(probes_folder, blocks, name) for name in streams}
     tokens = {name: _bounded(rows, settings.tokens) for name, rows in finite.items()}
     kinds = [False, True] if settings.compare_standardized else [settings.standardize]
-    requests = [_TableRequest(surrogate_rows, name, kind) for kind in kinds for name in STREAMS]
-    if width.text:
+    requests = [_TableRequest(surrogate_rows, name, kind) for kind in kinds for name in streams]
+    if with_text:
         requests.append(_TableRequest(stream_rows, "txt"))
     computed = _Tables(probes_folder, blocks, tokens, device).compute(requests, run, tell)
-    tables = {kind: _with_mean(dict(zip(STREAMS, computed[2 * i : 2 * i + 2]))) for i, kind in enumerate(kinds)}
+    each = len(streams)
+    tables = {kind: _with_mean(dict(zip(streams, computed[each * i :]))) for i, kind in enumerate(kinds)}
     used, standard_errors = tables[settings.standardize]
     delta = differences(used[settings.stream])
     errors = {block: ffn_error(probe_file(probes_folder, block)) for block in range(blocks)}
@@ -174,7 +186,7 @@ def similarity_tables(
         "cka_error": standard_errors,
         "delta": delta,
         "first_difference": [[i.first, i.last] for i in first_difference(delta, block_ranges) if i.removed],
-        "text_map": computed[-1][0] if width.text else None,
+        "text_map": computed[-1][0] if with_text else None,
         "ffn_errors": {block: error for block, error in errors.items() if error is not None},
     }
 
@@ -216,7 +228,7 @@ def detection_record(
         *(PrunedFfn(block, kept) for block in prunable for kept in units),
         *(PrunedHeads(block, kept) for block in prunable for kept in heads),
     ]
-    low_rank = [LowRankModulation()] if width.low_rank_modulations else []
+    low_rank = [LowRankModulation()] if width.low_rank_modulations and prunable else []
     plan = [*intervals, *sorted(runs, key=sort_key), *map(LinearFfn, sorted(ffns)), *pruned, *low_rank]
     return {
         **tables,
@@ -264,20 +276,20 @@ def _with_mean(tables: Mapping[str, tuple[Table, Table]]) -> tuple[dict[str, Tab
     """The values and the standard errors by stream, and those of the mean of both."""
     values = {name: table for name, (table, _) in tables.items()}
     errors = {name: table for name, (_, table) in tables.items()}
-    values["mean"] = [[_mean(a, b) for a, b in zip(*rows)] for rows in zip(values["img"], values["txt"])]
-    errors["mean"] = [[_mean_error(a, b) for a, b in zip(*rows)] for rows in zip(errors["img"], errors["txt"])]
+    values["mean"] = [[_mean(cells) for cells in zip(*rows)] for rows in zip(*values.values())]
+    errors["mean"] = [[_mean_error(cells) for cells in zip(*rows)] for rows in zip(*errors.values())]
     return values, errors
 
 
-def _mean_error(a: float | None, b: float | None) -> float | None:
-    """Of the mean of two streams, whose tokens are not the same ones."""
-    there = [x for x in (a, b) if x is not None]
+def _mean_error(cells: Iterable[float | None]) -> float | None:
+    """Of the mean of the streams, whose tokens are not the same ones."""
+    there = [x for x in cells if x is not None]
     return sum(x * x for x in there) ** 0.5 / len(there) if there else None
 
 
-def _mean(a: float | None, b: float | None) -> float | None:
+def _mean(cells: Iterable[float | None]) -> float | None:
     """Of the streams that are there: a last block may have no text."""
-    there = [x for x in (a, b) if x is not None]
+    there = [x for x in cells if x is not None]
     return sum(there) / len(there) if there else None
 
 

@@ -45,7 +45,7 @@ QWEN_IMAGE_21 = register(
         encoded=("encoder_hidden_states", "encoder_hidden_states_mask", "img_mask"),
         timestep_scale=1.0,
         example=_qwen_example,
-        notes=_NO_WIDTH,
+        notes=_NO_WIDTH | {"QwenImage21Pipeline": "it cannot be built without the files of its processor"},
     )
 )
 

@@ -17,7 +17,7 @@ QWEN_IMAGE = register(
     ModelAdapter(
         name="Qwen-Image",
         transformer="QwenImageTransformer2DModel",
-        pipelines=("QwenImagePipeline",),
+        pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
         block_lists=("transformer_blocks",),
         block_classes=("QwenImageTransformerBlock",),
         layer_counts=("num_layers",),

@@ -289,7 +289,7 @@ def assumed_plan(config: Config, model: Model, interval: int) -> list[Replacemen
     linear = [LinearFfn(block) for block in alone[: width.linear_ffns]]
     pruned = [PrunedFfn(block, percent) for block in blocks for percent in sorted(set(width.ffn_keep_percents))]
     heads = [PrunedHeads(block, percent) for block in blocks for percent in sorted(set(width.head_keep_percents))]
-    low_rank = [LowRankModulation()] if width.low_rank_modulations else []
+    low_rank = [LowRankModulation()] if width.low_rank_modulations and blocks else []
     return [*depth, *runs, *linear, *pruned, *heads, *low_rank]
 
 
