@@ -27,6 +27,7 @@ from ppcl.config.plan_defaults import INTERVAL
 from ppcl.config.schema import Config
 from ppcl.errors import UserError, cannot_write
 from ppcl.evaluation.suites import configured_prompts
+from ppcl.models import check_calibration
 from ppcl.models.teacher import Teacher
 from ppcl.models.weight_checks import check_weights
 from ppcl.report import write_report
@@ -63,6 +64,7 @@ class Job:
             )
         configured_prompts(config)  # refuses a suite that cannot be read
         self.teacher = Teacher(config.teacher, known.get("teacher_hashes"))
+        check_calibration(self.teacher.adapter, self.teacher.pipeline_class)
         check_weights(self.teacher.files)
         check_sampling(self.teacher, config.sampling)
         check_variants(config.variants, self.teacher.adapter.block_ranges(self.teacher.empty_transformer()))

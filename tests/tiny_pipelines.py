@@ -121,7 +121,7 @@ def _wan() -> Any:
 
 
 def _klein() -> Any:
-    encoder = _language_model(Qwen3Config, Qwen3ForCausalLM, width=8)
+    encoder = _language_model(Qwen3Config, Qwen3ForCausalLM, width=8, layers=28)
     parts = _parts("Flux2Transformer2DModel", text_encoder=encoder, tokenizer=_tokenizer(), vae=_flux2_vae())
     return diffusers.Flux2KleinPipeline(**parts, is_distilled=True)
 
@@ -216,11 +216,9 @@ def _hunyuan_image() -> Any:
 
 
 def _longcat() -> Any:
-    parts = _parts(
-        "LongCatImageTransformer2DModel", tokenizer=_tokenizer(), text_processor=None, vae=tiny._autoencoder(16)
-    )
-    encoder = text.new_text_encoder(len(_tokenizer()), 0, width=32)
-    return diffusers.LongCatImagePipeline(**parts, text_encoder=encoder)
+    encoder, vae = text.new_text_encoder(len(_tokenizer()), 0, width=32), tiny._autoencoder(16)
+    parts = _parts("LongCatImageTransformer2DModel", tokenizer=_tokenizer(), text_encoder=encoder, vae=vae)
+    return diffusers.LongCatImagePipeline(**parts, text_processor=None)
 
 
 def _embedded(pipeline: str, transformer: str, vae: Any, *without: str) -> Any:
@@ -233,6 +231,7 @@ def _embeds(*shape: int, name: str = "prompt_embeds") -> dict[str, Any]:
 
 
 _MASK = {"prompt_embeds_mask": torch.ones(1, 6, dtype=torch.bool)}
+_QWEN_TEXT = ("text_encoder", "tokenizer", "processor")
 _TWO = {"height": 16, "width": 16, "num_inference_steps": 2}
 _IMAGE = {"height": 16, "width": 16, "num_inference_steps": 2, "max_sequence_length": 8}
 # By pipeline: what makes it, and the arguments of a call beside the prompt.
@@ -241,7 +240,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "BriaPipeline": (lambda: _t5_of("BriaPipeline", "BriaTransformer2DModel"), _IMAGE),
     "ChromaPipeline": (lambda: _t5_of("ChromaPipeline", "ChromaTransformer2DModel"), _IMAGE),
     "CogView4Pipeline": (_cogview4, {**_IMAGE, "guidance_scale": 1.0}),
-    "Flux2KleinPipeline": (_klein, {**_IMAGE, "text_encoder_out_layers": (0, 1, 2)}),
+    "Flux2KleinPipeline": (_klein, _IMAGE),
     "Flux2Pipeline": (
         lambda: _embedded("Flux2Pipeline", "Flux2Transformer2DModel", _flux2_vae(), "text_encoder", "tokenizer"),
         {**_TWO, **_embeds(6, WIDTH)},

@@ -62,10 +62,12 @@ def encode(
     # The stock call skips no layers of a negative prompt.
     if "clip_skip" in accepted and not negative:
         arguments["clip_skip"] = sampling.arguments.get("clip_skip")
+    if "max_sequence_length" in accepted:
+        arguments["max_sequence_length"] = longest_prompt(type(pipeline), sampling)
+    if (layers := sampling.arguments.get("text_encoder_out_layers")) is not None:
+        arguments["text_encoder_out_layers"] = tuple(layers)
     with _configured(pipeline, transformer_config):
-        returned = pipeline.encode_prompt(
-            prompt=texts, **arguments, max_sequence_length=longest_prompt(type(pipeline), sampling)
-        )
+        returned = pipeline.encode_prompt(prompt=texts, **arguments)
     named = {name: value for name, value in zip(adapter.encoded, returned, strict=True) if name}
     mask = named.pop(adapter.text_mask, None) if adapter.text_mask else None
     embeddings = [{name: value[row].cpu() for name, value in named.items()} for row in range(len(texts))]

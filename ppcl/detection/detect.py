@@ -158,9 +158,7 @@ def similarity_tables(
     """
     blocks, streams = block_ranges[-1].stop, streams_of(probes_folder)
     if settings.stream not in (*streams, "mean"):
-        raise UserError(
-            "detection.stream is txt, but this teacher's blocks have one stream for text and image; set img"
-        )
+        raise UserError("detection.stream is txt, but this teacher has one stream for text and image; set img")
     with_text = width.text and "txt" in streams
     finite = {name: finite_tokens(probes_folder, blocks, name) for name in streams}
     tokens = {name: _bounded(rows, settings.tokens) for name, rows in finite.items()}

@@ -99,6 +99,9 @@ IMG_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 TXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
 
+# A reason for `uncalibrated`.
+NEEDS_MASK = "ppcl does not give its call the mask of the prompts, which it requires"
+
 # `example(config, samples, grid, text_tokens)`: arguments of the stock forward for images of `grid` tokens, rows and
 # columns. Floating-point tensors are not set; all others have values that a pipeline could give.
 Example = Callable[[Any, int, tuple[int, int], int], dict[str, Any]]
@@ -134,7 +137,8 @@ class ModelAdapter:
     - `temb`: the argument of a block from which a SiLU and a linear map compute its modulations.
     - `ffn_up`, `ffn_down`: paths in an FFN of its two linear maps, with the hidden units between them.
     - `example`: makes arguments of the transformer's forward from its configuration, see `Example`.
-    - `notes`: by what ppcl cannot do with the family (a width, `calibration`, `plan`, `export`), why not.
+    - `uncalibrated`: by pipeline that ppcl cannot record samples and prompts of, why not: such a teacher has no job.
+    - `notes`: by what of the family is not supported or not tested (`width`, `export`, a pipeline's class), why not.
     """
 
     name: str
@@ -150,6 +154,7 @@ class ModelAdapter:
     timestep_scale: float
     example: Example
     layouts: Mapping[str, BlockLayout] = field(default_factory=dict)
+    uncalibrated: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     text_mask: str | None = None
     attention: str = "attn"
@@ -308,6 +313,15 @@ def adapter_of(transformer: nn.Module | str) -> ModelAdapter:
             "lists all"
         )
     return _RECORDS[name]
+
+
+def check_calibration(record: ModelAdapter, pipeline: str) -> None:
+    """Raise `UserError` where a job's calibration cannot record samples of a pipeline's class."""
+    if reason := record.uncalibrated.get(pipeline):
+        raise UserError(
+            f"a job cannot calibrate a {pipeline}: {reason}; the library's replacements and switching work with it, "
+            "see ppcl architectures"
+        )
 
 
 def check_record(transformer: nn.Module) -> None:

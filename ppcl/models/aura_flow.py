@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ppcl.models.adapter import ModelAdapter, register
+from ppcl.models.adapter import NEEDS_MASK, ModelAdapter, register
 from ppcl.models.block_layout import ONE_STREAM, BlockLayout
 from ppcl.models.example_inputs import latents_and_text
 
@@ -30,6 +30,7 @@ AURA_FLOW = register(
         packed_latents=False,
         guidance_argument="guidance_scale",
         example=_example,
+        uncalibrated={"AuraFlowPipeline": NEEDS_MASK},
         notes={"width": "the FFNs are gated, and have no residual of their own"},
     )
 )

@@ -32,6 +32,9 @@ COGVIEW4 = register(
         packed_latents=False,
         guidance_argument="guidance_scale",
         example=_example,
+        uncalibrated={
+            "CogView4Pipeline": "its calls have sizes of images by sample, which recorded samples do not keep"
+        },
         notes={"width": "both streams share one FFN and one modulation"},
     )
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ppcl.models.adapter import IMG_QKV, TXT_QKV, BlockParts, FusedParts, ModelAdapter, register
+from ppcl.models.adapter import IMG_QKV, NEEDS_MASK, TXT_QKV, BlockParts, FusedParts, ModelAdapter, register
 from ppcl.models.block_layout import ONE_STREAM, BlockLayout
 from ppcl.models.example_inputs import flux_like
 
@@ -93,6 +93,7 @@ LONGCAT_IMAGE = register(
         encoded=("encoder_hidden_states", None),
         timestep_scale=1.0,
         guidance_argument="guidance_scale",
+        uncalibrated={"LongCatImagePipeline": "its call takes no embeddings in place of a prompt"},
         example=flux_like,
     )
 )
@@ -133,6 +134,7 @@ CHROMA = register(
         timestep_scale=1.0,
         guidance_argument="guidance_scale",
         example=_chroma_example,
+        uncalibrated={"ChromaPipeline": NEEDS_MASK},
         notes={
             "width": "the modulations are computed outside of the blocks",
             "export": "the stock class makes a block's modulation from its number and the number of all blocks",

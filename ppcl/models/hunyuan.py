@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ppcl.models.adapter import ModelAdapter, register
+from ppcl.models.adapter import NEEDS_MASK, ModelAdapter, register
 from ppcl.models.example_inputs import text_width
 from ppcl.models.flux import JOINT_PARTS
 
@@ -71,6 +71,7 @@ HUNYUAN_IMAGE = register(
         packed_latents=False,
         guidance_argument="distilled_guidance_scale",
         example=_image_example,
+        uncalibrated={"HunyuanImagePipeline": NEEDS_MASK},
     )
 )
 
@@ -89,5 +90,6 @@ HUNYUAN_VIDEO = register(
         timestep_scale=1000.0,
         packed_latents=False,
         example=_video_example,
+        uncalibrated={"HunyuanVideoPipeline": NEEDS_MASK},
     )
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ppcl.models.adapter import ModelAdapter, register
+from ppcl.models.adapter import NEEDS_MASK, ModelAdapter, register
 from ppcl.models.block_layout import ONE_STREAM, BlockLayout
 from ppcl.models.example_inputs import latents_and_text
 
@@ -45,6 +45,7 @@ LUMINA2 = register(
         packed_latents=False,
         guidance_argument="guidance_scale",
         example=_lumina_example,
+        uncalibrated={"Lumina2Pipeline": NEEDS_MASK},
         notes={"width": "the FFNs are gated, and norms stand behind attention and FFN"},
     )
 )
@@ -70,6 +71,7 @@ Z_IMAGE = register(
         packed_latents=False,
         guidance_argument="guidance_scale",
         example=_z_image_example,
+        uncalibrated={"ZImagePipeline": "its transformer takes and returns lists of latents"},
         notes={"width": "the FFNs are gated, and norms stand behind attention and FFN"},
     )
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ppcl.models.adapter import ModelAdapter, register
+from ppcl.models.adapter import NEEDS_MASK, ModelAdapter, register
 from ppcl.models.block_layout import ONE_STREAM
 from ppcl.models.example_inputs import latents_and_text
 
@@ -45,6 +45,7 @@ QWEN_IMAGE_21 = register(
         encoded=("encoder_hidden_states", "encoder_hidden_states_mask", "img_mask"),
         timestep_scale=1.0,
         example=_qwen_example,
+        uncalibrated={"QwenImage21Pipeline": "its call caches text between denoising steps"},
         notes=_NO_WIDTH | {"QwenImage21Pipeline": "it cannot be built without the files of its processor"},
     )
 )
@@ -65,6 +66,7 @@ KREA2 = register(
         timestep_scale=1.0,
         guidance_argument="guidance_scale",
         example=_krea_example,
+        uncalibrated={"Krea2Pipeline": NEEDS_MASK},
         notes=_NO_WIDTH,
     )
 )

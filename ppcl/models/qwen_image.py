@@ -34,5 +34,9 @@ QWEN_IMAGE = register(
         timestep_scale=1.0,
         example=_example,
         guidance_keeps_norm=True,
+        uncalibrated=dict.fromkeys(
+            ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+            "its prompts come with images",
+        ),
     )
 )

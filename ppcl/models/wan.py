@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ppcl.models.adapter import ModelAdapter, register
+from ppcl.models.adapter import NEEDS_MASK, ModelAdapter, register
 from ppcl.models.example_inputs import text_width
 
 
@@ -75,6 +75,7 @@ LTX = register(
         attention="attn1",
         guidance_argument="guidance_scale",
         example=_ltx_example,
+        uncalibrated={"LTXPipeline": NEEDS_MASK},
         notes=_NO_WIDTH,
     )
 )
