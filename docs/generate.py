@@ -1,4 +1,4 @@
-"""Write the generated pages: docs/configuration.md, docs/commands.md, and the tables of cluster/README.md.
+"""Write the generated pages: configuration, commands and architectures in docs, and the tables of cluster/README.md.
 
 They come from the configuration models, from the command line and from `ppcl plan`. Run `python docs/generate.py` after
 a change of one; `tests/docs/test_reference.py` and `tests/ppcl/sizing/test_table.py` compare.
@@ -22,6 +22,7 @@ from ppcl.config.loading import Section
 from ppcl.config.location import Location
 from ppcl.config.plan_defaults import BATCH, GPUS, INTERVAL, PROMPTS
 from ppcl.config.schema import Config
+from ppcl.models.architectures import COLUMNS, LEFT_OUT, architectures, cells
 from ppcl.sizing import Device, layouts
 from ppcl.sizing.fit import laid_out
 from ppcl.sizing.job import job_size
@@ -221,7 +222,36 @@ def _stages(name: str, gpus: int) -> tuple[list[str], list[list[str]]]:
     return list(JOB_COLUMNS), job_rows(worker_sizes(job_size(config, teacher, PROMPTS, INTERVAL, Device())))
 
 
-PAGES = {"configuration.md": configuration_page, "commands.md": commands_page}
+ARCHITECTURES = """# Architectures
+
+*Generated from the records in `ppcl/models` by `python docs/generate.py`. `ppcl architectures` prints the same, with
+`--json` for programs.*
+
+Every family below has depth: intervals of blocks become students, and blocks are removed. Widths need parts of blocks
+that a record names. `jobs` are the pipelines that `ppcl compress` can calibrate; with the others the library works
+alone. Tests use tiny random models of the family's own classes (`tests/ppcl/models/test_every_architecture.py`): they
+show that the parts fit together, and nothing of quality. What was measured with trained weights is in
+[results](results.md).
+
+"""
+
+
+def architectures_page() -> str:
+    """The page of all families."""
+    lines = [" | ".join(COLUMNS), " | ".join(["---"] * len(COLUMNS))]
+    for row in architectures():
+        family, transformer, *others = map(_cell, cells(row))
+        lines.append(" | ".join([family, f"`{transformer}`", *others]))
+    left_out = [f"- `{transformer}`: {why}.\n" for transformer, why in LEFT_OUT.items()]
+    table = "".join(f"| {line} |\n" for line in lines)
+    return f"{ARCHITECTURES}{table}\n## Left out {'{'} #left-out {'}'}\n\n{''.join(left_out)}"
+
+
+PAGES = {
+    "configuration.md": configuration_page,
+    "commands.md": commands_page,
+    "architectures.md": architectures_page,
+}
 
 
 def main() -> None:

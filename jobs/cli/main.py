@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from jobs.cli import cluster_jobs, compress, export, plan, results, suites
+from jobs.cli import architectures, cluster_jobs, compress, export, plan, results, suites
 from jobs.cli.shared import CommandStopped
 from ppcl import __version__
 from ppcl.errors import UserError, cannot_write
@@ -70,6 +70,7 @@ app.command()(cluster_jobs.logs)
 app.command()(cluster_jobs.stop)
 app.command("list")(cluster_jobs.list_jobs)
 app.command()(plan.plan)
+app.command()(architectures.architectures)
 app.command()(compress.config)
 
 

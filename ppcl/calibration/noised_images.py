@@ -37,6 +37,11 @@ def image_latents(pipeline: Any, adapter: ModelAdapter, images: Sequence[str], s
         [_open(path) for path in images], sampling.height, sampling.width, resize_mode="crop"
     ).to(vae.device, vae.dtype)
     config = vae.config
+    if hasattr(vae, "bn"):
+        raise UserError(
+            f"calibration.source is images, but the VAE of {type(pipeline).__name__} normalises latents in a way that "
+            "ppcl does not know; set calibration.source to trajectories"
+        )
     if getattr(config, "latents_mean", None) is not None:
         # The VAE of Qwen-Image is one of videos: an image is a clip of one frame, normalised by channel.
         latents = vae.encode(pixels[:, :, None]).latent_dist.mode()

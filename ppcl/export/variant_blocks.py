@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import nn
 
+from ppcl.errors import UserError
 from ppcl.lora import (
     AppliedLora,
     Coverage,
@@ -61,6 +62,8 @@ class VariantBlocks:
 
     def __init__(self, teacher: Teacher, files: Mapping[Replacement, Path], lora: AppliedLora | None = None):
         self.teacher, self.adapter, self.files, self.lora = teacher, teacher.adapter, dict(files), lora
+        if (why := self.adapter.notes.get("export")) and any(one.removed for one in self.files):
+            raise UserError(f"a {self.adapter.name} with fewer blocks cannot be exported: {why}; generate with ppcl")
         # By layer of the LoRA, the share of it that is part of what was read so far.
         self._merged: dict[str, float] = {}
         # The replacements of the block that was read last.

@@ -32,9 +32,7 @@ COGVIEW4 = register(
         packed_latents=False,
         guidance_argument="guidance_scale",
         example=_example,
-        uncalibrated={
-            "CogView4Pipeline": "its calls have sizes of images by sample, which recorded samples do not keep"
-        },
+        uncalibrated={"CogView4Pipeline": "its calls have sizes of images by sample, which are not recorded"},
         notes={"width": "both streams share one FFN and one modulation"},
     )
 )

@@ -55,6 +55,7 @@ WAN = register(
         packed_latents=False,
         guidance_argument="guidance_scale",
         example=_wan_example,
+        uncalibrated={"WanPipeline": "a job evaluates images, not videos"},
         notes=_NO_WIDTH,
     )
 )

@@ -21,7 +21,7 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "commands.md"])
+@pytest.mark.parametrize("name", ["configuration.md", "commands.md", "architectures.md"])
 def test_a_generated_page_is_up_to_date(generate: ModuleType, name: str) -> None:
     assert (DOCS / name).read_text() == generate.PAGES[name](), "run: python docs/generate.py"
 
