@@ -27,7 +27,10 @@ _PAPERS_STEPS = 1000
 def plan(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="qwen-image, flux.1-dev, sd3.5-large, or a pipeline's folder or URL; none: the three"),
+        typer.Argument(
+            help="a published model, such as flux.2-dev or z-image (an unknown name lists all), or a pipeline's folder "
+            "or URL; default: qwen-image, flux.1-dev and sd3.5-large, with --stages also the only names"
+        ),
     ] = None,
     gpus: Annotated[
         str | None,
@@ -65,7 +68,7 @@ def plan(
 
     By default the distillation on several numbers of GPUs; with --stages or --job every stage of a whole job.
     """
-    from ppcl.sizing import FORMULAS, layouts, published
+    from ppcl.sizing import FORMULAS, layouts, whole_pipelines
     from ppcl.sizing.memory import intervals
     from ppcl.sizing.model import model_of
     from ppcl.sizing.table import table
@@ -84,7 +87,7 @@ def plan(
     if prompts is not None:
         raise UserError("--prompts is for a whole job; add --stages")
     counts = _counts(gpus or _GPUS)
-    found = [model_of(name, height, width) for name in models or published()]
+    found = [model_of(name, height, width) for name in models or whole_pipelines()]
     if simulate:
         _simulate(found, counts, batch, grow, interval, rates, json_)
         return
@@ -187,7 +190,7 @@ def _jobs(
     from ppcl.config.schema import load_config
     from ppcl.sizing.fit import laid_out
     from ppcl.sizing.job import job_size
-    from ppcl.sizing.model import TeacherSize, published
+    from ppcl.sizing.model import TeacherSize, whole_pipelines
 
     if file is not None and models:
         raise UserError("give models or --job, not both: the job's file names its teacher")
@@ -202,7 +205,7 @@ def _jobs(
         config = load_config(file, overrides)
         configs.append((str(config.teacher), config))
     else:
-        for name in models or published():
+        for name in models or whole_pipelines():
             configs.append((name, default_config(overrides, options.size)))
     for name, config in configs:
         cpu = config.device == "cpu"

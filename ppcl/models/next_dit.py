@@ -46,7 +46,10 @@ LUMINA2 = register(
         guidance_argument="guidance_scale",
         example=_lumina_example,
         uncalibrated={"Lumina2Pipeline": NEEDS_MASK},
-        notes={"width": "the FFNs are gated, and norms stand behind attention and FFN"},
+        notes={
+            "width": "the FFNs are gated, and norms stand behind attention and FFN",
+            "plan": "its forward reads the values of its prompts' mask",
+        },
     )
 )
 

@@ -46,7 +46,11 @@ QWEN_IMAGE_21 = register(
         timestep_scale=1.0,
         example=_qwen_example,
         uncalibrated={"QwenImage21Pipeline": "its call caches text between denoising steps"},
-        notes=_NO_WIDTH | {"QwenImage21Pipeline": "it cannot be built without the files of its processor"},
+        notes=_NO_WIDTH
+        | {
+            "plan": "its forward reads the values of its images' mask",
+            "QwenImage21Pipeline": "it cannot be built without the files of its processor",
+        },
     )
 )
 

@@ -2,6 +2,6 @@
 
 from ppcl.sizing.device import Device
 from ppcl.sizing.memory import FORMULAS, Rank, layouts
-from ppcl.sizing.model import Model, published
+from ppcl.sizing.model import Model, published, whole_pipelines
 
-__all__ = ["FORMULAS", "Device", "Model", "Rank", "layouts", "published"]
+__all__ = ["FORMULAS", "Device", "Model", "Rank", "layouts", "published", "whole_pipelines"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -29,7 +29,7 @@ from ppcl.replacements.pruned_heads import HeadPaths, kept_heads, parameters_of_
 from ppcl.sizing.peak_memory import PeakMemory
 
 _TEXT_TOKENS = 512
-# Of the VAE 8, of the patches 2, in every published model.
+# Of the VAE 8, of the patches 2, where a published model does not say otherwise.
 PIXELS_A_TOKEN = 16
 
 
@@ -172,9 +172,15 @@ class Model:
             model = getattr(diffusers, transformer).from_config(config).eval()
             blocks = adapter.blocks(model)
             calls = [adapter.example(model.config, samples, grid, text_tokens) for samples in (1, 2)]
-            with _counter() as rest:
-                one = _at_blocks(model, adapter, calls[0], dtype)
-            two = _at_blocks(model, adapter, calls[1], dtype)
+            try:
+                with _counter() as rest:
+                    one = _at_blocks(model, adapter, calls[0], dtype)
+                two = _at_blocks(model, adapter, calls[1], dtype)
+            except DataDependentOutputException:
+                raise UserError(
+                    f"the size of a {adapter.name} cannot be computed without weights: its forward reads the values of "
+                    "its prompts' mask"
+                ) from None
             # Blocks of one list are alike, but for the last one of some and the first few of others.
             alike: dict[tuple, tuple[BlockMemory, int, int, int]] = {}
             kinds = [tuple((n, tuple(p.shape)) for n, p in block.named_parameters()) for block in blocks]
@@ -358,6 +364,11 @@ def published() -> dict[str, dict[str, Any]]:
     }
 
 
+def whole_pipelines() -> list[str]:
+    """The published models of which text encoders and VAE are known too, so that a whole job can be computed."""
+    return [name for name, record in published().items() if "components" in record]
+
+
 @dataclass(frozen=True)
 class TeacherSize:
     """A teacher as far as sizes depend on it: `model`, and of the rest of its pipeline the class and the parameters.
@@ -391,8 +402,12 @@ class TeacherSize:
     def named(cls, name: str, height: int, width: int, dtype: torch.dtype = torch.bfloat16) -> TeacherSize:
         """Of a published model, or of a pipeline's folder or URL. Raises `UserError`."""
         if record := published().get(name.lower()):
-            known = {key: value for key, value in record.items() if key not in ("components", "vae")}
-            model = Model.of(**known, height=height, width=width, dtype=dtype)
+            if "components" not in record:
+                raise UserError(
+                    f"of {name} only the transformer's size is known, not those of its text encoders and VAE; leave "
+                    f"out --stages, give the pipeline's folder, or name one of {', '.join(whole_pipelines())}"
+                )
+            model = _published_model(record, height, width, dtype)
             adapter = adapter_of(record["transformer"])
             return cls(model, adapter, adapter.pipelines[0], record["components"], record["vae"])
         try:
@@ -402,6 +417,13 @@ class TeacherSize:
         return cls.of(teacher, height, width, dtype)
 
 
+def _published_model(record: Mapping[str, Any], height: int, width: int, dtype: torch.dtype) -> Model:
+    known = {key: value for key, value in record.items() if key not in ("components", "vae")}
+    return Model.of(**known, height=height, width=width, dtype=dtype)
+
+
 def model_of(name: str, height: int, width: int) -> Model:
     """A published model, or that of a pipeline's folder or URL, in bfloat16. Raises `UserError`."""
+    if record := published().get(name.lower()):
+        return _published_model(record, height, width, torch.bfloat16)
     return TeacherSize.named(name, height, width).model
