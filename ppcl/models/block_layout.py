@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from torch import nn
+from torch.utils._pytree import register_pytree_node
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,17 @@ class Context(dict[str, Any]):
         made.update({name: function(value) for name, value in self.items()})
         made.own = {n: {name: function(value) for name, value in own.items()} for n, own in self.own.items()}
         return made
+
+
+def _unflattened(children: Any, layouts: Any) -> Context:
+    made = Context({}, layouts)
+    shared, made.own = children
+    made.update(shared)
+    return made
+
+
+# What walks through trees of tensors sees those of a context too: torch takes a subclass of a dictionary for a leaf.
+register_pytree_node(Context, lambda context: ([dict(context), context.own], context.layouts), _unflattened)
 
 
 @cache

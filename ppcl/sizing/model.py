@@ -246,7 +246,7 @@ def saved_for_backward(adapter: ModelAdapter, block: nn.Module, number: int, inp
     parameters: dict[str, torch.Tensor] = (
         dict(block.named_parameters()) if trained else _frozen_parameters(block, streams.img.dtype)
     )
-    shared = [*parameters.values(), *tree_leaves(context.of(number)[1])]
+    shared = [*parameters.values(), *tree_leaves(context)]
     others = {x.untyped_storage()._cdata for x in shared if torch.is_tensor(x)}
     kept: dict[int, int] = {}
     held: list[Any] = []  # else the address of a freed storage could be used again

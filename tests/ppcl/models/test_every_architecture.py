@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ppcl.config.schema import Distillation
 from ppcl.errors import UserError
@@ -352,3 +353,13 @@ def test_every_pipeline_that_generates_in_no_test_has_a_reason():
         for pipeline in record.pipelines:
             tested = pipeline in elsewhere or pipeline in tiny_pipelines.PIPELINES
             assert tested is not (pipeline in record.notes), pipeline
+
+
+@torch.no_grad()
+def test_a_context_is_a_tree_of_its_tensors(model):
+    _, context = embed(model, tiny_families.inputs(model))
+    tensors = [x for x in tree_leaves(context) if torch.is_tensor(x)]
+    everywhere = [context.of(number)[1] for number in range(len(adapter_of(model).blocks(model)))]
+    assert {id(x) for x in tensors} == {id(x) for x in tree_leaves(everywhere) if torch.is_tensor(x)}
+    doubled = tree_map(lambda x: 2 * x if torch.is_tensor(x) and x.is_floating_point() else x, context)
+    assert type(doubled) is type(context) and set(doubled) == set(context) and doubled.layouts == context.layouts
