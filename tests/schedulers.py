@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
@@ -52,5 +54,17 @@ CASES = {
     "dpm, no flow": Case(DPM, {}, (), "use_flow_sigmas: true and prediction_type: flow_prediction"),
     "euler without flow": Case("EulerDiscreteScheduler", {}, (), "is not known to sample flows"),
 }
+
+
+def with_scheduler(folder: Path, name: str) -> Path:
+    """A teacher's folder, with the scheduler of a case in place of its own."""
+    scheduler = CASES[name].scheduler()
+    scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"scheduler": ["diffusers", CASES[name].name]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
 WORKING = [(name, family) for name, case in CASES.items() for family in case.works]
 REFUSED = [(name, family) for name, case in CASES.items() for family in FAMILIES if family not in case.works]

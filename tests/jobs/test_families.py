@@ -11,13 +11,17 @@ from diffusers import StableDiffusion3Pipeline
 from rich.console import Console
 
 from jobs.pipeline import Job
+from ppcl.calibration.dataset import CalibrationSet
+from ppcl.calibration.schedules import Schedule
 from ppcl.config.schema import Config
 from ppcl.errors import UserError
 from ppcl.export import export_folder
+from ppcl.models.teacher import Teacher
 from ppcl.replacements import KINDS, Interval, LinearFfn, PrunedFfn, PrunedHeads, TunedBlock
 from ppcl.result import Result
 from tests import tiny
 from tests.one_process import stages_in_this_process
+from tests.schedulers import with_scheduler
 from tests.teacher_folders import as_hub_cache
 
 ARGUMENTS = {
@@ -81,6 +85,64 @@ def test_a_family_goes_through_every_stage(ray_cluster, tmp_path, family):
         assert image.size == (16, 16)
     for name, variant in result.variants.items():
         assert variant.parameters == sum(p.numel() for p in _running(result, name)), name
+
+
+def schnell(folder):
+    """As FLUX.1-schnell: no embedded guidance scale, a schedule without shift."""
+    tiny.flux_pipeline(folder, double=2, single=2)
+    path = folder / "transformer" / "config.json"
+    transformer = tiny.FluxTransformer2DModel.from_config(json.loads(path.read_text()) | {"guidance_embeds": False})
+    tiny.randomised(transformer, 0).save_pretrained(folder / "transformer")
+    return folder
+
+
+# A teacher, its family's arguments, and the evaluations of a trajectory of four steps, as shares of noise.
+FEW_STEPS = {
+    "flux": (schnell, [1.0, 0.75, 0.5, 0.25]),
+    "flux, unipc": (
+        lambda f: with_scheduler(tiny.flux_pipeline(f, double=2, single=2), "unipc"),
+        [0.999, 0.9, 0.75, 0.5],
+    ),
+    "sd3, heun": (
+        lambda f: with_scheduler(tiny.sd3_pipeline(f, blocks=4), "heun"),
+        [1.0, 0.8577, 0.8577, 0.6022, 0.6022, 0.0089, 0.0089],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FEW_STEPS)
+def test_a_job_goes_by_the_teachers_own_schedule(ray_cluster, tmp_path, case):
+    make, visited = FEW_STEPS[case]
+    teacher, family = make(tmp_path / "teacher"), case.split(",")[0]
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a {c}" for c in ("red", "green", "blue", "black", "white")))
+    config = Config(
+        teacher=teacher,
+        prompts=tmp_path / "prompts.txt",
+        output=tmp_path / "result",
+        device="cpu",
+        sampling={"steps": 4, "height": 16, "width": 16, "arguments": ARGUMENTS[family]},
+        calibration={"states_per_prompt": 8, "validation": 0.3},
+        detection={"method": "first_difference", "samples": 2},
+        width={"text_similarity": 0.2, "linear_ffns": 0, "ffn_keep_percents": []},
+        distillation={"steps": 2, "batch_size": 4, "warmup": 1},
+        finetuning={"steps": 6, "batch_size": 4, "warmup": 1, "rollout_share": 0.5, "measured_plans": 1},
+        variants={"budgets": [0.8]},
+        evaluation={"max_prompts": 2},
+    )
+    with stages_in_this_process():
+        Job(config, Console(file=io.StringIO())).run("cpu")
+    samples = CalibrationSet(tmp_path / "result" / "calibration")
+    shares = samples.batch(samples.ids("train"))["timestep"] / samples.adapter.timestep_scale
+    assert sorted(set(shares.tolist())) == pytest.approx(sorted(set(visited)), abs=1e-3)
+    schedule = Schedule.of_call(samples.call, samples.adapter)
+    assert schedule.timesteps == pytest.approx(visited, abs=1e-3) and len(schedule.sigmas) == len(visited) + 1
+    evaluation = json.loads((tmp_path / "result" / "evaluation" / "evaluation.json").read_text())
+    assert all(row["velocity_error"] is not None for row in evaluation["variants"].values())
+    # The result draws with the same scheduler.
+    pipeline = Result(tmp_path / "result").pipeline("all")
+    assert type(pipeline.scheduler) is type(Teacher(teacher).scheduler())
+    image = pipeline("a red", num_inference_steps=4, height=16, width=16, **ARGUMENTS[family]).images[0]
+    assert image.size == (16, 16)
 
 
 def test_one_plan_of_qwen_image_is_trained_in_full(ray_cluster, teacher_folder, tmp_path):

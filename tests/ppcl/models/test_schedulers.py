@@ -7,7 +7,7 @@ import pytest
 from ppcl.errors import UserError
 from ppcl.models.schedulers import SOLVERS, check_scheduler, few_step_note
 from ppcl.models.teacher import Teacher
-from tests.schedulers import CASES, PIPELINES, REFUSED, WORKING
+from tests.schedulers import CASES, PIPELINES, REFUSED, WORKING, with_scheduler
 from tests.tiny import flux_pipeline, qwen_pipeline, sd3_pipeline
 
 
@@ -44,15 +44,6 @@ def test_sigmas_of_the_configuration_are_refused_where_the_scheduler_takes_none(
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_that_is_taken_is_among_the_cases(solver):
     assert any(CASES[name].name == solver for name, _ in WORKING)
-
-
-def with_scheduler(folder, name):
-    """A teacher's folder with another scheduler."""
-    case = CASES[name]
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", case.name]}))
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(stored(case)))
-    return folder
 
 
 def test_a_teacher_with_such_a_scheduler_is_not_opened(tmp_path):
