@@ -51,7 +51,10 @@ class Limits(Section):
     body_bytes: int = Field(1024**2, ge=1024, description="bytes of a request's body")
     prompt_characters: int = Field(32_000, ge=1, description="characters of a prompt, and of a negative prompt")
     prompt_tokens: int = Field(
-        512, ge=1, description="tokens of a prompt, and of a negative prompt, counted by the pipeline's tokenizer"
+        512,
+        ge=1,
+        description="tokens of a prompt, and of a negative prompt, counted by the pipeline's tokenizer; the pipeline's "
+        "max_sequence_length limits them, too",
     )
     pixels: int = Field(2048 * 2048, ge=64, description="pixels of one image, width times height")
     aspect: float = Field(4.0, ge=1, description="an image's longer side over its shorter one")

@@ -13,14 +13,20 @@ from ppcl.config.sections.fields import OPERATIONAL, Pixels, Share
 class Sampling(Section):
     """Arguments of the pipeline's call in calibration and evaluation."""
 
-    steps: int = Field(20, ge=1, le=1000, description="denoising steps of a trajectory")
+    steps: int = Field(
+        20,
+        ge=1,
+        le=1000,
+        description="denoising steps of a trajectory; for a few-step teacher those it was distilled for, such as 4",
+    )
     height: Pixels = Field(
         1024, description="height of the images, pixels; a multiple of 8, of 16 for published models"
     )
     width: Pixels = Field(1024, description="width of the images, pixels; a multiple of 8, of 16 for published models")
     arguments: dict[str, Any] = Field(
         default_factory=dict,
-        description="further arguments of the pipeline's call, such as true_cfg_scale, negative_prompt, guidance_scale",
+        description="further arguments of the pipeline's call, such as true_cfg_scale, negative_prompt, guidance_scale "
+        "and sigmas; what is left out has the pipeline's default",
     )
 
 
@@ -32,7 +38,7 @@ class Calibration(Section):
     source: Literal["trajectories", "images"] = Field(
         "trajectories",
         description="trajectories: states of the teacher's own sampling trajectories (needs prompts only); "
-        "images: noised VAE latents of the images named in image_column",
+        "images: VAE latents of the images named in image_column, noised to the levels that sampling visits",
     )
     prompt_column: str = Field("prompt", description="column of the prompts in .jsonl, .csv and .parquet files")
     image_column: str = Field("image", description="column of the images: paths relative to the prompt file, or URLs")

@@ -141,6 +141,14 @@ GOOD = {"teacher": "models/t", "prompts": "p.txt"}
             "tracking.mlflow.uri holds a user or a password, which no configuration may; set MLFLOW_TRACKING_USERNAME",
         ),
         (GOOD, ["tracking.wandb.mode=later"], "tracking.wandb.mode is 'later': input should be 'online' or 'offline'"),
+        (
+            GOOD,
+            ["sampling.arguments={sigmas: [1.0, 0.5]}"],
+            "sampling.arguments.sigmas has 2 values, and sampling.steps is 20; set sampling.steps to 2",
+        ),
+        (GOOD, ["sampling.arguments={sigmas: [0.5, 1.0]}", "sampling.steps=2"], "give a falling list of numbers"),
+        (GOOD, ["sampling.arguments={sigmas: [1.0, 0.0]}", "sampling.steps=2"], "without the 0 at its end"),
+        (GOOD, ["sampling.arguments={sigmas: 3}"], "sampling.arguments.sigmas is 3; give a falling list"),
         (GOOD, ["seed=[1"], "not valid YAML"),
         ({"teacher": "t"}, [], "the key prompts is missing"),
         ("", [], "is not a mapping"),
@@ -195,6 +203,7 @@ def test_the_printed_defaults_are_the_defaults_and_every_key_is_described(tmp_pa
         ["finetuning.plan=mine", "variants.custom.mine=[[2, 4], 'text:5-7', modulations]"],
         ["finetuning.variants=[half, p90]", "variants.targets.half.speedup=1.5"],
         ["width.text=false", "sampling.height=24"],
+        ["sampling.arguments={sigmas: [1, 0.5]}", "sampling.steps=2"],
         ["tracking.mlflow={}", "tracking.wandb.project=shapes", "tracking.tensorboard=runs/tb"],
     ],
 )
