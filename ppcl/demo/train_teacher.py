@@ -7,9 +7,9 @@ The first teacher, a Qwen-Image of 16 blocks, learns from the world's scenes. FL
 from its velocities, which takes less steps, and have a VAE of their own kind with the same latents:
 
     python -m ppcl.demo.train_image_vae --like demo/teacher/vae --output demo/checkpoints/image_vae
-    python -m ppcl.demo.train_teacher --family flux --taught-by demo/teacher --guidance 1 3 \\
+    python -m ppcl.demo.train_teacher --family flux --taught-by demo/teacher --guidance 1 3 --steps 5000 \\
         --vae demo/checkpoints/image_vae --work demo/checkpoints/flux --output demo/flux
-    python -m ppcl.demo.train_teacher --family sd3 --taught-by demo/teacher --guidance 1.5 1.5 \\
+    python -m ppcl.demo.train_teacher --family sd3 --taught-by demo/teacher --guidance 1.5 1.5 --steps 5000 \\
         --vae demo/checkpoints/image_vae --work demo/checkpoints/sd3 --output demo/sd3
 
 The run writes a checkpoint every few minutes and the same command continues from it.
