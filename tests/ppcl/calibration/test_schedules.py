@@ -267,7 +267,10 @@ def test_an_argument_or_a_guidance_scale_that_is_wrong_is_refused_without_a_weig
     ):
         check_sampling(teacher, Sampling(height=32, width=48))
     distilled = SimpleNamespace(
-        pipeline_class="QwenImagePipeline", config=lambda: {"guidance_embeds": True}, pixels_a_token=lambda: 16
+        pipeline_class="QwenImagePipeline",
+        config=lambda: {"guidance_embeds": True},
+        pixels_a_token=lambda: 16,
+        largest_side=lambda: None,
     )
     with pytest.raises(UserError, match="set sampling.arguments.guidance_scale"):
         check_sampling(distilled, Sampling())
