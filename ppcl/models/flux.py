@@ -14,8 +14,10 @@ from ppcl.models.adapter import IMG_QKV, NEEDS_MASK, TXT_QKV, BlockParts, FusedP
 from ppcl.models.block_layout import ONE_STREAM, BlockLayout
 from ppcl.models.example_inputs import flux_like
 
-_LISTS = ("transformer_blocks", "single_transformer_blocks")
-_COUNTS = ("num_layers", "num_single_layers")
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
+LAYER_COUNTS = ("num_layers", "num_single_layers")
+# A block that adds its attention and its FFN by one projection.
+_SINGLE_PARTS = {"img": FusedParts("norm.linear", "proj_mlp", "proj_out", IMG_QKV)}
 # Of blocks whose norms are `AdaLayerNormZero`, whose FFNs are not gated, and whose attention adds the text's maps.
 JOINT_PARTS = {
     "img": BlockParts("norm1.linear", "norm1.norm", "norm2", "ff", "attn.to_out.0", IMG_QKV),
@@ -43,13 +45,10 @@ FLUX = register(
         name="FLUX.1",
         transformer="FluxTransformer2DModel",
         pipelines=("FluxPipeline",),
-        block_lists=_LISTS,
+        block_lists=BLOCK_LISTS,
         block_classes=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
-        layer_counts=_COUNTS,
-        parts={
-            "transformer_blocks": JOINT_PARTS,
-            "single_transformer_blocks": {"img": FusedParts("norm.linear", "proj_mlp", "proj_out", IMG_QKV)},
-        },
+        layer_counts=LAYER_COUNTS,
+        parts={"transformer_blocks": JOINT_PARTS, "single_transformer_blocks": _SINGLE_PARTS},
         prompt_arguments=("encoder_hidden_states", "pooled_projections"),
         shared_arguments=("img_ids", "txt_ids", "guidance"),
         encoded=("encoder_hidden_states", "pooled_projections", None),
@@ -63,12 +62,12 @@ BRIA = register(
         name="Bria 3.2",
         transformer="BriaTransformer2DModel",
         pipelines=("BriaPipeline",),
-        block_lists=_LISTS,
+        block_lists=BLOCK_LISTS,
         block_classes=("BriaTransformerBlock", "BriaSingleTransformerBlock"),
         # Diffusers' registry says that the blocks return the image stream alone.
         layouts={"transformer_blocks": BlockLayout(), "single_transformer_blocks": BlockLayout()},
-        layer_counts=_COUNTS,
-        parts={"transformer_blocks": JOINT_PARTS},
+        layer_counts=LAYER_COUNTS,
+        parts={"transformer_blocks": JOINT_PARTS, "single_transformer_blocks": _SINGLE_PARTS},
         prompt_arguments=("encoder_hidden_states",),
         shared_arguments=("img_ids", "txt_ids", "guidance"),
         encoded=("encoder_hidden_states", None, None),
@@ -83,11 +82,11 @@ LONGCAT_IMAGE = register(
         name="LongCat-Image",
         transformer="LongCatImageTransformer2DModel",
         pipelines=("LongCatImagePipeline",),
-        block_lists=_LISTS,
+        block_lists=BLOCK_LISTS,
         block_classes=("LongCatImageTransformerBlock", "LongCatImageSingleTransformerBlock"),
         layouts={"transformer_blocks": BlockLayout(), "single_transformer_blocks": BlockLayout()},
-        layer_counts=_COUNTS,
-        parts={"transformer_blocks": JOINT_PARTS},
+        layer_counts=LAYER_COUNTS,
+        parts={"transformer_blocks": JOINT_PARTS, "single_transformer_blocks": _SINGLE_PARTS},
         prompt_arguments=("encoder_hidden_states",),
         shared_arguments=("img_ids", "txt_ids", "guidance"),
         encoded=("encoder_hidden_states", None),
@@ -103,10 +102,10 @@ OVIS_IMAGE = register(
         name="Ovis-Image",
         transformer="OvisImageTransformer2DModel",
         pipelines=("OvisImagePipeline",),
-        block_lists=_LISTS,
+        block_lists=BLOCK_LISTS,
         block_classes=("OvisImageTransformerBlock", "OvisImageSingleTransformerBlock"),
         layouts={"transformer_blocks": BlockLayout(), "single_transformer_blocks": BlockLayout()},
-        layer_counts=_COUNTS,
+        layer_counts=LAYER_COUNTS,
         parts={},
         prompt_arguments=("encoder_hidden_states",),
         shared_arguments=("img_ids", "txt_ids"),
@@ -123,10 +122,10 @@ CHROMA = register(
         name="Chroma",
         transformer="ChromaTransformer2DModel",
         pipelines=("ChromaPipeline",),
-        block_lists=_LISTS,
+        block_lists=BLOCK_LISTS,
         block_classes=("ChromaTransformerBlock", "ChromaSingleTransformerBlock"),
         layouts={"transformer_blocks": BlockLayout(), "single_transformer_blocks": ONE_STREAM},
-        layer_counts=_COUNTS,
+        layer_counts=LAYER_COUNTS,
         parts={},
         prompt_arguments=("encoder_hidden_states", "attention_mask"),
         shared_arguments=("img_ids", "txt_ids"),

@@ -11,10 +11,7 @@ import torch
 
 from ppcl.models.adapter import NEEDS_MASK, ModelAdapter, register
 from ppcl.models.example_inputs import text_width
-from ppcl.models.flux import JOINT_PARTS
-
-_LISTS = ("transformer_blocks", "single_transformer_blocks")
-_COUNTS = ("num_layers", "num_single_layers")
+from ppcl.models.flux import BLOCK_LISTS, JOINT_PARTS, LAYER_COUNTS
 
 
 def _image_example(config: Any, samples: int, grid: tuple[int, int], text: int) -> dict[str, Any]:
@@ -50,9 +47,9 @@ HUNYUAN_IMAGE = register(
         name="HunyuanImage-2.1",
         transformer="HunyuanImageTransformer2DModel",
         pipelines=("HunyuanImagePipeline",),
-        block_lists=_LISTS,
+        block_lists=BLOCK_LISTS,
         block_classes=("HunyuanImageTransformerBlock", "HunyuanImageSingleTransformerBlock"),
-        layer_counts=_COUNTS,
+        layer_counts=LAYER_COUNTS,
         parts={"transformer_blocks": JOINT_PARTS},
         prompt_arguments=(
             "encoder_hidden_states",
@@ -80,9 +77,9 @@ HUNYUAN_VIDEO = register(
         name="HunyuanVideo",
         transformer="HunyuanVideoTransformer3DModel",
         pipelines=("HunyuanVideoPipeline",),
-        block_lists=_LISTS,
+        block_lists=BLOCK_LISTS,
         block_classes=("HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock"),
-        layer_counts=_COUNTS,
+        layer_counts=LAYER_COUNTS,
         parts={"transformer_blocks": JOINT_PARTS},
         prompt_arguments=("encoder_hidden_states", "encoder_attention_mask", "pooled_projections"),
         shared_arguments=("guidance",),
