@@ -30,11 +30,9 @@ def together(shared, calls, plans):
         return list(pool.map(one, calls, plans))
 
 
-@pytest.mark.parametrize("family", ["qwen", "flux", "sd3"])
-def test_batched_is_serial(family, qwen):
-    """Steps, lengths of prompts, guidance, negative prompts and sizes all mixed."""
-    pipeline, calls = calls_of(family, qwen)
-    shared, batches = share(pipeline)
+def held_to_serial(pipeline, calls, at_least, **sharing):
+    """Calls at once give the latents of each alone, which are returned; batches had `at_least` so many rows."""
+    shared, batches = share(pipeline, **sharing)
     alone = [latents(pipeline, call) for call in calls]
     try:
         at_once = together(shared, calls, [()] * len(calls))
@@ -42,7 +40,15 @@ def test_batched_is_serial(family, qwen):
         shared.close()
     for one, other in zip(at_once, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert max(rows for _, rows in batches) >= 3, "nothing was batched"
+    assert max(rows for _, rows in batches) >= at_least, "nothing was batched"
+    return alone
+
+
+@pytest.mark.parametrize("family", ["qwen", "flux", "sd3"])
+def test_batched_is_serial(family, qwen):
+    """Steps, lengths of prompts, guidance, negative prompts and sizes all mixed."""
+    pipeline, calls = calls_of(family, qwen)
+    alone = held_to_serial(pipeline, calls, at_least=3)
     assert len({tensor.flatten()[0].item() for tensor in alone}) == len(calls), "the calls are alike"
 
 
@@ -53,15 +59,7 @@ def test_batched_is_serial_with_every_scheduler(name, family, qwen, monkeypatch)
     # Enough steps for a full history.
     calls = [call | {"num_inference_steps": call.get("num_inference_steps", 4) + 3} for call in calls[:4]]
     monkeypatch.setattr(pipeline, "scheduler", CASES[name].scheduler())
-    shared, batches = share(pipeline, gather=0.5)
-    alone = [latents(pipeline, call) for call in calls]
-    try:
-        at_once = together(shared, calls, [()] * len(calls))
-    finally:
-        shared.close()
-    for one, other in zip(at_once, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert max(rows for _, rows in batches) >= 2, "nothing was batched"
+    held_to_serial(pipeline, calls, at_least=2, gather=0.5)
 
 
 def test_pictures_of_different_variants_share_a_transformer(tmp_path, teacher_folder):
