@@ -88,9 +88,10 @@ class Scenes:
         self.weights = torch.tensor([CATEGORY_WEIGHT.get(category[caption], 1.0) for caption in texts])
 
     def batch(self, step: int, count: int) -> Batch:
-        return self._drawn(torch.Generator().manual_seed(self.seed * 1_000_003 + step), count)
+        return self.drawn(torch.Generator().manual_seed(self.seed * 1_000_003 + step), count)
 
-    def _drawn(self, generator: torch.Generator, count: int) -> Batch:
+    def drawn(self, generator: torch.Generator, count: int) -> Batch:
+        """`count` samples from a generator."""
         rows = torch.multinomial(self.weights, count, replacement=True, generator=generator).to(self.device)
         noise = torch.randn(count, *self.latents.shape[1:], generator=generator).to(self.device)
         # What an image shows is settled at high noise: learn there more.
@@ -154,15 +155,17 @@ def _answers(pipeline: QwenImagePipeline, scenes: Scenes, count: int) -> dict[st
     kept: dict[str, list[torch.Tensor]] = {}
     started_at, size = time.monotonic(), 128
     for start in range(0, count, size):
-        batch = scenes._drawn(generator, min(size, count - start))
-        given: dict[str, Any] = {"hidden_states": batch.noisy, "timestep": batch.t, "return_dict": False}
+        batch = scenes.drawn(generator, min(size, count - start))
+        # What is kept is what is answered.
+        noisy = batch.noisy.bfloat16()
+        given: dict[str, Any] = {"hidden_states": noisy.float(), "timestep": batch.t, "return_dict": False}
         given["img_shapes"] = [GRID] * len(batch.t)
         empty = torch.full_like(batch.captions, len(scenes.vocabulary) - 1)
         conditional, without = (
             transformer(encoder_hidden_states=embeddings[index], encoder_hidden_states_mask=masks[index], **given)[0]
             for index in (batch.captions, empty)
         )
-        made = {"noisy": batch.noisy, "conditional": conditional, "without": without}
+        made = {"noisy": noisy, "conditional": conditional, "without": without}
         made = {name: value.bfloat16().cpu() for name, value in made.items()}
         for name, value in (made | {"t": batch.t.cpu(), "captions": batch.captions.cpu()}).items():
             kept.setdefault(name, []).append(value)

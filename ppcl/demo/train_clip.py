@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ppcl.demo import world
+from ppcl.demo import text_encoders, world
 from ppcl.demo.train_vae import scenes
 
 SPECIAL = ["<pad>", "<start>", "<end>", "<unk>"]
@@ -35,8 +35,7 @@ TOKENS = 24
 
 def new_processor() -> CLIPProcessor:
     """Every word of the captions is one token."""
-    words = sorted({word for caption in world.captions() for word in caption.text.lower().split()})
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *words])}
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *text_encoders.words()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

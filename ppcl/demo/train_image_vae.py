@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
-from torch.nn import functional as F
 
 from ppcl.demo import world
-from ppcl.demo.train_vae import Z_DIM, scenes, single_frame_convolutions, to_unit
+from ppcl.demo.train_vae import Z_DIM, count_right, drawing_loss, scenes, single_frame_convolutions, to_unit
 
 LATENT_NOISE = 0.05  # in standard deviations: the decoder meets sampled latents, which are not exact
 LOG_VARIANCE = -8.0  # of the encoder's posterior: next to none
@@ -58,11 +57,8 @@ def loss_of(vae: AutoencoderKL, x: torch.Tensor, z: torch.Tensor) -> tuple[torch
     """The loss on pictures and their latents, and the mean error of a pixel."""
     posterior = vae.encode(x).latent_dist
     encoding = (posterior.mean - z).square().mean() + 1e-3 * (posterior.logvar - LOG_VARIANCE).square().mean()
-    error = (vae.decode(z + LATENT_NOISE * torch.randn_like(z)).sample - x).abs()
-    # Pixels at a shape's rim are few and matter most: weight by the distance from the background.
-    ink = ((x - x[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05).float()
-    ink = F.max_pool2d(ink, 5, 1, 2)
-    return encoding + ((error + 2 * error**2) * (1 + 4 * ink)).mean(), error.mean()
+    drawing, error = drawing_loss(vae.decode(z + LATENT_NOISE * torch.randn_like(z)).sample, x)
+    return encoding + drawing, error
 
 
 @torch.no_grad()
@@ -72,9 +68,7 @@ def share_right(vae: AutoencoderKL, seed: int, count: int = 600) -> float:
     right = 0
     for start in range(0, count, 50):
         x = to_unit(pictures[start : start + 50])[:, :, 0]
-        drawn = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
-        drawn = ((drawn + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-        right += sum(world.check(p.numpy(), t) for p, t in zip(drawn, texts[start : start + 50], strict=True))
+        right += count_right(vae.decode(vae.encode(x).latent_dist.mode()).sample, texts[start : start + 50])
     return right / count
 
 

@@ -86,6 +86,22 @@ def to_unit(pictures: torch.Tensor) -> torch.Tensor:
     return (pictures.float() / 127.5 - 1).unsqueeze(2)
 
 
+def drawing_loss(drawn: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of drawn pictures `(B, 3, H, W)` against `x`, and the mean error of a pixel."""
+    # Pixels at a shape's rim are few and matter most: weight by the distance from the background.
+    ink = ((x - x[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05).float()
+    ink = F.max_pool2d(ink, 5, 1, 2)
+    error = (drawn - x).abs()
+    # The square pulls apart two colours that the absolute value alone settles on the nearer one of.
+    return ((error + 2 * error**2) * (1 + 4 * ink)).mean(), error.mean()
+
+
+def count_right(drawn: torch.Tensor, captions: list[str]) -> int:
+    """How many of the pictures `(B, 3, H, W)` in [-1, 1] the checker finds right."""
+    pictures = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
+    return sum(world.check(p.numpy(), t) for p, t in zip(pictures, captions, strict=True))
+
+
 def train(
     steps: int, batch: int, learning_rate: float, seed: int, output: Path, device: str, start: Path | None
 ) -> None:
@@ -103,12 +119,7 @@ def train(
             pictures = np.stack([world.render(world.board(rng)) for _ in range(batch)])
             x = to_unit(torch.from_numpy(pictures).permute(0, 3, 1, 2)).to(device)
             posterior = vae.encode(x).latent_dist
-            # Pixels at a shape's rim are few and matter most: weight by the distance from the background.
-            ink = ((x - x[:, :, :, :1, :1]).abs().amax(1, keepdim=True) > 0.05).float()
-            ink = F.max_pool2d(ink[:, :, 0], 5, 1, 2).unsqueeze(2)
-            error = (vae.decode(posterior.sample()).sample - x).abs()
-            # The square pulls apart two colours that the absolute value alone settles on the nearer one of.
-            reconstruction = ((error + 2 * error**2) * (1 + 4 * ink)).mean()
+            reconstruction, error = drawing_loss(vae.decode(posterior.sample()).sample[:, :, 0], x[:, :, 0])
             # Ramped up: from the first step on, this weight collapses the posterior onto the prior.
             loss = (
                 reconstruction
@@ -120,7 +131,7 @@ def train(
             optimizer.step()
             schedule.step()
             if step % 20 == 0 or step == steps - 1:
-                curve.append({"step": step, "l1": error.mean().item(), "kl": posterior.kl().mean().item()})
+                curve.append({"step": step, "l1": error.item(), "kl": posterior.kl().mean().item()})
                 pace = (time.monotonic() - started_at) / (step + 1)
                 print(
                     f"vae step {step}/{steps} l1 {curve[-1]['l1']:.4f} kl {curve[-1]['kl']:.1f} {pace:.2f} s/step",
@@ -133,10 +144,7 @@ def train(
             for chunk, captions in zip(held_out.split(50), [texts[i : i + 50] for i in range(0, 600, 50)], strict=True):
                 z = vae.encode(to_unit(chunk).to(device)).latent_dist.mode()
                 latents.append(z.cpu())
-                back = (
-                    ((vae.decode(z).sample[:, :, 0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
-                )
-                right += sum(world.check(p.numpy(), t) for p, t in zip(back, captions, strict=True))
+                right += count_right(vae.decode(z).sample[:, :, 0], captions)
     z = torch.cat(latents)
     vae.register_to_config(
         latents_mean=z.mean((0, 2, 3, 4)).tolist(),
